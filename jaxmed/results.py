@@ -1,0 +1,356 @@
+"""The folder that a run writes: `run.json` says what was asked, `effects.zarr` holds the effects.
+
+A run can stop at any moment. Every array is chunked by pair, a pair's effects are written before
+its `done`, and `effects` gives only what `done` vouches for, so half a write is never read.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+
+import numpy as np
+import zarr
+
+GRANULARITIES = ("layer", "module", "head", "token", "neuron")
+MODULE_SITES = ("attention", "mlp")
+TOKEN_SITES = ("residual", "attention", "mlp")
+
+NOT_RUN, EXACT, ESTIMATED, FAILED = range(4)
+
+# Keys of a run that say where and when it ran, not what was asked; a resumed run may change them.
+CIRCUMSTANCES = ("command", "device", "host", "out", "overwrite", "seconds", "started", "versions")
+
+_RUN_FILE = "run.json"
+_EFFECTS_FILE = "effects.zarr"
+_OWN_FILES = (_RUN_FILE, _EFFECTS_FILE, "summary.parquet", "report.html", "figures")
+_TOTALS = ("te", "y_base", "y_source")
+_RECORDED_ON_ARRAYS = ("positions", "metric", "precision")
+_WRITTEN_HERE = ("finished", "pair_ids", "sizes", "granularities", "measured")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """How many units a model and its pairs have.
+
+    Attributes:
+      layers: blocks of the decoder.
+      heads: query heads per layer.
+      neurons: groups of adjacent neurons per layer, ceil(intermediate size / group size).
+      positions: the largest number of aligned prompt positions of any pair.
+    """
+
+    layers: int
+    heads: int
+    neurons: int
+    positions: int
+
+    def shape(self, granularity: str) -> tuple[int, ...]:
+        """The shape of one pair's effects; its first axis is the layer."""
+        return {
+            "layer": (self.layers,),
+            "module": (self.layers, len(MODULE_SITES)),
+            "head": (self.layers, self.heads),
+            "token": (self.layers, len(TOKEN_SITES), self.positions),
+            "neuron": (self.layers, self.neurons),
+        }[granularity]
+
+
+class Results:
+    """An open results folder.
+
+    Attributes:
+      folder: its path.
+      run: what `run.json` holds: the settings, and what `finish` added.
+      sizes: the `Sizes` of the arrays.
+      pair_ids: the pairs' ids, in the order of every array's first axis.
+      granularities: those that the run was asked for, coarse to fine.
+    """
+
+    def __init__(self, folder: pathlib.Path, run: dict, group: zarr.Group):
+        self.folder = folder
+        self.run = run
+        self.sizes = Sizes(**run["sizes"])
+        self.pair_ids = tuple(run["pair_ids"])
+        self.granularities = tuple(run["granularities"])
+        self._group = group
+
+    @classmethod
+    def create(cls, folder, run: dict, sizes: Sizes, pair_ids, granularities) -> "Results":
+        """Starts a results folder.
+
+        Args:
+          folder: a path; made if it is missing, and must be empty.
+          run: what was asked, as JSON values; "positions", "metric" and "precision" must be there.
+          sizes: the sizes of the arrays.
+          pair_ids: one distinct id per pair.
+          granularities: those to make arrays for, out of `GRANULARITIES`.
+
+        Raises:
+          ValueError: the folder is not empty, or an argument is not as above.
+        """
+        folder = pathlib.Path(folder)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(f"{folder} is not an empty folder: choose another --out")
+        folder.mkdir(parents=True, exist_ok=True)
+        return _start(folder, _described(run, sizes, pair_ids, granularities))
+
+    @classmethod
+    def open(cls, folder) -> "Results":
+        """Opens a results folder to read it or to go on with it.
+
+        Raises:
+          ValueError: it is no results folder, or a file in it is damaged (and which).
+        """
+        folder = pathlib.Path(folder)
+        run = _read_run(folder)
+        path = folder / _EFFECTS_FILE
+        try:
+            group = zarr.open_group(path, mode="r+")
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(
+                f"{path} is missing or damaged ({error}): run again with --overwrite"
+            ) from error
+        for name in _array_names(run["granularities"]):
+            if name not in group:
+                raise ValueError(f"{path} lacks the array {name}: run again with --overwrite")
+        return cls(folder, run, group)
+
+    @classmethod
+    def resume_or_create(
+        cls, folder, run: dict, sizes: Sizes, pair_ids, granularities, overwrite: bool = False
+    ) -> "Results":
+        """Opens the folder of an earlier run of the same settings and pairs, or starts one.
+
+        Args:
+          folder, run, sizes, pair_ids, granularities: as in `create`.
+          overwrite: start again; deletes what an earlier run wrote there, and nothing else.
+
+        Raises:
+          ValueError: the folder holds a run with another setting (and which; `CIRCUMSTANCES` are
+            not compared), or files but no run.
+        """
+        folder = pathlib.Path(folder)
+        if not (folder / _RUN_FILE).exists():
+            return cls.create(folder, run, sizes, pair_ids, granularities)
+        earlier = _read_run(folder)  # raises, before anything is deleted, if it is not a run's
+        wanted = _described(run, sizes, pair_ids, granularities)
+        if overwrite:
+            for name in _OWN_FILES:
+                _delete(folder / name)
+            return _start(folder, wanted)
+        _check_same_settings(folder, earlier, wanted)
+        return cls.open(folder)
+
+    def write(self, pair_index: int, granularity: str, nie, tie, status=EXACT) -> None:
+        """Writes the effects of one pair at one granularity.
+
+        A unit without a finite effect becomes FAILED; token positions that are NaN in every layer
+        and site lie beyond the pair's length and stay NOT_RUN.
+
+        Args:
+          pair_index: index into `pair_ids`.
+          granularity: one of `granularities`.
+          nie, tie: [layer, ...] as `Sizes.shape` says, in units of the metric.
+          status: EXACT or ESTIMATED, one for all units or an array of the effects' shape.
+
+        Raises:
+          ValueError: an array has another shape.
+        """
+        group = self._effects_group(granularity)
+        effects = {"nie": np.asarray(nie, np.float32), "tie": np.asarray(tie, np.float32)}
+        for name, values in effects.items():
+            if values.shape != self.sizes.shape(granularity):
+                raise ValueError(
+                    f"{granularity}/{name} of pair {self.pair_ids[pair_index]} has shape"
+                    f" {values.shape}, the results folder expects {self.sizes.shape(granularity)}"
+                )
+        finite = np.isfinite(effects["nie"]) & np.isfinite(effects["tie"])
+        done = np.where(finite, status, FAILED).astype(np.uint8)
+        if granularity == "token":
+            absent = np.isnan(effects["nie"]) & np.isnan(effects["tie"])
+            done[..., absent.all(axis=(0, 1))] = NOT_RUN
+        for name, values in effects.items():
+            group[name][pair_index] = values
+        group["done"][pair_index] = done
+
+    def fail(self, pair_index: int, granularity: str) -> None:
+        """Marks all units of one pair as FAILED; a resumed run does not try them again."""
+        self._effects_group(granularity)["done"][pair_index] = FAILED
+
+    def write_totals(self, pair_index: int, y_base: float, y_source: float) -> None:
+        """Writes Y(x), Y(x') and TE = Y(x') - Y(x) of one pair, in units of the metric."""
+        totals = {"y_base": y_base, "y_source": y_source, "te": y_source - y_base}
+        for name, value in totals.items():
+            self._group[name][pair_index] = value
+
+    def missing(self, granularity: str) -> list[int]:
+        """Indices of the pairs of which no unit was run."""
+        done = self.done(granularity)
+        return np.flatnonzero((done == NOT_RUN).reshape(len(done), -1).all(axis=1)).tolist()
+
+    def done(self, granularity: str) -> np.ndarray:
+        """Each unit's status, uint8 [pair, layer, ...]."""
+        return self._effects_group(granularity)["done"][:]
+
+    def effects(self, granularity: str) -> tuple[np.ndarray, np.ndarray]:
+        """NIE and TIE, float32 [pair, layer, ...]; NaN where a unit was not run or failed."""
+        group = self._effects_group(granularity)
+        vouched = np.isin(self.done(granularity), (EXACT, ESTIMATED))
+        nie, tie = (np.where(vouched, group[name][:], np.float32("nan")) for name in ("nie", "tie"))
+        return nie, tie
+
+    @property
+    def te(self) -> np.ndarray:
+        """TE = Y(x') - Y(x), float32 [pair]; NaN where it was not measured."""
+        return self._group["te"][:]
+
+    @property
+    def y_base(self) -> np.ndarray:
+        """Y(x), float32 [pair]; NaN where it was not measured."""
+        return self._group["y_base"][:]
+
+    @property
+    def y_source(self) -> np.ndarray:
+        """Y(x'), float32 [pair]; NaN where it was not measured."""
+        return self._group["y_source"][:]
+
+    def finish(self, extra: dict) -> None:
+        """Marks the run as finished, and adds what was measured beside the effects to `run`."""
+        _check_free_keys(extra)
+        measured = sorted({*self.run["measured"], *extra})
+        self.run = {**self.run, **_plain(extra), "measured": measured, "finished": True}
+        _write_run(self.folder, self.run)
+
+    def _effects_group(self, granularity: str) -> zarr.Group:
+        if granularity not in self.granularities:
+            raise ValueError(
+                f"{self.folder} was not run at granularity {granularity!r}, only at"
+                f" {', '.join(self.granularities)}"
+            )
+        return self._group[granularity]
+
+
+def replace_file(path: pathlib.Path, write) -> None:
+    """Calls `write(temporary path)` and moves the file into place, so that no half file is seen."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _described(run: dict, sizes: Sizes, pair_ids, granularities) -> dict:
+    """The content of a new `run.json`."""
+    pair_ids = [str(pair_id) for pair_id in pair_ids]
+    if not pair_ids or len(set(pair_ids)) != len(pair_ids):
+        raise ValueError("a run needs at least one pair, and pair ids that differ from each other")
+    unknown = sorted(set(granularities) - set(GRANULARITIES))
+    if unknown or not granularities:
+        raise ValueError(
+            f"--granularity: {', '.join(unknown) or 'nothing'} is none of"
+            f" {', '.join(GRANULARITIES)}"
+        )
+    for key in _RECORDED_ON_ARRAYS:
+        if key not in run:
+            raise ValueError(f"the run does not say its {key!r}")
+    _check_free_keys(run)
+    return {
+        **_plain(run),
+        "sizes": _plain(dataclasses.asdict(sizes)),
+        "granularities": [name for name in GRANULARITIES if name in granularities],
+        "pair_ids": pair_ids,
+        "measured": [],
+        "finished": False,
+    }
+
+
+def _start(folder: pathlib.Path, described: dict) -> Results:
+    # run.json comes first: it marks the folder as ours, so that --overwrite may mend a folder
+    # whose arrays were only half made.
+    _write_run(folder, described)
+    group = zarr.create_group(folder / _EFFECTS_FILE, zarr_format=3)
+    sizes = Sizes(**described["sizes"])
+    attributes = {key: described[key] for key in _RECORDED_ON_ARRAYS}
+    for name in _array_names(described["granularities"]):
+        granularity, _, leaf = name.rpartition("/")
+        unit_shape = sizes.shape(granularity) if granularity else ()
+        group.create_array(
+            name,
+            shape=(len(described["pair_ids"]), *unit_shape),
+            chunks=(1, *unit_shape),
+            dtype="uint8" if leaf == "done" else "float32",
+            fill_value=NOT_RUN if leaf == "done" else float("nan"),
+            attributes=attributes,
+        )
+    return Results(folder, described, group)
+
+
+def _array_names(granularities) -> list[str]:
+    leaves = ("nie", "tie", "done")
+    return [
+        *_TOTALS,
+        *(f"{granularity}/{leaf}" for granularity in granularities for leaf in leaves),
+    ]
+
+
+def _check_same_settings(folder: pathlib.Path, earlier: dict, wanted: dict) -> None:
+    ignored = {*CIRCUMSTANCES, *earlier["measured"], "measured", "finished"}
+    for key in dict.fromkeys((*wanted, *earlier)):
+        if key not in ignored and earlier.get(key) != wanted.get(key):
+            raise ValueError(
+                f"{folder} holds a run with another setting: {key} was"
+                f" {_shortened(earlier.get(key))}, is now {_shortened(wanted.get(key))}:"
+                " choose another --out, or --overwrite"
+            )
+
+
+def _check_free_keys(run: dict) -> None:
+    taken = sorted(set(run) & set(_WRITTEN_HERE))
+    if taken:
+        raise ValueError(f"{', '.join(taken)}: {_RUN_FILE} keeps these keys for itself")
+
+
+def _read_run(folder: pathlib.Path) -> dict:
+    path = folder / _RUN_FILE
+    if not path.is_file():
+        raise ValueError(f"{folder} is not a results folder: it has no {_RUN_FILE}")
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): choose another --out") from error
+    if not isinstance(run, dict) or not set(_WRITTEN_HERE) <= set(run):
+        raise ValueError(f"{path} was not written by a run of jaxmed: choose another --out")
+    return run
+
+
+def _write_run(folder: pathlib.Path, run: dict) -> None:
+    text = json.dumps(run, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    replace_file(folder / _RUN_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def _plain(value):
+    """The value as strict JSON would give it back: no tuples, no numpy; null for NaN."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (np.ndarray, np.generic)):
+        return _plain(value.tolist())
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not np.isfinite(value):
+        return None
+    return value
+
+
+def _shortened(value) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _delete(path: pathlib.Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

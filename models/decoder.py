@@ -1,0 +1,188 @@
+"""The instrumented decoder: one module for every family, with edits as an argument.
+
+Shapes are named in `models.layers`; L is the number of layers, V the vocabulary.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from models import edits as editing
+from models import layers
+from models.config import DecoderConfig
+from models.edits import Edit, Site
+from models.layers import Cache, Span, Tap
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """Every site's value in one run, after its edits.
+
+    Attributes:
+        embedding: [T, d].
+        residual, layer, attention, mlp: [L, T, d].
+        head: [L, T, H, h].
+        neuron: [L, T, I].
+        keys, values: [L, T, K, h], after the rotary embedding.
+        positions: rotary position of each token, [T].
+        valid: which of them are tokens and not padding, [T].
+    """
+
+    embedding: Float[Array, "T d"]
+    residual: Float[Array, "L T d"]
+    layer: Float[Array, "L T d"]
+    attention: Float[Array, "L T d"]
+    mlp: Float[Array, "L T d"]
+    head: Float[Array, "L T H h"]
+    neuron: Float[Array, "L T I"]
+    keys: Float[Array, "L T K h"]
+    values: Float[Array, "L T K h"]
+    positions: Int[Array, "T"]
+    valid: Bool[Array, "T"]
+
+    @property
+    def cache(self) -> Cache:
+        """The run as the prefix of another."""
+        return Cache(self.keys, self.values, self.positions, self.valid)
+
+
+class Block(nnx.Module):
+    """One layer, in two halves; each returns what it adds to the residual stream."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype, compute_dtype):
+        shared = dict(rngs=rngs, dtype=dtype, compute_dtype=compute_dtype)
+        self.attention_norm = layers.RMSNorm(config.hidden_size, config.norm_eps, dtype)
+        self.attention = layers.Attention(config, **shared)
+        self.mlp_norm = layers.RMSNorm(config.hidden_size, config.norm_eps, dtype)
+        self.mlp = layers.MLP(config, **shared)
+
+    def attend(
+        self,
+        x: Float[Array, "T d"],
+        at: Span,
+        window: Int[Array, ""],
+        prefix: Cache | None,
+        tap: Tap,
+    ) -> tuple[Float[Array, "T d"], Float[Array, "T K h"], Float[Array, "T K h"]]:
+        """What attention adds to the block's input x; and this span's keys and values."""
+        added, key, value = self.attention(self.attention_norm(x), at, window, prefix, tap)
+        return tap(Site.ATTENTION, added), key, value
+
+    def feed(self, x: Float[Array, "T d"], tap: Tap) -> Float[Array, "T d"]:
+        """What the MLP adds to x, the residual stream after attention."""
+        return tap(Site.MLP, self.mlp(self.mlp_norm(x), tap))
+
+
+class Decoder(nnx.Module):
+    """A decoder-only language model whose every site can be read and edited.
+
+    Block parameters are stacked along a leading layer axis. A module is a pytree: it is passed to
+    compiled functions as an argument, and its weights are never closed over.
+
+    Args:
+        config: the shape of the model.
+        rngs: for the random weights; build under `nnx.eval_shape` to have none.
+        dtype: of the parameters; the checkpoint's own by default. Activations are float32 at
+            least, also for a bfloat16 checkpoint: its effects are defined on unrounded activations.
+    """
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype=None):
+        dtype = jnp.dtype(dtype or config.dtype)
+        self.config = config
+        self.compute_dtype = jnp.promote_types(dtype, jnp.float32)
+        init = nnx.initializers.normal(stddev=0.02)
+        table = (config.vocab_size, config.hidden_size)
+        self.embedding = nnx.Param(init(rngs.params(), table, dtype))
+        self.blocks = nnx.vmap(
+            lambda key: Block(
+                config, rngs=nnx.Rngs(key), dtype=dtype, compute_dtype=self.compute_dtype
+            )
+        )(jax.random.split(rngs.params(), config.num_layers))
+        self.final_norm = layers.RMSNorm(config.hidden_size, config.norm_eps, dtype)
+        self.unembedding = (
+            None if config.tie_embeddings else nnx.Param(init(rngs.params(), table, dtype))
+        )
+
+    @property
+    def windows(self) -> Int[Array, "L"]:
+        """Sliding window of each layer, in positions; the largest integer where it has none."""
+        return jnp.array([w or jnp.iinfo(jnp.int32).max for w in self.config.windows], jnp.int32)
+
+    def block(self, layer: Int[Array, ""]) -> Block:
+        """The block of a layer that may be known only at run time."""
+        return jax.tree.map(
+            lambda stacked: jax.lax.dynamic_index_in_dim(stacked, layer, keepdims=False),
+            self.blocks,
+        )
+
+    def span(self, positions: Int[Array, "T"], valid: Bool[Array, "T"]) -> Span:
+        """What the blocks must know of the positions that they compute."""
+        return layers.span(self.config, positions, valid, self.compute_dtype)
+
+    def unembed(
+        self, residual: Float[Array, "R d"], tokens: Int[Array, "K"] | None = None
+    ) -> Float[Array, "R K"]:
+        """Logits of the given tokens (default: all) at rows of the last block's output."""
+        table = self.embedding if self.unembedding is None else self.unembedding
+        rows = table[...] if tokens is None else table[...][tokens]
+        hidden = self.final_norm(residual)
+        return jnp.einsum("rd,kd->rk", hidden, rows.astype(hidden.dtype))
+
+    def __call__(
+        self,
+        tokens: Int[Array, "*B T"],
+        *,
+        edits: list[Edit] | None = None,
+        cache: Cache | None = None,
+        valid: Bool[Array, "*B T"] | None = None,
+    ) -> tuple[Float[Array, "*B T V"], Trace]:
+        """Runs the model.
+
+        Args:
+            tokens: token ids, [T] or [B, T].
+            edits: interventions, made together; shared by the rows of a batch.
+            cache: keys and values of a prefix that these tokens continue; with a batch, one per
+                row (a leading axis B).
+            valid: which tokens are not padding; all by default. Padding may stand on either side.
+
+        Returns:
+            Logits [T, V] and a `Trace`, both with the leading axis of a batch.
+        """
+        if valid is None:
+            valid = jnp.ones(tokens.shape, bool)
+        if tokens.ndim == 2:
+            return jax.vmap(lambda t, c, v: self(t, edits=edits, cache=c, valid=v))(
+                tokens, cache, valid
+            )
+
+        edits = edits or []
+        first = 0 if cache is None else jnp.sum(cache.valid)
+        at = self.span(first + jnp.maximum(jnp.cumsum(valid) - 1, 0), valid)
+        embedding = self.embedding[...][tokens].astype(self.compute_dtype)
+        embedding = editing.apply(edits, Site.EMBEDDING, jnp.zeros((), int), embedding)
+
+        def run_layer(x, inputs):
+            layer, block, window, keys, values = inputs
+            prefix = None if cache is None else Cache(keys, values, cache.positions, cache.valid)
+            seen = {}
+
+            def tap(site, value):
+                seen[site.value] = editing.apply(edits, site, layer, value)
+                return seen[site.value]
+
+            attention, key, value = block.attend(x, at, window, prefix, tap)
+            mlp = block.feed(x + attention, tap)
+            x = tap(Site.RESIDUAL, x + tap(Site.LAYER, attention + mlp))
+            return x, seen | {"keys": key, "values": value}
+
+        layer = jnp.arange(self.config.num_layers)
+        keys, values = (None, None) if cache is None else (cache.keys, cache.values)
+        x, traced = jax.lax.scan(
+            run_layer, embedding, (layer, self.blocks, self.windows, keys, values)
+        )
+        trace = Trace(embedding=embedding, positions=at.positions, valid=valid, **traced)
+        return self.unembed(x), trace

@@ -1,0 +1,231 @@
+"""The report: that it says what was measured, and no more, on fabricated results."""
+
+import base64
+import html.parser
+import math
+import re
+import types
+
+import numpy as np
+import pytest
+
+from jaxmed import report, results
+
+LAYERS, HEADS, NEURONS, POSITIONS, PAIRS = 6, 4, 32, 9, 8
+SIZES = results.Sizes(LAYERS, HEADS, NEURONS, POSITIONS)
+RUN = {
+    "model": "org/<script>alert(1)</script>",
+    "metric": "logit_diff",
+    "positions": "prompt",
+    "precision": "highest",
+    "device": "cpu",
+}
+# As on a planted model: each of the gates (last layer) is enough, all detectors (layer 0) are
+# needed.
+DETECTORS = [[0, 5], [0, 11], [0, 30]]
+GATES = [[5, 3], [5, 9], [5, 17], [5, 21]]
+TRUTH = {
+    "contrast": "H to B",
+    "modules": [[0, "mlp"], [2, "attention"], [5, "mlp"]],
+    "heads": [[2, 1]],
+    "neurons": [*DETECTORS, *GATES],
+}
+JOINT = {
+    "picked": [[5, 3], [1, 2]],
+    "share_nie": [0.95, 0.96],
+    "share_tie": [0.004, 0.31],
+    "auroc": 0.875,
+    "precision_at_k": 0.125,
+}
+
+
+def fabricate(folder, run=RUN, granularities=results.GRANULARITIES, te=-6.0, pairs=PAIRS):
+    """Results with a planted answer, small noise, and pairs of unequal lengths."""
+    pair_ids = [f"pair {index} <script>" for index in range(pairs)]
+    made = results.Results.create(folder, run, SIZES, pair_ids, granularities)
+    generator = np.random.default_rng(0)
+    for pair in range(pairs):
+        size = te * generator.uniform(0.9, 1.1)
+        made.write_totals(pair, y_base=3.0, y_source=3.0 + size)
+        for granularity in made.granularities:
+            nie, tie = 0.002 * size * generator.normal(size=(2, *SIZES.shape(granularity)))
+            if granularity == "module":
+                tie[0, 1] = nie[5, 1] = tie[5, 1] = nie[2, 0] = tie[2, 0] = 0.9 * size
+            elif granularity == "head":
+                nie[2, 1] = tie[2, 1] = 0.9 * size
+            elif granularity == "neuron":
+                for layer, neuron in DETECTORS:
+                    tie[layer, neuron] = 1.04 * size
+                for layer, neuron in GATES:
+                    nie[layer, neuron] = 0.95 * size
+            elif granularity == "token":
+                nie[:, 0, 0] = tie[:, 0, 0] = size
+                nie[2, 1, 0] = tie[2, 1, 0] = 0.9 * size
+                length = POSITIONS - pair % 4
+                nie[..., length:] = tie[..., length:] = math.nan
+            made.write(pair, granularity, nie, tie)
+    return made
+
+
+class Page(html.parser.HTMLParser):
+    """The tags, the text and the image sources of a page."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.tags, self.images, self.addresses, text = [], [], [], []
+        self.handle_data = text.append
+        self.feed(path.read_text(encoding="utf-8"))
+        self.text = re.sub(r"\s+", " ", " ".join(text))
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        attributes = dict(attributes)
+        if tag == "img":
+            self.images.append(attributes["src"])
+        self.addresses += [attributes[name] for name in ("href", "src") if name in attributes]
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    made = fabricate(tmp_path_factory.mktemp("planted"))
+    made.finish({"joint": JOINT})
+    return made
+
+
+@pytest.fixture(scope="module")
+def page(planted):
+    return Page(report.write(planted.folder, truth=TRUTH))
+
+
+def test_the_page_carries_its_figures_and_runs_nothing(page, planted):
+    assert "script" not in page.tags
+    assert all(address.startswith("data:image/png;base64,") for address in page.addresses)
+    written = sorted(path.read_bytes() for path in (planted.folder / "figures").iterdir())
+    shown = sorted(base64.b64decode(image.partition(",")[2]) for image in page.images)
+    assert len(shown) == len(results.GRANULARITIES) + 1  # and the joint path
+    assert shown == written and all(picture[1:4] == b"PNG" for picture in shown)
+
+
+def test_the_page_escapes_the_text_that_it_is_given(page):
+    assert "org/<script>alert(1)</script>" in page.text
+    assert "pair 3 <script>" in page.text
+
+
+def test_the_page_says_what_was_asked_and_found(page):
+    for words in (
+        "prompt: all aligned prompt tokens",
+        "Device cpu",
+        "Pairs 8",
+        "a negative effect means that patching moves the answer towards the safe one",
+        "TE is negative in 8 of 8 pairs",
+        "L2.h1 has the largest effect in both directions",
+        "90% of TE",
+        "Of 192, q < 0.05 holds for",
+    ):
+        assert words in page.text
+    assert re.search(r"Neurons: L5\.n\d+ has the largest NIE \(.*?\), L0\.n\d+ the", page.text)
+    assert "not finished" not in page.text
+
+
+def test_the_ranking_of_tokens_leaves_out_the_residual_stream(page):
+    assert "L2 attention, last token has the largest effect" in page.text
+    assert "residual, last token" not in page.text
+
+
+def test_the_planted_truth_and_the_joint_path_are_shown(page):
+    assert "for the contrast: H to B" in page.text
+    assert "joint, greedy 0.88 0.12" in page.text
+    assert re.search(r"1 L5\.n3 ● 95% 0% 2 L1\.n2 96% 31%", page.text)
+
+
+def test_the_score_of_a_planted_model(planted):
+    scores = report.score(planted, TRUTH)
+    assert set(scores) == {"module", "head", "neuron"}
+    for granularity in scores:
+        assert scores[granularity]["max"] == {"auroc": 1, "precision_at_k": 1}
+    # The gates are the 4 of 7 that NIE finds, the detectors the 3 that TIE finds; the others
+    # are noise, so that they may enter the 7 best only by chance.
+    assert 4 / 7 <= scores["neuron"]["nie"]["precision_at_k"] < 1
+    assert 3 / 7 <= scores["neuron"]["tie"]["precision_at_k"] < 1
+    assert scores["neuron"]["nie"]["auroc"] < 1
+
+
+def test_the_score_where_nothing_is_planted(planted):
+    nothing = {"contrast": "H to B", "modules": [], "heads": [], "neurons": []}
+    assert math.isnan(report.score(planted, nothing)["head"]["nie"]["auroc"])
+
+
+def test_groups_hold_the_planted_neurons_of_their_members(tmp_path):
+    made = fabricate(tmp_path, {**RUN, "group_size": 10}, ["neuron"])
+    truth = {"neurons": [[layer, 10 * group + 7] for layer, group in TRUTH["neurons"]]}
+    assert report.score(made, truth)["neuron"]["max"]["precision_at_k"] == 1
+    shown = Page(report.write(tmp_path, {**truth, "contrast": "H to B"}))
+    assert "L5.n30 ●" in shown.text and "a group of 10 adjacent neurons" in shown.text
+
+
+@pytest.mark.parametrize(
+    "planted_unit", [{"heads": [[2, 4]]}, {"neurons": [[6, 0]]}, {"modules": [[0, "mpl"]]}]
+)
+def test_a_truth_of_another_model_is_refused(planted, planted_unit):
+    with pytest.raises(ValueError, match="the truth plants"):
+        report.score(planted, planted_unit)
+
+
+def test_only_what_was_run_is_shown(tmp_path):
+    made = fabricate(tmp_path, granularities=["layer"])
+    shown = Page(report.write(tmp_path))
+    assert [path.name for path in (made.folder / "figures").iterdir()] == ["layer.png"]
+    assert len(shown.images) == 1
+    assert "Attention heads" not in shown.text and "planted" not in shown.text
+    assert "not finished" in shown.text
+
+
+def test_no_share_and_no_interval_where_there_is_none(tmp_path):
+    fabricate(tmp_path, granularities=["head"], te=-0.05, pairs=1)
+    text = Page(report.write(tmp_path)).text
+    assert "One pair is too few to test them" in text
+    assert "% of TE" not in text and "nan" not in text.lower()
+
+
+def test_a_run_that_has_measured_nothing_yet_can_be_reported(tmp_path):
+    made = results.Results.create(tmp_path, RUN, SIZES, ["a"], ["layer", "neuron"])
+    made.fail(0, "layer")
+    text = Page(report.write(tmp_path)).text
+    assert "No total effect was measured" in text
+    assert "layer 0 0 6 0" in text and "neuron 0 0 0 192" in text  # failed, and not run
+
+
+def test_text_is_shown_only_when_asked_for(planted):
+    pairs = [
+        types.SimpleNamespace(id=pair_id, prompt_text="<b>secret</b>", counterfactual_text=None)
+        for pair_id in planted.pair_ids
+    ]
+    assert "secret" not in Page(report.write(planted.folder, pairs=pairs)).text
+    shown = Page(report.write(planted.folder, show_text=True, pairs=pairs))
+    assert shown.text.count("<b>secret</b>") == PAIRS
+    with pytest.raises(ValueError, match="--show_text needs --pairs"):
+        report.write(planted.folder, show_text=True)
+
+
+def test_the_closing_lines_are_measured(planted):
+    lines = report.closing_lines(planted)
+    assert str(planted.folder) in lines[0]
+    mean = f"{planted.te.mean():.2f}".replace("-", "−")
+    assert f"moves Y by {mean} [" in lines[1]
+    assert lines[2].startswith("Modules: ") and lines[3].startswith("Neurons: L5.n")
+    assert len(lines) == 4
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [
+        (-6.108, "−6.11"),
+        (12345.6, "12346"),
+        (-0.00001234, "−0.0000123"),
+        (math.nan, "–"),
+        (0, "0.00"),
+    ],
+)
+def test_numbers_are_shown_with_three_digits(value, text):
+    assert report._number(value) == text
+    assert report._percent(-0.001) == "0%"

@@ -1,0 +1,386 @@
+"""Checkpoints are read and written exactly, or refused with one message that names the fault."""
+
+import json
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+import tokenizers
+import transformers
+
+import models
+from models import checkpoint
+from tests import tiny
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+def assert_equal(a, b):
+    assert a.config == b.config
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A small sound checkpoint, to be spoiled."""
+    tiny.save(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def rewrite(folder, **changes):
+    """Changes tensors of a checkpoint (None removes one); dots are written as `__`."""
+    tensors = safetensors.numpy.load_file(folder / WEIGHTS)
+    tensors |= {name.replace("__", "."): value for name, value in changes.items()}
+    kept = {name: value for name, value in tensors.items() if value is not None}
+    safetensors.numpy.save_file(kept, folder / WEIGHTS, {"format": "pt"})
+
+
+def reconfigure(folder, **attributes):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | attributes))
+
+
+def refusal(folder, **options):
+    """What `load` says of a checkpoint that it refuses."""
+    with pytest.raises(checkpoint.CheckpointError) as caught:
+        models.load(folder, **options)
+    return str(caught.value)
+
+
+def says(message, *parts):
+    assert all(str(part) in message for part in parts), message
+
+
+# Reading and writing.
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_round_trip(family, dtype, tmp_path):
+    decoder = tiny.save(tmp_path / "model", family, dtype=dtype)
+    loaded, tokenizer = models.load(tmp_path / "model")
+    assert tokenizer is None
+    assert_equal(loaded, decoder)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tie_embeddings": True},
+        {"qkv_bias": True, "output_bias": True, "mlp_bias": True},
+        {"num_layers": 1, "num_kv_heads": 1},
+    ],
+)
+def test_round_trip_of_other_shapes(fields, tmp_path):
+    decoder = tiny.save(tmp_path / "model", **fields)
+    assert_equal(models.load(tmp_path / "model")[0], decoder)
+
+
+def test_round_trip_float64(tmp_path):
+    with jax.enable_x64(True):
+        decoder = tiny.save(tmp_path / "model", dtype="float64")
+        assert_equal(models.load(tmp_path / "model")[0], decoder)
+    says(refusal(tmp_path / "model"), "float64", "jax_enable_x64")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_other_dtype(folder, dtype):
+    plain, _ = models.load(folder)
+    converted, _ = models.load(folder, dtype=dtype)
+    for x, y in zip(jax.tree.leaves(plain), jax.tree.leaves(converted), strict=True):
+        np.testing.assert_array_equal(x.astype(dtype), y)
+
+
+def test_float64_of_a_bfloat16_checkpoint(tmp_path):
+    """The definition of an effect in float64 takes the checkpoint's weights as they are."""
+    decoder = tiny.save(tmp_path / "model", dtype="bfloat16")
+    with jax.enable_x64(True):
+        wide, _ = models.load(tmp_path / "model", dtype=jnp.float64)
+        assert wide.config.dtype == "bfloat16"
+        for x, y in zip(jax.tree.leaves(decoder), jax.tree.leaves(wide), strict=True):
+            assert y.dtype == jnp.float64
+            np.testing.assert_array_equal(x.astype(jnp.float64), y)
+        assert wide(jnp.arange(5))[0].dtype == jnp.float64
+
+
+def test_stored_type_counts_and_not_that_of_config(folder):
+    reconfigure(folder, dtype="bfloat16")
+    assert models.load(folder)[0].config.dtype == "float32"
+
+
+def test_mixed_types_give_the_widest(tmp_path):
+    decoder = tiny.save(tmp_path / "model", dtype="bfloat16")
+    rewrite(tmp_path / "model", model__norm__weight=np.full(24, 1 + 2**-20, np.float32))
+    loaded, _ = models.load(tmp_path / "model")
+    assert loaded.config.dtype == "float32"
+    np.testing.assert_array_equal(loaded.final_norm.weight[...], 1 + 2**-20)
+    np.testing.assert_array_equal(loaded.embedding[...], decoder.embedding[...])
+
+
+def test_sharded(tmp_path):
+    decoder = tiny.decoder("qwen2")
+    checkpoint.save(decoder, tmp_path / "model", max_shard_bytes=20_000)
+    assert len(list((tmp_path / "model").glob("*.safetensors"))) > 2
+    assert_equal(models.load(tmp_path / "model")[0], decoder)
+
+
+def test_save_refuses_a_folder_in_use(folder):
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    with pytest.raises(checkpoint.CheckpointError, match="is there already; remove it or choose"):
+        tiny.save(folder, seed=1)
+    assert before == {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_save_leaves_nothing_behind(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", full)
+    with pytest.raises(OSError, match="disk full"):
+        tiny.save(tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_save_refuses_what_the_family_cannot_express(tmp_path):
+    with pytest.raises(checkpoint.CheckpointError, match="a llama checkpoint cannot express"):
+        tiny.save(tmp_path / "model", qkv_bias=True)
+
+
+def test_tokenizer(tmp_path):
+    words = {"<s>": 0, "</s>": 1, "a": 2, "b": 3}
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<s>"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=model, bos_token="<s>", eos_token="</s>"
+    )
+    checkpoint.save(tiny.decoder(), tmp_path / "model", tokenizer=tokenizer)
+    _, loaded = models.load(tmp_path / "model")
+    assert loaded("b a b").input_ids == [3, 2, 3]
+    attributes = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert (attributes["bos_token_id"], attributes["eos_token_id"]) == (0, 1)
+
+
+def test_tied_checkpoint_may_store_the_unembedding(tmp_path):
+    decoder = tiny.save(tmp_path / "model", tie_embeddings=True)
+    rewrite(tmp_path / "model", lm_head__weight=np.asarray(decoder.embedding[...]))
+    assert_equal(models.load(tmp_path / "model")[0], decoder)
+
+
+def test_rotary_buffers_are_ignored(folder):
+    plain, _ = models.load(folder)
+    buffer = np.ones(4, np.float64)
+    rewrite(folder, model__layers__0__self_attn__rotary_emb__inv_freq=buffer)
+    assert_equal(models.load(folder)[0], plain)
+
+
+def test_weights_hash(folder, tmp_path):
+    tiny.save(tmp_path / "same")
+    tiny.save(tmp_path / "other", seed=1)
+    checkpoint.save(tiny.decoder(), tmp_path / "sharded", max_shard_bytes=20_000)
+    hashes = [
+        checkpoint.weights_hash(tmp_path / name) for name in ("model", "same", "other", "sharded")
+    ]
+    assert len(hashes[0]) == 64
+    assert hashes[0] == hashes[1]
+    assert len(set(hashes)) == 3
+
+
+# Folders and the Hub.
+
+
+def test_missing_folder(tmp_path):
+    says(refusal(tmp_path / "nowhere"), tmp_path / "nowhere", "no such folder")
+
+
+def test_file_in_place_of_a_folder(folder):
+    says(refusal(folder / WEIGHTS), WEIGHTS, "is a file; give the folder")
+
+
+def test_hub_is_asked_for_no_code_and_no_pickle(folder, monkeypatch):
+    published = [
+        *("config.json", "model-00001-of-00002.safetensors", INDEX, "tokenizer.json"),
+        *("chat_template.jinja", "tokenizer.model", "merges.txt", "vocab.txt"),
+    ]
+    refused = [
+        *("modeling.py", "pytorch_model.bin", "consolidated.safetensors", "onnx/model.safetensors"),
+        *("original/params.json", "README.md", "model.onnx", "training_args.bin"),
+    ]
+
+    def download(repo_id, *, allow_patterns, ignore_patterns):
+        assert repo_id == "someone/model"
+        taken = huggingface_hub.utils.filter_repo_objects(
+            published + refused, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+        )
+        assert list(taken) == published
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert checkpoint.resolve("someone/model") == folder
+
+
+def test_hub_cannot_be_reached(monkeypatch):
+    def download(*args, **kwargs):
+        raise huggingface_hub.errors.LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    says(refusal("someone/model"), "someone/model: no such folder", "no network")
+
+
+# Files.
+
+
+def test_no_config(folder):
+    (folder / "config.json").unlink()
+    says(refusal(folder), folder, "has no config.json")
+
+
+def test_config_not_json(folder):
+    (folder / "config.json").write_text('{"model_type": ')
+    says(refusal(folder), folder / "config.json", "not JSON")
+
+
+def test_remote_code(folder):
+    reconfigure(folder, auto_map={"AutoModelForCausalLM": "modeling.Model"})
+    says(refusal(folder), folder / "config.json", "auto_map asks for code", "never run")
+
+
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        ({"model_type": "mamba"}, "model_type 'mamba' is not supported; supported: llama, qwen2"),
+        ({"model_type": "not_even_known"}, "model_type 'not_even_known' is not supported"),
+        ({"model_type": "mixtral", "num_local_experts": 8}, "is a mixture of experts"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "is a quantised model"),
+        ({"logit_scale": 0.5}, "attribute logit_scale = 0.5 is not understood"),
+        ({"hidden_size": "wide"}, "hidden_size"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "factor"),
+    ],
+)
+def test_config_refused(folder, attributes, message):
+    reconfigure(folder, **attributes)
+    says(refusal(folder), folder / "config.json", message)
+
+
+def test_no_weights(folder):
+    (folder / WEIGHTS).unlink()
+    says(refusal(folder), folder, f"has neither {WEIGHTS} nor {INDEX}")
+
+
+def test_pickle_only(folder):
+    (folder / WEIGHTS).rename(folder / "pytorch_model.bin")
+    says(refusal(folder), "pytorch_model.bin", "never read", "save_pretrained(new_folder)")
+
+
+@pytest.mark.parametrize("size", [0, 5, 200, 20_000, -1])
+def test_truncated(folder, size):
+    content = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(content[:size])
+    says(refusal(folder), folder / WEIGHTS, "truncated or corrupt", "download it again")
+
+
+def test_not_safetensors(folder):
+    (folder / WEIGHTS).write_bytes(b"<!doctype html>" * 1000)
+    says(refusal(folder), folder / WEIGHTS, "truncated or corrupt")
+
+
+def test_empty_file(folder):
+    safetensors.numpy.save_file({}, folder / WEIGHTS)
+    says(refusal(folder), folder / WEIGHTS, "holds no tensors")
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    checkpoint.save(tiny.decoder(), tmp_path / "model", max_shard_bytes=20_000)
+    return tmp_path / "model"
+
+
+def test_missing_shard(sharded):
+    shard = min(sharded.glob("*.safetensors"))
+    shard.unlink()
+    says(refusal(sharded), sharded / INDEX, shard.name, "is missing")
+
+
+def test_index_leads_out_of_the_folder(sharded):
+    (sharded / INDEX).write_text(json.dumps({"weight_map": {UP: "../other.safetensors"}}))
+    says(refusal(sharded), sharded / INDEX, "'../other.safetensors', which is not a file in its")
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"weight_map": {}}', "{"])
+def test_bad_index(sharded, content):
+    (sharded / INDEX).write_text(content)
+    says(refusal(sharded), sharded / INDEX)
+
+
+def test_tensor_in_two_shards(sharded):
+    first, second, *_ = sorted(sharded.glob("*.safetensors"))
+    tensors = safetensors.numpy.load_file(first) | safetensors.numpy.load_file(second)
+    safetensors.numpy.save_file(tensors, second)
+    says(refusal(sharded), second, first.name, "as well")
+
+
+def test_broken_tokenizer(folder):
+    (folder / "tokenizer.json").write_text("{}")
+    says(refusal(folder), folder, "the tokenizer cannot be read")
+
+
+# Tensors.
+
+
+def test_missing_weight(folder):
+    rewrite(folder, **{UP: None, "model.norm.weight": None})
+    says(refusal(folder), folder, f"{UP} is missing (2 of 30 weights are)")
+
+
+def test_untied_without_unembedding(folder):
+    rewrite(folder, lm_head__weight=None)
+    says(refusal(folder), folder, "lm_head.weight is missing")
+
+
+def test_unexpected_weight(folder):
+    name = "model.layers.1.self_attn.q_norm.weight"
+    rewrite(folder, **{name: np.ones(8, np.float32)})
+    says(refusal(folder), folder / WEIGHTS, f"{name} has no place in a llama model")
+
+
+def test_tied_checkpoint_with_another_unembedding(tmp_path):
+    decoder = tiny.save(tmp_path / "model", tie_embeddings=True)
+    rewrite(tmp_path / "model", lm_head__weight=np.asarray(decoder.embedding[...]) + 1)
+    message = refusal(tmp_path / "model")
+    says(message, WEIGHTS, "lm_head.weight differs from model.embed_tokens.weight")
+    says(message, "set tie_word_embeddings to false")
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 23), (40, 24, 1)])
+def test_wrong_shape(folder, shape):
+    rewrite(folder, **{UP: np.ones(shape, np.float32)})
+    says(refusal(folder), folder / WEIGHTS, f"{UP} has shape {list(shape)}", "asks for [40, 24]")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_not_finite(value, dtype, tmp_path):
+    tiny.save(tmp_path / "model", dtype=dtype)
+    weights = np.ones((40, 24), ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    weights[3, 4] = value
+    rewrite(tmp_path / "model", **{UP: weights})
+    says(refusal(tmp_path / "model"), WEIGHTS, f"{UP} has NaN or infinite values")
+
+
+def test_overflow_of_another_dtype(folder):
+    rewrite(folder, **{UP: np.full((40, 24), 1e6, np.float32)})
+    assert models.load(folder)
+    says(refusal(folder, dtype="float16"), UP, "infinite values when converted to float16")
+
+
+@pytest.mark.parametrize(("dtype", "name"), [(np.int8, "I8"), (ml_dtypes.float8_e4m3fn, "F8_E4M3")])
+def test_quantised_tensor(folder, dtype, name):
+    rewrite(folder, **{UP: np.ones((40, 24), dtype)})
+    says(refusal(folder), folder / WEIGHTS, f"{UP} is stored as {name}", "dequantised first")
