@@ -46,10 +46,15 @@ def capture(decoder: Decoder, tokens: tuple[int, ...]) -> Trace:
 
     One compiled function serves all runs of a bucket, so that equal prompts give equal bits.
     """
+    return _capture(decoder, *pad(tokens))
+
+
+def pad(tokens: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens padded on the right to a bucket's length, and which of them are no padding, [N]."""
     length = bucket(len(tokens), smallest=16)
     padded = np.zeros(length, np.int32)
     padded[: len(tokens)] = tokens
-    return _capture(decoder, padded, np.arange(length) < len(tokens))
+    return padded, np.arange(length) < len(tokens)
 
 
 @jax.jit

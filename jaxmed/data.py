@@ -4,12 +4,15 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+from collections.abc import Callable
+
+from models.errors import InputError
 
 SPLITS = ("A", "B", "C")
 
 
-class DataError(ValueError):
-    """Something is wrong with a pair; the message names the file and line."""
+class DataError(InputError):
+    """Something is wrong with a file of pairs; the message names the file and line."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +29,7 @@ class Pair:
         label, category, source, split: as in the file; the split is A, B or C.
         where: file and line that it was read from, for messages.
         prompt_text, counterfactual_text: what was tokenised; None for tokenised pairs.
+        is_chat: whether the prompt went through the tokenizer's chat template.
     """
 
     id: str
@@ -42,6 +46,7 @@ class Pair:
     where: str = "pair"
     prompt_text: str | None = None
     counterfactual_text: str | None = None
+    is_chat: bool = False
 
 
 _TEXT_FIELDS = {
@@ -54,7 +59,9 @@ _PLAIN_FIELDS = ("label", "category", "source", "split")
 _SPANS = ("prompt_span", "counterfactual_span")
 
 
-def read(path, tokenizer=None, *, chat: bool = False) -> list[Pair]:
+def read(
+    path, tokenizer=None, *, chat: bool = False, on_bad: Callable[[DataError], None] | None = None
+) -> list[Pair]:
     """Reads pairs from a JSONL file, one object a line (design, section 8).
 
     Args:
@@ -63,6 +70,7 @@ def read(path, tokenizer=None, *, chat: bool = False) -> list[Pair]:
         chat: wrap a prompt that is text in the tokenizer's chat template as one user message.
             A prompt given as chat messages always goes through the template; text does not unless
             asked, and is tokenised with the tokenizer's special tokens.
+        on_bad: told of a bad line, which is then left out; by default a bad line is an error.
 
     Raises:
         DataError: a line that is no JSON object, lacks a field or has a bad one, with its number.
@@ -71,26 +79,33 @@ def read(path, tokenizer=None, *, chat: bool = False) -> list[Pair]:
     if not path.is_file():
         raise DataError(f"{path}: there is no such file")
     pairs, lines = [], {}
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
             pair = _parse(line, where, tokenizer, chat)
             if pair.id in lines:
                 raise DataError(f"{where}: id '{pair.id}' was used before, by {lines[pair.id]}")
-            lines[pair.id] = where
-            pairs.append(pair)
+        except DataError as error:
+            if on_bad is None:
+                raise
+            on_bad(error)
+            continue
+        lines[pair.id] = where
+        pairs.append(pair)
     if not pairs:
         raise DataError(f"{path}: holds no pairs")
     return pairs
 
 
-def _parse(line: str, where: str, tokenizer, chat: bool) -> Pair:
+def _parse(line: bytes, where: str, tokenizer, chat: bool) -> Pair:
     try:
         fields = json.loads(line)
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8 text (byte {error.start} of the line)") from None
     if not isinstance(fields, dict):
         raise DataError(f"{where}: expected one JSON object a line, found {type(fields).__name__}")
     identity = str(fields.get("id", where.rpartition(":")[2]))
@@ -113,6 +128,7 @@ def _parse(line: str, where: str, tokenizer, chat: bool) -> Pair:
         where=where,
         prompt_text=_as_text(fields.get("prompt")),
         counterfactual_text=_as_text(fields.get("counterfactual")),
+        is_chat=chat or isinstance(fields.get("prompt"), list),
         **tokens,
         **plain,
         **spans,

@@ -674,7 +674,7 @@ def define_pair(
             )
             members = np.arange(_unit_count(decoder.config, Question(question.metric), work.site))
             members = members // (question.group_size if work.site == Site.NEURON else 1)
-            found = _define(
+            found = _defined_changes(
                 decoder,
                 np.array(base.tokens),
                 _aligned(source.trace, work.site, work.edited, len(base.tokens)),
@@ -691,7 +691,7 @@ def define_pair(
 
 
 @functools.partial(jax.jit, static_argnames=("site", "metric"))
-def _define(
+def _defined_changes(
     decoder, tokens, values, units, reading, last_prompt, site, metric
 ) -> Float[Array, "U"]:
     """Y(edited) - Y(plain) for units given by layer, positions and mask of members."""
@@ -700,18 +700,18 @@ def _define(
         layer, positions, members = unit
         members = members if site in (Site.HEAD, Site.NEURON) else None
         edit = Edit.patch(site, layer, positions, values[layer], members)
-        return _run_value(decoder, tokens, [edit], reading, last_prompt, metric)
+        return _run_value(decoder, tokens, None, [edit], reading, last_prompt, metric)
 
-    plain = _run_value(decoder, tokens, [], reading, last_prompt, metric)
+    plain = _run_value(decoder, tokens, None, [], reading, last_prompt, metric)
     return jax.lax.map(edited_value, units, batch_size=64) - plain
 
 
 def joint_pair(
     decoder: Decoder, pair: Pair, question: Question, sets: Bool[Array, "N L I"]
-) -> tuple[np.ndarray, np.ndarray]:
+) -> PairEffects:
     """NIE and TIE of sets of neurons, each set patched as one intervention.
 
-    By the plain definition, with a list of edits: one for each layer.
+    The whole model is run for every set, with a list of edits: one for each layer.
 
     Args:
         decoder: the model.
@@ -720,19 +720,21 @@ def joint_pair(
         sets: which neurons are in each set.
 
     Returns:
-        NIE and TIE, both [N].
+        Effects whose NIE and TIE hold one array, "joint", [N].
     """
 
     def evaluate(base: Run, source: Run, term: Term, swapped: bool):
         response = len(term.response)
         edited = alignment.edited(pair, question.positions, question.align, response)
         edited = edited.swapped() if swapped else edited
-        positions = np.zeros(len(base.tokens), bool)
+        tokens, valid = capture.pad(base.tokens)
+        positions = np.zeros(len(tokens), bool)
         positions[edited.base] = True
-        found = _define_joint(
+        found = _joint_changes(
             decoder,
-            np.array(base.tokens),
-            _aligned(source.trace, Site.NEURON, edited, len(base.tokens)),
+            tokens,
+            valid,
+            _aligned(source.trace, Site.NEURON, edited, len(tokens)),
             positions,
             sets,
             term.reading,
@@ -741,28 +743,30 @@ def joint_pair(
         )
         yield "joint", ..., np.asarray(found)
 
-    found = _pair_effects(decoder, pair, question, {"joint": (len(sets),)}, _trace, evaluate)
-    return found.nie["joint"], found.tie["joint"]
+    joint_shape = {"joint": (len(sets),)}
+    return _pair_effects(decoder, pair, question, joint_shape, capture.capture, evaluate)
 
 
 @functools.partial(jax.jit, static_argnames=("metric",))
-def _define_joint(decoder, tokens, values, positions, sets, reading, last_prompt, metric):
-    """Y(edited) - Y(plain) for sets of neurons, [N]."""
+def _joint_changes(
+    decoder, tokens, valid, values, positions, sets, reading, last_prompt, metric
+) -> Float[Array, "N"]:
+    """Y(edited) - Y(plain) for sets of neurons."""
 
-    def edited_value(members):
+    def run(members):
         edits = [
             Edit.patch(Site.NEURON, layer, positions, values[layer], members[layer])
             for layer in range(decoder.config.num_layers)
         ]
-        return _run_value(decoder, tokens, edits, reading, last_prompt, metric)
+        return _run_value(decoder, tokens, valid, edits, reading, last_prompt, metric)
 
-    plain = _run_value(decoder, tokens, [], reading, last_prompt, metric)
-    return jax.lax.map(edited_value, sets, batch_size=64) - plain
+    return jax.lax.map(run, sets, batch_size=64) - run(jnp.zeros_like(sets[0]))
 
 
-def _run_value(decoder, tokens, edits, reading, last_prompt, metric) -> Float[Array, ""]:
+def _run_value(decoder, tokens, valid, edits, reading, last_prompt, metric) -> Float[Array, ""]:
     """Y of a run with explicit edits, from its logits."""
-    rows = decoder(tokens, edits=edits)[0][last_prompt + reading.offsets]
+    logits, _ = decoder(tokens, edits=edits, valid=valid)
+    rows = logits[last_prompt + reading.offsets]
     return metric.value(lambda chosen: rows if chosen is None else rows[:, chosen], reading)
 
 

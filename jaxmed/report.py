@@ -17,8 +17,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from matplotlib import colors, figure, patheffects, ticker
 
+from jaxmed import estimands
 from jaxmed import results as results_lib
 from jaxmed import statistics
+from models.errors import InputError
 
 _TRUTH_KEYS = {"module": "modules", "head": "heads", "neuron": "neurons"}
 
@@ -158,10 +160,10 @@ def write(folder, truth: dict | None = None, show_text: bool = False, pairs=None
       The path of `report.html`.
 
     Raises:
-      ValueError: the folder is no results folder, or show_text has no pairs to show.
+      InputError: the folder is no results folder, or show_text has no pairs to show.
     """
     if show_text and pairs is None:
-        raise ValueError("--show_text needs --pairs: a results folder holds no text")
+        raise InputError("--show_text needs --pairs: a results folder holds no text")
     results = results_lib.Results.open(folder)
     summary = statistics.read_summary(results)
     metric = _metric(results)
@@ -204,7 +206,7 @@ def write(folder, truth: dict | None = None, show_text: bool = False, pairs=None
         ],
         unit=metric.unit,
         truth=truth,
-        scores=_score_rows(results, truth, joint) if truth else [],
+        scores=_score_rows(results, truth) if truth else [],
         joint=joint,
         joint_figure=figures.get("joint"),
         statuses=_statuses(results),
@@ -229,10 +231,11 @@ def score(results: results_lib.Results, truth: dict) -> dict:
     Returns:
       {granularity: {direction: {"auroc": fraction, "precision_at_k": fraction}}} for those of
       module, head and neuron that were run; a direction is "nie", "tie" or "max", and units are
-      ranked by |mean NIE|, |mean TIE| or the larger of both. NaN where nothing is planted.
+      ranked by |mean NIE|, |mean TIE| or the larger of both; neurons by "joint" as well where the
+      run has a joint set: first its neurons, in their order. NaN where nothing is planted.
 
     Raises:
-      ValueError: a planted unit does not exist in this run.
+      InputError: a planted unit does not exist in this run.
     """
     scores = {}
     for granularity in _TRUTH_KEYS:
@@ -241,6 +244,8 @@ def score(results: results_lib.Results, truth: dict) -> dict:
         mask = _truth_mask(results, truth, granularity)
         sizes = [np.abs(statistics.pair_mean(values)) for values in results.effects(granularity)]
         sizes = {"nie": sizes[0], "tie": sizes[1], "max": np.fmax(*sizes)}
+        if granularity == "neuron" and "joint" in results.run:
+            sizes["joint"] = _joint_set(results).scores(sizes["max"])
         scores[granularity] = {
             direction: {
                 "auroc": statistics.auroc(size, mask),
@@ -346,7 +351,7 @@ def _truth_mask(results: results_lib.Results, truth: dict, granularity: str) -> 
         else:
             index = unit
         if not (0 <= layer < mask.shape[0] and 0 <= index < mask.shape[1]):
-            raise ValueError(
+            raise InputError(
                 f"the truth plants {granularity} {unit} in layer {layer}, but the run in"
                 f" {results.folder} has {mask.shape[1]} units in each of {mask.shape[0]} layers"
             )
@@ -364,47 +369,51 @@ def _planted(units: _Units, truth: dict | None) -> np.ndarray:
     return np.array([place in places for place in here])
 
 
-def _score_rows(results: results_lib.Results, truth: dict, joint: dict | None) -> list[dict]:
-    labels = {"nie": "|mean NIE|", "tie": "|mean TIE|", "max": "larger of both"}
-    rows = []
-    for granularity, by_direction in score(results, truth).items():
-        planted = int(_truth_mask(results, truth, granularity).sum())
-        for direction, values in by_direction.items():
-            rows.append((_TITLES[granularity], planted, labels[direction], values))
-    if joint:
-        rows.append(
-            ("Neurons", len(truth.get("neurons", [])), "joint, greedy", results.run["joint"])
-        )
+def _score_rows(results: results_lib.Results, truth: dict) -> list[dict]:
+    labels = {
+        "nie": "|mean NIE|",
+        "tie": "|mean TIE|",
+        "max": "larger of both",
+        "joint": "joint, greedy",
+    }
     return [
         {
-            "granularity": title,
-            "planted": planted,
-            "ranking": ranking,
-            "auroc": _fixed(values.get("auroc"), 2),
-            "precision_at_k": _fixed(values.get("precision_at_k"), 2),
+            "granularity": _TITLES[granularity],
+            "planted": int(_truth_mask(results, truth, granularity).sum()),
+            "ranking": labels[direction],
+            "auroc": _fixed(values["auroc"], 3),
+            "precision_at_k": _fixed(values["precision_at_k"], 3),
         }
-        for title, planted, ranking, values in rows
+        for granularity, by_direction in score(results, truth).items()
+        for direction, values in by_direction.items()
     ]
 
 
+def _joint_set(results: results_lib.Results) -> estimands.JointSet:
+    joint = results.run["joint"]
+    picked = [(layer, neuron) for layer, neuron in joint["picked"]]
+    return estimands.JointSet(picked, joint["share_nie"], joint["share_tie"])
+
+
 def _joint(results: results_lib.Results, truth: dict | None) -> dict | None:
-    """The greedy path that a joint confirmation took, one step per unit, or None."""
-    joint = results.run.get("joint")
-    if not joint or not joint.get("picked"):
+    """The greedy path to the joint set, one step per neuron, or None."""
+    if "joint" not in results.run:
         return None
+    joint = _joint_set(results)
     planted = {tuple(place) for place in truth.get("neurons", [])} if truth else set()
-    steps = zip(joint["picked"], joint["share_nie"], joint["share_tie"], strict=True)
     return {
         "steps": [
             {
                 "name": f"L{layer}.n{neuron}",
                 "planted": (layer, neuron) in planted,
-                "nie": math.nan if nie is None else nie,
-                "tie": math.nan if tie is None else tie,
+                "nie": nie,
+                "tie": tie,
                 "share_nie": _percent(nie),
                 "share_tie": _percent(tie),
             }
-            for (layer, neuron), nie, tie in steps
+            for (layer, neuron), nie, tie in zip(
+                joint.picked, joint.share_nie, joint.share_tie, strict=True
+            )
         ]
     }
 

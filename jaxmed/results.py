@@ -13,9 +13,12 @@ import shutil
 import numpy as np
 import zarr
 
-GRANULARITIES = ("layer", "module", "head", "token", "neuron")
-MODULE_SITES = ("attention", "mlp")
-TOKEN_SITES = ("residual", "attention", "mlp")
+from jaxmed.effects import SITES
+from models.errors import InputError
+
+GRANULARITIES = tuple(SITES)
+MODULE_SITES = SITES["module"]
+TOKEN_SITES = SITES["token"]
 
 NOT_RUN, EXACT, ESTIMATED, FAILED = range(4)
 
@@ -88,11 +91,11 @@ class Results:
           granularities: those to make arrays for, out of `GRANULARITIES`.
 
         Raises:
-          ValueError: the folder is not empty, or an argument is not as above.
+          InputError: the folder is not empty, or an argument is not as above.
         """
         folder = pathlib.Path(folder)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ValueError(f"{folder} is not an empty folder: choose another --out")
+            raise InputError(f"{folder} is not an empty folder: choose another --out")
         folder.mkdir(parents=True, exist_ok=True)
         return _start(folder, _described(run, sizes, pair_ids, granularities))
 
@@ -101,7 +104,7 @@ class Results:
         """Opens a results folder to read it or to go on with it.
 
         Raises:
-          ValueError: it is no results folder, or a file in it is damaged (and which).
+          InputError: it is no results folder, or a file in it is damaged (and which).
         """
         folder = pathlib.Path(folder)
         run = _read_run(folder)
@@ -109,12 +112,12 @@ class Results:
         try:
             group = zarr.open_group(path, mode="r+")
         except (OSError, ValueError, KeyError) as error:
-            raise ValueError(
+            raise InputError(
                 f"{path} is missing or damaged ({error}): run again with --overwrite"
             ) from error
         for name in _array_names(run["granularities"]):
             if name not in group:
-                raise ValueError(f"{path} lacks the array {name}: run again with --overwrite")
+                raise InputError(f"{path} lacks the array {name}: run again with --overwrite")
         return cls(folder, run, group)
 
     @classmethod
@@ -128,7 +131,7 @@ class Results:
           overwrite: start again; deletes what an earlier run wrote there, and nothing else.
 
         Raises:
-          ValueError: the folder holds a run with another setting (and which; `CIRCUMSTANCES` are
+          InputError: the folder holds a run with another setting (and which; `CIRCUMSTANCES` are
             not compared), or files but no run.
         """
         folder = pathlib.Path(folder)
@@ -225,7 +228,7 @@ class Results:
 
     def _effects_group(self, granularity: str) -> zarr.Group:
         if granularity not in self.granularities:
-            raise ValueError(
+            raise InputError(
                 f"{self.folder} was not run at granularity {granularity!r}, only at"
                 f" {', '.join(self.granularities)}"
             )
@@ -246,10 +249,10 @@ def _described(run: dict, sizes: Sizes, pair_ids, granularities) -> dict:
     """The content of a new `run.json`."""
     pair_ids = [str(pair_id) for pair_id in pair_ids]
     if not pair_ids or len(set(pair_ids)) != len(pair_ids):
-        raise ValueError("a run needs at least one pair, and pair ids that differ from each other")
+        raise InputError("a run needs at least one pair, and pair ids that differ from each other")
     unknown = sorted(set(granularities) - set(GRANULARITIES))
     if unknown or not granularities:
-        raise ValueError(
+        raise InputError(
             f"--granularity: {', '.join(unknown) or 'nothing'} is none of"
             f" {', '.join(GRANULARITIES)}"
         )
@@ -300,7 +303,7 @@ def _check_same_settings(folder: pathlib.Path, earlier: dict, wanted: dict) -> N
     ignored = {*CIRCUMSTANCES, *earlier["measured"], "measured", "finished"}
     for key in dict.fromkeys((*wanted, *earlier)):
         if key not in ignored and earlier.get(key) != wanted.get(key):
-            raise ValueError(
+            raise InputError(
                 f"{folder} holds a run with another setting: {key} was"
                 f" {_shortened(earlier.get(key))}, is now {_shortened(wanted.get(key))}:"
                 " choose another --out, or --overwrite"
@@ -316,13 +319,13 @@ def _check_free_keys(run: dict) -> None:
 def _read_run(folder: pathlib.Path) -> dict:
     path = folder / _RUN_FILE
     if not path.is_file():
-        raise ValueError(f"{folder} is not a results folder: it has no {_RUN_FILE}")
+        raise InputError(f"{folder} is not a results folder: it has no {_RUN_FILE}")
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): choose another --out") from error
+        raise InputError(f"{path} is damaged ({error}): choose another --out") from error
     if not isinstance(run, dict) or not set(_WRITTEN_HERE) <= set(run):
-        raise ValueError(f"{path} was not written by a run of jaxmed: choose another --out")
+        raise InputError(f"{path} was not written by a run of jaxmed: choose another --out")
     return run
 
 

@@ -11,12 +11,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from scipy import stats
 
+from jaxmed import estimands
 from jaxmed import results as results_lib
 
 # Below this mean total effect, in units of the metric, there is little to take a share of.
 MINIMUM_TOTAL_EFFECT = 0.1
 
 ESTIMANDS = ("nie", "tie", "nde", "int")
+
+SEED = 0  # of the bootstrap
 
 _SUMMARY_FILE = "summary.parquet"
 _VALUES_AT_ONCE = 2**23  # resampled means in memory, 64 MiB in float64
@@ -30,7 +33,7 @@ def pair_mean(values: np.ndarray) -> np.ndarray:
 
 
 def mean_interval(
-    values: np.ndarray, level: float = 0.95, resamples: int = 2000, seed: int = 0
+    values: np.ndarray, level: float = 0.95, resamples: int = 2000, seed: int = SEED
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Means over pairs and their percentile bootstrap intervals (Efron and Tibshirani 1993, 13).
 
@@ -184,8 +187,12 @@ def summarise(results: results_lib.Results) -> pa.Table:
     for granularity in results.granularities:
         nie, tie = results.effects(granularity)
         places = _places(results, granularity)
-        te_of_unit = te.reshape(-1, *(1,) * (nie.ndim - 1))
-        values = {"nie": nie, "tie": tie, "nde": te_of_unit - tie, "int": tie - nie}
+        values = {
+            "nie": nie,
+            "tie": tie,
+            "nde": estimands.natural_direct_effect(te, tie),
+            "int": estimands.interaction(nie, tie),
+        }
         for estimand in ESTIMANDS:
             tables.append(_rows(granularity, estimand, values[estimand], places))
     return pa.concat_tables(tables)

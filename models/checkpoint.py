@@ -30,6 +30,7 @@ from models import config as config_lib
 from models import families
 from models.config import DecoderConfig
 from models.decoder import Decoder
+from models.errors import InputError
 
 SINGLE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -48,7 +49,7 @@ _IGNORED = re.compile(r"\brotary_emb\.inv_freq$")
 _PROGRESS_FROM_BYTES = 10**9
 
 
-class CheckpointError(ValueError):
+class CheckpointError(InputError):
     """A checkpoint that cannot be used; says which file or tensor is at fault, and the way out."""
 
 
@@ -75,7 +76,7 @@ def load(
         stored = _open(_shard_files(folder), stack)
         config = dataclasses.replace(config, dtype=_stored_dtype(stored))
         decoder = _read_decoder(folder, config, jnp.dtype(dtype or config.dtype), stored)
-    return decoder, _read_tokenizer(folder)
+    return decoder, read_tokenizer(folder)
 
 
 def save(
@@ -375,7 +376,8 @@ def _read_config(folder: pathlib.Path) -> DecoderConfig:
         raise CheckpointError(f"{file}: {error}") from error
 
 
-def _read_tokenizer(folder: pathlib.Path) -> transformers.PreTrainedTokenizerBase | None:
+def read_tokenizer(folder: pathlib.Path) -> transformers.PreTrainedTokenizerBase | None:
+    """The tokenizer in a checkpoint's folder, or None if it has no tokenizer files."""
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return None
     try:

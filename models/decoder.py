@@ -154,12 +154,13 @@ class Decoder(nnx.Module):
         """
         if valid is None:
             valid = jnp.ones(tokens.shape, bool)
-        if tokens.ndim == 2:
-            return jax.vmap(lambda t, c, v: self(t, edits=edits, cache=c, valid=v))(
-                tokens, cache, valid
-            )
-
         edits = edits or []
+        if tokens.ndim == 1:
+            return _run(self, tokens, edits, cache, valid)
+        return jax.vmap(lambda t, c, v: _run(self, t, edits, c, v))(tokens, cache, valid)
+
+    def _run(self, tokens, edits, cache, valid):
+        """One sequence."""
         first = 0 if cache is None else jnp.sum(cache.valid)
         at = self.span(first + jnp.maximum(jnp.cumsum(valid) - 1, 0), valid)
         embedding = self.embedding[...][tokens].astype(self.compute_dtype)
@@ -186,3 +187,7 @@ class Decoder(nnx.Module):
         )
         trace = Trace(embedding=embedding, positions=at.positions, valid=valid, **traced)
         return self.unembed(x), trace
+
+
+# Compiled once for each shape, also where the caller compiles nothing.
+_run = jax.jit(Decoder._run)

@@ -1,0 +1,354 @@
+"""Runs that last: from a checkpoint and a file of pairs to a results folder, resumable."""
+
+import dataclasses
+import hashlib
+import json
+import sys
+import time
+from importlib import metadata
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
+import jaxmed
+import models
+from jaxmed import data, effects, estimands, metrics, report, statistics
+from jaxmed.alignment import Align, Positions
+from jaxmed.data import DataError, Pair
+from jaxmed.results import Results, Sizes
+from models import checkpoint
+from models.decoder import Decoder
+from models.errors import InputError
+
+_PACKAGES = ("jax", "jaxlib", "flax", "transformers", "numpy", "scipy", "zarr")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is asked of a checkpoint and a file of pairs; one field per flag of `launch.mediate`.
+
+    Attributes:
+        model: folder or Hugging Face hub id.
+        pairs: JSONL file.
+        out: results folder.
+        granularity: any of layer, module, head, token, neuron.
+        metric: "logit_diff" or "response_logprob_diff".
+        positions: which positions are edited.
+        align: how base and source prompt are laid against each other.
+        group_size: adjacent neurons that are edited together.
+        joint_size: neurons of the greedy joint set; 0 for none.
+        joint_pairs: how many pairs, from the first, the joint set is searched on.
+        chat: wrap text prompts in the tokenizer's chat template.
+        harmful_tokens, safe_tokens: first tokens that replace every pair's own answers
+            (logit_diff): token ids, or texts whose first token counts.
+        response_part, decision_tokens: which part of the response is read, and where it is cut
+            (response_logprob_diff).
+        dtype: of the parameters; "" for the checkpoint's own.
+        matmul_precision: as `jax.default_matmul_precision` takes it.
+        memory_gb: memory for the differences of a batch, in GiB.
+        skip_bad_pairs: leave out, and count, pairs that cannot be used.
+        overwrite: start again in a folder that holds an earlier run.
+        show_text: show prompts in the report.
+    """
+
+    model: str
+    pairs: str
+    out: str
+    granularity: tuple[str, ...] = ("layer", "module", "head", "token", "neuron")
+    metric: str = "logit_diff"
+    positions: str = "last"
+    align: str = "end"
+    group_size: int = 1
+    joint_size: int = 0
+    joint_pairs: int = 8
+    chat: bool = False
+    harmful_tokens: tuple[str, ...] = ()
+    safe_tokens: tuple[str, ...] = ()
+    response_part: str = "all"
+    decision_tokens: int = 1
+    dtype: str = ""
+    matmul_precision: str = "highest"
+    memory_gb: float = 1.0
+    skip_bad_pairs: bool = False
+    overwrite: bool = False
+    show_text: bool = False
+
+
+def run(settings: Settings) -> Results:
+    """Computes every effect that is asked for, and writes files and report.
+
+    A folder that holds an unfinished run of the same settings is gone on with. Nothing is written
+    before the checkpoint and every pair have been checked.
+
+    Raises:
+        InputError: something that the user gave cannot be used; the message names it.
+    """
+    began = time.time()
+    _check(settings)
+    _say(f"Loading {settings.model}")
+    folder = checkpoint.resolve(settings.model)
+    decoder, tokenizer = models.load(folder, dtype=settings.dtype or None)
+    question = effects.Question(
+        _metric(settings, tokenizer),
+        Positions(settings.positions),
+        Align(settings.align),
+        settings.group_size,
+    )
+    pairs, skipped = _read_pairs(settings, decoder, tokenizer, question)
+    results = Results.resume_or_create(
+        settings.out,
+        _description(settings, folder, pairs, skipped),
+        _sizes(decoder, pairs, question),
+        [pair.id for pair in pairs],
+        settings.granularity,
+        overwrite=settings.overwrite,
+    )
+    with jax.default_matmul_precision(settings.matmul_precision):
+        _scan(decoder, pairs, question, results, settings.memory_gb)
+    measured = {}
+    if settings.joint_size:
+        measured["joint"] = _joint(decoder, pairs, question, results, settings)
+    results.finish(measured | {"seconds": time.time() - began})
+    statistics.write_summary(results)
+    report.write(results.folder, _truth(folder), settings.show_text, pairs)
+    return results
+
+
+def report_again(folder: str, show_text: bool) -> Results:
+    """Writes the report of a finished or unfinished run anew; see `report.write`.
+
+    Raises:
+        InputError: the folder is no results folder, or the texts to show are gone.
+    """
+    results = Results.open(folder)
+    run = results.run
+    model, pairs = checkpoint.resolve(run["model"]), None
+    if show_text:
+        pairs = data.read(run["pairs"], checkpoint.read_tokenizer(model), chat=run["chat"])
+        if missing := set(results.pair_ids) - {pair.id for pair in pairs}:
+            raise InputError(
+                f"--show_text: {run['pairs']} no longer has pair '{sorted(missing)[0]}'"
+            )
+    report.write(results.folder, _truth(model), show_text, pairs)
+    return results
+
+
+def _check(settings: Settings) -> None:
+    """Refuses settings that contradict each other, before anything is loaded."""
+    for name, kind in (("positions", Positions), ("align", Align)):
+        if getattr(settings, name) not in list(kind):
+            raise InputError(f"--{name}={getattr(settings, name)}: not one of {', '.join(kind)}")
+    if unknown := set(settings.granularity) - set(effects.SITES):
+        raise InputError(
+            f"--granularity={','.join(sorted(unknown))}: not one of {', '.join(effects.SITES)}"
+        )
+    if settings.positions == Positions.RESPONSE and settings.metric == "logit_diff":
+        raise InputError(
+            "--positions=response: logit_diff reads the last prompt token, which no later "
+            "position can change; use --metric=response_logprob_diff"
+        )
+    if settings.joint_size and (settings.group_size > 1 or "neuron" not in settings.granularity):
+        raise InputError("--joint_size needs --granularity=neuron and --group_size=1")
+
+
+def _metric(settings: Settings, tokenizer) -> metrics.Metric:
+    if settings.metric == "response_logprob_diff":
+        return metrics.ResponseLogprobDifference(settings.response_part, settings.decision_tokens)
+    return metrics.LogitDifference(
+        _first_tokens("harmful_tokens", settings.harmful_tokens, tokenizer),
+        _first_tokens("safe_tokens", settings.safe_tokens, tokenizer),
+    )
+
+
+def _first_tokens(flag: str, given: tuple[str, ...], tokenizer) -> tuple[int, ...]:
+    """Token ids, given as numbers or as texts whose first token counts."""
+    found = []
+    for text in given:
+        if text.isdecimal():
+            found.append(int(text))
+            continue
+        if tokenizer is None:
+            raise InputError(
+                f"--{flag}={text}: the checkpoint has no tokenizer; give token ids instead"
+            )
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not ids:
+            raise InputError(f"--{flag}: '{text}' has no tokens")
+        found.append(ids[0])
+    return tuple(dict.fromkeys(found))
+
+
+def _read_pairs(
+    settings: Settings, decoder: Decoder, tokenizer, question: effects.Question
+) -> tuple[list[Pair], int]:
+    """The pairs that can be used, and how many cannot."""
+    bad = []
+    on_bad = bad.append if settings.skip_bad_pairs else None
+    pairs = data.read(settings.pairs, tokenizer, chat=settings.chat, on_bad=on_bad)
+    usable = []
+    for pair in pairs:
+        try:
+            effects.check(decoder.config, pair, question)
+            usable.append(pair)
+        except DataError as error:
+            if on_bad is None:
+                raise DataError(f"{error} (or leave such pairs out: --skip_bad_pairs)") from None
+            on_bad(error)
+    for error in bad:
+        _say(f"Skipped: {error}")
+    if not usable:
+        raise DataError(f"{settings.pairs}: not one of its pairs can be used")
+    if bad:
+        _say(f"Skipped {len(bad)} of {len(bad) + len(usable)} pairs")
+    is_text = usable[0].prompt_text is not None and not usable[0].is_chat
+    if is_text and tokenizer.chat_template:
+        _say(
+            "Prompts are text and are used as they stand; --chat wraps them in the tokenizer's "
+            "chat template"
+        )
+    return usable, len(bad)
+
+
+def _sizes(decoder: Decoder, pairs: list[Pair], question: effects.Question) -> Sizes:
+    config = decoder.config
+    positions = max(
+        effects.shapes(config, pair, question, ["token"])["token"][-1] for pair in pairs
+    )
+    groups = effects.group_count(config, question.group_size)
+    return Sizes(config.num_layers, config.num_heads, groups, positions)
+
+
+def _description(settings: Settings, folder, pairs: list[Pair], skipped: int) -> dict:
+    """What `run.json` says of the run."""
+    flags = dataclasses.asdict(settings)
+    device = jax.devices()[0]
+    return flags | {
+        # The name under which the results' arrays record it.
+        "precision": settings.matmul_precision,
+        "command": sys.argv,
+        "versions": {name: metadata.version(name) for name in _PACKAGES}
+        | {"jaxmed": jaxmed.__version__, "python": sys.version.split()[0]},
+        "device": f"{device.device_kind} ({device.platform})",
+        "weights_hash": checkpoint.weights_hash(folder),
+        "pairs_hash": _pairs_hash(pairs),
+        "skipped": skipped,
+        "seeds": {"bootstrap": statistics.SEED},
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _pairs_hash(pairs: list[Pair]) -> str:
+    """Of what the run reads of the pairs: their tokens."""
+    fields = [(pair.prompt_ids, pair.counterfactual_ids, pair.harmful_ids, pair.safe_ids)
+              for pair in pairs]  # fmt: skip
+    return hashlib.sha256(json.dumps(fields).encode()).hexdigest()
+
+
+def _scan(
+    decoder: Decoder,
+    pairs: list[Pair],
+    question: effects.Question,
+    results: Results,
+    memory_gb: float,
+) -> None:
+    """Computes what is missing, pair by pair, with a progress bar."""
+    missing = {name: set(results.missing(name)) for name in results.granularities}
+    todo = {
+        index: [name for name in results.granularities if index in missing[name]]
+        for index in range(len(pairs))
+    }
+    todo = {index: names for index, names in todo.items() if names}
+    if not todo:
+        return
+    if len(todo) < len(pairs):
+        _say(f"Going on with {results.folder}: {len(pairs) - len(todo)} pairs are done")
+    costs = {
+        index: effects.operations(decoder.config, pairs[index], question, names)
+        for index, names in todo.items()
+    }
+    _announce(decoder, results, question, len(todo), sum(costs.values()))
+    with tqdm.tqdm(total=sum(costs.values()), unit="FLOP", unit_scale=True) as bar:
+        for done, (index, names) in enumerate(todo.items(), start=1):
+            bar.set_description(f"pair {done}/{len(todo)}")
+            found = effects.scan_pair(
+                decoder,
+                pairs[index],
+                question,
+                names,
+                memory_gb=memory_gb,
+                on_operations=bar.update,
+            )
+            results.write_totals(index, found.y_base, found.y_source)
+            for name in names:
+                shape = results.sizes.shape(name)
+                nie, tie = (_fitted(side[name], shape) for side in (found.nie, found.tie))
+                results.write(index, name, nie, tie)
+
+
+def _fitted(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """A pair's effects in the shape of the results: NaN beyond its last position."""
+    extra = [(0, full - own) for full, own in zip(shape, values.shape, strict=True)]
+    return np.pad(values, extra, constant_values=np.nan)
+
+
+def _announce(
+    decoder: Decoder, results: Results, question: effects.Question, pairs: int, operations: float
+) -> None:
+    """Says what the run will cost."""
+    units = sum(int(np.prod(results.sizes.shape(name))) for name in results.granularities)
+    rate = _product_rate(decoder)
+    _say(
+        f"{pairs} pairs, at most {units:,} units each, in both directions: "
+        f"{operations:.2e} floating-point operations. This machine's matrix products make "
+        f"{rate:.1e} a second, so it takes at least {operations / rate / 60:.1f} minutes, "
+        "and compilation (some seconds for each length of prompt)."
+    )
+
+
+def _product_rate(decoder: Decoder) -> float:
+    """Floating-point operations a second of a product of the MLP's shape, measured now."""
+    rows, config = 512, decoder.config
+    left = jnp.ones((rows, config.hidden_size), decoder.compute_dtype)
+    right = jnp.ones((config.hidden_size, config.intermediate_size), decoder.compute_dtype)
+    product = jax.jit(jnp.matmul)
+    product(left, right).block_until_ready()
+    repeats = 5
+    start = time.perf_counter()
+    for _ in range(repeats):
+        product(left, right).block_until_ready()
+    seconds = time.perf_counter() - start
+    return 2.0 * rows * config.hidden_size * config.intermediate_size * repeats / seconds
+
+
+def _joint(
+    decoder: Decoder,
+    pairs: list[Pair],
+    question: effects.Question,
+    results: Results,
+    settings: Settings,
+) -> dict:
+    """The greedy joint set, as `run.json` and the report have it."""
+    nie, tie = (np.abs(statistics.pair_mean(side)) for side in results.effects("neuron"))
+    with tqdm.tqdm(total=settings.joint_size, unit="neuron", desc="joint set") as bar:
+        found = estimands.greedy_set(
+            decoder,
+            pairs[: settings.joint_pairs],
+            question,
+            np.maximum(nie, tie),
+            size=settings.joint_size,
+            matmul_precision=settings.matmul_precision,
+            on_step=bar.update,
+        )
+    return dataclasses.asdict(found)
+
+
+def _truth(folder) -> dict | None:
+    """What an organism's folder says was planted in it; None for any other checkpoint."""
+    file = folder / "truth.json"
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

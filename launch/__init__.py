@@ -1,0 +1,1 @@
+"""Command-line programs: each parses its flags and calls jaxmed."""
