@@ -36,9 +36,13 @@ class Frame:
     span: Span
 
 
+# Runs and prefixes of up to this many tokens share their compilations.
+SHORTEST = 64
+
+
 def bucket(length: int, smallest: int = 1) -> int:
-    """The power of two, at least `smallest`, that holds the length; keeps compilations few."""
-    return max(smallest, 1 << (length - 1).bit_length()) if length > 0 else smallest
+    """The power of two, at least `smallest`, that holds a length of 1 or more."""
+    return max(smallest, 1 << (length - 1).bit_length())
 
 
 def capture(decoder: Decoder, tokens: tuple[int, ...]) -> Trace:
@@ -51,7 +55,7 @@ def capture(decoder: Decoder, tokens: tuple[int, ...]) -> Trace:
 
 def pad(tokens: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     """Tokens padded on the right to a bucket's length, and which of them are no padding, [N]."""
-    length = bucket(len(tokens), smallest=16)
+    length = bucket(len(tokens), SHORTEST)
     padded = np.zeros(length, np.int32)
     padded[: len(tokens)] = tokens
     return padded, np.arange(length) < len(tokens)
@@ -67,7 +71,7 @@ def frame(decoder: Decoder, trace: Trace, start: int, size: int) -> Frame:
 
     Positions of the span beyond the run's end are padding: nothing before them can see them.
     """
-    return _frame(decoder, trace, start, size, bucket(start, smallest=16) if start else 0)
+    return _frame(decoder, trace, start, size, bucket(start, SHORTEST) if start else 0)
 
 
 @functools.partial(jax.jit, static_argnames=("size", "prefix_size"))

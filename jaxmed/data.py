@@ -6,6 +6,8 @@ import json
 import pathlib
 from collections.abc import Callable
 
+import jinja2
+
 from models.errors import InputError
 
 SPLITS = ("A", "B", "C")
@@ -101,13 +103,19 @@ def read(
 
 def _parse(line: bytes, where: str, tokenizer, chat: bool) -> Pair:
     try:
-        fields = json.loads(line)
+        fields = json.loads(line.decode("utf-8-sig"))
+        json.dumps(fields, ensure_ascii=False).encode()  # fails where an escape is no character
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not UTF-8 text (byte {error.start} of the line)") from None
+    except UnicodeEncodeError:
+        raise DataError(f"{where}: has half of a surrogate pair, which is no character") from None
+    except (ValueError, RecursionError) as error:  # numbers too long, brackets too deep
+        raise DataError(f"{where}: not to be read as JSON ({error})") from None
     if not isinstance(fields, dict):
         raise DataError(f"{where}: expected one JSON object a line, found {type(fields).__name__}")
+    fields = {name: value for name, value in fields.items() if value is not None}
     identity = str(fields.get("id", where.rpartition(":")[2]))
     tokens = {
         ids: _tokens(fields, text, ids, where, tokenizer, chat)
@@ -118,7 +126,7 @@ def _parse(line: bytes, where: str, tokenizer, chat: bool) -> Pair:
             given = text in fields or ids in fields
             what = f"an empty {text}" if given else f"no {text}"
             raise DataError(f"{where}: pair '{identity}' has {what} (field '{text}' or '{ids}')")
-    plain = {name: str(fields[name]) for name in _PLAIN_FIELDS if fields.get(name) is not None}
+    plain = {name: str(fields[name]) for name in _PLAIN_FIELDS if name in fields}
     plain.setdefault("split", _split(identity))
     if plain["split"] not in SPLITS:
         raise DataError(f"{where}: split is '{plain['split']}', not one of {', '.join(SPLITS)}")
@@ -152,20 +160,31 @@ def _tokens(fields, text_name, ids_name, where, tokenizer, chat) -> tuple[int, .
             f"give '{ids_name}' instead"
         )
     is_prompt = ids_name in ("prompt_ids", "counterfactual_ids")
+    if is_prompt and text in ("", []):
+        return ()  # of which the tokenizer would make a BOS, and the template a conversation
     if isinstance(text, str) and not (is_prompt and chat):
         return tuple(tokenizer(text, add_special_tokens=is_prompt)["input_ids"])
     if not is_prompt:
         raise DataError(f"{where}: '{text_name}' must be text")
     messages = [{"role": "user", "content": text}] if isinstance(text, str) else text
     if not isinstance(messages, list) or not all(
-        isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages
+        isinstance(m, dict) and all(isinstance(m.get(key), str) for key in ("role", "content"))
+        for m in messages
     ):
         raise DataError(
-            f"{where}: '{text_name}' must be text or a list of messages with 'role' and 'content'"
+            f"{where}: '{text_name}' must be text or a list of messages with 'role' and 'content', "
+            "both text"
         )
     if not tokenizer.chat_template:
         raise DataError(f"{where}: '{text_name}' is a chat, but the tokenizer has no chat template")
-    rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    try:
+        rendered = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=False
+        )
+    except jinja2.TemplateError as error:  # many templates refuse a system role, or two in a row
+        raise DataError(
+            f"{where}: the tokenizer's chat template refuses '{text_name}': {error}"
+        ) from None
     return tuple(tokenizer(rendered, add_special_tokens=False)["input_ids"])
 
 

@@ -15,7 +15,6 @@ Shapes are named in `models.layers` and `jaxmed.capture`; B is a batch of units,
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable, Iterable, Iterator
 
 import jax
@@ -42,6 +41,8 @@ SITES: dict[str, tuple[Site, ...]] = {
     "neuron": (Site.NEURON,),
 }
 
+_LAYER_SITES = tuple(site for site in Site if site != Site.EMBEDDING)
+_DEFINED_AT_ONCE = 64  # units that the plain definition runs as a batch
 _ALL = -1  # the position of a unit that is edited at every edited position
 
 
@@ -370,8 +371,13 @@ def _token_work(config, edited: Edited, columns: np.ndarray, last_read: int) -> 
 
 
 def _span(first: int, last: int, smallest: int = 1) -> tuple[int, int]:
-    """Start and padded length of the span that holds all edited and read positions."""
-    size = capture.bucket(int(last - first) + 1, smallest)
+    """Start and padded length of the span that holds all edited and read positions.
+
+    Its length is 1, 4, 16 or a larger power of two: each length is compiled once.
+    """
+    length = int(last - first) + 1
+    size = next((size for size in (1, 4) if smallest <= size and length <= size), 0)
+    size = size or capture.bucket(length, smallest=16)
     return max(0, int(last) + 1 - size), size
 
 
@@ -459,8 +465,8 @@ def scan_pair(
 
     def evaluate(base: Run, source: Run, term: Term, swapped: bool):
         works = plan(decoder.config, pair, term, question, granularities, swapped)
-        for (start, size), same_span in itertools.groupby(works, lambda w: (w.start, w.size)):
-            same_span = list(same_span)
+        for start, size in sorted({(work.start, work.size) for work in works}):
+            same_span = [work for work in works if (work.start, work.size) == (start, size)]
             frame = capture.frame(decoder, base.trace, start, size)
             most = max(len(work.units) for work in same_span)
             batch = batch_size(decoder.config, same_span[0], term, most, memory_gb)
@@ -664,46 +670,64 @@ def define_pair(
     granularities = list(granularities)
 
     def evaluate(base: Run, source: Run, term: Term, swapped: bool):
+        length = len(base.tokens)
         for work in plan(decoder.config, pair, term, question, granularities, swapped):
-            units = work.units
-            positions = np.zeros((len(units), len(base.tokens)), bool)
-            positions[:, work.edited.base] = True
-            alone = units.positions != _ALL
-            positions[alone] = np.arange(len(base.tokens)) == (
-                work.start + units.positions[alone, None]
-            )
-            members = np.arange(_unit_count(decoder.config, Question(question.metric), work.site))
-            members = members // (question.group_size if work.site == Site.NEURON else 1)
-            found = _defined_changes(
-                decoder,
-                np.array(base.tokens),
-                _aligned(source.trace, work.site, work.edited, len(base.tokens)),
-                (units.layers, positions, units.units[:, None] == members),
-                term.reading,
-                base.prompt_length - 1,
-                site=work.site,
-                metric=question.metric,
-            )
-            yield work.granularity, work.place, np.asarray(found)
+            values = {
+                site: _aligned(source.trace, site, work.edited, length) for site in _LAYER_SITES
+            }
+            changes = []
+            for units in work.units.batches(_DEFINED_AT_ONCE, decoder.config.num_layers):
+                positions = np.zeros((len(units), length), bool)
+                positions[:, work.edited.base] = True
+                alone = units.positions != _ALL
+                position = work.start + units.positions[alone, None]
+                positions[alone] = np.arange(length) == position
+                changes.append(
+                    _defined_changes(
+                        decoder,
+                        np.array(base.tokens),
+                        values,
+                        _LAYER_SITES.index(work.site),
+                        (units.layers, units.units, positions),
+                        question.group_size,
+                        term.reading,
+                        base.prompt_length - 1,
+                        metric=question.metric,
+                    )
+                )
+            yield work.granularity, work.place, np.concatenate(changes)[: len(work.units)]
 
     result_shapes = shapes(decoder.config, pair, question, granularities)
     return _pair_effects(decoder, pair, question, result_shapes, _trace, evaluate)
 
 
-@functools.partial(jax.jit, static_argnames=("site", "metric"))
+@functools.partial(jax.jit, static_argnames=("metric",))
 def _defined_changes(
-    decoder, tokens, values, units, reading, last_prompt, site, metric
+    decoder, tokens, values, chosen, units, group_size, reading, last_prompt, metric
 ) -> Float[Array, "U"]:
-    """Y(edited) - Y(plain) for units given by layer, positions and mask of members."""
+    """Y(edited) - Y(plain) for units of the chosen site, given by layer, unit and positions.
+
+    Every site has its edit, and the masks of all but the chosen one are empty: one compilation
+    serves all sites.
+    """
+    config = decoder.config
 
     def edited_value(unit):
-        layer, positions, members = unit
-        members = members if site in (Site.HEAD, Site.NEURON) else None
-        edit = Edit.patch(site, layer, positions, values[layer], members)
-        return _run_value(decoder, tokens, None, [edit], reading, last_prompt, metric)
+        layer, index, positions = unit
+        members = {
+            Site.HEAD: jnp.arange(config.num_heads) == index,
+            Site.NEURON: jnp.arange(config.intermediate_size) // group_size == index,
+        }
+        edits = [
+            Edit.patch(
+                site, layer, positions & (number == chosen), values[site][layer], members.get(site)
+            )
+            for number, site in enumerate(_LAYER_SITES)
+        ]
+        return _run_value(decoder, tokens, None, edits, reading, last_prompt, metric)
 
     plain = _run_value(decoder, tokens, None, [], reading, last_prompt, metric)
-    return jax.lax.map(edited_value, units, batch_size=64) - plain
+    return jax.vmap(edited_value)(units) - plain
 
 
 def joint_pair(
@@ -770,11 +794,11 @@ def _run_value(decoder, tokens, valid, edits, reading, last_prompt, metric) -> F
     return metric.value(lambda chosen: rows if chosen is None else rows[:, chosen], reading)
 
 
-def _aligned(trace: Trace, site: Site, edited: Edited, length: int) -> Float[Array, "L T ..."]:
-    """The source run's values of a site, moved to the base run's positions."""
+def _aligned(trace: Trace, site: Site, edited: Edited, length: int) -> np.ndarray:
+    """The source run's values of a site, moved to the base run's positions, [L, T, ...]."""
     source_rows = np.zeros(length, np.int32)
     source_rows[edited.base] = edited.source
-    return getattr(trace, site.value)[:, source_rows]
+    return np.asarray(getattr(trace, site.value))[:, source_rows]
 
 
 def _trace(decoder: Decoder, tokens: tuple[int, ...]) -> Trace:

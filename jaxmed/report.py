@@ -17,9 +17,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from matplotlib import colors, figure, patheffects, ticker
 
-from jaxmed import estimands
+from jaxmed import estimands, statistics
 from jaxmed import results as results_lib
-from jaxmed import statistics
 from models.errors import InputError
 
 _TRUTH_KEYS = {"module": "modules", "head": "heads", "neuron": "neurons"}

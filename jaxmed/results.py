@@ -91,13 +91,17 @@ class Results:
           granularities: those to make arrays for, out of `GRANULARITIES`.
 
         Raises:
-          InputError: the folder is not empty, or an argument is not as above.
+          InputError: the folder is not empty or cannot be made, or an argument is not as above.
         """
         folder = pathlib.Path(folder)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise InputError(f"{folder} is not an empty folder: choose another --out")
-        folder.mkdir(parents=True, exist_ok=True)
-        return _start(folder, _described(run, sizes, pair_ids, granularities))
+        described = _described(run, sizes, pair_ids, granularities)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--out={folder}: cannot be made ({error.strerror})") from error
+        return _start(folder, described)
 
     @classmethod
     def open(cls, folder) -> "Results":

@@ -22,6 +22,12 @@ from models import checkpoint
 from models.decoder import Decoder
 from models.errors import InputError
 
+_CHOICES = {
+    "metric": ("logit_diff", "response_logprob_diff"),
+    "response_part": ("all", "decision", "continuation"),
+    "positions": tuple(Positions),
+    "align": tuple(Align),
+}
 _PACKAGES = ("jax", "jaxlib", "flax", "transformers", "numpy", "scipy", "zarr")
 
 
@@ -108,8 +114,8 @@ def run(settings: Settings) -> Results:
     with jax.default_matmul_precision(settings.matmul_precision):
         _scan(decoder, pairs, question, results, settings.memory_gb)
     measured = {}
-    if settings.joint_size:
-        measured["joint"] = _joint(decoder, pairs, question, results, settings)
+    if settings.joint_size and (joint := _joint(decoder, pairs, question, results, settings)):
+        measured["joint"] = joint
     results.finish(measured | {"seconds": time.time() - began})
     statistics.write_summary(results)
     report.write(results.folder, _truth(folder), settings.show_text, pairs)
@@ -124,23 +130,29 @@ def report_again(folder: str, show_text: bool) -> Results:
     """
     results = Results.open(folder)
     run = results.run
-    model, pairs = checkpoint.resolve(run["model"]), None
+    truth, pairs = None, None
+    try:
+        truth = _truth(checkpoint.resolve(run["model"]))
+    except checkpoint.CheckpointError as error:
+        _say(f"A planted answer, if the model has one, is not scored: {error}")
     if show_text:
-        pairs = data.read(run["pairs"], checkpoint.read_tokenizer(model), chat=run["chat"])
+        tokenizer = checkpoint.read_tokenizer(checkpoint.resolve(run["model"]))
+        pairs = data.read(run["pairs"], tokenizer, chat=run["chat"])
         if missing := set(results.pair_ids) - {pair.id for pair in pairs}:
             raise InputError(
                 f"--show_text: {run['pairs']} no longer has pair '{sorted(missing)[0]}'"
             )
-    report.write(results.folder, _truth(model), show_text, pairs)
+    report.write(results.folder, truth, show_text, pairs)
     return results
 
 
 def _check(settings: Settings) -> None:
     """Refuses settings that contradict each other, before anything is loaded."""
-    for name, kind in (("positions", Positions), ("align", Align)):
-        if getattr(settings, name) not in list(kind):
-            raise InputError(f"--{name}={getattr(settings, name)}: not one of {', '.join(kind)}")
-    if unknown := set(settings.granularity) - set(effects.SITES):
+    for name, known in _CHOICES.items():
+        if getattr(settings, name) not in known:
+            raise InputError(f"--{name}={getattr(settings, name)}: not one of {', '.join(known)}")
+    unknown = set(settings.granularity) - set(effects.SITES)
+    if unknown or not settings.granularity:
         raise InputError(
             f"--granularity={','.join(sorted(unknown))}: not one of {', '.join(effects.SITES)}"
         )
@@ -185,7 +197,12 @@ def _read_pairs(
 ) -> tuple[list[Pair], int]:
     """The pairs that can be used, and how many cannot."""
     bad = []
-    on_bad = bad.append if settings.skip_bad_pairs else None
+
+    def skip(error: DataError) -> None:
+        bad.append(error)
+        _say(f"Skipped: {error}")
+
+    on_bad = skip if settings.skip_bad_pairs else None
     pairs = data.read(settings.pairs, tokenizer, chat=settings.chat, on_bad=on_bad)
     usable = []
     for pair in pairs:
@@ -196,8 +213,6 @@ def _read_pairs(
             if on_bad is None:
                 raise DataError(f"{error} (or leave such pairs out: --skip_bad_pairs)") from None
             on_bad(error)
-    for error in bad:
-        _say(f"Skipped: {error}")
     if not usable:
         raise DataError(f"{settings.pairs}: not one of its pairs can be used")
     if bad:
@@ -240,9 +255,12 @@ def _description(settings: Settings, folder, pairs: list[Pair], skipped: int) ->
 
 
 def _pairs_hash(pairs: list[Pair]) -> str:
-    """Of what the run reads of the pairs: their tokens."""
-    fields = [(pair.prompt_ids, pair.counterfactual_ids, pair.harmful_ids, pair.safe_ids)
-              for pair in pairs]  # fmt: skip
+    """Of what the run reads of the pairs: their tokens and spans."""
+    fields = [
+        (pair.prompt_ids, pair.counterfactual_ids, pair.harmful_ids, pair.safe_ids)
+        + (pair.prompt_span, pair.counterfactual_span)
+        for pair in pairs
+    ]
     return hashlib.sha256(json.dumps(fields).encode()).hexdigest()
 
 
@@ -328,8 +346,15 @@ def _joint(
     question: effects.Question,
     results: Results,
     settings: Settings,
-) -> dict:
-    """The greedy joint set, as `run.json` and the report have it."""
+) -> dict | None:
+    """The greedy joint set, as `run.json` and the report have it; None where TE is too small."""
+    te = float(np.mean(results.te[: settings.joint_pairs]))
+    if not abs(te) >= statistics.MINIMUM_TOTAL_EFFECT:
+        _say(
+            f"No joint set: the mean total effect of its pairs is {te:.2g}, less than "
+            f"{statistics.MINIMUM_TOTAL_EFFECT}, and shares of it would say nothing"
+        )
+        return None
     nie, tie = (np.abs(statistics.pair_mean(side)) for side in results.effects("neuron"))
     with tqdm.tqdm(total=settings.joint_size, unit="neuron", desc="joint set") as bar:
         found = estimands.greedy_set(

@@ -1,0 +1,155 @@
+"""The decoder: edits at every site, traces, caches and padding."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models.edits import Edit, Site
+from models.layers import Cache
+from tests import tiny
+
+TOKENS = np.array([5, 17, 3, 42, 8, 23, 60])
+T = len(TOKENS)
+MIDDLE = np.isin(np.arange(T), [2, 4])
+
+
+@pytest.fixture(scope="module", params=tiny.FAMILIES)
+def decoder(request):
+    return tiny.decoder(request.param)
+
+
+@functools.cache
+def plain(decoder):
+    return decoder(TOKENS)
+
+
+def test_a_trace_is_consistent_with_itself(decoder):
+    logits, trace = plain(decoder)
+    steps = np.concatenate([trace.embedding[None], trace.residual])
+    np.testing.assert_allclose(np.diff(steps, axis=0), trace.layer, atol=2e-6)
+    np.testing.assert_allclose(trace.attention + trace.mlp, trace.layer, atol=1e-6)
+    kernel = decoder.blocks.mlp.down.kernel[...]
+    np.testing.assert_allclose(trace.neuron @ kernel, trace.mlp, atol=1e-5)
+    heads = trace.head.reshape(3, T, -1) @ decoder.blocks.attention.output.kernel[...]
+    np.testing.assert_allclose(heads, trace.attention, atol=1e-5)
+    np.testing.assert_allclose(decoder.unembed(trace.residual[-1]), logits, atol=1e-6)
+    chosen = decoder.unembed(trace.residual[-1], np.array([3, 1]))
+    np.testing.assert_allclose(chosen, logits[:, [3, 1]], atol=1e-5)
+
+
+@pytest.mark.parametrize("site", list(Site))
+def test_no_edit_is_exactly_no_edit(decoder, site):
+    """(1, 0), and a patch of nothing, change no bit."""
+    logits, trace = plain(decoder)
+    for edit in (
+        Edit.damp(site, 1, np.ones(T), 1.0),
+        Edit.steer(site, 1, np.ones(T), 0.0),
+        Edit.patch(site, 1, np.zeros(T), 99.0),
+    ):
+        np.testing.assert_array_equal(decoder(TOKENS, edits=[edit])[0], logits)
+    value = getattr(trace, site.value)
+    value = value if site == Site.EMBEDDING else value[1]
+    edit = Edit.patch(site, 1, np.ones(T), value)
+    np.testing.assert_array_equal(decoder(TOKENS, edits=[edit])[0], logits)
+
+
+@pytest.mark.parametrize("site", list(Site))
+def test_an_edit_changes_its_own_positions_layer_and_units_alone(decoder, site):
+    logits, trace = plain(decoder)
+    units = {Site.HEAD: np.arange(4) == 2, Site.NEURON: np.arange(40) == 11}.get(site)
+    edited, after = decoder(TOKENS, edits=[Edit.affine(site, 1, MIDDLE, 0.5, 3.0, units)])
+    old, new = (np.asarray(getattr(run, site.value)) for run in (trace, after))
+    if site != Site.EMBEDDING:
+        np.testing.assert_array_equal(new[0], old[0])
+        old, new = old[1], new[1]
+    changed = new != old
+    if units is not None:
+        assert changed[:, units].all(axis=tuple(range(1, changed.ndim)))[MIDDLE].all()
+        # Its own layer's other heads and neurons are computed before or beside it.
+        assert not changed[:, ~units].any()
+        changed = changed[:, units]
+    assert not changed[~MIDDLE][:2].any()  # before the first edit nothing can have changed
+    want = 0.5 * old[MIDDLE] + 3.0
+    mask = np.ones(old.shape[1], bool) if units is None else units
+    np.testing.assert_allclose(new[MIDDLE][:, mask], want[:, mask], rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(edited[:2], logits[:2])
+    assert np.all(edited[2:] != logits[2:])
+
+
+def test_a_list_of_edits_is_a_joint_intervention(decoder):
+    first = Edit.patch("neuron", 0, np.ones(T), 2.0, np.arange(40) == 7)
+    second = Edit.patch("mlp", 2, MIDDLE, 0.0)
+    _, trace = decoder(TOKENS, edits=[first, second])
+    assert np.all(trace.neuron[0][:, 7] == 2.0)
+    assert np.all(trace.mlp[2][MIDDLE] == 0.0)
+    # Two edits of the same value are made in their order.
+    doubled = [Edit.damp("mlp", 1, MIDDLE, 2.0), Edit.steer("mlp", 1, MIDDLE, 1.0)]
+    once, swapped = (decoder(TOKENS, edits=e)[1].mlp[1] for e in (doubled, doubled[::-1]))
+    np.testing.assert_allclose(swapped[MIDDLE], once[MIDDLE] + 1.0, rtol=1e-5)
+
+
+def test_a_patch_selects_and_never_multiplies(decoder):
+    """A unit whose value is not finite can still be patched out."""
+    broken = Edit.patch("mlp", 1, MIDDLE, np.inf)
+    mended = Edit.patch("mlp", 1, MIDDLE, plain(decoder)[1].mlp[1])
+    np.testing.assert_array_equal(decoder(TOKENS, edits=[broken, mended])[0], plain(decoder)[0])
+
+
+def test_edits_can_be_vmapped(decoder):
+    def logits(layer, unit):
+        return decoder(
+            TOKENS, edits=[Edit.patch("neuron", layer, MIDDLE, 1.0, jnp.arange(40) == unit)]
+        )[0]
+
+    layers, units = np.array([0, 2, 1]), np.array([3, 39, 0])
+    together = jax.vmap(logits)(layers, units)
+    alone = np.stack([logits(*unit) for unit in zip(layers, units, strict=True)])
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+
+
+def test_a_cached_prefix_changes_nothing(decoder):
+    logits, trace = plain(decoder)
+    prefix = decoder(TOKENS[:4])[1].cache
+    rest, rest_trace = decoder(TOKENS[4:], cache=prefix)
+    np.testing.assert_allclose(rest, logits[4:], atol=2e-6)
+    np.testing.assert_allclose(rest_trace.residual, trace.residual[:, 4:], atol=2e-6)
+    # Room at the cache's end that holds no token is not seen.
+    padded = Cache(
+        *(np.pad(part, ((0, 0), (0, 3), (0, 0), (0, 0))) for part in (prefix.keys, prefix.values)),
+        positions=np.arange(7),
+        valid=np.arange(7) < 4,
+    )
+    np.testing.assert_allclose(decoder(TOKENS[4:], cache=padded)[0], logits[4:], atol=2e-6)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_and_batching_change_nothing(decoder, side):
+    rows = [TOKENS, TOKENS[:3], TOKENS[2:]]
+    batch, valid = np.zeros((3, 9), int), np.zeros((3, 9), bool)
+    for row, (tokens, real) in enumerate(zip(rows, map(len, rows), strict=True)):
+        where = slice(9 - real, None) if side == "left" else slice(real)
+        batch[row, where], valid[row, where] = tokens, True
+    logits, trace = decoder(batch, valid=valid)
+    assert trace.neuron.shape == (3, 3, 9, 40)
+    for row, tokens in enumerate(rows):
+        alone = decoder(tokens)[0]
+        scale = np.abs(alone).max()
+        assert np.abs(logits[row][valid[row]] - alone).max() <= 1e-6 * scale
+
+
+def test_a_batch_shares_its_edits(decoder):
+    edit = Edit.patch("mlp", 1, MIDDLE, 0.0)
+    batch = np.stack([TOKENS, TOKENS[::-1]])
+    together = decoder(batch, edits=[edit])[0]
+    for row, tokens in zip(together, batch, strict=True):
+        np.testing.assert_allclose(row, decoder(tokens, edits=[edit])[0], atol=2e-6)
+
+
+def test_a_bfloat16_checkpoint_has_unrounded_activations():
+    decoder = tiny.decoder("llama", dtype="bfloat16")
+    logits, trace = decoder(TOKENS)
+    assert decoder.embedding.dtype == jnp.bfloat16
+    assert logits.dtype == trace.neuron.dtype == jnp.float32
