@@ -29,6 +29,14 @@ _SIGNIFICANT = 0.05
 
 _DIRECTIONS = ("nie", "tie")
 
+# How a score ranks units.
+_RANKINGS = {
+    "nie": "|mean NIE|",
+    "tie": "|mean TIE|",
+    "max": "larger of both",
+    "joint": "joint, greedy",
+}
+
 # Okabe and Ito's colours, which colour-blind readers tell apart; directions and modules never
 # share one.
 _COLOURS = {"nie": "#0072b2", "tie": "#d55e00", "attention": "#7b4fa3", "mlp": "#00785a"}
@@ -270,6 +278,22 @@ def closing_lines(results: results_lib.Results) -> list[str]:
     return lines
 
 
+def score_lines(results: results_lib.Results, truth: dict) -> list[str]:
+    """The score against a planted truth, a line for each granularity; see `score`."""
+    lines = []
+    for granularity, by_direction in score(results, truth).items():
+        planted = int(_truth_mask(results, truth, granularity).sum())
+        scores = "; ".join(
+            f"{_RANKINGS[direction]} {values['auroc']:.3f} and {values['precision_at_k']:.3f}"
+            for direction, values in by_direction.items()
+        )
+        lines.append(
+            f"Planted {_TITLES[granularity].lower()} ({planted}), AUROC and precision@{planted} by "
+            f"{scores}"
+        )
+    return lines
+
+
 def _metric(results: results_lib.Results) -> _Metric:
     name = results.run["metric"]
     return _METRICS.get(name, _Metric("units of Y", str(name), "The sign is that of Y."))
@@ -369,17 +393,11 @@ def _planted(units: _Units, truth: dict | None) -> np.ndarray:
 
 
 def _score_rows(results: results_lib.Results, truth: dict) -> list[dict]:
-    labels = {
-        "nie": "|mean NIE|",
-        "tie": "|mean TIE|",
-        "max": "larger of both",
-        "joint": "joint, greedy",
-    }
     return [
         {
             "granularity": _TITLES[granularity],
             "planted": int(_truth_mask(results, truth, granularity).sum()),
-            "ranking": labels[direction],
+            "ranking": _RANKINGS[direction],
             "auroc": _fixed(values["auroc"], 3),
             "precision_at_k": _fixed(values["precision_at_k"], 3),
         }

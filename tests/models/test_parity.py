@@ -9,6 +9,7 @@ import pytest
 from models import checkpoint
 from tests import tiny
 
+pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch", reason="parity tests need torch: make parity")
 transformers = pytest.importorskip("transformers")
 
