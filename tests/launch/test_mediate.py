@@ -1,0 +1,285 @@
+"""The command line: what it writes and says, and how it fails."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import zarr
+from absl.testing import flagsaver
+
+from launch import mediate, program
+from tests import tiny
+
+pytestmark = pytest.mark.xdist_group("launch")
+
+ROOT = pathlib.Path(__file__).parents[2]
+SHAPE = {"num_layers": 2, "hidden_size": 16, "intermediate_size": 12, "head_dim": 4}
+PAIR = {
+    "id": "one",
+    "prompt_ids": [1, 2, 3, 4],
+    "counterfactual_ids": [1, 9, 3, 4],
+    "harmful_ids": [7, 8],
+    "safe_ids": [10],
+}
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("launch") / "model"
+    tiny.save(folder, **SHAPE)
+    return folder
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    """A function that writes a file of pairs."""
+
+    def write(*lines):
+        texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+        file = tmp_path / "pairs.jsonl"
+        file.write_text("\n".join(texts))
+        return file
+
+    return write
+
+
+def subprocess_run(*flags):
+    """The program as a user starts it."""
+    return subprocess.run(
+        [sys.executable, "-m", "launch.mediate", *flags],
+        check=False,
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.fixture
+def launch(monkeypatch, capsys):
+    """Runs the program in this process; gives its exit status, and what it says at its end."""
+
+    def run(**flags):
+        command = ["mediate", *(f"--{name}={value}" for name, value in flags.items())]
+        monkeypatch.setattr(sys, "argv", command)
+        with flagsaver.flagsaver(), pytest.raises(SystemExit) as caught:
+            program.start(mediate.main)
+        code = caught.value.code
+        # A text is printed by the interpreter, with status 1.
+        if isinstance(code, str):
+            return 1, code
+        printed = capsys.readouterr()
+        return code or 0, printed.err if code else printed.out
+
+    return run
+
+
+# Success.
+
+
+def test_a_run_ends_with_status_0_and_says_where_its_results_are(model, pairs, tmp_path):
+    out = tmp_path / "out"
+    done = subprocess_run(
+        f"--model={model}",
+        f"--pairs={pairs(PAIR)}",
+        f"--out={out}",
+        "--granularity=layer,neuron",
+        "--metric=logit_diff",
+        "--positions=last",
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == f"Results: {out}"
+    assert any(line.startswith("Neurons: ") and "NIE" in line for line in lines)
+    assert f"Loading {model}" in done.stderr and "floating-point operations" in done.stderr
+    assert (out / "report.html").exists() and (out / "summary.parquet").exists()
+    run = json.loads((out / "run.json").read_text())
+    assert run["finished"] is True and run["granularity"] == ["layer", "neuron"]
+    assert run["command"][1] == f"--model={model}"
+    group = zarr.open_group(out / "effects.zarr", mode="r")
+    assert group["neuron/nie"].shape == (1, 2, 12) and "head" not in group
+    assert np.isfinite(group["neuron/nie"][...]).all()
+
+
+def test_flags_reach_the_run(model, pairs, tmp_path, launch):
+    status, said = launch(
+        model=model,
+        pairs=pairs(PAIR),
+        out=tmp_path / "out",
+        granularity="layer",
+        metric="response_logprob_diff",
+        response_part="decision",
+        decision_tokens=2,
+        positions="response",
+        dtype="float16",
+        memory_gb=0.5,
+        show_text="true",
+    )
+    assert status == 0 and said.startswith(f"Results: {tmp_path / 'out'}")
+    run = json.loads((tmp_path / "out" / "run.json").read_text())
+    asked = {"metric": "response_logprob_diff", "response_part": "decision", "decision_tokens": 2}
+    asked |= {"positions": "response", "dtype": "float16", "memory_gb": 0.5, "show_text": True}
+    assert {name: run[name] for name in asked} == asked
+    assert (run["align"], run["group_size"], run["harmful_tokens"]) == ("end", 1, [])
+
+
+# Failure.
+
+BAD_PAIRS = {
+    # the second of two lines; flags; what the message says
+    "bad JSON": ("{'id': 1}", {}, "not JSON"),
+    "no counterfactual": (
+        {"prompt_ids": [1], "harmful_ids": [2], "safe_ids": [3]}, {},
+        "pair '2' has no counterfactual (field 'counterfactual' or 'counterfactual_ids')",
+    ),
+    "an empty prompt": (PAIR | {"id": "two", "prompt_ids": []}, {}, "an empty prompt"),
+    "text without a tokenizer": (
+        {"prompt": "a", "counterfactual": "b"}, {}, "the checkpoint has no tokenizer",
+    ),
+    "a token outside the vocabulary": (
+        PAIR | {"id": "two", "counterfactual_ids": [1, 61]}, {},
+        "token id 61 of counterfactual_ids is outside the vocabulary of 61",
+    ),
+    "a prompt that is too long": (
+        PAIR | {"id": "two", "prompt_ids": [1] * 65}, {},
+        "its prompt with the response has 65 tokens, and the model has 64 positions",
+    ),
+    "a prompt that a response makes too long": (
+        PAIR | {"id": "two", "counterfactual_ids": [1] * 63}, {"metric": "response_logprob_diff"},
+        "its counterfactual with the response has 65 tokens",
+    ),
+    "the same first token": (
+        PAIR | {"id": "two", "safe_ids": [7, 9]}, {}, "have the same first token [7]",
+    ),
+    "no safe answer": (PAIR | {"id": "two", "safe_ids": []}, {}, "has no safe answer"),
+    "ends that do not correspond": (
+        PAIR | {"id": "two", "prompt_ids": [1, 2]}, {"align": "start"},
+        "cannot be aligned for --positions=last: its prompts have 2 and 4 tokens",
+    ),
+    "no spans": (
+        PAIR | {"id": "two"}, {"align": "span", "positions": "prompt"}, "cannot be aligned by span",
+    ),
+    "a first token outside the vocabulary": (
+        PAIR | {"id": "two"}, {"harmful_tokens": "1,99", "safe_tokens": "2"}, "reads token id 99",
+    ),
+}  # fmt: skip
+# Faults of all pairs, which the first line shows already.
+OF_EVERY_PAIR = ("no spans", "a first token outside the vocabulary")
+
+
+@pytest.mark.parametrize("fault", BAD_PAIRS)
+def test_a_bad_pair_gets_one_line_that_names_file_and_line(fault, model, pairs, tmp_path, launch):
+    line, flags, said = BAD_PAIRS[fault]
+    file = pairs(PAIR, line)
+    status, message = launch(model=model, pairs=file, out=tmp_path / "out", **flags)
+    assert status == 1 and "\n" not in message
+    at = 1 if fault in OF_EVERY_PAIR else 2
+    assert message.startswith(f"Error: {file}:{at}: ") and said in message, message
+    assert not (tmp_path / "out").exists()
+
+
+def truncate(folder):
+    content = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(content[: len(content) // 2])
+
+
+BAD_MODELS = {
+    "a truncated shard": (truncate, f"{WEIGHTS}: truncated or corrupt"),
+    "no shard": (lambda folder: (folder / WEIGHTS).unlink(), f"has neither {WEIGHTS}"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
+    "another shape": (
+        lambda folder: (folder / "config.json").write_text(
+            (folder / "config.json").read_text().replace('"hidden_size": 16', '"hidden_size": 24')
+        ),
+        "model.embed_tokens.weight has shape [61, 16], but config.json asks for [61, 24]",
+    ),
+    "an unknown architecture": (
+        lambda folder: (folder / "config.json").write_text('{"model_type": "mamba"}'), "mamba",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", BAD_MODELS)
+def test_a_bad_checkpoint_gets_one_line_that_names_it(fault, pairs, tmp_path, launch):
+    spoil, said = BAD_MODELS[fault]
+    tiny.save(tmp_path / "model", **SHAPE)
+    spoil(tmp_path / "model")
+    status, message = launch(model=tmp_path / "model", pairs=pairs(PAIR), out=tmp_path / "out")
+    assert status == 1 and "\n" not in message
+    assert message.startswith(f"Error: {tmp_path / 'model'}") and said in message, message
+    assert not (tmp_path / "out").exists()
+
+
+BAD_FLAGS = {
+    "granularity": ({"granularity": "layer,atom"}, "Error: --granularity=atom: not one of layer,"),
+    "response positions": (
+        {"positions": "response"}, "Error: --positions=response: logit_diff reads the last",
+    ),
+    "joint set of groups": ({"joint_size": 2, "group_size": 2}, "Error: --joint_size needs"),
+    "model": ({"model": "/no/such/folder"}, "Error: /no/such/folder: no such folder"),
+    "pairs": ({"pairs": "/no/such.jsonl"}, "Error: /no/such.jsonl: there is no such file"),
+    "first token": ({"safe_tokens": "No"}, "Error: --safe_tokens=No: the checkpoint has no token"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", BAD_FLAGS)
+def test_a_bad_flag_gets_one_line_that_names_it(fault, model, pairs, tmp_path, launch):
+    changes, said = BAD_FLAGS[fault]
+    flags = {"model": model, "pairs": pairs(PAIR), "out": tmp_path / "out"} | changes
+    status, message = launch(**flags)
+    assert status == 1 and "\n" not in message
+    assert message.startswith(said), message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"out": "x", "model": "y"}, "--pairs must have a value"),
+        (
+            {"out": "x", "model": "y", "pairs": "z", "metric": "loss"},
+            "should be one of <logit_diff|",
+        ),
+        ({"out": "x", "model": "y", "pairs": "z", "group_size": 0}, "group_size"),
+        (
+            {"out": "x", "model": "y", "pairs": "z", "layers": 3},
+            "Unknown command line flag 'layers'",
+        ),
+    ],
+)
+def test_flags_that_absl_refuses_are_named_without_a_traceback(flags, said, launch):
+    status, message = launch(**flags)
+    assert status == 1 and said in message and "Traceback" not in message, message
+
+
+def test_words_that_are_no_flags_are_refused(monkeypatch, capsys):
+    command = ["mediate", "--model=x", "--pairs=y", "--out=z", "stray", "word"]
+    monkeypatch.setattr(sys, "argv", command)
+    with flagsaver.flagsaver(), pytest.raises(SystemExit) as caught:
+        program.start(mediate.main)
+    assert caught.value.code == 1
+    assert "flags only, as --name=value; not stray word" in capsys.readouterr().err
+
+
+def test_a_defect_of_the_program_shows_its_traceback(monkeypatch, model, pairs, tmp_path):
+    monkeypatch.setattr(mediate.sweep, "run", lambda settings: 1 // 0)
+    flags = [f"--model={model}", f"--pairs={pairs(PAIR)}", f"--out={tmp_path / 'out'}"]
+    monkeypatch.setattr(sys, "argv", ["mediate", *flags])
+    with flagsaver.flagsaver(), pytest.raises(ZeroDivisionError):
+        program.start(mediate.main)
+
+
+def test_bad_input_ends_the_process_with_status_1_and_one_error(model, pairs, tmp_path):
+    file = pairs(PAIR, PAIR | {"id": "two", "safe_ids": [7]})
+    failed = subprocess_run(f"--model={model}", f"--pairs={file}", f"--out={tmp_path / 'out'}")
+    assert failed.returncode == 1 and failed.stdout == ""
+    progress, error = failed.stderr.splitlines()
+    assert progress == f"Loading {model}"
+    assert error.startswith(f"Error: {file}:2: pair 'two': ")
+    assert not (tmp_path / "out").exists()

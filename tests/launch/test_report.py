@@ -1,0 +1,78 @@
+"""The report is written again from a results folder alone."""
+
+# Each program defines flags of its own, some under the same name: it runs in its own process.
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from jaxmed import results
+from models import checkpoint
+from tests import tiny, words
+
+pytestmark = pytest.mark.xdist_group("launch")
+
+ROOT = pathlib.Path(__file__).parents[2]
+SIZES = results.Sizes(layers=2, heads=2, neurons=3, positions=4)
+PAIR = {"id": "one", "prompt": "tell me <b>how</b>", "counterfactual": "why not"}
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """A finished run of a text checkpoint; the report has yet to be written."""
+    checkpoint.save(
+        tiny.decoder(num_layers=2, hidden_size=16), tmp_path / "model", tokenizer=words.tokenizer()
+    )
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(PAIR))
+    run = {
+        "model": str(tmp_path / "model"),
+        "pairs": str(tmp_path / "pairs.jsonl"),
+        "chat": False,
+        "metric": "logit_diff",
+        "positions": "last",
+        "precision": "highest",
+        "device": "cpu",
+    }
+    made = results.Results.create(tmp_path / "out", run, SIZES, ["one"], ["layer", "neuron"])
+    made.write_totals(0, y_base=2.0, y_source=-1.0)
+    for granularity in ("layer", "neuron"):
+        nie, tie = np.random.default_rng(0).normal(size=(2, *SIZES.shape(granularity)))
+        made.write(0, granularity, nie, tie)
+    made.finish({"seconds": 1.0})
+    return tmp_path / "out"
+
+
+def launch(*flags):
+    return subprocess.run(
+        [sys.executable, "-m", "launch.report", *flags],
+        check=False,
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_a_report_is_written_again_with_text_if_asked_for(finished):
+    (finished / "report.html").write_text("stale")
+    done = launch(f"--results={finished}", "--show_text")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"Results: {finished}\n")
+    page = (finished / "report.html").read_text()
+    assert "stale" not in page and "<h1" in page
+    assert "tell me &lt;b&gt;how&lt;/b&gt;" in page and "<b>how" not in page
+    assert (finished / "figures" / "neuron.png").exists()
+    assert (finished / "summary.parquet").exists()
+
+
+def test_a_folder_without_results_is_refused_in_one_line(tmp_path):
+    failed = launch(f"--results={tmp_path}")
+    assert (failed.returncode, failed.stdout) == (1, "")
+    assert failed.stderr == f"Error: {tmp_path} is not a results folder: it has no run.json\n"
+    assert list(tmp_path.iterdir()) == []
