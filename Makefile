@@ -9,10 +9,10 @@ demo: $(VENV)/installed  ## Train a model with a planted answer, find it, and wr
 	$(BIN)/python -m launch.demo --out=out/demo
 
 test: $(VENV)/installed-test  ## All tests but those that need torch.
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 parity: $(VENV)/installed-parity  ## The tests against transformers' torch models.
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m parity
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m parity
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from jaxmed import effects
+from jaxmed import definition, planning
 from jaxmed.data import Pair
 from models.decoder import Decoder
 
@@ -51,7 +51,7 @@ class JointSet:
 def greedy_set(
     decoder: Decoder,
     pairs: list[Pair],
-    question: effects.Question,
+    question: planning.Question,
     single: np.ndarray,
     *,
     size: int,
@@ -84,7 +84,7 @@ def greedy_set(
         for trial, neuron in zip(sets, pool, strict=False):
             trial[neuron] = True
         with jax.default_matmul_precision(matmul_precision):
-            joint = [effects.joint_pair(decoder, pair, question, sets) for pair in pairs]
+            joint = [definition.joint_pair(decoder, pair, question, sets) for pair in pairs]
         te = np.mean([pair.y_source - pair.y_base for pair in joint])
         nie, tie = (
             np.mean([getattr(pair, side)["joint"] for pair in joint], axis=0)[: len(pool)] / te

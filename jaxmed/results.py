@@ -13,7 +13,7 @@ import shutil
 import numpy as np
 import zarr
 
-from jaxmed.effects import SITES
+from jaxmed.planning import SITES
 from models.errors import InputError
 
 GRANULARITIES = tuple(SITES)
@@ -23,7 +23,10 @@ TOKEN_SITES = SITES["token"]
 NOT_RUN, EXACT, ESTIMATED, FAILED = range(4)
 
 # Keys of a run that say where and when it ran, not what was asked; a resumed run may change them.
-CIRCUMSTANCES = ("command", "device", "host", "out", "overwrite", "seconds", "started", "versions")
+CIRCUMSTANCES = (
+    *("command", "device", "memory_gb", "out", "overwrite", "seconds", "show_text", "started"),
+    "versions",
+)
 
 _RUN_FILE = "run.json"
 _EFFECTS_FILE = "effects.zarr"

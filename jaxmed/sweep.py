@@ -14,7 +14,7 @@ import tqdm
 
 import jaxmed
 import models
-from jaxmed import data, effects, estimands, metrics, report, statistics
+from jaxmed import data, effects, estimands, metrics, planning, report, statistics
 from jaxmed.alignment import Align, Positions
 from jaxmed.data import DataError, Pair
 from jaxmed.results import Results, Sizes
@@ -27,6 +27,12 @@ _CHOICES = {
     "response_part": ("all", "decision", "continuation"),
     "positions": tuple(Positions),
     "align": tuple(Align),
+    "matmul_precision": ("default", "high", "highest"),
+}
+# Settings that only one metric reads.
+_OF_ONE_METRIC = {
+    "logit_diff": ("harmful_tokens", "safe_tokens"),
+    "response_logprob_diff": ("response_part", "decision_tokens"),
 }
 _PACKAGES = ("jax", "jaxlib", "flax", "transformers", "numpy", "scipy", "zarr")
 
@@ -96,7 +102,7 @@ def run(settings: Settings) -> Results:
     _say(f"Loading {settings.model}")
     folder = checkpoint.resolve(settings.model)
     decoder, tokenizer = models.load(folder, dtype=settings.dtype or None)
-    question = effects.Question(
+    question = planning.Question(
         _metric(settings, tokenizer),
         Positions(settings.positions),
         Align(settings.align),
@@ -106,7 +112,7 @@ def run(settings: Settings) -> Results:
     results = Results.resume_or_create(
         settings.out,
         _description(settings, folder, pairs, skipped),
-        _sizes(decoder, pairs, question),
+        _sizes(decoder, pairs, question, settings.granularity),
         [pair.id for pair in pairs],
         settings.granularity,
         overwrite=settings.overwrite,
@@ -118,7 +124,7 @@ def run(settings: Settings) -> Results:
         measured["joint"] = joint
     results.finish(measured | {"seconds": time.time() - began})
     statistics.write_summary(results)
-    report.write(results.folder, _truth(folder), settings.show_text, pairs)
+    report.write(results.folder, settings.show_text, pairs)
     return results
 
 
@@ -130,11 +136,7 @@ def report_again(folder: str, show_text: bool) -> Results:
     """
     results = Results.open(folder)
     run = results.run
-    truth, pairs = None, None
-    try:
-        truth = _truth(checkpoint.resolve(run["model"]))
-    except checkpoint.CheckpointError as error:
-        _say(f"A planted answer, if the model has one, is not scored: {error}")
+    pairs = None
     if show_text:
         tokenizer = checkpoint.read_tokenizer(checkpoint.resolve(run["model"]))
         pairs = data.read(run["pairs"], tokenizer, chat=run["chat"])
@@ -142,7 +144,7 @@ def report_again(folder: str, show_text: bool) -> Results:
             raise InputError(
                 f"--show_text: {run['pairs']} no longer has pair '{sorted(missing)[0]}'"
             )
-    report.write(results.folder, truth, show_text, pairs)
+    report.write(results.folder, show_text, pairs)
     return results
 
 
@@ -151,16 +153,20 @@ def _check(settings: Settings) -> None:
     for name, known in _CHOICES.items():
         if getattr(settings, name) not in known:
             raise InputError(f"--{name}={getattr(settings, name)}: not one of {', '.join(known)}")
-    unknown = set(settings.granularity) - set(effects.SITES)
+    unknown = set(settings.granularity) - set(planning.SITES)
     if unknown or not settings.granularity:
         raise InputError(
-            f"--granularity={','.join(sorted(unknown))}: not one of {', '.join(effects.SITES)}"
+            f"--granularity={','.join(sorted(unknown))}: not one of {', '.join(planning.SITES)}"
         )
     if settings.positions == Positions.RESPONSE and settings.metric == "logit_diff":
         raise InputError(
             "--positions=response: logit_diff reads the last prompt token, which no later "
             "position can change; use --metric=response_logprob_diff"
         )
+    for metric, names in _OF_ONE_METRIC.items():
+        for name in names:
+            if settings.metric != metric and getattr(settings, name) != getattr(Settings, name):
+                raise InputError(f"--{name} needs --metric={metric}")
     if settings.joint_size and (settings.group_size > 1 or "neuron" not in settings.granularity):
         raise InputError("--joint_size needs --granularity=neuron and --group_size=1")
 
@@ -193,7 +199,7 @@ def _first_tokens(flag: str, given: tuple[str, ...], tokenizer) -> tuple[int, ..
 
 
 def _read_pairs(
-    settings: Settings, decoder: Decoder, tokenizer, question: effects.Question
+    settings: Settings, decoder: Decoder, tokenizer, question: planning.Question
 ) -> tuple[list[Pair], int]:
     """The pairs that can be used, and how many cannot."""
     bad = []
@@ -207,7 +213,7 @@ def _read_pairs(
     usable = []
     for pair in pairs:
         try:
-            effects.check(decoder.config, pair, question)
+            planning.check(decoder.config, pair, question, settings.granularity)
             usable.append(pair)
         except DataError as error:
             if on_bad is None:
@@ -226,12 +232,14 @@ def _read_pairs(
     return usable, len(bad)
 
 
-def _sizes(decoder: Decoder, pairs: list[Pair], question: effects.Question) -> Sizes:
-    config = decoder.config
-    positions = max(
-        effects.shapes(config, pair, question, ["token"])["token"][-1] for pair in pairs
-    )
-    groups = effects.group_count(config, question.group_size)
+def _sizes(
+    decoder: Decoder, pairs: list[Pair], question: planning.Question, granularities: tuple[str, ...]
+) -> Sizes:
+    config, positions = decoder.config, 0
+    if "token" in granularities:
+        shapes = [planning.shapes(config, pair, question, ["token"])["token"] for pair in pairs]
+        positions = max(shape[-1] for shape in shapes)
+    groups = planning.group_count(config, question.group_size)
     return Sizes(config.num_layers, config.num_heads, groups, positions)
 
 
@@ -245,10 +253,11 @@ def _description(settings: Settings, folder, pairs: list[Pair], skipped: int) ->
         "command": sys.argv,
         "versions": {name: metadata.version(name) for name in _PACKAGES}
         | {"jaxmed": jaxmed.__version__, "python": sys.version.split()[0]},
-        "device": f"{device.device_kind} ({device.platform})",
+        "device": f"{jax.device_count()} x {device.device_kind}",
         "weights_hash": checkpoint.weights_hash(folder),
         "pairs_hash": _pairs_hash(pairs),
         "skipped": skipped,
+        "truth": _truth(folder),
         "seeds": {"bootstrap": statistics.SEED},
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
@@ -267,7 +276,7 @@ def _pairs_hash(pairs: list[Pair]) -> str:
 def _scan(
     decoder: Decoder,
     pairs: list[Pair],
-    question: effects.Question,
+    question: planning.Question,
     results: Results,
     memory_gb: float,
 ) -> None:
@@ -283,7 +292,7 @@ def _scan(
     if len(todo) < len(pairs):
         _say(f"Going on with {results.folder}: {len(pairs) - len(todo)} pairs are done")
     costs = {
-        index: effects.operations(decoder.config, pairs[index], question, names)
+        index: planning.operations(decoder.config, pairs[index], question, names)
         for index, names in todo.items()
     }
     _announce(decoder, results, question, len(todo), sum(costs.values()))
@@ -312,7 +321,7 @@ def _fitted(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _announce(
-    decoder: Decoder, results: Results, question: effects.Question, pairs: int, operations: float
+    decoder: Decoder, results: Results, question: planning.Question, pairs: int, operations: float
 ) -> None:
     """Says what the run will cost."""
     units = sum(int(np.prod(results.sizes.shape(name))) for name in results.granularities)
@@ -343,7 +352,7 @@ def _product_rate(decoder: Decoder) -> float:
 def _joint(
     decoder: Decoder,
     pairs: list[Pair],
-    question: effects.Question,
+    question: planning.Question,
     results: Results,
     settings: Settings,
 ) -> dict | None:

@@ -1,6 +1,6 @@
 """Trains a model with a planted answer, finds the answer as in any checkpoint, and scores it.
 
-    python -m launch.demo
+python -m launch.demo
 """
 
 from absl import flags
@@ -9,7 +9,9 @@ from jaxmed import report, sweep
 from launch import program
 from models import organisms
 
-_OUT = flags.DEFINE_string("out", "out/demo", "Folder for the results; an earlier demo is replaced.")
+_OUT = flags.DEFINE_string(
+    "out", "out/demo", "Folder for the results; an earlier demo is replaced."
+)
 _ORGANISM = flags.DEFINE_string(
     "organism", "out/organisms/late-mlp", "Folder that the trained model is kept in."
 )
@@ -33,7 +35,7 @@ def main() -> None:
         )
     )
     print("\n".join(report.closing_lines(results)))
-    print("\n".join(report.score_lines(results, organism.truth)))
+    print("\n".join(report.score_lines(results)))
 
 
 if __name__ == "__main__":

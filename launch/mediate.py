@@ -9,7 +9,7 @@ from absl import flags
 
 from jaxmed import report, sweep
 from jaxmed.alignment import Align, Positions
-from jaxmed.effects import SITES
+from jaxmed.planning import SITES
 from launch import program
 
 flags.DEFINE_string("model", None, "Folder or Hugging Face hub id of a checkpoint.", required=True)
@@ -55,13 +55,13 @@ flags.DEFINE_integer(
 )
 flags.DEFINE_integer("joint_pairs", 8, "Pairs that the joint set is searched on.", lower_bound=1)
 flags.DEFINE_bool("chat", False, "Wrap text prompts in the tokenizer's chat template.")
-flags.DEFINE_list(
+flags.DEFINE_multi_string(
     "harmful_tokens",
     [],
-    "logit_diff: the set of harmful first tokens for all pairs, as token ids or as texts whose "
-    "first token counts. By default each pair's own harmful response.",
+    "logit_diff: a harmful first token, as a token id or as a text whose first token counts; may "
+    "be given several times. By default each pair's own harmful response.",
 )
-flags.DEFINE_list("safe_tokens", [], "logit_diff: the set of safe first tokens, likewise.")
+flags.DEFINE_multi_string("safe_tokens", [], "logit_diff: a safe first token, likewise.")
 flags.DEFINE_enum(
     "response_part",
     "all",

@@ -1,7 +1,4 @@
-"""The engine against the plain definition: every site, both directions, every choice of positions.
-
-Compilation is most of the time. Tests that share compiled functions share a group of pytest-xdist.
-"""
+"""The engine against the plain definition: every site, both directions, every choice of positions."""
 
 import dataclasses
 import itertools
@@ -10,12 +7,12 @@ import jax
 import numpy as np
 import pytest
 
-from jaxmed import data, effects, metrics
+from jaxmed import data, definition, effects, metrics, planning
 from jaxmed.alignment import Align, Positions
 from models.edits import Edit
 from tests import tiny
 
-GRANULARITIES = tuple(effects.SITES)
+GRANULARITIES = tuple(planning.SITES)
 METRICS = {
     "logit": metrics.LogitDifference(),
     "sets": metrics.LogitDifference((1, 2, 3), (4, 5)),
@@ -76,15 +73,12 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(
-    "family, metric, positions",
-    [pytest.param(*case, marks=pytest.mark.xdist_group(case[0])) for case in CASES],
-)
+@pytest.mark.parametrize("family, metric, positions", CASES)
 def test_the_engine_gives_the_plain_definition(family, metric, positions):
-    question = effects.Question(METRICS[metric], Positions(positions))
+    question = planning.Question(METRICS[metric], Positions(positions))
     with jax.enable_x64(True):
         decoder = tiny.decoder(family, dtype="float64")
-        reference = effects.define_pair(decoder, UNEQUAL, question, GRANULARITIES)
+        reference = definition.define_pair(decoder, UNEQUAL, question, GRANULARITIES)
         assert largest(reference) > 1e-2
         double = effects.scan_pair(decoder, UNEQUAL, question, GRANULARITIES)
     assert worst(double, reference) <= 1e-12
@@ -93,27 +87,25 @@ def test_the_engine_gives_the_plain_definition(family, metric, positions):
     assert abs(single.y_base - reference.y_base) < 1e-5 * max(1, abs(reference.y_base))
 
 
-@pytest.mark.xdist_group("llama")
 def test_groups_of_neurons_and_other_alignments_give_the_plain_definition():
     spans = dataclasses.replace(UNEQUAL, prompt_span=(3, 7), counterfactual_span=(2, 6))
     with jax.enable_x64(True):
         decoder = tiny.decoder("llama", dtype="float64")
         for align, group_size in ((Align.START, 7), (Align.SPAN, 16)):
-            question = effects.Question(METRICS["logit"], Positions.PROMPT, align, group_size)
+            question = planning.Question(METRICS["logit"], Positions.PROMPT, align, group_size)
             names = ("neuron", "module")
-            reference = effects.define_pair(decoder, spans, question, names)
+            reference = definition.define_pair(decoder, spans, question, names)
             found = effects.scan_pair(decoder, spans, question, names)
             assert found.nie["neuron"].shape == (3, -(-40 // group_size))
             assert worst(found, reference) <= 1e-12
 
 
-@pytest.mark.xdist_group("llama")
 def test_the_definition_is_an_explicit_patch():
     """One unit of each direction, patched by hand."""
-    question = effects.Question(METRICS["logit"], Positions.PROMPT)
+    question = planning.Question(METRICS["logit"], Positions.PROMPT)
     with jax.enable_x64(True):
         decoder = tiny.decoder("llama", dtype="float64")
-        found = effects.define_pair(decoder, UNEQUAL, question, ["neuron", "head", "token"])
+        found = definition.define_pair(decoder, UNEQUAL, question, ["neuron", "head", "token"])
         base, source = np.array(UNEQUAL.prompt_ids), np.array(UNEQUAL.counterfactual_ids)
 
         def value(tokens, *edits):
@@ -136,30 +128,27 @@ def test_the_definition_is_an_explicit_patch():
         assert found.y_source == pytest.approx(value(source))
 
 
-@pytest.mark.xdist_group("llama")
 def test_the_last_layer_of_a_layer_scan_is_consistent_with_the_total_effect():
     """Patching the last block's output at the last position is the total effect by definition."""
     found = effects.scan_pair(
-        tiny.decoder("llama"), UNEQUAL, effects.Question(METRICS["logit"]), ["token"]
+        tiny.decoder("llama"), UNEQUAL, planning.Question(METRICS["logit"]), ["token"]
     )
     te = found.y_source - found.y_base
     assert found.nie["token"][-1, 0, 0] == pytest.approx(te, rel=1e-4)
     assert found.tie["token"][-1, 0, 0] == pytest.approx(te, rel=1e-4)
 
 
-@pytest.mark.xdist_group("qwen2")
 @pytest.mark.parametrize("positions", list(Positions))
 def test_identical_prompts_have_no_effect_at_all(positions):
     metric = METRICS["response"]
     same = dataclasses.replace(UNEQUAL, counterfactual_ids=UNEQUAL.prompt_ids)
-    question = effects.Question(metric, positions)
+    question = planning.Question(metric, positions)
     found = effects.scan_pair(tiny.decoder("qwen2"), same, question, GRANULARITIES)
     for side, name in itertools.product((found.nie, found.tie), GRANULARITIES):
         assert np.all(side[name] == 0.0)
     assert found.y_base == found.y_source
 
 
-@pytest.mark.xdist_group("qwen2")
 def test_a_pair_alone_is_the_pair_among_others():
     decoder = tiny.decoder("qwen2")
     generator = np.random.default_rng(1)
@@ -178,31 +167,29 @@ def test_a_pair_alone_is_the_pair_among_others():
     assert among.nie.dtype == np.float32
 
 
-@pytest.mark.xdist_group("qwen2")
 def test_a_smaller_batch_changes_nothing_but_rounding():
     decoder = tiny.decoder("qwen2")
-    question = effects.Question(METRICS["logit"], Positions.PROMPT)
+    question = planning.Question(METRICS["logit"], Positions.PROMPT)
     whole, small = (
         effects.scan_pair(decoder, UNEQUAL, question, ["neuron"], memory_gb=memory)
         for memory in (1.0, 4e-4)
     )
-    work = effects.plan(
+    work = planning.plan(
         decoder.config, UNEQUAL, METRICS["logit"].terms(UNEQUAL)[0], question, ["neuron"], False
     )[0]
     term = METRICS["logit"].terms(UNEQUAL)[0]
-    assert effects.batch_size(decoder.config, work, term, 120, 4e-4) < 120 / 3
+    assert planning.batch_size(decoder.config, work, term, 120, 4e-4) < 120 / 3
     assert worst(small, whole) <= 1e-5
 
 
-@pytest.mark.xdist_group("llama")
 def test_a_joint_set_of_one_neuron_is_that_neuron():
     decoder = tiny.decoder("llama")
-    question = effects.Question(METRICS["logit"], Positions.PROMPT)
+    question = planning.Question(METRICS["logit"], Positions.PROMPT)
     single = effects.scan_pair(decoder, UNEQUAL, question, ["neuron", "module"])
     sets = np.zeros((3, 3, 40), bool)
     sets[0, 1, 5] = sets[1, 2, 30] = True
     sets[2, 1] = True
-    joint = effects.joint_pair(decoder, UNEQUAL, question, sets)
+    joint = definition.joint_pair(decoder, UNEQUAL, question, sets)
     for side in ("nie", "tie"):
         got, one = getattr(joint, side)["joint"], getattr(single, side)
         # All neurons of a layer are its MLP, which has no bias after them.
@@ -210,11 +197,10 @@ def test_a_joint_set_of_one_neuron_is_that_neuron():
         np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max(), rtol=1e-4)
 
 
-@pytest.mark.xdist_group("llama")
 def test_one_compilation_serves_all_layers_and_granularities():
     # Another vocabulary than that of any other test, so that nothing is compiled yet.
     decoder = tiny.decoder("llama", vocab_size=67)
-    question = effects.Question(METRICS["logit"], Positions.PROMPT)
+    question = planning.Question(METRICS["logit"], Positions.PROMPT)
     before = effects.carry._cache_size()
     effects.scan_pair(decoder, pair(12, 12), question, ["layer", "module", "head", "neuron"])
     assert effects.carry._cache_size() == before + 1

@@ -5,7 +5,7 @@ import types
 import numpy as np
 import pytest
 
-from jaxmed import effects, estimands
+from jaxmed import definition, effects, estimands
 
 SHAPE = (3, 5)  # layers, neurons
 
@@ -64,7 +64,7 @@ def set_model(monkeypatch):
         nie, tie = ({"joint": TE[pair] * share["joint"]} for share in shares)
         return effects.PairEffects(1.0, 1.0 + TE[pair], nie, tie)
 
-    monkeypatch.setattr(effects, "joint_pair", joint_pair)
+    monkeypatch.setattr(definition, "joint_pair", joint_pair)
     return model
 
 
@@ -121,14 +121,14 @@ def test_overshoot_is_no_gain(set_model):
 
 def test_shares_are_of_the_mean_effect_and_te_not_means_of_ratios(set_model, monkeypatch):
     by_pair = {0: 1.0, 1: 0.25}
-    original = effects.joint_pair
+    original = definition.joint_pair
 
     def uneven(decoder, pair, question, sets):
         found = original(decoder, pair, question, sets)
         scaled = ({"joint": by_pair[pair] * side["joint"]} for side in (found.nie, found.tie))
         return effects.PairEffects(found.y_base, found.y_source, *scaled)
 
-    monkeypatch.setattr(effects, "joint_pair", uneven)
+    monkeypatch.setattr(definition, "joint_pair", uneven)
     set_model.nie = set_model.tie = lambda members: float(members[1, 1])
     single = np.zeros(SHAPE)
     single[1, 1] = 1

@@ -86,13 +86,13 @@ class Page(html.parser.HTMLParser):
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
     made = fabricate(tmp_path_factory.mktemp("planted"))
-    made.finish({"joint": JOINT})
+    made.finish({"joint": JOINT, "truth": TRUTH})
     return made
 
 
 @pytest.fixture(scope="module")
 def page(planted):
-    return Page(report.write(planted.folder, truth=TRUTH))
+    return Page(report.write(planted.folder))
 
 
 def test_the_page_carries_its_figures_and_runs_nothing(page, planted):
@@ -138,7 +138,7 @@ def test_the_planted_truth_and_the_joint_path_are_shown(page):
 
 
 def test_the_score_of_a_planted_model(planted):
-    scores = report.score(planted, TRUTH)
+    scores = report.score(planted)
     assert set(scores) == {"module", "head", "neuron"}
     for granularity in scores:
         assert scores[granularity]["max"] == {"auroc": 1, "precision_at_k": 1}
@@ -149,25 +149,29 @@ def test_the_score_of_a_planted_model(planted):
     assert scores["neuron"]["nie"]["auroc"] < 1
 
 
-def test_the_score_where_nothing_is_planted(planted):
+def test_the_score_where_nothing_is_planted(tmp_path):
     nothing = {"contrast": "H to B", "modules": [], "heads": [], "neurons": []}
-    assert math.isnan(report.score(planted, nothing)["head"]["nie"]["auroc"])
+    made = fabricate(tmp_path, {**RUN, "truth": nothing}, ["head"])
+    assert math.isnan(report.score(made)["head"]["nie"]["auroc"])
 
 
 def test_groups_hold_the_planted_neurons_of_their_members(tmp_path):
-    made = fabricate(tmp_path, {**RUN, "group_size": 10}, ["neuron"])
-    truth = {"neurons": [[layer, 10 * group + 7] for layer, group in TRUTH["neurons"]]}
-    assert report.score(made, truth)["neuron"]["max"]["precision_at_k"] == 1
-    shown = Page(report.write(tmp_path, {**truth, "contrast": "H to B"}))
+    neurons = [[layer, 10 * group + 7] for layer, group in TRUTH["neurons"]]
+    truth = {"neurons": neurons, "contrast": "H to B"}
+    made = fabricate(tmp_path, {**RUN, "group_size": 10, "truth": truth}, ["neuron"])
+    assert report.score(made)["neuron"]["max"]["precision_at_k"] == 1
+    shown = Page(report.write(tmp_path))
     assert "L5.n30 ●" in shown.text and "a group of 10 adjacent neurons" in shown.text
 
 
 @pytest.mark.parametrize(
     "planted_unit", [{"heads": [[2, 4]]}, {"neurons": [[6, 0]]}, {"modules": [[0, "mpl"]]}]
 )
-def test_a_truth_of_another_model_is_refused(planted, planted_unit):
+def test_a_truth_of_another_model_is_refused(tmp_path, planted_unit):
+    granularities = ["module", "head", "neuron"]
+    made = fabricate(tmp_path, {**RUN, "truth": planted_unit}, granularities)
     with pytest.raises(ValueError, match="the truth plants"):
-        report.score(planted, planted_unit)
+        report.score(made)
 
 
 def test_only_what_was_run_is_shown(tmp_path):

@@ -14,8 +14,6 @@ from absl.testing import flagsaver
 from launch import mediate, program
 from tests import tiny
 
-pytestmark = pytest.mark.xdist_group("launch")
-
 ROOT = pathlib.Path(__file__).parents[2]
 SHAPE = {"num_layers": 2, "hidden_size": 16, "intermediate_size": 12, "head_dim": 4}
 PAIR = {
@@ -166,7 +164,7 @@ BAD_PAIRS = {
         PAIR | {"id": "two"}, {"align": "span", "positions": "prompt"}, "cannot be aligned by span",
     ),
     "a first token outside the vocabulary": (
-        PAIR | {"id": "two"}, {"harmful_tokens": "1,99", "safe_tokens": "2"}, "reads token id 99",
+        PAIR | {"id": "two"}, {"harmful_tokens": "99", "safe_tokens": "2"}, "reads token id 99",
     ),
 }  # fmt: skip
 # Faults of all pairs, which the first line shows already.

@@ -15,8 +15,6 @@ from jaxmed import results
 from models import checkpoint
 from tests import tiny, words
 
-pytestmark = pytest.mark.xdist_group("launch")
-
 ROOT = pathlib.Path(__file__).parents[2]
 SIZES = results.Sizes(layers=2, heads=2, neurons=3, positions=4)
 PAIR = {"id": "one", "prompt": "tell me <b>how</b>", "counterfactual": "why not"}

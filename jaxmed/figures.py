@@ -1,0 +1,337 @@
+"""The figures of a report: one for each granularity, and one for the joint set."""
+
+import dataclasses
+
+import numpy as np
+from matplotlib import colors, figure, patheffects, ticker
+
+from jaxmed import results as results_lib
+
+NEURONS_IN_FIGURE = 20
+DIRECTIONS = ("nie", "tie")
+# Okabe and Ito's colours, which colour-blind readers tell apart; directions and modules never
+# share one.
+_COLOURS = {"nie": "#0072b2", "tie": "#d55e00", "attention": "#7b4fa3", "mlp": "#00785a"}
+SITE_TITLES = {"residual": "residual", "attention": "attention", "mlp": "MLP"}
+_MARKERS = {"nie": "o", "tie": "s", "attention": "o", "mlp": "s"}
+_INK, _FAINT, _ABSENT = "#222222", "#8a8a8a", "#e4e4e4"
+TEXT_SIZE = 11  # points, in a figure of 6.8 inches
+_DIRECTION_TITLES = {
+    "nie": "NIE: source’s value in the base run",
+    "tie": "TIE: base’s value in the source run",
+}
+_LAST_IN_LEGEND = ("mean TE", "planted")
+
+
+@dataclasses.dataclass(frozen=True)
+class Direction:
+    """One estimand of every unit of a granularity, float64 [unit]."""
+
+    mean: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    q: np.ndarray
+    share: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Units:
+    """Every unit of one granularity that any pair has; arrays are [unit].
+
+    Attributes:
+      granularity: which.
+      layer, site, unit, position: where each unit is, as in the summary; -1 where one is not.
+      n_pairs: how many pairs have it.
+      nie, tie: the effects.
+      group_size: adjacent neurons per unit.
+    """
+
+    granularity: str
+    layer: np.ndarray
+    site: np.ndarray
+    unit: np.ndarray
+    position: np.ndarray
+    n_pairs: np.ndarray
+    nie: Direction
+    tie: Direction
+    group_size: int
+
+    def size(self) -> np.ndarray:
+        """The larger of |mean NIE| and |mean TIE|."""
+        return np.maximum(np.abs(self.nie.mean), np.abs(self.tie.mean))
+
+    def name(self, index: int) -> str:
+        layer = f"L{self.layer[index]}"
+        match self.granularity:
+            case "layer":
+                return layer
+            case "module":
+                return f"{layer} {SITE_TITLES[self.site[index]]}"
+            case "head":
+                return f"{layer}.h{self.unit[index]}"
+            case "token":
+                place = self.position[index]
+                token = f"token −{place}" if place else "last token"
+                return f"{layer} {SITE_TITLES[self.site[index]]}, {token}"
+            case "neuron":
+                return f"{layer}.n{self.unit[index]}"
+
+
+def largest(size: np.ndarray, count: int) -> np.ndarray:
+    """Indices of the largest sizes, the largest first."""
+    return np.argsort(-size, kind="stable")[:count]
+
+
+def _canvas(height: float, rows: int = 1, columns: int = 1, **options):
+    drawing = figure.Figure(figsize=(6.8, height), layout="constrained")
+    drawing.get_layout_engine().set(wspace=0.05, hspace=0.03)
+    axes = drawing.subplots(rows, columns, squeeze=False, **options)
+    for axis in axes.flat:
+        axis.tick_params(labelsize=TEXT_SIZE - 1, color=_FAINT, labelcolor=_INK)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.spines[["left", "bottom"]].set_color(_FAINT)
+    return drawing, axes
+
+
+def _label(axis, x: str = "", y: str = "", title: str = "") -> None:
+    axis.set_xlabel(x, fontsize=TEXT_SIZE, color=_INK)
+    axis.set_ylabel(y, fontsize=TEXT_SIZE, color=_INK)
+    axis.set_title(title, fontsize=TEXT_SIZE, color=_INK, loc="left")
+
+
+def _whole_number_ticks(axis, most: int = 9) -> None:
+    axis.set_major_locator(ticker.MaxNLocator(nbins=most, integer=True, min_n_ticks=1))
+
+
+def _bars_around(direction: Direction, chosen: np.ndarray) -> np.ndarray | None:
+    """Error bars down to `low` and up to `high`, [2, unit]; None if there is no interval."""
+    mean, low, high = direction.mean[chosen], direction.low[chosen], direction.high[chosen]
+    bars = np.maximum(np.stack([mean - low, high - mean]), 0)
+    return None if np.isnan(bars).all() else bars
+
+
+def _lines_by_layer(
+    axis, units: Units, planted: np.ndarray, series: list[tuple[str, str, Direction, np.ndarray]]
+) -> None:
+    """Draws one line with intervals per series: (key of its colour, label, effects, units)."""
+    # Series are set apart a little, so that their intervals do not cover each other.
+    offsets = (np.arange(len(series)) - (len(series) - 1) / 2) * 0.14
+    for offset, (key, label, direction, chosen) in zip(offsets, series, strict=True):
+        axis.errorbar(
+            units.layer[chosen] + offset,
+            direction.mean[chosen],
+            yerr=_bars_around(direction, chosen),
+            label=label,
+            color=_COLOURS[key],
+            marker=_MARKERS[key],
+            markersize=5,
+            linewidth=1.4,
+            elinewidth=1.2,
+            capsize=2.5,
+        )
+        ringed = chosen[planted[chosen]]
+        _ring(axis, units.layer[ringed] + offset, direction.mean[ringed])
+    axis.axhline(0, color=_FAINT, linewidth=0.8)
+    _whole_number_ticks(axis.xaxis)
+
+
+def _legend(drawing, axis) -> None:
+    handles, labels = axis.get_legend_handles_labels()
+    by_label = dict(zip(labels, handles, strict=True))  # one entry for several rings
+    labels = sorted(by_label, key=lambda label: label in _LAST_IN_LEGEND)
+    drawing.legend(
+        [by_label[label] for label in labels],
+        labels,
+        loc="outside upper center",
+        ncols=len(labels),
+        frameon=False,
+        fontsize=TEXT_SIZE - 1,
+    )
+
+
+def _draw_te(axis, te: dict | None) -> None:
+    if te is not None:
+        axis.axhline(te["mean"], color=_INK, linewidth=1.1, linestyle=(0, (5, 3)), label="mean TE")
+
+
+def _draw_layers(units: Units, te: dict | None, unit: str, planted: np.ndarray) -> figure.Figure:
+    drawing, axes = _canvas(3.6)
+    everything = np.arange(len(units.layer))
+    series = [(name, name.upper(), getattr(units, name), everything) for name in DIRECTIONS]
+    _lines_by_layer(axes[0, 0], units, planted, series)
+    _draw_te(axes[0, 0], te)
+    _label(axes[0, 0], "layer", f"mean effect ({unit})")
+    _legend(drawing, axes[0, 0])
+    return drawing
+
+
+def _draw_modules(units: Units, te: dict | None, unit: str, planted: np.ndarray) -> figure.Figure:
+    drawing, axes = _canvas(5.8, rows=2, sharex=True, sharey=True)
+    for axis, name in zip(axes[:, 0], DIRECTIONS, strict=True):
+        direction = getattr(units, name)
+        series = [
+            (site, SITE_TITLES[site], direction, np.flatnonzero(units.site == site))
+            for site in results_lib.MODULE_SITES
+        ]
+        _lines_by_layer(axis, units, planted, series)
+        _draw_te(axis, te)
+        _label(axis, y=f"mean effect ({unit})", title=_DIRECTION_TITLES[name])
+    axes[1, 0].set_xlabel("layer", fontsize=TEXT_SIZE, color=_INK)
+    _legend(drawing, axes[0, 0])
+    return drawing
+
+
+def _ring(axis, x: np.ndarray, y: np.ndarray) -> None:
+    """Marks planted units, legibly on light and on dark."""
+    if len(x):
+        axis.scatter(
+            x,
+            y,
+            s=150,
+            facecolors="none",
+            edgecolors=_INK,
+            linewidths=1.3,
+            path_effects=[patheffects.withStroke(linewidth=3.5, foreground="white")],
+            label="planted",
+        )
+
+
+def _draw_heads(units: Units, te: dict | None, unit: str, planted: np.ndarray) -> figure.Figure:
+    del te  # a head's effect is compared with other heads'
+    layers, heads = units.layer.max() + 1, units.unit.max() + 1
+    height = _map_height(layers)
+    drawing, axes = _canvas(height, columns=2, sharey=True)
+    limit = _limit(units, np.arange(len(units.layer)))
+    for axis, name in zip(axes[0], DIRECTIONS, strict=True):
+        values = np.full((layers, heads), np.nan)
+        values[units.layer, units.unit] = getattr(units, name).mean
+        image = _map(axis, values, limit)
+        _ring(axis, units.unit[planted], units.layer[planted])
+        _whole_number_ticks(axis.xaxis)
+        _label(axis, "head", title=name.upper())
+    axes[0, 0].set_ylabel("layer", fontsize=TEXT_SIZE, color=_INK)
+    _colour_bar(drawing, image, axes[0], unit, height)
+    return drawing
+
+
+def _draw_tokens(units: Units, te: dict | None, unit: str, planted: np.ndarray) -> figure.Figure:
+    del te, planted  # a map of residuals, attention and MLPs has neither
+    layers, positions = units.layer.max() + 1, units.position.max() + 1
+    sites = results_lib.TOKEN_SITES
+    height = min(_map_height(layers), 3.2)
+    drawing, axes = _canvas(
+        len(sites) * height, rows=len(sites), columns=2, sharex=True, sharey=True
+    )
+    for row, site in zip(axes, sites, strict=True):
+        here = np.flatnonzero(units.site == site)
+        limit = _limit(units, here)
+        for axis, name in zip(row, DIRECTIONS, strict=True):
+            values = np.full((layers, positions), np.nan)
+            values[units.layer[here], units.position[here]] = getattr(units, name).mean[here]
+            image = _map(axis, values, limit)
+            _label(axis, title=f"{SITE_TITLES[site]}, {name.upper()}")
+        row[0].set_ylabel("layer", fontsize=TEXT_SIZE, color=_INK)
+        _colour_bar(drawing, image, row, unit, height)
+    for axis in axes[-1]:
+        _whole_number_ticks(axis.xaxis, most=6)
+        axis.xaxis.set_major_formatter(lambda x, _: "last" if x == 0 else f"−{x:.0f}")
+    axes[0, 0].invert_xaxis()  # shared by all: text runs to the right, and the last token is 0
+    drawing.supxlabel(
+        "position (tokens before the last prompt token)", fontsize=TEXT_SIZE, color=_INK
+    )
+    return drawing
+
+
+def _map_height(layers: int) -> float:
+    return float(np.clip(1.1 + 0.16 * layers, 2.2, 5.5))
+
+
+def _limit(units: Units, chosen: np.ndarray) -> float:
+    """The end of a colour scale that both directions share."""
+    return float(np.nanmax(units.size()[chosen])) or 1.0
+
+
+def _map(axis, values: np.ndarray, limit: float):
+    """Draws [layer, place], layer 0 at the bottom, white at 0, grey where there is no value."""
+    image = axis.imshow(
+        values,
+        origin="lower",
+        aspect="auto",
+        interpolation="nearest",
+        cmap="RdBu_r",
+        norm=colors.Normalize(-limit, limit),
+    )
+    axis.set_facecolor(_ABSENT)
+    axis.spines[:].set_visible(False)
+    axis.label_outer(remove_inner_ticks=True)
+    _whole_number_ticks(axis.yaxis)
+    return image
+
+
+def _colour_bar(drawing, image, axes, unit: str, height: float) -> None:
+    bar = drawing.colorbar(image, ax=list(axes), pad=0.02, aspect=8 * height)
+    bar.set_label(f"mean effect\n({unit})", fontsize=TEXT_SIZE - 1, color=_INK)
+    bar.ax.tick_params(labelsize=TEXT_SIZE - 2, color=_FAINT, labelcolor=_INK)
+    bar.locator = ticker.MaxNLocator(nbins=5, symmetric=True)
+    bar.outline.set_visible(False)
+
+
+def _draw_neurons(units: Units, te: dict | None, unit: str, planted: np.ndarray) -> figure.Figure:
+    del te  # one neuron's effect would vanish beside it
+    chosen = largest(units.size(), NEURONS_IN_FIGURE)
+    drawing, axes = _canvas(1.2 + 0.34 * len(chosen))
+    axis = axes[0, 0]
+    place = np.arange(len(chosen))
+    for offset, name in zip((-0.2, 0.2), DIRECTIONS, strict=True):
+        direction = getattr(units, name)
+        axis.barh(
+            place + offset,
+            direction.mean[chosen],
+            height=0.38,
+            xerr=_bars_around(direction, chosen),
+            label=name.upper(),
+            color=_COLOURS[name],
+            error_kw={"elinewidth": 1.1, "capsize": 2, "ecolor": _INK},
+        )
+    axis.axvline(0, color=_FAINT, linewidth=0.8)
+    if planted[chosen].any():
+        axis.plot([], [], "o", color=_INK, label="planted")
+    names = [units.name(index) + ("  ●" if planted[index] else "") for index in chosen]
+    axis.set_yticks(place, names)
+    for text, is_planted in zip(axis.get_yticklabels(), planted[chosen], strict=True):
+        text.set_fontweight("bold" if is_planted else "normal")
+    axis.set_ylim(len(chosen) - 0.4, -0.6)
+    _label(axis, f"mean effect ({unit})")
+    _legend(drawing, axis)
+    return drawing
+
+
+def draw_joint(joint: dict) -> figure.Figure:
+    drawing, axes = _canvas(3.4)
+    axis = axes[0, 0]
+    count = np.arange(1, len(joint["steps"]) + 1)
+    for name in DIRECTIONS:
+        axis.plot(
+            count,
+            [100 * step[name] for step in joint["steps"]],
+            label=f"joint {name.upper()}",
+            color=_COLOURS[name],
+            marker=_MARKERS[name],
+            markersize=5,
+            linewidth=1.4,
+        )
+    for level in (0, 100):
+        axis.axhline(level, color=_FAINT, linewidth=0.8)
+    _whole_number_ticks(axis.xaxis)
+    _label(axis, "neurons edited together", "share of TE (%)")
+    _legend(drawing, axis)
+    return drawing
+
+
+DRAWINGS = {
+    "layer": _draw_layers,
+    "module": _draw_modules,
+    "head": _draw_heads,
+    "token": _draw_tokens,
+    "neuron": _draw_neurons,
+}

@@ -1,0 +1,289 @@
+"""What is asked of every pair, and what must be computed for it: units, positions, spans, cost.
+
+Everything here is known before a model is run.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from jaxmed import alignment, capture
+from jaxmed.alignment import Align, Edited, Positions
+from jaxmed.data import DataError, Pair
+from jaxmed.metrics import Metric, Term
+from models.config import DecoderConfig
+from models.edits import Site
+
+# The sites that make up each granularity, in the order of the results' site axis.
+SITES: dict[str, tuple[Site, ...]] = {
+    "layer": (Site.LAYER,),
+    "module": (Site.ATTENTION, Site.MLP),
+    "head": (Site.HEAD,),
+    "token": (Site.RESIDUAL, Site.ATTENTION, Site.MLP),
+    "neuron": (Site.NEURON,),
+}
+
+
+# The position of a unit that is edited at every edited position.
+ALL_POSITIONS = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """What is asked of every pair.
+
+    Attributes:
+        metric: the metric Y.
+        positions: which positions are edited. The token granularity edits each aligned prompt
+            position alone, whatever is asked here.
+        align: how base and source prompt are laid against each other.
+        group_size: adjacent neurons that are edited together.
+    """
+
+    metric: Metric
+    positions: Positions = Positions.LAST
+    align: Align = Align.END
+    group_size: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Units:
+    """Units of one site, flattened; each is patched alone.
+
+    Attributes:
+        layers: the layer of each, [U].
+        units: index of the head or of the neuron group, [U]; 0 for other sites.
+        positions: index in the span of the one position that is edited, [U]; -1 for all of them.
+    """
+
+    layers: np.ndarray
+    units: np.ndarray
+    positions: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    @classmethod
+    def grid(cls, layers: int, units: int = 1, positions=(ALL_POSITIONS,)) -> "Units":
+        """Every layer with every unit at every position, in that order."""
+        axes = np.meshgrid(np.arange(layers), np.arange(units), positions, indexing="ij")
+        return cls(*(axis.reshape(-1).astype(np.int32) for axis in axes))
+
+    def batches(self, size: int, padding_layer: int) -> Iterator["Units"]:
+        """Equal batches; the last is filled up with units of a layer that does not exist."""
+        extra = -len(self) % size
+        fill = {"layers": padding_layer, "units": 0, "positions": ALL_POSITIONS}
+        padded = [
+            np.pad(getattr(self, name), (0, extra), constant_values=value)
+            for name, value in fill.items()
+        ]
+        for start in range(0, len(self), size):
+            yield Units(*(field[start : start + size] for field in padded))
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Units of one site that share a span: what one loop over batches computes.
+
+    Attributes:
+        granularity: what the units are counted under.
+        site: the site.
+        units: the units; their positions are relative to the span's start.
+        edited: the edited positions.
+        start, size: the span's first position, and its padded length.
+        place: index of the units in the granularity's effects.
+    """
+
+    granularity: str
+    site: Site
+    units: Units
+    edited: Edited
+    start: int
+    size: int
+    place: tuple[np.ndarray, ...]
+
+
+def group_count(config: DecoderConfig, group_size: int) -> int:
+    """Number of neuron groups in a layer; the last may be smaller than the others."""
+    return -(-config.intermediate_size // group_size)
+
+
+def plan(
+    config: DecoderConfig,
+    pair: Pair,
+    term: Term,
+    question: Question,
+    granularities: Iterable[str],
+    swapped: bool,
+) -> list[Work]:
+    """What is to be computed for one term of a metric in one direction.
+
+    Units whose every edited position comes after the last one that is read are left out: their
+    effect is exactly 0. With `swapped` the patches are made in the source run.
+    """
+    prompt_length = len(pair.counterfactual_ids if swapped else pair.prompt_ids)
+    first_read, last_read = (
+        prompt_length - 1 + int(extreme(term.reading.offsets)) for extreme in (np.min, np.max)
+    )
+    work = []
+    for granularity in granularities:
+        which = Positions.PROMPT if granularity == "token" else question.positions
+        edited = alignment.edited(pair, which, question.align, len(term.response))
+        columns = len(pair.prompt_ids) - 1 - edited.base
+        edited = edited.swapped() if swapped else edited
+        read = edited.base <= last_read
+        edited, columns = Edited(edited.base[read], edited.source[read]), columns[read]
+        if not len(edited.base):
+            continue
+        if granularity == "token":
+            work += _token_work(config, edited, columns, last_read)
+            continue
+        start, size = _span(min(edited.base[0], first_read), last_read)
+        for index, site in enumerate(SITES[granularity]):
+            units = Units.grid(config.num_layers, unit_count(config, question, site))
+            place = {"module": (units.layers, np.full(len(units), index)), "layer": (units.layers,)}
+            place = place.get(granularity, (units.layers, units.units))
+            work.append(Work(granularity, site, units, edited, start, size, place))
+    return work
+
+
+def _token_work(config, edited: Edited, columns: np.ndarray, last_read: int) -> list[Work]:
+    """Each position alone, in groups of positions whose spans have the same padded length."""
+    sizes = np.array([_span(position, last_read, smallest=16)[1] for position in edited.base])
+    work = []
+    for size in np.unique(sizes):
+        here = sizes == size
+        start = max(0, last_read + 1 - int(size))
+        group = Edited(edited.base[here], edited.source[here])
+        units = Units.grid(config.num_layers, positions=group.base - start)
+        place = np.tile(columns[here], config.num_layers)
+        for index, site in enumerate(SITES["token"]):
+            site_place = (units.layers, np.full(len(units), index), place)
+            work.append(Work("token", site, units, group, start, int(size), site_place))
+    return work
+
+
+def _span(first: int, last: int, smallest: int = 1) -> tuple[int, int]:
+    """Start and padded length of the span that holds all edited and read positions.
+
+    Its length is 1, 4, 16 or a larger power of two: each length is compiled once.
+    """
+    length = int(last - first) + 1
+    size = next((size for size in (1, 4) if smallest <= size and length <= size), 0)
+    size = size or capture.bucket(length, smallest=16)
+    return max(0, int(last) + 1 - size), size
+
+
+def unit_count(config: DecoderConfig, question: Question, site: Site) -> int:
+    """Units of a site in each layer."""
+    if site == Site.HEAD:
+        return config.num_heads
+    return group_count(config, question.group_size) if site == Site.NEURON else 1
+
+
+def shapes(
+    config: DecoderConfig, pair: Pair, question: Question, granularities: Iterable[str]
+) -> dict[str, tuple[int, ...]]:
+    """Shape of one pair's effects by granularity."""
+    units = {
+        "layer": lambda: (),
+        "module": lambda: (len(SITES["module"]),),
+        "head": lambda: (config.num_heads,),
+        "token": lambda: (len(SITES["token"]), int(token_columns(pair, question).max()) + 1),
+        "neuron": lambda: (group_count(config, question.group_size),),
+    }
+    return {name: (config.num_layers, *units[name]()) for name in granularities}
+
+
+def token_columns(pair: Pair, question: Question) -> np.ndarray:
+    """Where the token granularity stores the aligned positions: counted from the prompt's end."""
+    edited = alignment.edited(pair, Positions.PROMPT, question.align)
+    return len(pair.prompt_ids) - 1 - edited.base
+
+
+def check(
+    config: DecoderConfig, pair: Pair, question: Question, granularities: Iterable[str]
+) -> None:
+    """Raises `DataError` where a pair does not fit the model or the question."""
+    for name in ("prompt", "counterfactual", "harmful", "safe"):
+        ids = getattr(pair, f"{name}_ids")
+        outside = [i for i in ids if not 0 <= i < config.vocab_size]
+        if outside:
+            raise DataError(
+                f"{pair.where}: pair '{pair.id}': token id {outside[0]} of {name}_ids is outside "
+                f"the vocabulary of {config.vocab_size}"
+            )
+    terms = question.metric.terms(pair)
+    for name in ("prompt", "counterfactual"):
+        length = len(getattr(pair, f"{name}_ids"))
+        longest = length + max(len(term.response) for term in terms)
+        if not length:
+            raise DataError(f"{pair.where}: pair '{pair.id}' has an empty {name}")
+        if longest > config.max_positions:
+            raise DataError(
+                f"{pair.where}: pair '{pair.id}': its {name} with the response has {longest} "
+                f"tokens, and the model has {config.max_positions} positions"
+            )
+    for term in terms:
+        for tokens in np.asarray(term.reading.tokens)[np.asarray(term.reading.weights) > 0]:
+            if not 0 <= tokens < config.vocab_size:
+                raise DataError(
+                    f"{pair.where}: pair '{pair.id}': {question.metric.name} reads token id "
+                    f"{tokens}, outside the vocabulary of {config.vocab_size}"
+                )
+        alignment.edited(pair, question.positions, question.align, len(term.response))
+    if "token" in granularities:
+        alignment.edited(pair, Positions.PROMPT, question.align)
+
+
+def stage(site: Site, layer: np.ndarray) -> np.ndarray:
+    """Where in the network a site's write joins the residual stream.
+
+    Stage 2 l is the input of block l, stage 2 l + 1 lies between its attention and its MLP, stage
+    2 L is the output of the last block.
+    """
+    if site == Site.EMBEDDING:
+        return 2 * layer
+    return 2 * layer + (1 if site in (Site.ATTENTION, Site.HEAD) else 2)
+
+
+def operations(
+    config: DecoderConfig, pair: Pair, question: Question, granularities: Iterable[str]
+) -> float:
+    """Floating-point operations of the matrix products that a pair's scan needs."""
+    return sum(
+        batch_operations(config, work, term, stage(work.site, work.units.layers))
+        for term in question.metric.terms(pair)
+        for swapped in (False, True)
+        for work in plan(config, pair, term, question, granularities, swapped)
+    )
+
+
+def batch_operations(config: DecoderConfig, work: Work, term: Term, stages) -> float:
+    """Two per multiply-add, in the blocks that follow each unit and in the metric."""
+    width, head_dim = config.hidden_size, config.head_dim
+    projections = width * head_dim * (2 * config.num_heads + 2 * config.num_kv_heads)
+    mlp = 3 * width * config.intermediate_size
+    # Scores and values: each a product with the prefix, and two with the span.
+    attention = 2 * config.num_heads * head_dim * (work.start + 2 * work.size)
+    last = 2 * config.num_layers
+    real = np.asarray(stages)[np.asarray(stages) <= last]
+    halves = np.sum(last - real), np.sum((last - real + 1) // 2)
+    blocks = (projections + attention) * (halves[0] - halves[1]) + mlp * halves[1]
+    tokens = np.size(term.reading.tokens) if not term.response else config.vocab_size
+    read = len(real) * len(term.reading.offsets) * width * tokens
+    return 2.0 * (work.size * float(blocks) + float(read))
+
+
+def batch_size(
+    config: DecoderConfig, work: Work, term: Term, most_units: int, memory_gb: float
+) -> int:
+    """Units of a batch: a power of two that fits the memory, and no more than there are."""
+    position = 8 * config.hidden_size + 6 * config.intermediate_size
+    position += 4 * config.num_heads * (work.start + 2 * work.size)
+    numbers = position * work.size
+    if term.response:
+        numbers += 6 * len(term.reading.offsets) * config.vocab_size
+    fits = int(memory_gb * 2**30 / (4 * numbers))
+    return min(capture.bucket(most_units), 1 << max(0, min(fits, 512).bit_length() - 1))
