@@ -1,4 +1,4 @@
-"""The engine against the plain definition: every site, both directions, every choice of positions."""
+"""The engine against the plain definition, at every site and choice of positions."""
 
 import dataclasses
 import itertools
