@@ -164,7 +164,7 @@ def _reevaluated(equation, inputs, changes):
 
 _linear("neg", "reduce_sum", "cumsum", "reshape", "squeeze", "transpose", "broadcast_in_dim")
 _linear("slice", "rev", "concatenate", "pad", "split", "dynamic_slice", "gather", "copy", "copy_p")
-_linear("convert_element_type", "add_any", "reduce_precision")
+_linear("convert_element_type", "add_any", "reduce_precision", "stack", "unstack")
 _RULES.update(dict.fromkeys(["lt", "le", "gt", "ge", "eq", "ne"], _reevaluated))
 _RULES.update(dict.fromkeys(["and", "or", "not", "xor", "sign", "is_finite"], _reevaluated))
 
