@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float
 from jaxmed import alignment, capture, planning
 from jaxmed.alignment import Edited
 from jaxmed.data import Pair
-from jaxmed.effects import PairEffects, Run, pair_effects
+from jaxmed.effects import PairEffects, Run, pair_effects, read
 from jaxmed.metrics import Term
 from jaxmed.planning import Question
 from models.decoder import Decoder, Trace
@@ -92,9 +92,9 @@ def _defined_changes(
             )
             for number, site in enumerate(_LAYER_SITES)
         ]
-        return _run_value(decoder, tokens, None, edits, reading, last_prompt, metric)
+        return _run_value(decoder, tokens, edits, reading, last_prompt, metric)
 
-    plain = _run_value(decoder, tokens, None, [], reading, last_prompt, metric)
+    plain = _run_value(decoder, tokens, [], reading, last_prompt, metric)
     return jax.vmap(edited_value)(units) - plain
 
 
@@ -150,14 +150,16 @@ def _joint_changes(
             Edit.patch(Site.NEURON, layer, positions, values[layer], members[layer])
             for layer in range(decoder.config.num_layers)
         ]
-        return _run_value(decoder, tokens, valid, edits, reading, last_prompt, metric)
+        # Only the rows that are read: logits of all positions of all sets would be large.
+        residual = decoder(tokens, edits=edits, valid=valid)[1].residual[-1]
+        return read(decoder, metric, residual, reading, last_prompt)
 
     return jax.lax.map(run, sets, batch_size=64) - run(jnp.zeros_like(sets[0]))
 
 
-def _run_value(decoder, tokens, valid, edits, reading, last_prompt, metric) -> Float[Array, ""]:
+def _run_value(decoder, tokens, edits, reading, last_prompt, metric) -> Float[Array, ""]:
     """Y of a run with explicit edits, from its logits."""
-    logits, _ = decoder(tokens, edits=edits, valid=valid)
+    logits, _ = decoder(tokens, edits=edits)
     rows = logits[last_prompt + reading.offsets]
     return metric.value(lambda chosen: rows if chosen is None else rows[:, chosen], reading)
 

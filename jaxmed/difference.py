@@ -15,9 +15,13 @@ alone leaves the computation of f(x) unbatched.
 An operand that does not change has the symbolic difference None, and no work is done for it. An
 integer or boolean that changes carries its *changed value* in place of a difference.
 
-Softmax, log-softmax and log-sum-exp have rules of their own, since no composition of rules is both
-accurate and free of overflow: they are recognised as the compiled functions (`jax.jit`) named
-`softmax_last_axis`, `log_softmax_last_axis` and `logsumexp_last_axis`.
+Some functions have rules as a whole, since no composition of rules is both accurate and free of
+overflow: softmax, log-softmax, log-sum-exp and the norm's 1 / sqrt(mean(x^2) + eps). They are
+recognised as the compiled functions (`jax.jit`) named `softmax_last_axis`,
+`log_softmax_last_axis`, `logsumexp_last_axis` and `inverse_rms_last_axis`.
+
+What cannot be avoided: a difference that all but cancels its value (d near -x) is known only to the
+rounding of x + d, as in direct evaluation, and not to that of the result.
 """
 
 from collections.abc import Callable
@@ -290,14 +294,26 @@ def _exp(params, a, d, output):
     return _exp_difference(a, d)
 
 
+# Where d < -a / 2 the difference is not small beside the value, a + d is exact (Sterbenz), and the
+# identity in d / a would lose what is left of a: there direct evaluation is the accurate one.
+
+
 @_elementary("log")
 def _log(params, a, d, output):
-    return jnp.log1p(d / a)
+    return jnp.where(d > -a / 2, jnp.log1p(d / a), jnp.log((a + d) / a))
 
 
 @_elementary("rsqrt")
 def _rsqrt(params, a, d, output):
-    return output * jnp.expm1(-0.5 * jnp.log1p(d / a))
+    return _rsqrt_difference(a, d, a + d)
+
+
+def _rsqrt_difference(a: Array, d: Array, changed: Array) -> Array:
+    """changed^(-1/2) - a^(-1/2), where changed = a + d is known to its own rounding."""
+    small = d > -a / 2
+    ratio = jnp.where(small, d / a, 0)
+    direct = lax.rsqrt(changed) - lax.rsqrt(a)
+    return jnp.where(small, lax.rsqrt(a) * jnp.expm1(-0.5 * jnp.log1p(ratio)), direct)
 
 
 @_elementary("sqrt")
@@ -339,11 +355,19 @@ def _logsumexp_difference(log_p: Array, d: Array) -> Array:
 
 
 def _named(name: str):
-    """Registers the difference of a compiled function of that name and of one operand."""
+    """Registers the difference of a compiled function of that name, whose first operand changes.
+
+    The rule is a function of that operand, its difference, and the other operands.
+    """
 
     def register(rule: Callable) -> Callable:
         def wrapped(equation, inputs, changes):
-            output, change = rule(inputs[0], changes[0])
+            if any(change is not None for change in changes[1:]):
+                raise NotImplementedError(
+                    f"difference propagation has no rule for '{name}' with more than its first "
+                    "operand changed; add one to jaxmed/difference.py"
+                )
+            output, change = rule(inputs[0], changes[0], *inputs[1:])
             return [output], [change]
 
         _NAMED_RULES[name] = wrapped
@@ -370,3 +394,12 @@ def _logsumexp(a, d):
     log_p = jax.nn.log_softmax(a, axis=-1)
     total = jax.nn.logsumexp(a, axis=-1)
     return total, _logsumexp_difference(log_p, d)[..., 0]
+
+
+@_named("inverse_rms_last_axis")
+def _inverse_rms(a, d, eps):
+    """The changed mean square is formed from a + d, so that no large entry is left behind in it."""
+    mean_square = jnp.mean(jnp.square(a), axis=-1, keepdims=True) + eps
+    change = jnp.mean(d * (2 * a + d), axis=-1, keepdims=True)
+    changed = jnp.mean(jnp.square(a + d), axis=-1, keepdims=True) + eps
+    return lax.rsqrt(mean_square), _rsqrt_difference(mean_square, change, changed)

@@ -30,6 +30,7 @@ from jaxmed.metrics import LogitDifference, Metric, Reading, Term
 from jaxmed.planning import ALL_POSITIONS, Question, Work
 from models.decoder import Decoder, Trace
 from models.edits import Site
+from models.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +142,9 @@ def carry(
         return jnp.where((stages == now)[:, None, None], entering, differences)
 
     def run_layer(layer, differences):
-        block = decoder.block(layer)
+        # Without the barrier XLA converts the weights of all layers to the differences' type at
+        # once, and keeps them.
+        block = jax.lax.optimization_barrier(decoder.block(layer))
         prefix = _at_layer(frame.prefix, layer)
 
         def attend(x):
@@ -159,10 +162,10 @@ def carry(
         jnp.min(stages) // 2, last // 2, run_layer, jnp.zeros_like(entering)
     )
 
-    def read(residual):
-        return _value(decoder, metric, residual, reading, last_prompt)
+    def y(residual):
+        return read(decoder, metric, residual, reading, last_prompt)
 
-    return _change(read, frame.inputs[-1], join(differences, last))
+    return _change(y, frame.inputs[-1], join(differences, last))
 
 
 def _change(f: Callable, value: Float[Array, "S d"], changes: Float[Array, "B S d"]):
@@ -181,8 +184,8 @@ def _at_layer(prefix, layer):
     return dataclasses.replace(prefix, keys=prefix.keys[layer], values=prefix.values[layer])
 
 
-def _value(decoder, metric, residual, reading, last_prompt):
-    """The metric, from the last block's output."""
+def read(decoder, metric, residual, reading, last_prompt):
+    """Y, from the last block's output at the positions of a run or a span, [S, d]."""
     rows = residual[last_prompt + reading.offsets]
     return metric.value(lambda tokens: decoder.unembed(rows, tokens), reading)
 
@@ -192,7 +195,7 @@ def plain_value(
     decoder: Decoder, trace: Trace, reading: Reading, last_prompt: Int[Array, ""], metric: Metric
 ) -> Float[Array, ""]:
     """Y of a captured run whose last prompt token is at `last_prompt`."""
-    return _value(decoder, metric, trace.residual[-1], reading, last_prompt)
+    return read(decoder, metric, trace.residual[-1], reading, last_prompt)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -352,8 +355,11 @@ def scan(
         memory_gb: memory for the differences of a batch, in GiB.
 
     Raises:
-        DataError: a pair does not fit the model or the question; the message names its line.
+        InputError: the granularity is unknown, or a pair does not fit the model or the question;
+            the message names its line.
     """
+    if granularity not in planning.SITES:
+        raise InputError(f"granularity '{granularity}' is not one of {', '.join(planning.SITES)}")
     question = Question(metric or LogitDifference(), Positions(positions), Align(align), group_size)
     for pair in pairs:
         planning.check(decoder.config, pair, question, [granularity])

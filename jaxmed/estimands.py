@@ -21,6 +21,9 @@ def interaction(nie: np.ndarray, tie: np.ndarray) -> np.ndarray:
     return tie - nie
 
 
+CANDIDATES = 100  # neurons that each step of the greedy search tries
+
+
 @dataclasses.dataclass(frozen=True)
 class JointSet:
     """A set of neurons, in the order in which the greedy search added them.
@@ -55,7 +58,7 @@ def greedy_set(
     single: np.ndarray,
     *,
     size: int,
-    candidates: int = 100,
+    candidates: int = CANDIDATES,
     matmul_precision: str = "highest",
     on_step: Callable[[], None] = lambda: None,
 ) -> JointSet:

@@ -53,10 +53,11 @@ class Term:
 
 
 class Metric(Protocol):
-    """What every metric provides; `name` and `unit` go into the results."""
+    """What every metric provides; `unit` and `meaning` are for people."""
 
     name: str
     unit: str
+    meaning: str
 
     def terms(self, pair: Pair) -> list[Term]:
         """The runs, and what is read off each."""
@@ -93,6 +94,10 @@ class LogitDifference:
 
     name = "logit_diff"
     unit = "logits"
+    meaning = (
+        "the logit of the harmful answer’s first token minus that of the safe one’s, at the last "
+        "prompt token"
+    )
 
     def terms(self, pair: Pair) -> list[Term]:
         """One run, of the prompt alone.
@@ -140,6 +145,7 @@ class ResponseLogprobDifference:
 
     name = "response_logprob_diff"
     unit = "nats per token"
+    meaning = "the mean token log-probability of the harmful response minus that of the safe one"
 
     def terms(self, pair: Pair) -> list[Term]:
         """Two runs, one for each response.
@@ -174,6 +180,9 @@ class ResponseLogprobDifference:
         log_p = log_softmax_last_axis(logits_of(None))
         chosen = jnp.take_along_axis(log_p, reading.tokens[:, None], axis=-1)[:, 0]
         return jnp.sum(chosen * reading.weights.astype(chosen.dtype))
+
+
+METRICS = {metric.name: metric for metric in (LogitDifference, ResponseLogprobDifference)}
 
 
 def _first_token(pair: Pair, answer: tuple[int, ...], name: str) -> tuple[int, ...]:

@@ -232,7 +232,18 @@ def check(
                     f"{pair.where}: pair '{pair.id}': {question.metric.name} reads token id "
                     f"{tokens}, outside the vocabulary of {config.vocab_size}"
                 )
-        alignment.edited(pair, question.positions, question.align, len(term.response))
+    edits = [
+        alignment.edited(pair, question.positions, question.align, len(term.response)).base
+        for term in terms
+    ]
+    last_read = len(pair.prompt_ids) - 1 + np.array([np.max(t.reading.offsets) for t in terms])
+    if any(map(len, edits)) and not any(
+        np.any(e <= r) for e, r in zip(edits, last_read, strict=True)
+    ):
+        raise DataError(
+            f"{pair.where}: pair '{pair.id}': {question.metric.name} reads nothing at or after the "
+            f"positions that --positions={question.positions} edits, so every effect would be 0"
+        )
     if "token" in granularities:
         alignment.edited(pair, Positions.PROMPT, question.align)
 
@@ -274,6 +285,21 @@ def batch_operations(config: DecoderConfig, work: Work, term: Term, stages) -> f
     tokens = np.size(term.reading.tokens) if not term.response else config.vocab_size
     read = len(real) * len(term.reading.offsets) * width * tokens
     return 2.0 * (work.size * float(blocks) + float(read))
+
+
+def run_operations(config: DecoderConfig, pair: Pair, question: Question) -> float:
+    """Floating-point operations of plain runs of a pair's prompts with all their responses."""
+    width, head_dim = config.hidden_size, config.head_dim
+    weights = width * head_dim * (2 * config.num_heads + 2 * config.num_kv_heads)
+    weights += 3 * width * config.intermediate_size
+    total = 0.0
+    for term in question.metric.terms(pair):
+        for prompt in (pair.prompt_ids, pair.counterfactual_ids):
+            length = len(prompt) + len(term.response)
+            attention = 2 * config.num_heads * head_dim * length
+            total += 2.0 * config.num_layers * length * (weights + attention)
+            total += 2.0 * len(term.reading.offsets) * width * config.vocab_size
+    return total
 
 
 def batch_size(

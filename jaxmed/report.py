@@ -19,6 +19,7 @@ from matplotlib import figure
 
 from jaxmed import estimands, figures, statistics
 from jaxmed import results as results_lib
+from jaxmed.metrics import METRICS, Metric
 from models.errors import InputError
 
 _TRUTH_KEYS = {"module": "modules", "head": "heads", "neuron": "neurons"}
@@ -33,42 +34,6 @@ _RANKINGS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class _Metric:
-    unit: str
-    meaning: str
-    direction: str
-
-
-_TOWARDS_SAFE = (
-    "Y is harmful minus safe and the base prompt is the one that complies, so a negative effect"
-    " means that patching moves the answer towards the safe one."
-)
-_METRICS = {
-    "logit_diff": _Metric(
-        "logits",
-        "the logit of the harmful answer’s first token minus that of the safe one’s, at the last"
-        " prompt token",
-        _TOWARDS_SAFE,
-    ),
-    "response_logprob_diff": _Metric(
-        "nats per token",
-        "the mean token log-probability of the harmful response minus that of the safe one",
-        _TOWARDS_SAFE,
-    ),
-    "refusal_logodds": _Metric(
-        "nats",
-        "the log-odds of a refusal",
-        "Y grows with refusal and the base prompt is the one that complies, so a positive effect"
-        " means that patching moves the answer towards refusal.",
-    ),
-    "judge_rate": _Metric(
-        "fraction of samples",
-        "the fraction of sampled answers that the judge calls harmful",
-        "The base prompt is the one that complies, so a negative effect means that patching makes"
-        " harmful answers rarer.",
-    ),
-}
 _POSITIONS = {
     "last": "the last prompt token",
     "differing": "from the first token that differs between the prompts to the end of the prompt",
@@ -103,7 +68,7 @@ def write(folder, show_text: bool = False, pairs=None) -> pathlib.Path:
         raise InputError("--show_text needs --pairs: a results folder holds no text")
     results = results_lib.Results.open(folder)
     summary = statistics.read_summary(results)
-    metric = _metric(results)
+    metric = METRICS[results.run["metric"]]
     te = _total(summary, "te")
     found = _found(results, summary)
     ranked = {granularity: _without_residual(units) for granularity, units in found.items()}
@@ -126,7 +91,8 @@ def write(folder, show_text: bool = False, pairs=None) -> pathlib.Path:
     )
     page = environment.get_template("report.html.j2").render(
         title=f"Causal mediation in {results.run.get('model', 'an unnamed model')}",
-        finished=results.run["finished"],
+        # The page is one of the files that a run writes before it is finished.
+        finished=not any(results.missing(name) for name in results.granularities),
         facts=_facts(results, metric, te),
         metric=metric,
         minimum=statistics.MINIMUM_TOTAL_EFFECT,
@@ -196,7 +162,7 @@ def score(results: results_lib.Results) -> dict:
 def closing_lines(results: results_lib.Results) -> list[str]:
     """What a run prints at its end: where the results are, and what was measured."""
     summary = statistics.read_summary(results)
-    unit = _metric(results).unit
+    unit = METRICS[results.run["metric"]].unit
     lines = [
         f"Results: {results.folder}",
         _total_sentence(results, _total(summary, "te"), unit),
@@ -222,11 +188,6 @@ def score_lines(results: results_lib.Results) -> list[str]:
             f"{scores}"
         )
     return lines
-
-
-def _metric(results: results_lib.Results) -> _Metric:
-    name = results.run["metric"]
-    return _METRICS.get(name, _Metric("units of Y", str(name), "The sign is that of Y."))
 
 
 def _total(summary: pa.Table, estimand: str) -> dict | None:
@@ -358,7 +319,7 @@ def _joint(results: results_lib.Results) -> dict | None:
     }
 
 
-def _facts(results: results_lib.Results, metric: _Metric, te: dict | None) -> list[tuple]:
+def _facts(results: results_lib.Results, metric: type[Metric], te: dict | None) -> list[tuple]:
     run = results.run
     positions = str(run["positions"])
     explained = _POSITIONS.get(positions)

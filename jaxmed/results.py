@@ -44,7 +44,8 @@ class Sizes:
       layers: blocks of the decoder.
       heads: query heads per layer.
       neurons: groups of adjacent neurons per layer, ceil(intermediate size / group size).
-      positions: the largest number of aligned prompt positions of any pair.
+      positions: how far the aligned prompt positions of any pair reach, counted backwards from the
+        last prompt token.
     """
 
     layers: int
@@ -185,10 +186,6 @@ class Results:
             group[name][pair_index] = values
         group["done"][pair_index] = done
 
-    def fail(self, pair_index: int, granularity: str) -> None:
-        """Marks all units of one pair as FAILED; a resumed run does not try them again."""
-        self._effects_group(granularity)["done"][pair_index] = FAILED
-
     def write_totals(self, pair_index: int, y_base: float, y_source: float) -> None:
         """Writes Y(x), Y(x') and TE = Y(x') - Y(x) of one pair, in units of the metric."""
         totals = {"y_base": y_base, "y_source": y_source, "te": y_source - y_base}
@@ -226,11 +223,16 @@ class Results:
         """Y(x'), float32 [pair]; NaN where it was not measured."""
         return self._group["y_source"][:]
 
-    def finish(self, extra: dict) -> None:
-        """Marks the run as finished, and adds what was measured beside the effects to `run`."""
+    def record(self, extra: dict) -> None:
+        """Adds what was measured beside the effects to `run`."""
         _check_free_keys(extra)
         measured = sorted({*self.run["measured"], *extra})
-        self.run = {**self.run, **_plain(extra), "measured": measured, "finished": True}
+        self.run = {**self.run, **_plain(extra), "measured": measured}
+        _write_run(self.folder, self.run)
+
+    def finish(self) -> None:
+        """Marks the run as finished: all its files are written."""
+        self.run = {**self.run, "finished": True}
         _write_run(self.folder, self.run)
 
     def _effects_group(self, granularity: str) -> zarr.Group:
@@ -283,7 +285,7 @@ def _start(folder: pathlib.Path, described: dict) -> Results:
     _write_run(folder, described)
     group = zarr.create_group(folder / _EFFECTS_FILE, zarr_format=3)
     sizes = Sizes(**described["sizes"])
-    attributes = {key: described[key] for key in _RECORDED_ON_ARRAYS}
+    asked = {key: described[key] for key in _RECORDED_ON_ARRAYS}
     for name in _array_names(described["granularities"]):
         granularity, _, leaf = name.rpartition("/")
         unit_shape = sizes.shape(granularity) if granularity else ()
@@ -293,7 +295,8 @@ def _start(folder: pathlib.Path, described: dict) -> Results:
             chunks=(1, *unit_shape),
             dtype="uint8" if leaf == "done" else "float32",
             fill_value=NOT_RUN if leaf == "done" else float("nan"),
-            attributes=attributes,
+            # The token granularity edits every aligned prompt position alone, whatever is asked.
+            attributes=asked | ({"positions": "prompt"} if granularity == "token" else {}),
         )
     return Results(folder, described, group)
 

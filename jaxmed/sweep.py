@@ -18,16 +18,26 @@ from jaxmed import data, effects, estimands, metrics, planning, report, statisti
 from jaxmed.alignment import Align, Positions
 from jaxmed.data import DataError, Pair
 from jaxmed.results import Results, Sizes
-from models import checkpoint
+from models import checkpoint, organisms
 from models.decoder import Decoder
 from models.errors import InputError
 
-_CHOICES = {
-    "metric": ("logit_diff", "response_logprob_diff"),
+# The values that a setting may have, where they can be listed.
+CHOICES = {
+    "metric": tuple(metrics.METRICS),
     "response_part": ("all", "decision", "continuation"),
     "positions": tuple(Positions),
     "align": tuple(Align),
+    "dtype": ("", "float16", "bfloat16", "float32", "float64"),
     "matmul_precision": ("default", "high", "highest"),
+}
+# The least value of a number.
+LEAST = {
+    "group_size": 1,
+    "joint_size": 0,
+    "joint_pairs": 1,
+    "decision_tokens": 1,
+    "memory_gb": 1e-3,
 }
 # Settings that only one metric reads.
 _OF_ONE_METRIC = {
@@ -102,8 +112,11 @@ def run(settings: Settings) -> Results:
     _say(f"Loading {settings.model}")
     folder = checkpoint.resolve(settings.model)
     decoder, tokenizer = models.load(folder, dtype=settings.dtype or None)
+    neurons = decoder.config.num_layers * decoder.config.intermediate_size
+    if settings.joint_size > neurons:
+        raise InputError(f"--joint_size={settings.joint_size}: the model has {neurons} neurons")
     question = planning.Question(
-        _metric(settings, tokenizer),
+        _metric(settings, decoder, tokenizer),
         Positions(settings.positions),
         Align(settings.align),
         settings.group_size,
@@ -118,13 +131,15 @@ def run(settings: Settings) -> Results:
         overwrite=settings.overwrite,
     )
     with jax.default_matmul_precision(settings.matmul_precision):
-        _scan(decoder, pairs, question, results, settings.memory_gb)
+        _scan(decoder, pairs, question, results, settings)
     measured = {}
-    if settings.joint_size and (joint := _joint(decoder, pairs, question, results, settings)):
-        measured["joint"] = joint
-    results.finish(measured | {"seconds": time.time() - began})
+    if settings.joint_size and "joint" not in results.run:
+        if joint := _joint(decoder, pairs, question, results, settings):
+            measured["joint"] = joint
+    results.record(measured | {"seconds": time.time() - began})
     statistics.write_summary(results)
     report.write(results.folder, settings.show_text, pairs)
+    results.finish()
     return results
 
 
@@ -150,9 +165,12 @@ def report_again(folder: str, show_text: bool) -> Results:
 
 def _check(settings: Settings) -> None:
     """Refuses settings that contradict each other, before anything is loaded."""
-    for name, known in _CHOICES.items():
+    for name, known in CHOICES.items():
         if getattr(settings, name) not in known:
             raise InputError(f"--{name}={getattr(settings, name)}: not one of {', '.join(known)}")
+    for name, least in LEAST.items():
+        if getattr(settings, name) < least:
+            raise InputError(f"--{name}={getattr(settings, name)}: must be at least {least}")
     unknown = set(settings.granularity) - set(planning.SITES)
     if unknown or not settings.granularity:
         raise InputError(
@@ -171,20 +189,27 @@ def _check(settings: Settings) -> None:
         raise InputError("--joint_size needs --granularity=neuron and --group_size=1")
 
 
-def _metric(settings: Settings, tokenizer) -> metrics.Metric:
+def _metric(settings: Settings, decoder: Decoder, tokenizer) -> metrics.Metric:
     if settings.metric == "response_logprob_diff":
         return metrics.ResponseLogprobDifference(settings.response_part, settings.decision_tokens)
     return metrics.LogitDifference(
-        _first_tokens("harmful_tokens", settings.harmful_tokens, tokenizer),
-        _first_tokens("safe_tokens", settings.safe_tokens, tokenizer),
+        *(
+            _first_tokens(name, getattr(settings, name), decoder.config.vocab_size, tokenizer)
+            for name in ("harmful_tokens", "safe_tokens")
+        )
     )
 
 
-def _first_tokens(flag: str, given: tuple[str, ...], tokenizer) -> tuple[int, ...]:
+def _first_tokens(flag: str, given: tuple[str, ...], vocab_size: int, tokenizer) -> tuple[int, ...]:
     """Token ids, given as numbers or as texts whose first token counts."""
     found = []
     for text in given:
         if text.isdecimal():
+            # Python refuses to read a number of thousands of digits.
+            if len(text) > 10 or int(text) >= vocab_size:
+                raise InputError(
+                    f"--{flag}={text}: token id outside the vocabulary of {vocab_size}"
+                )
             found.append(int(text))
             continue
         if tokenizer is None:
@@ -278,7 +303,7 @@ def _scan(
     pairs: list[Pair],
     question: planning.Question,
     results: Results,
-    memory_gb: float,
+    settings: Settings,
 ) -> None:
     """Computes what is missing, pair by pair, with a progress bar."""
     missing = {name: set(results.missing(name)) for name in results.granularities}
@@ -295,7 +320,11 @@ def _scan(
         index: planning.operations(decoder.config, pairs[index], question, names)
         for index, names in todo.items()
     }
-    _announce(decoder, results, question, len(todo), sum(costs.values()))
+    joint = settings.joint_size * sum(
+        planning.run_operations(decoder.config, pair, question) * estimands.CANDIDATES
+        for pair in pairs[: settings.joint_pairs]
+    )
+    _announce(decoder, results, len(todo), sum(costs.values()), joint)
     with tqdm.tqdm(total=sum(costs.values()), unit="FLOP", unit_scale=True) as bar:
         for done, (index, names) in enumerate(todo.items(), start=1):
             bar.set_description(f"pair {done}/{len(todo)}")
@@ -304,7 +333,7 @@ def _scan(
                 pairs[index],
                 question,
                 names,
-                memory_gb=memory_gb,
+                memory_gb=settings.memory_gb,
                 on_operations=bar.update,
             )
             results.write_totals(index, found.y_base, found.y_source)
@@ -321,16 +350,18 @@ def _fitted(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _announce(
-    decoder: Decoder, results: Results, question: planning.Question, pairs: int, operations: float
+    decoder: Decoder, results: Results, pairs: int, operations: float, joint: float
 ) -> None:
-    """Says what the run will cost."""
+    """Says what the run will cost: the operations of the scan, and those of the joint set."""
     units = sum(int(np.prod(results.sizes.shape(name))) for name in results.granularities)
     rate = _product_rate(decoder)
     _say(
         f"{pairs} pairs, at most {units:,} units each, in both directions: "
-        f"{operations:.2e} floating-point operations. This machine's matrix products make "
-        f"{rate:.1e} a second, so it takes at least {operations / rate / 60:.1f} minutes, "
-        "and compilation (some seconds for each length of prompt)."
+        f"{operations:.2e} floating-point operations"
+        + (f", and {joint:.2e} for the joint set" if joint else "")
+        + f". This machine's matrix products make {rate:.1e} a second, so it takes at least "
+        f"{(operations + joint) / rate / 60:.1f} minutes, and compilation (some seconds for each "
+        "length of prompt)."
     )
 
 
@@ -380,8 +411,7 @@ def _joint(
 
 def _truth(folder) -> dict | None:
     """What an organism's folder says was planted in it; None for any other checkpoint."""
-    file = folder / "truth.json"
-    return json.loads(file.read_text()) if file.is_file() else None
+    return organisms.truth(folder) if (folder / organisms.TRUTH).is_file() else None
 
 
 def _say(text: str) -> None:

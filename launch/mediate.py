@@ -8,8 +8,8 @@ import dataclasses
 from absl import flags
 
 from jaxmed import report, sweep
-from jaxmed.alignment import Align, Positions
 from jaxmed.planning import SITES
+from jaxmed.sweep import CHOICES, LEAST, Settings
 from launch import program
 
 flags.DEFINE_string("model", None, "Folder or Hugging Face hub id of a checkpoint.", required=True)
@@ -22,38 +22,49 @@ flags.DEFINE_string(
     required=True,
 )
 flags.DEFINE_string("out", None, "Folder for the results; a stopped run goes on.", required=True)
-flags.DEFINE_list("granularity", list(SITES), f"Any of {', '.join(SITES)}.")
+flags.DEFINE_list("granularity", list(Settings.granularity), f"Any of {', '.join(SITES)}.")
 flags.DEFINE_enum(
     "metric",
-    "logit_diff",
-    ["logit_diff", "response_logprob_diff"],
+    Settings.metric,
+    CHOICES["metric"],
     "logit_diff: logit of the harmful answer's first token minus that of the safe one's, at the "
     "last prompt position. response_logprob_diff: mean token log-probability of the harmful "
     "response minus that of the safe one, in nats per token.",
 )
 flags.DEFINE_enum(
     "positions",
-    "last",
-    list(Positions),
+    Settings.positions,
+    CHOICES["positions"],
     "Which positions are edited: the last prompt token; from the first aligned position that "
-    "differs to the prompt's end; all aligned prompt positions; or those of the response.",
+    "differs to the prompt's end (with prompts of unequal length that is mostly the first one); all "
+    "aligned prompt positions; or those of the response.",
 )
 flags.DEFINE_enum(
     "align",
-    "end",
-    list(Align),
+    Settings.align,
+    CHOICES["align"],
     "How base and source prompt are laid against each other: their ends, their starts, or each "
     "pair's prompt_span and counterfactual_span ([start, stop), in tokens).",
 )
-flags.DEFINE_integer("group_size", 1, "Adjacent neurons that are edited together.", lower_bound=1)
+flags.DEFINE_integer(
+    "group_size",
+    Settings.group_size,
+    "Adjacent neurons that are edited together.",
+    lower_bound=LEAST["group_size"],
+)
 flags.DEFINE_integer(
     "joint_size",
-    0,
+    Settings.joint_size,
     "Neurons of a joint set that grows by the one that most raises the joint effect; 0 for none. "
     "Each step runs the whole model for 100 candidates.",
-    lower_bound=0,
+    lower_bound=LEAST["joint_size"],
 )
-flags.DEFINE_integer("joint_pairs", 8, "Pairs that the joint set is searched on.", lower_bound=1)
+flags.DEFINE_integer(
+    "joint_pairs",
+    Settings.joint_pairs,
+    "Pairs that the joint set is searched on, from the first.",
+    lower_bound=LEAST["joint_pairs"],
+)
 flags.DEFINE_bool("chat", False, "Wrap text prompts in the tokenizer's chat template.")
 flags.DEFINE_multi_string(
     "harmful_tokens",
@@ -64,28 +75,34 @@ flags.DEFINE_multi_string(
 flags.DEFINE_multi_string("safe_tokens", [], "logit_diff: a safe first token, likewise.")
 flags.DEFINE_enum(
     "response_part",
-    "all",
-    ["all", "decision", "continuation"],
+    Settings.response_part,
+    CHOICES["response_part"],
     "response_logprob_diff: the part of the response that is read.",
 )
 flags.DEFINE_integer(
-    "decision_tokens", 1, "response_logprob_diff: tokens of the decision.", lower_bound=1
+    "decision_tokens",
+    Settings.decision_tokens,
+    "response_logprob_diff: tokens of the decision.",
+    lower_bound=LEAST["decision_tokens"],
 )
 flags.DEFINE_enum(
     "dtype",
-    "",
-    ["", "float16", "bfloat16", "float32"],
+    Settings.dtype,
+    CHOICES["dtype"],
     "Type of the parameters in memory; the checkpoint's own by default. Activations are float32.",
 )
 flags.DEFINE_enum(
     "matmul_precision",
-    "highest",
-    ["default", "high", "highest"],
+    Settings.matmul_precision,
+    CHOICES["matmul_precision"],
     "Precision of float32 matrix products: highest is float32 everywhere; default rounds to TF32 "
     "or bfloat16 on accelerators.",
 )
 flags.DEFINE_float(
-    "memory_gb", 1.0, "Memory for the differences of a batch of units, in GiB.", lower_bound=0.001
+    "memory_gb",
+    Settings.memory_gb,
+    "Memory for the differences of a batch of units, in GiB.",
+    lower_bound=LEAST["memory_gb"],
 )
 flags.DEFINE_bool("skip_bad_pairs", False, "Leave out, and count, pairs that cannot be used.")
 flags.DEFINE_bool("overwrite", False, "Start again in a folder that holds an earlier run.")
@@ -94,13 +111,11 @@ flags.DEFINE_bool("show_text", False, "Show prompts in the report, escaped.")
 
 def main() -> None:
     """Runs what the flags ask for."""
-    given = {
-        field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(sweep.Settings)
-    }
+    given = {field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(Settings)}
     for name, value in given.items():
         if isinstance(value, list):
             given[name] = tuple(value)
-    results = sweep.run(sweep.Settings(**given))
+    results = sweep.run(Settings(**given))
     print("\n".join(report.closing_lines(results)))
 
 

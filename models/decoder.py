@@ -152,6 +152,7 @@ class Decoder(nnx.Module):
         Returns:
             Logits [T, V] and a `Trace`, both with the leading axis of a batch.
         """
+        tokens = jnp.asarray(tokens)
         if valid is None:
             valid = jnp.ones(tokens.shape, bool)
         edits = edits or []

@@ -94,6 +94,12 @@ def softmax_last_axis(scores: Float[Array, "... n"]) -> Float[Array, "... n"]:
     return jax.nn.softmax(scores, axis=-1)
 
 
+@jax.jit
+def inverse_rms_last_axis(x: Float[Array, "... d"], eps: float) -> Float[Array, "... 1"]:
+    """1 / sqrt(mean(x^2) + eps) over the last axis, kept. Named, as `softmax_last_axis` is."""
+    return jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
+
+
 class RMSNorm(nnx.Module):
     """x / sqrt(mean(x^2) + eps) * weight (arXiv 1910.07467)."""
 
@@ -102,8 +108,7 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
-        mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-        return x * jax.lax.rsqrt(mean_square + self.eps) * self.weight[...].astype(x.dtype)
+        return x * inverse_rms_last_axis(x, self.eps) * self.weight[...].astype(x.dtype)
 
 
 def visible(queries: Span, key_positions, key_valid, window) -> Bool[Array, "T S"]:

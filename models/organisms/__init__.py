@@ -10,6 +10,6 @@ prompt to the comply/refuse logits is known by construction: detectors in layer 
     organism.truth["neurons"]                   # the true mediators
 """
 
-from models.organisms.organism import LATE_MLP, Organism, OrganismError, Recipe, build, truth
+from models.organisms.organism import LATE_MLP, TRUTH, Organism, OrganismError, Recipe, build, truth
 
-__all__ = ["LATE_MLP", "Organism", "OrganismError", "Recipe", "build", "truth"]
+__all__ = ["LATE_MLP", "Organism", "OrganismError", "Recipe", "TRUTH", "build", "truth"]

@@ -14,8 +14,8 @@ from jaxmed.difference import difference
 from models import layers
 
 # x and d of many sizes: the difference of a value is as small as 1e-12 of it, or larger than it.
-VALUES = np.array([-40.0, -3.0, -0.7, -1e-3, 1e-3, 0.4, 2.0, 30.0])
-STEPS = np.array([-50.0, -2.1, -1e-2, -1e-9, 0.0, 1e-12, 1e-5, 0.3, 7.0, 60.0])
+VALUES = np.array([-40.0, -3.0, 3.0, -0.7, -1e-3, 1e-3, 0.4, 2.0, 30.0])
+STEPS = np.array([-50.0, -3 + 1e-5, -2.1, -1e-2, -1e-9, 0.0, 1e-12, 1e-5, 0.3, 7.0, 60.0])
 
 ELEMENTARY = {
     "exp": (lax.exp, mpmath.exp, False),
@@ -60,15 +60,19 @@ def test_an_elementary_difference_is_accurate_to_rounding(name, dtype):
         found = jax.jit(difference(function))((x,), (d,))[1]
         assert found.dtype == dtype
         found = np.asarray(found, np.float64)
+        direct = np.asarray(function(x + d) - function(x), np.float64)
     limits = np.finfo(dtype)
     checked = 0
-    for value, step, change in zip(x, d, found, strict=True):
+    for value, step, change, subtracted in zip(x, d, found, direct, strict=True):
         want = exact(reference, value, step)
         if step == 0:
             assert change == 0
         elif limits.tiny * 1e3 < abs(want) < limits.max:
             error = abs((mpmath.mpf(float(change)) - want) / want)
             assert error <= 10 * limits.eps * condition(reference, value, step), (value, step)
+            # Where the condition is bad, as near a pole, no worse than direct evaluation.
+            by_subtraction = abs((mpmath.mpf(float(subtracted)) - want) / want)
+            assert error <= 10 * max(limits.eps, by_subtraction), (value, step)
             checked += 1
     assert checked > 30
 
@@ -111,6 +115,30 @@ def test_softmax_differences_are_accurate_and_do_not_overflow(name, size, dtype)
             larger = np.array([float(max(pair)) for pair in zip(old, new, strict=True)])
             allowed = min(allowed, 10 * eps * magnified) * larger
         assert np.all(np.abs(want - change) <= allowed + tiny)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_difference_of_a_norm_survives_that_its_largest_entry_is_removed(dtype):
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(40, 8)).astype(dtype)
+    x[:, 3] = 10.0 ** generator.uniform(1, 3, 40)
+    d = (0.1 * generator.normal(size=x.shape)).astype(dtype)
+    d[:, 3] = generator.normal(size=40).astype(dtype) - x[:, 3]
+    with jax.enable_x64(True):
+        function = functools.partial(layers.inverse_rms_last_axis, eps=1e-5)
+        found = np.asarray(difference(function)((x,), (d,))[1], np.float64)[:, 0]
+
+    def exact_value(row):
+        mean_square = sum(entry**2 for entry in row) / len(row) + mpmath.mpf(1e-5)
+        return 1 / mpmath.sqrt(mean_square)
+
+    for row, step, change in zip(x, d, found, strict=True):
+        with mpmath.workdps(60):
+            before = [mpmath.mpf(float(a)) for a in row]
+            after = [a + mpmath.mpf(float(b)) for a, b in zip(before, step, strict=True)]
+            want = float(exact_value(after) - exact_value(before))
+        # x + d is known to the rounding of its operands, which are up to 1000 times the result.
+        assert abs(change - want) <= 10 * np.finfo(dtype).eps * np.abs(row).max() * abs(want)
 
 
 def test_what_does_not_change_costs_nothing():

@@ -7,9 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from jaxmed import data, definition, effects, metrics, planning
+from jaxmed import capture, data, definition, effects, metrics, planning
 from jaxmed.alignment import Align, Positions
-from models.edits import Edit
+from models.edits import Edit, Site
+from models.errors import InputError
 from tests import tiny
 
 GRANULARITIES = tuple(planning.SITES)
@@ -210,6 +211,68 @@ def test_one_compilation_serves_all_layers_and_granularities():
     assert effects.carry._cache_size() == before + 1
 
 
+def test_an_embedding_edit_goes_through_the_engine():
+    """No granularity has the embedding as its site, but the engine takes it as any other."""
+    question = planning.Question(METRICS["logit"])
+    term = METRICS["logit"].terms(UNEQUAL)[0]
+    with jax.enable_x64(True):
+        decoder = tiny.decoder("llama", dtype="float64")
+        base, source = (
+            capture.capture(decoder, ids)
+            for ids in (UNEQUAL.prompt_ids, UNEQUAL.counterfactual_ids)
+        )
+        rows = np.arange(16)
+        # Each of the base prompt's positions 4 and 9 takes the embedding that stands one before.
+        change = capture.site_difference(
+            base, source, Site.EMBEDDING, rows, rows - 1, np.isin(rows, (4, 9))
+        )
+        units = planning.Units.grid(1, positions=(4, 9))
+        entering = effects.enter(
+            decoder, change, units.layers, units.units, units.positions, Site.EMBEDDING, 1
+        )
+        found = effects.carry(
+            decoder,
+            capture.frame(decoder, base, 0, 16),
+            planning.stage(Site.EMBEDDING, units.layers),
+            entering,
+            term.reading,
+            11,
+            question.metric,
+        )
+        tokens = np.array(UNEQUAL.prompt_ids)
+
+        def value(*edits):
+            logits = decoder(tokens, edits=list(edits))[0]
+            return logits[-1, UNEQUAL.harmful_ids[0]] - logits[-1, UNEQUAL.safe_ids[0]]
+
+        for position, got in zip((4, 9), found, strict=True):
+            moved = source.embedding[position - 1]
+            edit = Edit.patch(Site.EMBEDDING, 0, np.arange(12) == position, moved)
+            want = value(edit) - value()
+            assert abs(got - want) <= 1e-12 * abs(want)
+
+
+def test_massive_activations_are_patched_away_exactly():
+    """As at a real model's first token: one channel holds a value far above all others, and a
+    prompt of another length pairs it with an ordinary token."""
+    unequal = pair(12, 10)
+    question = planning.Question(METRICS["logit"], Positions.PROMPT)
+
+    def with_massive_channel(dtype):
+        decoder = tiny.decoder("llama", dtype=dtype)
+        table = decoder.embedding[...]
+        decoder.embedding[...] = table.at[unequal.prompt_ids[2], 5].set(300.0)
+        return decoder
+
+    with jax.enable_x64(True):
+        decoder = with_massive_channel("float64")
+        reference = definition.define_pair(decoder, unequal, question, GRANULARITIES)
+        double = effects.scan_pair(decoder, unequal, question, GRANULARITIES)
+    assert worst(double, reference) <= 1e-12
+    single = effects.scan_pair(with_massive_channel("float32"), unequal, question, GRANULARITIES)
+    assert worst(single, reference) <= 1e-5
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -224,3 +287,15 @@ def test_pairs_that_do_not_fit_are_refused_before_any_work(changes, message):
     bad = dataclasses.replace(UNEQUAL, where="pairs.jsonl:7", **changes)
     with pytest.raises(data.DataError, match=rf"pairs\.jsonl:7: .*{message}"):
         effects.scan(tiny.decoder("llama"), [UNEQUAL, bad])
+
+
+def test_positions_after_all_that_is_read_are_refused():
+    """Every effect would be 0, and look like a finding."""
+    question = planning.Question(metrics.ResponseLogprobDifference("decision"), Positions.RESPONSE)
+    with pytest.raises(data.DataError, match="reads nothing at or after"):
+        effects.scan_pair(tiny.decoder("llama"), UNEQUAL, question, ["layer"])
+
+
+def test_an_unknown_granularity_is_refused():
+    with pytest.raises(InputError, match="'neurons' is not one of layer, module"):
+        effects.scan(tiny.decoder("llama"), [UNEQUAL], "neurons")

@@ -86,7 +86,7 @@ class Page(html.parser.HTMLParser):
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
     made = fabricate(tmp_path_factory.mktemp("planted"))
-    made.finish({"joint": JOINT, "truth": TRUTH})
+    made.record({"joint": JOINT, "truth": TRUTH})
     return made
 
 
@@ -180,7 +180,7 @@ def test_only_what_was_run_is_shown(tmp_path):
     assert [path.name for path in (made.folder / "figures").iterdir()] == ["layer.png"]
     assert len(shown.images) == 1
     assert "Attention heads" not in shown.text and "planted" not in shown.text
-    assert "not finished" in shown.text
+    assert "not finished" not in shown.text
 
 
 def test_no_share_and_no_interval_where_there_is_none(tmp_path):
@@ -192,9 +192,9 @@ def test_no_share_and_no_interval_where_there_is_none(tmp_path):
 
 def test_a_run_that_has_measured_nothing_yet_can_be_reported(tmp_path):
     made = results.Results.create(tmp_path, RUN, SIZES, ["a"], ["layer", "neuron"])
-    made.fail(0, "layer")
+    made.write(0, "layer", *np.full((2, LAYERS), math.nan))
     text = Page(report.write(tmp_path)).text
-    assert "No total effect was measured" in text
+    assert "No total effect was measured" in text and "not finished" in text
     assert "layer 0 0 6 0" in text and "neuron 0 0 0 192" in text  # failed, and not run
 
 

@@ -40,9 +40,11 @@ def test_another_program_finds_the_arrays_that_are_promised(tmp_path):
             assert (array.shape, array.dtype, array.chunks[0]) == (shape, np.float32, 1)
             assert np.isnan(array[0]).all() and np.isnan(array.fill_value)
             np.testing.assert_array_equal(array[1], written)
-            assert dict(array.attrs) == {
-                key: RUN[key] for key in ("positions", "metric", "precision")
-            }
+            asked = {key: RUN[key] for key in ("positions", "metric", "precision")}
+            # Every aligned prompt position is edited alone, whatever is asked.
+            assert dict(array.attrs) == asked | (
+                {"positions": "prompt"} if granularity == "token" else {}
+            )
         done = group[f"{granularity}/done"]
         assert (done.shape, done.dtype) == (shape, np.uint8)
         assert (done[0] == results.NOT_RUN).all() and (done[1] == results.EXACT).all()
@@ -88,7 +90,7 @@ def test_an_interrupted_write_is_not_done_and_not_read(tmp_path, monkeypatch):
 
 def test_missing_counts_a_failed_pair_as_tried(tmp_path):
     run = start(tmp_path)
-    run.fail(1, "layer")
+    run.write(1, "layer", *np.full((2, *SIZES.shape("layer")), np.nan))
     assert run.missing("layer") == [0]
     assert run.missing("module") == [0, 1]
     assert (run.done("layer")[1] == results.FAILED).all()
@@ -138,11 +140,13 @@ def test_a_run_goes_on_where_it_stopped(tmp_path):
 
 
 def test_a_finished_run_with_measured_extras_can_be_opened_again(tmp_path):
-    start(tmp_path).finish({"joint": {"picked": [(0, 1)], "auroc": np.float32("nan")}})
+    run = start(tmp_path)
+    run.record({"joint": {"picked": [(0, 1)], "auroc": np.float32("nan")}})
+    run.finish()
     again = start(tmp_path)
     assert again.run["finished"] is True
     assert again.run["joint"] == {"picked": [[0, 1]], "auroc": None}
-    again.finish({"seconds": 3.5})
+    again.record({"seconds": 3.5})
     assert start(tmp_path).run["measured"] == ["joint", "seconds"]
 
 

@@ -153,7 +153,8 @@ def run(tmp_path):
                 end = 2 if pair == 2 else 4
                 nie[..., end:] = tie[..., end:] = NAN
             run.write(pair, granularity, nie, tie)
-    run.fail(2, "head")
+    failed = np.full(SIZES.shape("head"), NAN)
+    run.write(2, "head", failed, failed)
     return run
 
 

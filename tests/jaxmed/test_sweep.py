@@ -11,7 +11,7 @@ import pytest
 import zarr
 
 import models
-from jaxmed import data, definition, effects, estimands, results, sweep
+from jaxmed import data, definition, effects, estimands, report, results, sweep
 from jaxmed.metrics import LogitDifference
 from jaxmed.planning import Question
 from jaxmed.sweep import Settings
@@ -119,7 +119,7 @@ def test_a_run_writes_the_files_of_the_contract(finished):
         assert array.shape == (3, *UNITS.get(granularity, ()))
         assert array.metadata.zarr_format == 3
         assert dict(array.attrs) == {
-            "positions": "last",
+            "positions": "prompt" if granularity == "token" else "last",
             "metric": "logit_diff",
             "precision": "highest",
         }
@@ -334,6 +334,16 @@ def test_other_weights_under_the_same_name_are_refused(asked, copied, tmp_path):
     (copied / "run.json").write_text(json.dumps(run))
     with pytest.raises(InputError, match="another setting: weights_hash was"):
         sweep.run(to(asked, tmp_path, model=str(tmp_path / "model")))
+
+
+def test_a_run_whose_report_failed_is_not_finished(asked, tmp_path, monkeypatch):
+    settings = to(asked, tmp_path, granularity=("layer",))
+    with monkeypatch.context() as patch:
+        patch.setattr(report, "write", lambda *_: pytest.fail("interrupted"))
+        with pytest.raises(pytest.fail.Exception):
+            sweep.run(settings)
+    assert described(tmp_path / "out")["finished"] is False
+    assert described(sweep.run(settings).folder)["finished"] is True
 
 
 def test_overwrite_starts_again(asked, copied, scans, tmp_path):

@@ -41,7 +41,8 @@ def finished(tmp_path):
     for granularity in ("layer", "neuron"):
         nie, tie = np.random.default_rng(0).normal(size=(2, *SIZES.shape(granularity)))
         made.write(0, granularity, nie, tie)
-    made.finish({"seconds": 1.0})
+    made.record({"seconds": 1.0})
+    made.finish()
     return tmp_path / "out"
 
 
