@@ -64,7 +64,7 @@ _SPANS = ("prompt_span", "counterfactual_span")
 def read(
     path, tokenizer=None, *, chat: bool = False, on_bad: Callable[[DataError], None] | None = None
 ) -> list[Pair]:
-    """Reads pairs from a JSONL file, one object a line (design, section 8).
+    """Reads pairs from a JSONL file, one object a line.
 
     Args:
         path: the file.
@@ -79,7 +79,7 @@ def read(
     """
     path = pathlib.Path(path)
     if not path.is_file():
-        raise DataError(f"{path}: there is no such file")
+        raise DataError(f"{path}: {'is a folder' if path.is_dir() else 'there is no such file'}")
     pairs, lines = [], {}
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         if not line.strip():

@@ -22,8 +22,6 @@ from models.decoder import Decoder, Trace
 from models.edits import Edit, Site
 
 _LAYER_SITES = tuple(site for site in Site if site != Site.EMBEDDING)
-
-
 _DEFINED_AT_ONCE = 64  # units that the plain definition runs as a batch
 
 

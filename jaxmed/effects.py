@@ -6,8 +6,8 @@ the same for every granularity: carry D through the later blocks and read the me
     enter(site, layer, unit) -> D, and the stage where it joins the residual stream
     carry(stage, D)          -> dY
 
-Differences alone are carried (`jaxmed.difference`): the base run
-is computed once for a whole batch of edits, and rounding is relative to the effect.
+Differences alone are carried (`jaxmed.difference`): the base run is computed once for a whole batch
+of edits, and rounding is relative to the effect.
 
 Shapes are named in `models.layers` and `jaxmed.capture`; B is a batch of units, U all of them.
 """
@@ -54,7 +54,7 @@ class Effects:
     """Effects of one granularity.
 
     Attributes:
-        nie, tie: [pair, layer, ...] float32, as in the results' files (design, section 8).
+        nie, tie: [pair, layer, ...] float32, as in the results' files.
         te, y_base, y_source: [pair] float32.
     """
 
@@ -142,9 +142,7 @@ def carry(
         return jnp.where((stages == now)[:, None, None], entering, differences)
 
     def run_layer(layer, differences):
-        # Without the barrier XLA converts the weights of all layers to the differences' type at
-        # once, and keeps them.
-        block = jax.lax.optimization_barrier(decoder.block(layer))
+        block = decoder.block(layer)
         prefix = _at_layer(frame.prefix, layer)
 
         def attend(x):
@@ -222,7 +220,7 @@ def scan_pair(
     memory_gb: float = 1.0,
     on_operations: Callable[[float], None] = lambda operations: None,
 ) -> PairEffects:
-    """NIE and TIE of every unit of one pair (design, section 3), by the engine.
+    """NIE and TIE of every unit of one pair by the engine.
 
     Args:
         decoder: the model.

@@ -39,11 +39,11 @@ class Units:
     """Every unit of one granularity that any pair has; arrays are [unit].
 
     Attributes:
-      granularity: which.
-      layer, site, unit, position: where each unit is, as in the summary; -1 where one is not.
-      n_pairs: how many pairs have it.
-      nie, tie: the effects.
-      group_size: adjacent neurons per unit.
+        granularity: which.
+        layer, site, unit, position: where each unit is, as in the summary; -1 where one is not.
+        n_pairs: how many pairs have it.
+        nie, tie: the effects.
+        group_size: adjacent neurons per unit.
     """
 
     granularity: str

@@ -1,4 +1,4 @@
-"""Metrics Y: a real number of one run (design, section 4), harmful minus safe.
+"""Metrics Y: a real number of one run, harmful minus safe.
 
 A metric is the sum of signed terms. Each term runs the prompt with a teacher-forced response (or
 with none) and reads a number off its logits: `terms` says which, `value` computes the number. The
@@ -94,10 +94,18 @@ class LogitDifference:
 
     name = "logit_diff"
     unit = "logits"
-    meaning = (
-        "the logit of the harmful answer’s first token minus that of the safe one’s, at the last "
-        "prompt token"
-    )
+
+    @property
+    def meaning(self) -> str:
+        """What Y is, for people."""
+
+        def answer(tokens, name):
+            if not tokens:
+                return f"the logit of the {name} answer’s first token"
+            return f"the log-sum-exp of the logits of the {name} first tokens {list(tokens)}"
+
+        harmful = answer(self.harmful_tokens, "harmful")
+        return f"{harmful} minus {answer(self.safe_tokens, 'safe')}, at the last prompt token"
 
     def terms(self, pair: Pair) -> list[Term]:
         """One run, of the prompt alone.
@@ -145,7 +153,19 @@ class ResponseLogprobDifference:
 
     name = "response_logprob_diff"
     unit = "nats per token"
-    meaning = "the mean token log-probability of the harmful response minus that of the safe one"
+
+    @property
+    def meaning(self) -> str:
+        """What Y is, for people."""
+        tokens = {
+            "all": "",
+            "decision": f"’s first {self.decision_tokens} token(s)",
+            "continuation": f" after its first {self.decision_tokens} token(s)",
+        }[self.part]
+        return (
+            f"the mean token log-probability of the harmful response{tokens} minus that of the "
+            "safe one" + (", likewise" if tokens else "")
+        )
 
     def terms(self, pair: Pair) -> list[Term]:
         """Two runs, one for each response.

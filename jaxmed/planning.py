@@ -24,7 +24,6 @@ SITES: dict[str, tuple[Site, ...]] = {
     "neuron": (Site.NEURON,),
 }
 
-
 # The position of a unit that is edited at every edited position.
 ALL_POSITIONS = -1
 

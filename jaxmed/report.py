@@ -19,7 +19,6 @@ from matplotlib import figure
 
 from jaxmed import estimands, figures, statistics
 from jaxmed import results as results_lib
-from jaxmed.metrics import METRICS, Metric
 from models.errors import InputError
 
 _TRUTH_KEYS = {"module": "modules", "head": "heads", "neuron": "neurons"}
@@ -53,31 +52,31 @@ def write(folder, show_text: bool = False, pairs=None) -> pathlib.Path:
     """Writes `figures/*.png` and `report.html` into a results folder.
 
     Args:
-      folder: a results folder; its `summary.parquet` is written if missing or out of date.
-      show_text: show the prompts' text, escaped.
-      pairs: objects with `id`, `prompt_text` and `counterfactual_text` (or None); needed for
-        show_text.
+        folder: a results folder; its `summary.parquet` is written if missing or out of date.
+        show_text: show the prompts' text, escaped.
+        pairs: objects with `id`, `prompt_text` and `counterfactual_text` (or None); needed for
+            show_text.
 
     Returns:
-      The path of `report.html`.
+        The path of `report.html`.
 
     Raises:
-      InputError: the folder is no results folder, or show_text has no pairs to show.
+        InputError: the folder is no results folder, or show_text has no pairs to show.
     """
     if show_text and pairs is None:
         raise InputError("--show_text needs --pairs: a results folder holds no text")
     results = results_lib.Results.open(folder)
     summary = statistics.read_summary(results)
-    metric = METRICS[results.run["metric"]]
     te = _total(summary, "te")
     found = _found(results, summary)
     ranked = {granularity: _without_residual(units) for granularity, units in found.items()}
     truth = results.run.get("truth")
     joint = _joint(results)
+    unit = results.run["unit"]
 
     drawn = {}
     for granularity, units in found.items():
-        drawing = figures.DRAWINGS[granularity](units, te, metric.unit, _planted(units, truth))
+        drawing = figures.DRAWINGS[granularity](units, te, unit, _planted(units, truth))
         drawn[granularity] = _save(drawing, results.folder, granularity)
     if joint:
         drawn["joint"] = _save(figures.draw_joint(joint), results.folder, "joint")
@@ -90,17 +89,17 @@ def write(folder, show_text: bool = False, pairs=None) -> pathlib.Path:
         undefined=jinja2.StrictUndefined,
     )
     page = environment.get_template("report.html.j2").render(
-        title=f"Causal mediation in {results.run.get('model', 'an unnamed model')}",
+        title=f"Causal mediation in {_model_name(results.run['model'])}",
         # The page is one of the files that a run writes before it is finished.
         finished=not any(results.missing(name) for name in results.granularities),
-        facts=_facts(results, metric, te),
-        metric=metric,
+        facts=_facts(results, te),
+        meaning=results.run["meaning"],
         minimum=statistics.MINIMUM_TOTAL_EFFECT,
-        total_sentence=_total_sentence(results, te, metric.unit),
+        total_sentence=_total_sentence(results, te, unit),
         sections=[
             {
                 "title": _TITLES[granularity],
-                "sentence": _largest_sentence(units, metric.unit) + _spread_sentence(units),
+                "sentence": _largest_sentence(units, unit) + _spread_sentence(units),
                 "figure": drawn[granularity],
                 "caption": _caption(units),
                 "rows": _table(units, _planted(units, truth)),
@@ -108,7 +107,7 @@ def write(folder, show_text: bool = False, pairs=None) -> pathlib.Path:
             }
             for granularity, units in ranked.items()
         ],
-        unit=metric.unit,
+        unit=unit,
         truth=truth,
         scores=_score_rows(results) if truth else [],
         joint=joint,
@@ -128,17 +127,17 @@ def score(results: results_lib.Results) -> dict:
     """Scores the effects of a run on a model with a planted answer.
 
     Args:
-      results: the run; its "truth" is {"contrast": text, "modules": [[layer, "attention" or "mlp"],
-        ...], "heads": [[layer, head], ...], "neurons": [[layer, neuron], ...]}.
+        results: the run; its "truth" is {"contrast": text, "modules": [[layer, attention or mlp],
+            ...], "heads": [[layer, head], ...], "neurons": [[layer, neuron], ...]}.
 
     Returns:
-      {granularity: {direction: {"auroc": fraction, "precision_at_k": fraction}}} for those of
-      module, head and neuron that were run; a direction is "nie", "tie" or "max", and units are
-      ranked by |mean NIE|, |mean TIE| or the larger of both; neurons by "joint" as well where the
-      run has a joint set: first its neurons, in their order. NaN where nothing is planted.
+        {granularity: {direction: {"auroc": fraction, "precision_at_k": fraction}}} for those of
+        module, head and neuron that were run; a direction is "nie", "tie" or "max", and units are
+        ranked by |mean NIE|, |mean TIE| or the larger of both; neurons by "joint" as well where the
+        run has a joint set: first its neurons, in their order. NaN where nothing is planted.
 
     Raises:
-      InputError: a planted unit does not exist in this run.
+        InputError: a planted unit does not exist in this run.
     """
     scores = {}
     for granularity in _TRUTH_KEYS:
@@ -162,15 +161,24 @@ def score(results: results_lib.Results) -> dict:
 def closing_lines(results: results_lib.Results) -> list[str]:
     """What a run prints at its end: where the results are, and what was measured."""
     summary = statistics.read_summary(results)
-    unit = METRICS[results.run["metric"]].unit
-    lines = [
-        f"Results: {results.folder}",
+    unit = results.run["unit"]
+    missing = max(len(results.missing(name)) for name in results.granularities)
+    lines = [f"Not finished: {missing} of {len(results.pair_ids)} pairs are missing."] * bool(
+        missing
+    )
+    lines += [
+        f"Results: {results.folder} (open {results.folder / 'report.html'})",
         _total_sentence(results, _total(summary, "te"), unit),
     ]
     for granularity, units in _found(results, summary).items():
-        if granularity in ("module", results.granularities[-1]):
-            sentence = _largest_sentence(_without_residual(units), unit)
-            lines.append(f"{_TITLES[granularity]}: {sentence}")
+        sentence = _largest_sentence(_without_residual(units), unit)
+        lines.append(f"{_TITLES[granularity]}: {sentence}")
+    if joint := results.run.get("joint"):
+        lines.append(
+            f"Joint set: {len(joint['picked'])} neurons together have"
+            f" {_percent(joint['share_nie'][-1])} of TE by NIE and"
+            f" {_percent(joint['share_tie'][-1])} by TIE."
+        )
     return lines
 
 
@@ -200,7 +208,7 @@ def _total(summary: pa.Table, estimand: str) -> dict | None:
 
 def _found(results: results_lib.Results, summary: pa.Table) -> dict[str, figures.Units]:
     """The units of each granularity that has any, coarse to fine."""
-    found = {}
+    found, te = {}, _total(summary, "te")
     for granularity in results.granularities:
         rows = summary.filter(pc.field("granularity") == granularity)
         by_direction = [rows.filter(pc.field("estimand") == name) for name in figures.DIRECTIONS]
@@ -210,6 +218,8 @@ def _found(results: results_lib.Results, summary: pa.Table) -> dict[str, figures
         directions = []
         for values, table in zip(results.effects(granularity), by_direction, strict=True):
             share = statistics.share(values, results.te)
+            if te and te["ci_low"] is not None and te["ci_low"] <= 0 <= te["ci_high"]:
+                share = np.full_like(share, np.nan)
             directions.append(
                 figures.Direction(
                     *(_column(table, name) for name in ("mean", "ci_low", "ci_high", "q_value")),
@@ -319,22 +329,28 @@ def _joint(results: results_lib.Results) -> dict | None:
     }
 
 
-def _facts(results: results_lib.Results, metric: type[Metric], te: dict | None) -> list[tuple]:
-    run = results.run
+def _facts(results: results_lib.Results, te: dict | None) -> list[tuple]:
+    run, unit = results.run, results.run["unit"]
     positions = str(run["positions"])
     explained = _POSITIONS.get(positions)
     sizes = results.sizes
     return [
         ("Model", run.get("model", "not recorded")),
         ("Size", f"{sizes.layers} layers of {sizes.heads} heads and {_neurons_of_layer(results)}"),
-        ("Metric Y", f"{run['metric']}: {metric.meaning}, in {metric.unit}"),
+        ("Metric Y", f"{run['metric']}: {run['meaning']}, in {unit}"),
         ("Edited positions", f"{positions}: {explained}" if explained else positions),
+        ("Aligned by", run.get("align", "not recorded")),
         ("Granularities", ", ".join(results.granularities)),
         ("Precision", run["precision"]),
         ("Device", run.get("device", "not recorded")),
         ("Pairs", str(len(results.pair_ids))),
-        ("Mean total effect", f"{_with_interval(te)} {metric.unit}"),
+        ("Mean total effect", f"{_with_interval(te)} {unit}"),
     ]
+
+
+def _model_name(model: str) -> str:
+    """A hub id as it is, a folder by its last name."""
+    return model if model.count("/") == 1 else pathlib.PurePath(model).name
 
 
 def _neurons_of_layer(results: results_lib.Results) -> str:
@@ -348,10 +364,11 @@ def _total_sentence(results: results_lib.Results, te: dict | None, unit: str) ->
     if te is None:
         return "No total effect was measured."
     pairs = "1 pair" if te["n_pairs"] == 1 else f"{te['n_pairs']} pairs"
-    negative = int((results.te < 0).sum())
+    negative, complies = int((results.te < 0).sum()), int((results.y_base > 0).sum())
     return (
         f"Over {pairs}, exchanging the whole base prompt for its source moves Y by"
-        f" {_with_interval(te)} {unit} (TE); TE is negative in {negative} of {pairs}."
+        f" {_with_interval(te)} {unit} (TE); TE is negative in {negative} of {pairs}. The base"
+        f" prompt makes the harmful answer the likelier one (Y > 0) in {complies} of {pairs}."
     )
 
 
@@ -457,7 +474,7 @@ def _files(figures: dict) -> list[tuple[str, str]]:
         ("run.json", "what was asked: every setting, the sizes, the pair ids in order"),
         (
             "effects.zarr",
-            "every effect of every pair: NIE, TIE and status by granularity, TE, Y of base and"
+            "every effect of every pair: NIE, TIE and done by granularity, TE, Y of base and"
             " source",
         ),
         (
@@ -472,8 +489,9 @@ def _files(figures: dict) -> list[tuple[str, str]]:
 def _fixed(value: float | None, decimals: int) -> str:
     if value is None or math.isnan(value):
         return "–"
-    # Adding 0 turns the -0 of a small negative number into 0.
-    return f"{round(float(value), decimals) + 0:.{decimals}f}".replace("-", "−")
+    # A small number is not shown as 0, which it is not.
+    shown = f"{value:.{decimals}f}" if round(value, decimals) or not value else f"{value:.1g}"
+    return shown.replace("-", "−")
 
 
 def _decimals(value: float) -> int:
@@ -506,7 +524,7 @@ def _with_interval(row: dict | None) -> str:
 def _percent(fraction: float | None) -> str:
     if fraction is None or math.isnan(fraction):
         return "–"
-    return f"{_fixed(100 * fraction, 0)}%"
+    return f"{round(100 * fraction)}%".replace("-", "−")
 
 
 def _q(value: float) -> str:
@@ -527,7 +545,8 @@ _CAPTIONS = {
     "module": "Mean effect of each attention block and each MLP. Bars are 95% bootstrap intervals"
     " over pairs.",
     "head": "Mean effect of each query head, both directions on one colour scale.",
-    "token": "Mean effect of one layer at one token, both directions of a row on one colour scale."
+    "token": "Mean effect of one layer at one token of the prompt, each aligned position edited"
+    " alone whatever positions were asked for; both directions of a row on one colour scale."
     " Far tokens are means over the pairs that are long enough. The residual stream is a block’s"
     " whole output, and is left out of the table: at the last token of the last layer it is TE by"
     " definition.",

@@ -41,11 +41,11 @@ class Sizes:
     """How many units a model and its pairs have.
 
     Attributes:
-      layers: blocks of the decoder.
-      heads: query heads per layer.
-      neurons: groups of adjacent neurons per layer, ceil(intermediate size / group size).
-      positions: how far the aligned prompt positions of any pair reach, counted backwards from the
-        last prompt token.
+        layers: blocks of the decoder.
+        heads: query heads per layer.
+        neurons: groups of adjacent neurons per layer, ceil(intermediate size / group size).
+        positions: how far the aligned prompt positions of any pair reach, counted backwards from
+            the last prompt token.
     """
 
     layers: int
@@ -68,11 +68,11 @@ class Results:
     """An open results folder.
 
     Attributes:
-      folder: its path.
-      run: what `run.json` holds: the settings, and what `finish` added.
-      sizes: the `Sizes` of the arrays.
-      pair_ids: the pairs' ids, in the order of every array's first axis.
-      granularities: those that the run was asked for, coarse to fine.
+        folder: its path.
+        run: what `run.json` holds: the settings, and what `finish` added.
+        sizes: the `Sizes` of the arrays.
+        pair_ids: the pairs' ids, in the order of every array's first axis.
+        granularities: those that the run was asked for, coarse to fine.
     """
 
     def __init__(self, folder: pathlib.Path, run: dict, group: zarr.Group):
@@ -88,14 +88,14 @@ class Results:
         """Starts a results folder.
 
         Args:
-          folder: a path; made if it is missing, and must be empty.
-          run: what was asked, as JSON values; "positions", "metric" and "precision" must be there.
-          sizes: the sizes of the arrays.
-          pair_ids: one distinct id per pair.
-          granularities: those to make arrays for, out of `GRANULARITIES`.
+            folder: a path; made if it is missing, and must be empty.
+            run: what was asked, as JSON values; "positions", "metric" and "precision" are needed.
+            sizes: the sizes of the arrays.
+            pair_ids: one distinct id per pair.
+            granularities: those to make arrays for, out of `GRANULARITIES`.
 
         Raises:
-          InputError: the folder is not empty or cannot be made, or an argument is not as above.
+            InputError: the folder is not empty or cannot be made, or an argument is not as above.
         """
         folder = pathlib.Path(folder)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -112,7 +112,7 @@ class Results:
         """Opens a results folder to read it or to go on with it.
 
         Raises:
-          InputError: it is no results folder, or a file in it is damaged (and which).
+            InputError: it is no results folder, or a file in it is damaged (and which).
         """
         folder = pathlib.Path(folder)
         run = _read_run(folder)
@@ -135,12 +135,12 @@ class Results:
         """Opens the folder of an earlier run of the same settings and pairs, or starts one.
 
         Args:
-          folder, run, sizes, pair_ids, granularities: as in `create`.
-          overwrite: start again; deletes what an earlier run wrote there, and nothing else.
+            folder, run, sizes, pair_ids, granularities: as in `create`.
+            overwrite: start again; deletes what an earlier run wrote there, and nothing else.
 
         Raises:
-          InputError: the folder holds a run with another setting (and which; `CIRCUMSTANCES` are
-            not compared), or files but no run.
+            InputError: the folder holds a run with another setting (and which; `CIRCUMSTANCES` are
+                not compared), or files but no run.
         """
         folder = pathlib.Path(folder)
         if not (folder / _RUN_FILE).exists():
@@ -161,13 +161,13 @@ class Results:
         and site lie beyond the pair's length and stay NOT_RUN.
 
         Args:
-          pair_index: index into `pair_ids`.
-          granularity: one of `granularities`.
-          nie, tie: [layer, ...] as `Sizes.shape` says, in units of the metric.
-          status: EXACT or ESTIMATED, one for all units or an array of the effects' shape.
+            pair_index: index into `pair_ids`.
+            granularity: one of `granularities`.
+            nie, tie: [layer, ...] as `Sizes.shape` says, in units of the metric.
+            status: EXACT or ESTIMATED, one for all units or an array of the effects' shape.
 
         Raises:
-          ValueError: an array has another shape.
+            ValueError: an array has another shape.
         """
         group = self._effects_group(granularity)
         effects = {"nie": np.asarray(nie, np.float32), "tie": np.asarray(tie, np.float32)}

@@ -38,14 +38,14 @@ def mean_interval(
     """Means over pairs and their percentile bootstrap intervals (Efron and Tibshirani 1993, 13).
 
     Args:
-      values: [pair, unit...].
-      level: the interval's coverage, a fraction.
-      resamples: how often the pairs are drawn anew.
-      seed: of the draws; units with equally many pairs share the draws.
+        values: [pair, unit...].
+        level: the interval's coverage, a fraction.
+        resamples: how often the pairs are drawn anew.
+        seed: of the draws; units with equally many pairs share the draws.
 
     Returns:
-      mean, low, high: float64 [unit...]; low and high are NaN for a unit that fewer than two
-      pairs have.
+        mean, low, high: float64 [unit...]; low and high are NaN for a unit that fewer than two
+        pairs have.
     """
     values = np.asarray(values, np.float64)
     unit_shape = values.shape[1:]
@@ -70,11 +70,11 @@ def p_values(values: np.ndarray) -> np.ndarray:
     """Two-sided one-sample t tests that the mean over pairs is 0.
 
     Args:
-      values: [pair, unit...].
+        values: [pair, unit...].
 
     Returns:
-      p, [unit...]: NaN for a unit that fewer than two pairs have. Effects that are equal in all
-      pairs have p = 1 if they are 0, and else p = 0.
+        p, [unit...]: NaN for a unit that fewer than two pairs have. Effects that are equal in all
+        pairs have p = 1 if they are 0, and else p = 0.
     """
     values = np.asarray(values, np.float64)
     present = ~np.isnan(values)
@@ -105,12 +105,12 @@ def share(effects: np.ndarray, te: np.ndarray, minimum: float = MINIMUM_TOTAL_EF
     """mean(effect) / mean(TE), both over the pairs that have the unit and a total effect.
 
     Args:
-      effects: [pair, unit...].
-      te: [pair], total effects.
-      minimum: the least |mean(TE)|, in units of the metric, that a share is formed of.
+        effects: [pair, unit...].
+        te: [pair], total effects.
+        minimum: the least |mean(TE)|, in units of the metric, that a share is formed of.
 
     Returns:
-      [unit...]: fractions; NaN where |mean(TE)| is under the minimum.
+        [unit...]: fractions; NaN where |mean(TE)| is under the minimum.
     """
     te = np.asarray(te, np.float64)
     te = te.reshape(-1, *(1,) * (np.ndim(effects) - 1))
@@ -131,11 +131,11 @@ def auroc(scores: np.ndarray, truth_mask: np.ndarray) -> float:
     A unit without a score (NaN) ranks below all others.
 
     Args:
-      scores: [unit...].
-      truth_mask: bool [unit...].
+        scores: [unit...].
+        truth_mask: bool [unit...].
 
     Returns:
-      A fraction; NaN if all units are true, or none.
+        A fraction; NaN if all units are true, or none.
     """
     truth = np.ravel(truth_mask)
     true_count, other_count = truth.sum(), (~truth).sum()
@@ -153,11 +153,11 @@ def precision_at_k(scores: np.ndarray, truth_mask: np.ndarray) -> float:
     other unit of its score. A unit without a score (NaN) ranks below all others.
 
     Args:
-      scores: [unit...].
-      truth_mask: bool [unit...].
+        scores: [unit...].
+        truth_mask: bool [unit...].
 
     Returns:
-      A fraction; NaN if no unit is true.
+        A fraction; NaN if no unit is true.
     """
     truth = np.ravel(truth_mask)
     if not truth.any():
@@ -173,14 +173,14 @@ def summarise(results: results_lib.Results) -> pa.Table:
     units of one granularity and one estimand.
 
     Args:
-      results: the run.
+        results: the run.
 
     Returns:
-      A table with one row per granularity, estimand and unit, in this order, then in that of the
-      arrays. Columns: granularity, layer, site, unit, position, estimand, mean, ci_low, ci_high
-      (a 95% interval, in units of the metric), p_value, q_value, n_pairs; null where one does not
-      apply. `unit` is a head or (the first of its group) a neuron; `position` counts backwards
-      from the last prompt token, 0. Three rows of granularity "total" hold te, y_base, y_source.
+        A table with one row per granularity, estimand and unit, in this order, then in that of the
+        arrays. Columns: granularity, layer, site, unit, position, estimand, mean, ci_low, ci_high
+        (a 95% interval, in units of the metric), p_value, q_value, n_pairs; null where one does not
+        apply. `unit` is a head or (the first of its group) a neuron; `position` counts backwards
+        from the last prompt token, 0. Three rows of granularity "total" hold te, y_base, y_source.
     """
     te = results.te
     tables = [_total_rows(results)]

@@ -44,6 +44,7 @@ _OF_ONE_METRIC = {
     "logit_diff": ("harmful_tokens", "safe_tokens"),
     "response_logprob_diff": ("response_part", "decision_tokens"),
 }
+_BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} to go"
 _PACKAGES = ("jax", "jaxlib", "flax", "transformers", "numpy", "scipy", "zarr")
 
 
@@ -124,7 +125,7 @@ def run(settings: Settings) -> Results:
     pairs, skipped = _read_pairs(settings, decoder, tokenizer, question)
     results = Results.resume_or_create(
         settings.out,
-        _description(settings, folder, pairs, skipped),
+        _description(settings, question, folder, pairs, skipped),
         _sizes(decoder, pairs, question, settings.granularity),
         [pair.id for pair in pairs],
         settings.granularity,
@@ -132,11 +133,12 @@ def run(settings: Settings) -> Results:
     )
     with jax.default_matmul_precision(settings.matmul_precision):
         _scan(decoder, pairs, question, results, settings)
-    measured = {}
+    # A run that was stopped, or is repeated, adds to what it took before.
+    measured = {"seconds": results.run.get("seconds", 0) + time.time() - began}
     if settings.joint_size and "joint" not in results.run:
         if joint := _joint(decoder, pairs, question, results, settings):
             measured["joint"] = joint
-    results.record(measured | {"seconds": time.time() - began})
+    results.record(measured)
     statistics.write_summary(results)
     report.write(results.folder, settings.show_text, pairs)
     results.finish()
@@ -248,6 +250,9 @@ def _read_pairs(
         raise DataError(f"{settings.pairs}: not one of its pairs can be used")
     if bad:
         _say(f"Skipped {len(bad)} of {len(bad) + len(usable)} pairs")
+    same = sum(pair.prompt_ids == pair.counterfactual_ids for pair in usable)
+    if same:
+        _say(f"{same} of {len(usable)} pairs have identical prompts: all their effects are 0")
     is_text = usable[0].prompt_text is not None and not usable[0].is_chat
     if is_text and tokenizer.chat_template:
         _say(
@@ -268,11 +273,15 @@ def _sizes(
     return Sizes(config.num_layers, config.num_heads, groups, positions)
 
 
-def _description(settings: Settings, folder, pairs: list[Pair], skipped: int) -> dict:
+def _description(
+    settings: Settings, question: planning.Question, folder, pairs: list[Pair], skipped: int
+) -> dict:
     """What `run.json` says of the run."""
     flags = dataclasses.asdict(settings)
     device = jax.devices()[0]
     return flags | {
+        "unit": question.metric.unit,
+        "meaning": question.metric.meaning,
         # The name under which the results' arrays record it.
         "precision": settings.matmul_precision,
         "command": sys.argv,
@@ -325,7 +334,8 @@ def _scan(
         for pair in pairs[: settings.joint_pairs]
     )
     _announce(decoder, results, len(todo), sum(costs.values()), joint)
-    with tqdm.tqdm(total=sum(costs.values()), unit="FLOP", unit_scale=True) as bar:
+    # By operations, not by pairs, so that the time left is honest where lengths differ.
+    with tqdm.tqdm(total=sum(costs.values()), bar_format=_BAR) as bar:
         for done, (index, names) in enumerate(todo.items(), start=1):
             bar.set_description(f"pair {done}/{len(todo)}")
             found = effects.scan_pair(
@@ -359,10 +369,14 @@ def _announce(
         f"{pairs} pairs, at most {units:,} units each, in both directions: "
         f"{operations:.2e} floating-point operations"
         + (f", and {joint:.2e} for the joint set" if joint else "")
-        + f". This machine's matrix products make {rate:.1e} a second, so it takes at least "
-        f"{(operations + joint) / rate / 60:.1f} minutes, and compilation (some seconds for each "
-        "length of prompt)."
+        + f". This machine's matrix products make {rate:.1e} a second, so it takes no less than "
+        f"{_duration((operations + joint) / rate)}, and compilation beside (some seconds for each "
+        "length of prompt, most of the time for a small model); the bar tells the real time."
     )
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{max(seconds, 1):.0f} seconds"
 
 
 def _product_rate(decoder: Decoder) -> float:

@@ -22,7 +22,12 @@ flags.DEFINE_string(
     required=True,
 )
 flags.DEFINE_string("out", None, "Folder for the results; a stopped run goes on.", required=True)
-flags.DEFINE_list("granularity", list(Settings.granularity), f"Any of {', '.join(SITES)}.")
+flags.DEFINE_list(
+    "granularity",
+    list(Settings.granularity),
+    f"Any of {', '.join(SITES)}. token edits each aligned prompt position alone, whatever "
+    "--positions says.",
+)
 flags.DEFINE_enum(
     "metric",
     Settings.metric,
@@ -36,7 +41,7 @@ flags.DEFINE_enum(
     Settings.positions,
     CHOICES["positions"],
     "Which positions are edited: the last prompt token; from the first aligned position that "
-    "differs to the prompt's end (with prompts of unequal length that is mostly the first one); all "
+    "differs to the prompt's end (with prompts of unequal length mostly the first one); all "
     "aligned prompt positions; or those of the response.",
 )
 flags.DEFINE_enum(

@@ -18,12 +18,15 @@ def start(main: Callable[[], None]) -> None:
 
     def guarded(arguments: list[str]) -> None:
         if len(arguments) > 1:
-            raise app.UsageError(f"flags only, as --name=value; not {' '.join(arguments[1:])}")
+            sys.exit(f"Error: flags only, as --name=value; not {' '.join(arguments[1:])}")
         # JAX reports every kind of device that it looked for and did not find.
         logging.getLogger("jax").setLevel(logging.WARNING)
         try:
             main()
         except InputError as error:
             sys.exit(f"Error: {error}")
+        except KeyboardInterrupt:
+            print("Stopped. What was finished is kept: the same command goes on.", file=sys.stderr)
+            sys.exit(130)
 
     app.run(guarded)

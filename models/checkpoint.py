@@ -126,6 +126,8 @@ def resolve(folder_or_hub_id: str | os.PathLike) -> pathlib.Path:
         return folder
     if folder.exists():
         raise CheckpointError(f"{folder}: is a file; give the folder that holds config.json")
+    if folder.is_absolute() or str(folder_or_hub_id).count("/") > 1:
+        raise CheckpointError(f"{folder}: no such folder")
     try:
         return pathlib.Path(
             huggingface_hub.snapshot_download(
@@ -135,8 +137,8 @@ def resolve(folder_or_hub_id: str | os.PathLike) -> pathlib.Path:
     # OSError covers the network and the Hub's answers, ValueError an impossible id.
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{folder_or_hub_id}: no such folder, and not to be had from the Hugging Face Hub: "
-            f"{error}"
+            f"{folder_or_hub_id}: no such folder, and not to be had from the Hugging Face Hub; "
+            f"give the folder of a checkpoint, or check the id and the network ({error})"
         ) from error
 
 

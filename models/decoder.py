@@ -151,14 +151,42 @@ class Decoder(nnx.Module):
 
         Returns:
             Logits [T, V] and a `Trace`, both with the leading axis of a batch.
+
+        Raises:
+            ValueError: a token id or an edit's layer does not exist, or a mask has another length
+                (what is being traced by `jax.jit` or `jax.vmap` is not checked for its values).
         """
         tokens = jnp.asarray(tokens)
+        self._check(tokens, edits or [])
         if valid is None:
             valid = jnp.ones(tokens.shape, bool)
         edits = edits or []
         if tokens.ndim == 1:
             return _run(self, tokens, edits, cache, valid)
         return jax.vmap(lambda t, c, v: _run(self, t, edits, c, v))(tokens, cache, valid)
+
+    def _check(self, tokens, edits: list[Edit]) -> None:
+        """Refuses what array indexing and broadcasting would silently take for something else."""
+        config = self.config
+        units = {Site.HEAD: config.num_heads, Site.NEURON: config.intermediate_size}
+        for edit in edits:
+            if edit.positions.shape != tokens.shape[-1:]:
+                raise ValueError(
+                    f"the edit of {edit.site} has a mask of {edit.positions.shape} positions, the "
+                    f"run has {tokens.shape[-1]} tokens"
+                )
+            if edit.units is not None and edit.units.shape != (units.get(edit.site),):
+                raise ValueError(
+                    f"the edit of {edit.site} has a mask of {edit.units.shape} units, the site has "
+                    f"{units.get(edit.site, 'none')}"
+                )
+            if not _known_inside(edit.layer, config.num_layers):
+                raise ValueError(
+                    f"the edit of {edit.site} is in layer {edit.layer}, the model has "
+                    f"{config.num_layers} layers"
+                )
+        if not _known_inside(tokens, config.vocab_size):
+            raise ValueError(f"a token id is outside the vocabulary of {config.vocab_size}")
 
     def _run(self, tokens, edits, cache, valid):
         """One sequence."""
@@ -188,6 +216,13 @@ class Decoder(nnx.Module):
         )
         trace = Trace(embedding=embedding, positions=at.positions, valid=valid, **traced)
         return self.unembed(x), trace
+
+
+def _known_inside(value, size: int) -> bool:
+    """Whether all values are in [0, size); a value that is being traced is not known."""
+    if isinstance(value, jax.core.Tracer):
+        return True
+    return bool(jnp.all((value >= 0) & (value < size)))
 
 
 # Compiled once for each shape, also where the caller compiles nothing.

@@ -16,6 +16,8 @@ SIZES = results.Sizes(LAYERS, HEADS, NEURONS, POSITIONS)
 RUN = {
     "model": "org/<script>alert(1)</script>",
     "metric": "logit_diff",
+    "unit": "logits",
+    "meaning": "the harmful answer’s logit minus the safe one’s",
     "positions": "prompt",
     "precision": "highest",
     "device": "cpu",
@@ -215,8 +217,31 @@ def test_the_closing_lines_are_measured(planted):
     assert str(planted.folder) in lines[0]
     mean = f"{planted.te.mean():.2f}".replace("-", "−")
     assert f"moves Y by {mean} [" in lines[1]
-    assert lines[2].startswith("Modules: ") and lines[3].startswith("Neurons: L5.n")
-    assert len(lines) == 4
+    assert f"Y > 0) in {PAIRS} of {PAIRS} pairs" in lines[1]
+    found = [line.partition(": ")[0] for line in lines[2:]]
+    assert found == [
+        "Layers",
+        "Modules",
+        "Attention heads",
+        "Layers × tokens",
+        "Neurons",
+        "Joint set",
+    ]
+    assert lines[6].startswith("Neurons: L5.n")
+    assert lines[7] == "Joint set: 2 neurons together have 96% of TE by NIE and 31% by TIE."
+
+
+def test_an_unfinished_run_says_so(tmp_path):
+    made = results.Results.create(tmp_path, RUN, SIZES, ["a", "b"], ["layer"])
+    made.write(0, "layer", np.ones(LAYERS), np.ones(LAYERS))
+    assert report.closing_lines(made)[0] == "Not finished: 1 of 2 pairs are missing."
+
+
+def test_no_share_where_the_total_effect_may_be_0(tmp_path):
+    made = fabricate(tmp_path, granularities=["layer"])
+    for pair in range(PAIRS):
+        made.write_totals(pair, y_base=3.0, y_source=3.0 + (-1) ** pair * (5.0 + pair))
+    assert "% of TE" not in "".join(report.closing_lines(made))
 
 
 @pytest.mark.parametrize(

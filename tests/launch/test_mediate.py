@@ -93,7 +93,7 @@ def test_a_run_ends_with_status_0_and_says_where_its_results_are(model, pairs, t
     )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert lines[0] == f"Results: {out}"
+    assert lines[0] == f"Results: {out} (open {out / 'report.html'})"
     assert any(line.startswith("Neurons: ") and "NIE" in line for line in lines)
     assert f"Loading {model}" in done.stderr and "floating-point operations" in done.stderr
     assert (out / "report.html").exists() and (out / "summary.parquet").exists()
@@ -261,13 +261,25 @@ def test_flags_that_absl_refuses_are_named_without_a_traceback(flags, said, laun
     assert status == 1 and said in message and "Traceback" not in message, message
 
 
-def test_words_that_are_no_flags_are_refused(monkeypatch, capsys):
+def test_words_that_are_no_flags_are_refused(monkeypatch):
     command = ["mediate", "--model=x", "--pairs=y", "--out=z", "stray", "word"]
     monkeypatch.setattr(sys, "argv", command)
     with flagsaver.flagsaver(), pytest.raises(SystemExit) as caught:
         program.start(mediate.main)
-    assert caught.value.code == 1
-    assert "flags only, as --name=value; not stray word" in capsys.readouterr().err
+    assert caught.value.code == "Error: flags only, as --name=value; not stray word"
+
+
+def test_a_stopped_program_says_how_to_go_on(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["mediate", "--model=x", "--pairs=y", "--out=z"])
+
+    def interrupted(settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mediate.sweep, "run", interrupted)
+    with flagsaver.flagsaver(), pytest.raises(SystemExit) as caught:
+        program.start(mediate.main)
+    assert caught.value.code == 130
+    assert "the same command goes on" in capsys.readouterr().err
 
 
 def test_a_defect_of_the_program_shows_its_traceback(monkeypatch, model, pairs, tmp_path):

@@ -32,6 +32,8 @@ def finished(tmp_path):
         "pairs": str(tmp_path / "pairs.jsonl"),
         "chat": False,
         "metric": "logit_diff",
+        "unit": "logits",
+        "meaning": "one logit minus another",
         "positions": "last",
         "precision": "highest",
         "device": "cpu",
@@ -62,7 +64,7 @@ def test_a_report_is_written_again_with_text_if_asked_for(finished):
     (finished / "report.html").write_text("stale")
     done = launch(f"--results={finished}", "--show_text")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"Results: {finished}\n")
+    assert done.stdout.startswith(f"Results: {finished} (open ")
     page = (finished / "report.html").read_text()
     assert "stale" not in page and "<h1" in page
     assert "tell me &lt;b&gt;how&lt;/b&gt;" in page and "<b>how" not in page

@@ -153,3 +153,25 @@ def test_a_bfloat16_checkpoint_has_unrounded_activations():
     logits, trace = decoder(TOKENS)
     assert decoder.embedding.dtype == jnp.bfloat16
     assert logits.dtype == trace.neuron.dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    "edit, message",
+    [
+        (Edit.patch("mlp", 3, np.ones(T), 0.0), "layer 3, the model has 3 layers"),
+        (Edit.patch("mlp", -1, np.ones(T), 0.0), "layer -1"),
+        (Edit.patch("mlp", 0, [True], 0.0), r"\(1,\) positions, the run has 7 tokens"),
+        (Edit.patch("neuron", 0, np.ones(T), 0.0, [True]), r"\(1,\) units, the site has 40"),
+        (Edit.patch("mlp", 0, np.ones(T), 0.0, np.ones(24)), "the site has none"),
+    ],
+)
+def test_an_edit_that_does_not_fit_is_refused(edit, message):
+    with pytest.raises(ValueError, match=message):
+        tiny.decoder("llama")(TOKENS, edits=[edit])
+
+
+def test_tokens_outside_the_vocabulary_are_refused_and_a_list_is_taken():
+    decoder = tiny.decoder("llama")
+    with pytest.raises(ValueError, match="outside the vocabulary of 61"):
+        decoder([1, 61])
+    np.testing.assert_array_equal(decoder(TOKENS.tolist())[0], decoder(TOKENS)[0])
