@@ -149,17 +149,16 @@ def plan(
 
 def _token_work(config, edited: Edited, columns: np.ndarray, last_read: int) -> list[Work]:
     """Each position alone, in groups of positions whose spans have the same padded length."""
-    sizes = np.array([_span(position, last_read, smallest=16)[1] for position in edited.base])
+    spans = [_span(position, last_read, smallest=16) for position in edited.base]
     work = []
-    for size in np.unique(sizes):
-        here = sizes == size
-        start = max(0, last_read + 1 - int(size))
+    for start, size in sorted(set(spans)):
+        here = np.array([span == (start, size) for span in spans])
         group = Edited(edited.base[here], edited.source[here])
         units = Units.grid(config.num_layers, positions=group.base - start)
         place = np.tile(columns[here], config.num_layers)
         for index, site in enumerate(SITES["token"]):
             site_place = (units.layers, np.full(len(units), index), place)
-            work.append(Work("token", site, units, group, start, int(size), site_place))
+            work.append(Work("token", site, units, group, start, size, site_place))
     return work
 
 

@@ -163,9 +163,9 @@ def closing_lines(results: results_lib.Results) -> list[str]:
     summary = statistics.read_summary(results)
     unit = results.run["unit"]
     missing = max(len(results.missing(name)) for name in results.granularities)
-    lines = [f"Not finished: {missing} of {len(results.pair_ids)} pairs are missing."] * bool(
-        missing
-    )
+    lines = []
+    if missing:
+        lines.append(f"Not finished: {missing} of {len(results.pair_ids)} pairs are missing.")
     lines += [
         f"Results: {results.folder} (open {results.folder / 'report.html'})",
         _total_sentence(results, _total(summary, "te"), unit),

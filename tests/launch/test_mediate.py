@@ -1,9 +1,6 @@
 """The command line: what it writes and says, and how it fails."""
 
 import json
-import os
-import pathlib
-import subprocess
 import sys
 
 import numpy as np
@@ -13,8 +10,8 @@ from absl.testing import flagsaver
 
 from launch import mediate, program
 from tests import tiny
+from tests.launch import process
 
-ROOT = pathlib.Path(__file__).parents[2]
 SHAPE = {"num_layers": 2, "hidden_size": 16, "intermediate_size": 12, "head_dim": 4}
 PAIR = {
     "id": "one",
@@ -46,19 +43,6 @@ def pairs(tmp_path):
     return write
 
 
-def subprocess_run(*flags):
-    """The program as a user starts it."""
-    return subprocess.run(
-        [sys.executable, "-m", "launch.mediate", *flags],
-        check=False,
-        cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
 @pytest.fixture
 def launch(monkeypatch, capsys):
     """Runs the program in this process; gives its exit status, and what it says at its end."""
@@ -83,7 +67,8 @@ def launch(monkeypatch, capsys):
 
 def test_a_run_ends_with_status_0_and_says_where_its_results_are(model, pairs, tmp_path):
     out = tmp_path / "out"
-    done = subprocess_run(
+    done = process.run(
+        "mediate",
         f"--model={model}",
         f"--pairs={pairs(PAIR)}",
         f"--out={out}",
@@ -292,7 +277,9 @@ def test_a_defect_of_the_program_shows_its_traceback(monkeypatch, model, pairs, 
 
 def test_bad_input_ends_the_process_with_status_1_and_one_error(model, pairs, tmp_path):
     file = pairs(PAIR, PAIR | {"id": "two", "safe_ids": [7]})
-    failed = subprocess_run(f"--model={model}", f"--pairs={file}", f"--out={tmp_path / 'out'}")
+    failed = process.run(
+        "mediate", f"--model={model}", f"--pairs={file}", f"--out={tmp_path / 'out'}"
+    )
     assert failed.returncode == 1 and failed.stdout == ""
     progress, error = failed.stderr.splitlines()
     assert progress == f"Loading {model}"

@@ -3,10 +3,6 @@
 # Each program defines flags of its own, some under the same name: it runs in its own process.
 
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -14,8 +10,8 @@ import pytest
 from jaxmed import results
 from models import checkpoint
 from tests import tiny, words
+from tests.launch import process
 
-ROOT = pathlib.Path(__file__).parents[2]
 SIZES = results.Sizes(layers=2, heads=2, neurons=3, positions=4)
 PAIR = {"id": "one", "prompt": "tell me <b>how</b>", "counterfactual": "why not"}
 
@@ -48,21 +44,9 @@ def finished(tmp_path):
     return tmp_path / "out"
 
 
-def launch(*flags):
-    return subprocess.run(
-        [sys.executable, "-m", "launch.report", *flags],
-        check=False,
-        cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
 def test_a_report_is_written_again_with_text_if_asked_for(finished):
     (finished / "report.html").write_text("stale")
-    done = launch(f"--results={finished}", "--show_text")
+    done = process.run("report", f"--results={finished}", "--show_text")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"Results: {finished} (open ")
     page = (finished / "report.html").read_text()
@@ -73,7 +57,7 @@ def test_a_report_is_written_again_with_text_if_asked_for(finished):
 
 
 def test_a_folder_without_results_is_refused_in_one_line(tmp_path):
-    failed = launch(f"--results={tmp_path}")
+    failed = process.run("report", f"--results={tmp_path}")
     assert (failed.returncode, failed.stdout) == (1, "")
     assert failed.stderr == f"Error: {tmp_path} is not a results folder: it has no run.json\n"
     assert list(tmp_path.iterdir()) == []
