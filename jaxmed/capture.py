@@ -37,7 +37,7 @@ class Frame:
 
 
 # Runs and prefixes of up to this many tokens share their compilations.
-SHORTEST = 64
+SHORTEST = 32
 
 
 def bucket(length: int, smallest: int = 1) -> int:

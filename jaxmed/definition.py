@@ -16,7 +16,7 @@ from jaxmed import alignment, capture, planning
 from jaxmed.alignment import Edited
 from jaxmed.data import Pair
 from jaxmed.effects import PairEffects, Run, pair_effects, read
-from jaxmed.metrics import Term
+from jaxmed.metrics import KnownLogits, Term
 from jaxmed.planning import Question
 from models.decoder import Decoder, Trace
 from models.edits import Edit, Site
@@ -38,29 +38,39 @@ def define_pair(
     def evaluate(base: Run, source: Run, term: Term, swapped: bool):
         length = len(base.tokens)
         for work in planning.plan(decoder.config, pair, term, question, granularities, swapped):
+            before = {site: np.asarray(getattr(base.trace, site.value)) for site in _LAYER_SITES}
             values = {
                 site: _aligned(source.trace, site, work.edited, length) for site in _LAYER_SITES
             }
             changes = []
-            for units in work.units.batches(_DEFINED_AT_ONCE, decoder.config.num_layers):
+            for units in work.units.chunks(1, _DEFINED_AT_ONCE, decoder.config.num_layers):
+                units = units.subset(0)
                 positions = np.zeros((len(units), length), bool)
                 positions[:, work.edited.base] = True
                 alone = units.positions != planning.ALL_POSITIONS
                 position = work.start + units.positions[alone, None]
                 positions[alone] = np.arange(length) == position
-                changes.append(
-                    _defined_changes(
-                        decoder,
-                        np.array(base.tokens),
-                        values,
-                        _LAYER_SITES.index(work.site),
-                        (units.layers, units.units, positions),
-                        question.group_size,
-                        term.reading,
-                        base.prompt_length - 1,
-                        metric=question.metric,
+                where = (units.layers, units.units, positions)
+                reading = (term.reading, base.prompt_length - 1)
+                tokens = np.array(base.tokens)
+                if work.vectors is None:
+                    site = _LAYER_SITES.index(work.site)
+                    changes.append(
+                        _defined_changes(
+                            *(decoder, tokens, values, site, where, question.group_size),
+                            *reading,
+                            metric=question.metric,
+                        )
                     )
-                )
+                else:
+                    change = values[work.site] - before[work.site]
+                    changes.append(
+                        _defined_direction_changes(
+                            *(decoder, tokens, change, work.vectors, where, *reading),
+                            metric=question.metric,
+                            site=work.site,
+                        )
+                    )
             yield work.granularity, work.place, np.concatenate(changes)[: len(work.units)]
 
     result_shapes = planning.shapes(decoder.config, pair, question, granularities)
@@ -91,6 +101,24 @@ def _defined_changes(
             for number, site in enumerate(_LAYER_SITES)
         ]
         return _run_value(decoder, tokens, edits, reading, last_prompt, metric)
+
+    plain = _run_value(decoder, tokens, [], reading, last_prompt, metric)
+    return jax.vmap(edited_value)(units) - plain
+
+
+@functools.partial(jax.jit, static_argnames=("metric", "site"))
+def _defined_direction_changes(
+    decoder, tokens, change, vectors, units, reading, last_prompt, metric, site
+) -> Float[Array, "U"]:
+    """Y(edited) - Y(plain) for directions of a site: steered by their share of the change."""
+
+    def edited_value(unit):
+        layer, number, positions = unit
+        vector = vectors[layer, number].reshape(change.shape[2:]).astype(change.dtype)
+        axes = tuple(range(1, change.ndim - 1))
+        along = jnp.sum(change[layer] * vector, axis=axes, keepdims=True)
+        edit = Edit.steer(site, layer, positions, along * vector)
+        return _run_value(decoder, tokens, [edit], reading, last_prompt, metric)
 
     plain = _run_value(decoder, tokens, [], reading, last_prompt, metric)
     return jax.vmap(edited_value)(units) - plain
@@ -158,8 +186,7 @@ def _joint_changes(
 def _run_value(decoder, tokens, edits, reading, last_prompt, metric) -> Float[Array, ""]:
     """Y of a run with explicit edits, from its logits."""
     logits, _ = decoder(tokens, edits=edits)
-    rows = logits[last_prompt + reading.offsets]
-    return metric.value(lambda chosen: rows if chosen is None else rows[:, chosen], reading)
+    return metric.value(KnownLogits(logits[last_prompt + reading.offsets]), reading)
 
 
 def _aligned(trace: Trace, site: Site, edited: Edited, length: int) -> np.ndarray:

@@ -4,17 +4,19 @@ An intervention changes the residual stream by some D at some point of the netwo
 the same for every granularity: carry D through the later blocks and read the metric. So
 
     enter(site, layer, unit) -> D, and the stage where it joins the residual stream
-    carry(stage, D)          -> dY
+    carry(stage, D)          -> the change of the last block's output
+    read_changes             -> dY
 
 Differences alone are carried (`jaxmed.difference`): the base run is computed once for a whole batch
 of edits, and rounding is relative to the effect.
 
-Shapes are named in `models.layers` and `jaxmed.capture`; B is a batch of units, U all of them.
+Shapes are named in `models.layers` and `jaxmed.capture`; U are all units of a piece of work, which
+go through the model in chunks of n batches of B.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -22,15 +24,27 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxmed import capture, planning
+from jaxmed import memory as memory_lib
 from jaxmed.alignment import Align, Positions
 from jaxmed.capture import Frame
 from jaxmed.data import Pair
 from jaxmed.difference import difference
-from jaxmed.metrics import LogitDifference, Metric, Reading, Term
+from jaxmed.directions import Directions
+from jaxmed.metrics import (
+    VOCABULARY_CHUNK,
+    LogitDifference,
+    Metric,
+    Reading,
+    Term,
+    logsumexp_last_axis,
+)
 from jaxmed.planning import ALL_POSITIONS, Question, Work
 from models.decoder import Decoder, Trace
 from models.edits import Site
 from models.errors import InputError
+
+# Of the operands of products with differences; accumulation and all else is float32 at least.
+MATMUL_PRECISIONS = {"float32": None, "bfloat16": jnp.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +53,8 @@ class PairEffects:
 
     Attributes:
         y_base, y_source: the metric of the two plain runs.
-        nie, tie: by granularity, [layer], [layer, 2], [layer, head], [layer, 3, position] or
-            [layer, group].
+        nie, tie: by granularity, [layer], [layer, 2], [layer, head], [layer, 3, position],
+            [layer, group] or [layer, site, direction].
     """
 
     y_base: float
@@ -73,12 +87,12 @@ class Effects:
 def enter(
     decoder: Decoder,
     change: Float[Array, "L S ..."],
-    layers: Int[Array, "B"],
-    units: Int[Array, "B"],
-    positions: Int[Array, "B"],
+    layers: Int[Array, "*chunk"],
+    units: Int[Array, "*chunk"],
+    positions: Int[Array, "*chunk"],
     site: Site,
     group_size: int,
-) -> Float[Array, "B S d"]:
+) -> Float[Array, "*chunk S d"]:
     """D: what each unit's edit adds to the residual stream where it joins it.
 
     Args:
@@ -92,54 +106,92 @@ def enter(
     if site == Site.HEAD:
         kernel = decoder.blocks.attention.output.kernel[...]
         weights = kernel.reshape(kernel.shape[0], *change.shape[2:], -1)[layers, units]
-        written = jnp.einsum("bsh,bhd->bsd", change[layers, :, units], weights.astype(change.dtype))
+        written = jnp.einsum(
+            "...sh,...hd->...sd", change[layers, :, units], weights.astype(change.dtype)
+        )
     elif site == Site.NEURON:
-        members = units[:, None] * group_size + jnp.arange(group_size)
+        members = units[..., None] * group_size + jnp.arange(group_size)
         exists = members < change.shape[-1]
         members = jnp.minimum(members, change.shape[-1] - 1)
         kernel = decoder.blocks.mlp.down.kernel[...]
-        weights = kernel[layers[:, None], members].astype(change.dtype)
-        moved = jnp.where(exists[..., None], change[layers[:, None], :, members], 0)
-        written = jnp.einsum("bgs,bgd->bsd", moved, weights)
+        weights = kernel[layers[..., None], members].astype(change.dtype)
+        moved = jnp.where(exists[..., None], change[layers[..., None], :, members], 0)
+        # One neuron needs no product of matrices.
+        written = jnp.sum(moved[..., :, None] * weights[..., None, :], axis=-3)
     else:
         written = change[layers]
-    here = (positions[:, None] == ALL_POSITIONS) | (
-        positions[:, None] == jnp.arange(change.shape[1])
-    )
+    return _at_position(written, positions)
+
+
+@functools.partial(jax.jit, static_argnames=("site",))
+def enter_directions(
+    decoder: Decoder,
+    change: Float[Array, "L S ..."],
+    vectors: Float[Array, "L K n"],
+    layers: Int[Array, "*chunk"],
+    units: Int[Array, "*chunk"],
+    positions: Int[Array, "*chunk"],
+    site: Site,
+) -> Float[Array, "*chunk S d"]:
+    """D of directions of a site, as `enter` gives it of its units: v (v . change), written."""
+    layers = jnp.minimum(layers, change.shape[0] - 1)
+    vectors = vectors.astype(change.dtype)
+    along = jnp.einsum("lsn,lkn->lks", change.reshape(*change.shape[:2], -1), vectors)
+    written = vectors
+    if site in (Site.HEAD, Site.NEURON):
+        blocks = decoder.blocks
+        module = blocks.mlp.down if site == Site.NEURON else blocks.attention.output
+        written = jnp.einsum("lkn,lnd->lkd", vectors, module.kernel[...].astype(change.dtype))
+    moved = along[layers, units][..., None] * written[layers, units][..., None, :]
+    return _at_position(moved, positions)
+
+
+def _at_position(written: Float[Array, "*chunk S d"], positions: Int[Array, "*chunk"]):
+    """What is written, where the unit is edited at one position only, at that one."""
+    positions = positions[..., None]
+    here = (positions == ALL_POSITIONS) | (positions == jnp.arange(written.shape[-2]))
     return jnp.where(here[..., None], written, 0)
 
 
-@functools.partial(jax.jit, static_argnames=("metric",))
+@functools.partial(jax.jit, static_argnames=("matmul_precision",), donate_argnames=("differences",))
 def carry(
     decoder: Decoder,
     frame: Frame,
-    stages: Int[Array, "B"],
-    entering: Float[Array, "B S d"],
-    reading: Reading,
-    last_prompt: Int[Array, ""],
-    metric: Metric,
-) -> Float[Array, "B"]:
-    """dY: the exact change of the metric when D joins the residual stream.
+    stages: Int[Array, "n B"],
+    differences: Float[Array, "n B S d"],
+    matmul_precision: str = "float32",
+) -> Float[Array, "n B S d"]:
+    """The exact change of the last block's output when D joins the residual stream.
 
-    Each row's D joins at its own stage; before it the row's difference is exactly 0. The loop
-    starts at the first layer that any row needs, which is known at run time only: one compilation
-    serves all layers and granularities.
+    Each row's D joins at its own stage. The loop over layers starts at the first that any row
+    needs, and in each layer the loop over batches stops after the last batch that has joined: both
+    are known at run time only, so that one compilation serves all layers and granularities, and
+    nothing is computed for a batch before its stage. A layer's weights are fetched, and its base
+    values computed, once for all batches.
 
     Args:
         decoder: the model.
         frame: the base run.
-        stages: where each D joins; past the last stage for a row that is padding.
-        entering: D.
-        reading: what the metric reads.
-        last_prompt: index in the span of the last prompt token, from which the reading's offsets
-            count.
-        metric: the metric.
+        stages: where each D joins, in increasing order; past the last stage for a row that is
+            padding.
+        differences: D; its buffer is reused for the result.
+        matmul_precision: "float32", or "bfloat16" for the operands of products with differences.
     """
-    last = 2 * decoder.config.num_layers
     windows = decoder.windows
+    first_stages = jnp.min(stages, axis=1)
+    changed = functools.partial(_changes, matmul_precision=matmul_precision)
 
-    def join(differences, now):
-        return jnp.where((stages == now)[:, None, None], entering, differences)
+    def run_half(f, value, stage, differences):
+        """Half a block, for the rows that have joined by its stage; the others wait."""
+
+        def run_batch(index, differences):
+            batch = differences[index]
+            moved = batch + changed(f, value, batch)
+            joined = (stages[index] <= stage)[:, None, None]
+            batch = jnp.where(joined, moved, batch)
+            return jax.lax.dynamic_update_index_in_dim(differences, batch, index, axis=0)
+
+        return jax.lax.fori_loop(0, jnp.sum(first_stages <= stage), run_batch, differences)
 
     def run_layer(layer, differences):
         block = decoder.block(layer)
@@ -151,24 +203,49 @@ def carry(
         def feed(x):
             return block.feed(x, _untapped)
 
-        differences = join(differences, 2 * layer)
-        differences += _change(attend, frame.inputs[layer], differences)
-        differences = join(differences, 2 * layer + 1)
-        return differences + _change(feed, frame.middles[layer], differences)
+        differences = run_half(attend, frame.inputs[layer], 2 * layer, differences)
+        return run_half(feed, frame.middles[layer], 2 * layer + 1, differences)
 
-    differences = jax.lax.fori_loop(
-        jnp.min(stages) // 2, last // 2, run_layer, jnp.zeros_like(entering)
+    return jax.lax.fori_loop(
+        jnp.min(first_stages) // 2, decoder.config.num_layers, run_layer, differences
     )
+
+
+@functools.partial(jax.jit, static_argnames=("metric", "matmul_precision"))
+def read_changes(
+    decoder: Decoder,
+    residual: Float[Array, "S d"],
+    differences: Float[Array, "n B S d"],
+    reading: Reading,
+    last_prompt: Int[Array, ""],
+    metric: Metric,
+    matmul_precision: str = "float32",
+) -> Float[Array, "n B"]:
+    """dY: the exact change of the metric when the last block's output changes.
+
+    Args:
+        decoder: the model.
+        residual: the base run's output of the last block.
+        differences: its changes.
+        reading: what the metric reads.
+        last_prompt: index in the span of the last prompt token, from which the reading's offsets
+            count.
+        metric: the metric.
+        matmul_precision: as in `carry`.
+    """
 
     def y(residual):
         return read(decoder, metric, residual, reading, last_prompt)
 
-    return _change(y, frame.inputs[-1], join(differences, last))
+    return jax.lax.map(lambda batch: _changes(y, residual, batch, matmul_precision), differences)
 
 
-def _change(f: Callable, value: Float[Array, "S d"], changes: Float[Array, "B S d"]):
+def _changes(
+    f: Callable, value: Float[Array, "S d"], changes: Float[Array, "B S d"], matmul_precision: str
+):
     """f(value + change) - f(value) for every change of a batch; the value stays unbatched."""
-    return jax.vmap(lambda change: difference(f)((value,), (change,))[1])(changes)
+    exact = difference(f, product_dtype=MATMUL_PRECISIONS[matmul_precision])
+    return jax.vmap(lambda change: exact((value,), (change,))[1])(changes)
 
 
 def _untapped(site, value):
@@ -182,10 +259,38 @@ def _at_layer(prefix, layer):
     return dataclasses.replace(prefix, keys=prefix.keys[layer], values=prefix.values[layer])
 
 
+@dataclasses.dataclass(frozen=True)
+class _RowLogits:
+    """The logits at rows of the last block's output, a chunk of the vocabulary at a time."""
+
+    decoder: Decoder
+    rows: Float[Array, "R d"]
+
+    def of(self, tokens: Int[Array, "K"]) -> Float[Array, "R K"]:
+        """Logits of the given tokens."""
+        return self.decoder.unembed(self.rows, tokens)
+
+    def log_normaliser(self) -> Float[Array, "R"]:
+        """Log-sum-exp over the vocabulary."""
+        size = self.decoder.config.vocab_size
+        chunk = min(VOCABULARY_CHUNK, size)
+        lowest = jnp.finfo(self.rows.dtype).min / 4
+
+        def add(total, start):
+            tokens = start + jnp.arange(chunk)
+            logits = self.of(jnp.minimum(tokens, size - 1))
+            logits = jnp.where(tokens < size, logits, lowest)
+            both = jnp.stack([total, logsumexp_last_axis(logits)], axis=-1)
+            return logsumexp_last_axis(both), None
+
+        nothing = jnp.full(self.rows.shape[0], lowest)
+        return jax.lax.scan(add, nothing, jnp.arange(0, size, chunk))[0]
+
+
 def read(decoder, metric, residual, reading, last_prompt):
     """Y, from the last block's output at the positions of a run or a span, [S, d]."""
     rows = residual[last_prompt + reading.offsets]
-    return metric.value(lambda tokens: decoder.unembed(rows, tokens), reading)
+    return metric.value(_RowLogits(decoder, rows), reading)
 
 
 @functools.partial(jax.jit, static_argnames=("metric",))
@@ -217,7 +322,9 @@ def scan_pair(
     question: Question,
     granularities: Iterable[str],
     *,
-    memory_gb: float = 1.0,
+    chosen: Mapping[str, np.ndarray] | None = None,
+    matmul_precision: str = "float32",
+    memory: int | None = None,
     on_operations: Callable[[float], None] = lambda operations: None,
 ) -> PairEffects:
     """NIE and TIE of every unit of one pair by the engine.
@@ -227,29 +334,39 @@ def scan_pair(
         pair: the pair.
         question: the metric and the positions.
         granularities: which to compute.
-        memory_gb: memory for the differences of a batch, in GiB; it sets the size of the batch.
+        chosen: by granularity, which units to compute, as a mask of its effects; all by default.
+            The effects of the others are NaN.
+        matmul_precision: of products with differences; "float32" or "bfloat16". Plain runs are
+            always float32.
+        memory: bytes for the runs and the differences; `memory.free()` by default.
         on_operations: told of the floating-point operations that have been done since last told.
 
     Raises:
         DataError: the pair does not fit the model or the question.
+        InputError: the memory does not suffice for one unit.
     """
-    granularities = list(granularities)
+    granularities, chosen = list(granularities), dict(chosen or {})
+    memory = memory_lib.free() if memory is None else memory
 
     def evaluate(base: Run, source: Run, term: Term, swapped: bool):
-        works = planning.plan(decoder.config, pair, term, question, granularities, swapped)
+        works = planning.plan(decoder.config, pair, term, question, granularities, swapped, chosen)
         for start, size in sorted({(work.start, work.size) for work in works}):
-            same_span = [work for work in works if (work.start, work.size) == (start, size)]
             frame = capture.frame(decoder, base.trace, start, size)
-            most = max(len(work.units) for work in same_span)
-            batch = planning.batch_size(decoder.config, same_span[0], term, most, memory_gb)
-            for work in same_span:
-                found = _scan_work(
-                    decoder, base, source, frame, work, term, question, batch, on_operations
-                )
-                yield work.granularity, work.place, found
+            for work in works:
+                if (work.start, work.size) == (start, size):
+                    found = _scan_work(
+                        *(decoder, base, source, frame, work, term, question),
+                        *(matmul_precision, memory, on_operations),
+                    )
+                    yield work.granularity, work.place, found
 
     result_shapes = planning.shapes(decoder.config, pair, question, granularities)
-    return pair_effects(decoder, pair, question, result_shapes, capture.capture, evaluate)
+    with jax.default_matmul_precision("float32"):
+        found = pair_effects(decoder, pair, question, result_shapes, capture.capture, evaluate)
+    for name in chosen.keys() & result_shapes.keys():
+        for side in (found.nie, found.tie):
+            side[name][~chosen[name]] = np.nan
+    return found
 
 
 def _scan_work(
@@ -260,7 +377,8 @@ def _scan_work(
     work: Work,
     term: Term,
     question: Question,
-    batch: int,
+    matmul_precision: str,
+    memory: int,
     on_operations: Callable[[float], None],
 ) -> np.ndarray:
     """dY of the units of one piece of work, [U]."""
@@ -270,25 +388,36 @@ def _scan_work(
     edited[work.edited.base - work.start] = True
     change = capture.site_difference(base.trace, source.trace, work.site, rows, source_rows, edited)
     last_prompt = base.prompt_length - 1 - work.start
-    changes = []
-    for part in work.units.batches(batch, padding_layer=decoder.config.num_layers):
-        entering = enter(
-            decoder,
-            change,
-            part.layers,
-            part.units,
-            part.positions,
-            site=work.site,
-            group_size=question.group_size,
-        )
+    dtype = decoder.embedding[...].dtype
+    size = planning.batching(decoder.config, dtype, work, term, memory, jax.default_backend())
+    found = []
+    # A chunk is collected when the next one is under way, so that the device does not wait.
+    under_way = None
+    for part in work.units.chunks(*size, padding_layer=decoder.config.num_layers):
+        where = (part.layers, part.units, part.positions)
+        if work.vectors is None:
+            entering = enter(decoder, change, *where, work.site, question.group_size)
+        else:
+            entering = enter_directions(decoder, change, work.vectors, *where, work.site)
         stages = planning.stage(work.site, part.layers)
-        changes.append(
-            np.asarray(
-                carry(decoder, frame, stages, entering, term.reading, last_prompt, question.metric)
-            )
+        residual = carry(decoder, frame, stages, entering, matmul_precision)
+        y = read_changes(
+            *(decoder, frame.inputs[-1], residual, term.reading, last_prompt),
+            *(question.metric, matmul_precision),
         )
-        on_operations(planning.batch_operations(decoder.config, work, term, stages))
-    return np.concatenate(changes)[: len(work.units)]
+        if under_way is not None:
+            found.append(_collect(under_way, on_operations))
+        under_way = y, planning.batch_operations(decoder.config, work, term, stages)
+    found.append(_collect(under_way, on_operations))
+    return np.concatenate(found)[: len(work.units)]
+
+
+def _collect(under_way: tuple[Array, float], on_operations: Callable[[float], None]) -> np.ndarray:
+    """The effects of a chunk, once they are computed."""
+    y, operations = under_way
+    y = np.asarray(y).reshape(-1)
+    on_operations(operations)
+    return y
 
 
 def pair_effects(
@@ -323,6 +452,9 @@ def pair_effects(
         aligned = planning.token_columns(pair, question)
         for total in totals:
             total["token"][..., np.setdiff1d(np.arange(total["token"].shape[-1]), aligned)] = np.nan
+    if "direction" in result_shapes:
+        for total in totals:
+            total["direction"][~question.directions.given] = np.nan
     return PairEffects(float(y[0]), float(y[1]), *totals)
 
 
@@ -335,22 +467,23 @@ def scan(
     positions: str = "last",
     align: str = "end",
     group_size: int = 1,
-    matmul_precision: str = "highest",
-    memory_gb: float = 1.0,
+    directions: Directions | None = None,
+    matmul_precision: str = "float32",
+    memory_gb: float | None = None,
 ) -> Effects:
     """NIE and TIE of every unit of one granularity, for every pair, in memory.
 
     Args:
         decoder: the model.
         pairs: the pairs.
-        granularity: layer, module, head, token or neuron.
+        granularity: layer, module, head, token, neuron or direction.
         metric: the metric; `metrics.LogitDifference()` by default.
         positions: which positions are edited: last, differing, prompt or response.
         align: end, start or span.
         group_size: adjacent neurons that are edited together.
-        matmul_precision: as `jax.default_matmul_precision` takes it; accelerators round the
-            products of float32 numbers unless told otherwise.
-        memory_gb: memory for the differences of a batch, in GiB.
+        directions: those of the direction granularity; see `directions.read`.
+        matmul_precision: of products with differences; "float32" or "bfloat16".
+        memory_gb: memory that the process may take on its device, in GiB; most of it by default.
 
     Raises:
         InputError: the granularity is unknown, or a pair does not fit the model or the question;
@@ -358,13 +491,22 @@ def scan(
     """
     if granularity not in planning.SITES:
         raise InputError(f"granularity '{granularity}' is not one of {', '.join(planning.SITES)}")
-    question = Question(metric or LogitDifference(), Positions(positions), Align(align), group_size)
+    if (granularity == "direction") != (directions is not None):
+        raise InputError("directions are given if and only if granularity is 'direction'")
+    question = Question(
+        *(metric or LogitDifference(), Positions(positions), Align(align), group_size, directions)
+    )
     for pair in pairs:
         planning.check(decoder.config, pair, question, [granularity])
-    with jax.default_matmul_precision(matmul_precision):
-        found = [
-            scan_pair(decoder, pair, question, [granularity], memory_gb=memory_gb) for pair in pairs
-        ]
+    memory = memory_lib.free(memory_gb)
+    found = [
+        scan_pair(
+            *(decoder, pair, question, [granularity]),
+            matmul_precision=matmul_precision,
+            memory=memory,
+        )
+        for pair in pairs
+    ]
     return Effects(
         nie=stack([effects.nie[granularity] for effects in found]),
         tie=stack([effects.tie[granularity] for effects in found]),

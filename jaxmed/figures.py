@@ -1,4 +1,4 @@
-"""The figures of a report: one for each granularity, and one for the joint set."""
+"""The figures of a report: one for each granularity, for the screen, and for the joint set."""
 
 import dataclasses
 
@@ -7,12 +7,19 @@ from matplotlib import colors, figure, patheffects, ticker
 
 from jaxmed import results as results_lib
 
-NEURONS_IN_FIGURE = 20
+BARS_IN_FIGURE = 20
 DIRECTIONS = ("nie", "tie")
 # Okabe and Ito's colours, which colour-blind readers tell apart; directions and modules never
 # share one.
 _COLOURS = {"nie": "#0072b2", "tie": "#d55e00", "attention": "#7b4fa3", "mlp": "#00785a"}
-SITE_TITLES = {"residual": "residual", "attention": "attention", "mlp": "MLP"}
+SITE_TITLES = {
+    "residual": "residual",
+    "layer": "layer",
+    "attention": "attention",
+    "mlp": "MLP",
+    "head": "heads",
+    "neuron": "neurons",
+}
 _MARKERS = {"nie": "o", "tie": "s", "attention": "o", "mlp": "s"}
 _INK, _FAINT, _ABSENT = "#222222", "#8a8a8a", "#e4e4e4"
 TEXT_SIZE = 11  # points, in a figure of 6.8 inches
@@ -75,6 +82,8 @@ class Units:
                 return f"{layer} {SITE_TITLES[self.site[index]]}, {token}"
             case "neuron":
                 return f"{layer}.n{self.unit[index]}"
+            case "direction":
+                return f"{layer} {SITE_TITLES[self.site[index]]}, direction {self.unit[index]}"
 
 
 def largest(size: np.ndarray, count: int) -> np.ndarray:
@@ -276,9 +285,9 @@ def _colour_bar(drawing, image, axes, unit: str, height: float) -> None:
     bar.outline.set_visible(False)
 
 
-def _draw_neurons(units: Units, te: dict | None, unit: str, planted: np.ndarray) -> figure.Figure:
+def _draw_largest(units: Units, te: dict | None, unit: str, planted: np.ndarray) -> figure.Figure:
     del te  # one neuron's effect would vanish beside it
-    chosen = largest(units.size(), NEURONS_IN_FIGURE)
+    chosen = largest(units.size(), BARS_IN_FIGURE)
     drawing, axes = _canvas(1.2 + 0.34 * len(chosen))
     axis = axes[0, 0]
     place = np.arange(len(chosen))
@@ -302,6 +311,45 @@ def _draw_neurons(units: Units, te: dict | None, unit: str, planted: np.ndarray)
         text.set_fontweight("bold" if is_planted else "normal")
     axis.set_ylim(len(chosen) - 0.4, -0.6)
     _label(axis, f"mean effect ({unit})")
+    _legend(drawing, axis)
+    return drawing
+
+
+def draw_screen(
+    estimated: np.ndarray, exact: np.ndarray, candidates: int, threshold: float, unit: str
+) -> figure.Figure:
+    """Strengths of the neurons that were computed exactly, against the gradient's estimates.
+
+    Args:
+        estimated, exact: [unit]; units that are not positive in both are not shown.
+        candidates: how many of the strongest by estimate were computed for that reason.
+        threshold: exact strength above which a neuron is wanted.
+        unit: of all of them.
+    """
+    drawing, axes = _canvas(4.6)
+    axis = axes[0, 0]
+    order = largest(estimated, len(estimated))
+    kinds = {
+        "candidate": (order[:candidates], _COLOURS["mlp"], "o"),
+        "audit sample": (order[candidates:], _COLOURS["attention"], "s"),
+    }
+    for label, (chosen, colour, marker) in kinds.items():
+        chosen = chosen[(estimated[chosen] > 0) & (exact[chosen] > 0)]
+        axis.plot(
+            *(estimated[chosen], exact[chosen], marker),
+            label=label,
+            color=colour,
+            markersize=3.5,
+            alpha=0.6,
+            markeredgewidth=0,
+        )
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    middle = [*axis.get_xlim()]
+    axis.plot(middle, middle, color=_FAINT, linewidth=0.8, scalex=False, scaley=False)
+    if threshold > 0:
+        axis.axhline(threshold, color=_INK, linewidth=1.1, linestyle=(0, (5, 3)), label="threshold")
+    _label(axis, f"strength estimated by gradient ({unit})", f"exact strength ({unit})")
     _legend(drawing, axis)
     return drawing
 
@@ -333,5 +381,6 @@ DRAWINGS = {
     "module": _draw_modules,
     "head": _draw_heads,
     "token": _draw_tokens,
-    "neuron": _draw_neurons,
+    "neuron": _draw_largest,
+    "direction": _draw_largest,
 }

@@ -3,11 +3,10 @@
 A metric is the sum of signed terms. Each term runs the prompt with a teacher-forced response (or
 with none) and reads a number off its logits: `terms` says which, `value` computes the number. The
 same `value` serves a plain run, whose logits are all known, and the engine, which asks only for
-the rows and tokens that are read.
+the rows and tokens that are read, and goes through the vocabulary in chunks.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Protocol
 
 import jax
@@ -17,8 +16,37 @@ from jaxtyping import Array, Float, Int
 
 from jaxmed.data import DataError, Pair
 
-# Logits of the given tokens (None: all) at the n-th row that the metric reads, [R, K].
-LogitsOf = Callable[[Int[Array, "K"] | None], Float[Array, "R K"]]
+# Tokens whose logits are in memory at once where the whole vocabulary is read.
+VOCABULARY_CHUNK = 4096
+
+
+class Logits(Protocol):
+    """The logits at the R rows that a metric reads."""
+
+    def of(self, tokens: Int[Array, "K"]) -> Float[Array, "R K"]:
+        """Logits of the given tokens."""
+
+    def log_normaliser(self) -> Float[Array, "R"]:
+        """Log-sum-exp over the vocabulary."""
+
+
+@dataclasses.dataclass(frozen=True)
+class KnownLogits:
+    """Logits of a plain run, all of them.
+
+    Attributes:
+        rows: [R, V].
+    """
+
+    rows: Float[Array, "R V"]
+
+    def of(self, tokens: Int[Array, "K"]) -> Float[Array, "R K"]:
+        """Logits of the given tokens."""
+        return self.rows[:, tokens]
+
+    def log_normaliser(self) -> Float[Array, "R"]:
+        """Log-sum-exp over the vocabulary."""
+        return jax.nn.logsumexp(self.rows, axis=-1)
 
 
 @jax.tree_util.register_dataclass
@@ -62,7 +90,7 @@ class Metric(Protocol):
     def terms(self, pair: Pair) -> list[Term]:
         """The runs, and what is read off each."""
 
-    def value(self, logits_of: LogitsOf, reading: Reading) -> Float[Array, ""]:
+    def value(self, logits: Logits, reading: Reading) -> Float[Array, ""]:
         """The number that one run gives."""
 
 
@@ -70,12 +98,6 @@ class Metric(Protocol):
 def logsumexp_last_axis(logits: Float[Array, "... n"]) -> Float[Array, "..."]:
     """log sum exp over the last axis. Named: difference propagation has a rule for it."""
     return jax.nn.logsumexp(logits, axis=-1)
-
-
-@jax.jit
-def log_softmax_last_axis(logits: Float[Array, "... n"]) -> Float[Array, "... n"]:
-    """Log-softmax over the last axis. Named: difference propagation has a rule for it."""
-    return jax.nn.log_softmax(logits, axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,13 +148,13 @@ class LogitDifference:
             tokens[row, : len(answer)], weights[row, : len(answer)] = answer, 1
         return [Term((), 1, Reading(np.zeros(1, np.int32), tokens, weights))]
 
-    def value(self, logits_of: LogitsOf, reading: Reading) -> Float[Array, ""]:
+    def value(self, logits: Logits, reading: Reading) -> Float[Array, ""]:
         """The difference of the two sets' log-sum-exps."""
-        logits = logits_of(reading.tokens.reshape(-1))[0].reshape(reading.tokens.shape)
+        chosen = logits.of(reading.tokens.reshape(-1))[0].reshape(reading.tokens.shape)
         if reading.tokens.shape[-1] == 1:
-            return logits[0, 0] - logits[1, 0]
-        lowest = jnp.finfo(logits.dtype).min / 4
-        harmful, safe = logsumexp_last_axis(jnp.where(reading.weights > 0, logits, lowest))
+            return chosen[0, 0] - chosen[1, 0]
+        lowest = jnp.finfo(chosen.dtype).min / 4
+        harmful, safe = logsumexp_last_axis(jnp.where(reading.weights > 0, chosen, lowest))
         return harmful - safe
 
 
@@ -195,11 +217,11 @@ class ResponseLogprobDifference:
             terms.append(Term(tuple(response), sign, _padded(offsets, tokens, weights)))
         return terms
 
-    def value(self, logits_of: LogitsOf, reading: Reading) -> Float[Array, ""]:
+    def value(self, logits: Logits, reading: Reading) -> Float[Array, ""]:
         """The response's mean log-probability."""
-        log_p = log_softmax_last_axis(logits_of(None))
-        chosen = jnp.take_along_axis(log_p, reading.tokens[:, None], axis=-1)[:, 0]
-        return jnp.sum(chosen * reading.weights.astype(chosen.dtype))
+        row = jnp.arange(reading.tokens.shape[0])
+        chosen = logits.of(reading.tokens)[row, row]
+        return jnp.sum((chosen - logits.log_normaliser()) * reading.weights.astype(chosen.dtype))
 
 
 METRICS = {metric.name: metric for metric in (LogitDifference, ResponseLogprobDifference)}

@@ -4,24 +4,28 @@ Everything here is known before a model is run.
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
 from jaxmed import alignment, capture
 from jaxmed.alignment import Align, Edited, Positions
 from jaxmed.data import DataError, Pair
-from jaxmed.metrics import Metric, Term
+from jaxmed.directions import Directions
+from jaxmed.metrics import VOCABULARY_CHUNK, Metric, Term
 from models.config import DecoderConfig
 from models.edits import Site
+from models.errors import InputError
 
-# The sites that make up each granularity, in the order of the results' site axis.
+# The sites that make up each granularity, in the order of the results' site axis. Those of the
+# direction granularity are the user's.
 SITES: dict[str, tuple[Site, ...]] = {
     "layer": (Site.LAYER,),
     "module": (Site.ATTENTION, Site.MLP),
     "head": (Site.HEAD,),
     "token": (Site.RESIDUAL, Site.ATTENTION, Site.MLP),
     "neuron": (Site.NEURON,),
+    "direction": (),
 }
 
 # The position of a unit that is edited at every edited position.
@@ -38,12 +42,14 @@ class Question:
             position alone, whatever is asked here.
         align: how base and source prompt are laid against each other.
         group_size: adjacent neurons that are edited together.
+        directions: what the direction granularity patches.
     """
 
     metric: Metric
     positions: Positions = Positions.LAST
     align: Align = Align.END
     group_size: int = 1
+    directions: Directions | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +58,7 @@ class Units:
 
     Attributes:
         layers: the layer of each, [U].
-        units: index of the head or of the neuron group, [U]; 0 for other sites.
+        units: index of the head, of the neuron group or of the direction, [U]; 0 for other sites.
         positions: index in the span of the one position that is edited, [U]; -1 for all of them.
     """
 
@@ -69,8 +75,14 @@ class Units:
         axes = np.meshgrid(np.arange(layers), np.arange(units), positions, indexing="ij")
         return cls(*(axis.reshape(-1).astype(np.int32) for axis in axes))
 
-    def batches(self, size: int, padding_layer: int) -> Iterator["Units"]:
-        """Equal batches; the last is filled up with units of a layer that does not exist."""
+    def subset(self, which: np.ndarray) -> "Units":
+        """Those units that a mask [U] or an array of indices chooses."""
+        return Units(self.layers[which], self.units[which], self.positions[which])
+
+    def chunks(self, batches: int, rows: int, padding_layer: int) -> Iterator["Units"]:
+        """Equal chunks [batches, rows]; the last is filled up with units of a layer that does not
+        exist."""
+        size = batches * rows
         extra = -len(self) % size
         fill = {"layers": padding_layer, "units": 0, "positions": ALL_POSITIONS}
         padded = [
@@ -78,7 +90,7 @@ class Units:
             for name, value in fill.items()
         ]
         for start in range(0, len(self), size):
-            yield Units(*(field[start : start + size] for field in padded))
+            yield Units(*(f[start : start + size].reshape(batches, rows) for f in padded))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +104,7 @@ class Work:
         edited: the edited positions.
         start, size: the span's first position, and its padded length.
         place: index of the units in the granularity's effects.
+        vectors: [L, K, size of the site] where the units are directions of the site.
     """
 
     granularity: str
@@ -101,6 +114,14 @@ class Work:
     start: int
     size: int
     place: tuple[np.ndarray, ...]
+    vectors: np.ndarray | None = None
+
+    def only(self, chosen: np.ndarray) -> "Work":
+        """The units that a mask of the granularity's effects chooses."""
+        here = chosen[self.place]
+        return dataclasses.replace(
+            self, units=self.units.subset(here), place=tuple(index[here] for index in self.place)
+        )
 
 
 def group_count(config: DecoderConfig, group_size: int) -> int:
@@ -115,11 +136,13 @@ def plan(
     question: Question,
     granularities: Iterable[str],
     swapped: bool,
+    chosen: Mapping[str, np.ndarray] | None = None,
 ) -> list[Work]:
     """What is to be computed for one term of a metric in one direction.
 
     Units whose every edited position comes after the last one that is read are left out: their
-    effect is exactly 0. With `swapped` the patches are made in the source run.
+    effect is exactly 0. With `swapped` the patches are made in the source run. Of a granularity
+    that `chosen` names, only the units of its mask are planned.
     """
     prompt_length = len(pair.counterfactual_ids if swapped else pair.prompt_ids)
     first_read, last_read = (
@@ -139,12 +162,29 @@ def plan(
             work += _token_work(config, edited, columns, last_read)
             continue
         start, size = _span(min(edited.base[0], first_read), last_read)
+        if granularity == "direction":
+            work += _direction_work(question.directions, edited, start, size)
+            continue
         for index, site in enumerate(SITES[granularity]):
             units = Units.grid(config.num_layers, unit_count(config, question, site))
             place = {"module": (units.layers, np.full(len(units), index)), "layer": (units.layers,)}
             place = place.get(granularity, (units.layers, units.units))
             work.append(Work(granularity, site, units, edited, start, size, place))
-    return work
+    chosen = chosen or {}
+    work = [w.only(chosen[w.granularity]) if w.granularity in chosen else w for w in work]
+    return [w for w in work if len(w.units)]
+
+
+def _direction_work(
+    directions: Directions, edited: Edited, start: int, size: int
+) -> Iterator[Work]:
+    """The given directions, site by site."""
+    for index, site in enumerate(directions.sites):
+        layers, numbers = (a.astype(np.int32) for a in np.nonzero(directions.given[:, index]))
+        units = Units(layers, numbers, np.full(len(layers), ALL_POSITIONS, np.int32))
+        place = (layers, np.full(len(layers), index), numbers)
+        vectors = directions.vectors[index]
+        yield Work("direction", site, units, edited, start, size, place, vectors)
 
 
 def _token_work(config, edited: Edited, columns: np.ndarray, last_read: int) -> list[Work]:
@@ -190,6 +230,7 @@ def shapes(
         "head": lambda: (config.num_heads,),
         "token": lambda: (len(SITES["token"]), int(token_columns(pair, question).max()) + 1),
         "neuron": lambda: (group_count(config, question.group_size),),
+        "direction": lambda: question.directions.given.shape[1:],
     }
     return {name: (config.num_layers, *units[name]()) for name in granularities}
 
@@ -258,14 +299,18 @@ def stage(site: Site, layer: np.ndarray) -> np.ndarray:
 
 
 def operations(
-    config: DecoderConfig, pair: Pair, question: Question, granularities: Iterable[str]
+    config: DecoderConfig,
+    pair: Pair,
+    question: Question,
+    granularities: Iterable[str],
+    chosen: Mapping[str, np.ndarray] | None = None,
 ) -> float:
     """Floating-point operations of the matrix products that a pair's scan needs."""
     return sum(
         batch_operations(config, work, term, stage(work.site, work.units.layers))
         for term in question.metric.terms(pair)
         for swapped in (False, True)
-        for work in plan(config, pair, term, question, granularities, swapped)
+        for work in plan(config, pair, term, question, granularities, swapped, chosen)
     )
 
 
@@ -300,14 +345,79 @@ def run_operations(config: DecoderConfig, pair: Pair, question: Question) -> flo
     return total
 
 
-def batch_size(
-    config: DecoderConfig, work: Work, term: Term, most_units: int, memory_gb: float
-) -> int:
-    """Units of a batch: a power of two that fits the memory, and no more than there are."""
-    position = 8 * config.hidden_size + 6 * config.intermediate_size
-    position += 4 * config.num_heads * (work.start + 2 * work.size)
-    numbers = position * work.size
-    if term.response:
-        numbers += 6 * len(term.reading.offsets) * config.vocab_size
-    fits = int(memory_gb * 2**30 / (4 * numbers))
-    return min(capture.bucket(most_units), 1 << max(0, min(fits, 512).bit_length() - 1))
+# Positions that go through a block together. Fewer leave matrix products short of work; on a CPU,
+# more do not fit its caches.
+_TOGETHER = {"cpu": 1024}
+_TOGETHER_ON_ACCELERATORS = 8192
+_BATCHES = 8  # that share one reading of a layer's weights
+_FEW = 16  # as many times smaller are the batches of a short list of units
+
+
+def batching(
+    config: DecoderConfig, dtype, work: Work, term: Term, memory: int, platform: str
+) -> tuple[int, int]:
+    """Batches of a chunk, and units of a batch, that fit the memory.
+
+    A batch goes through a block at once; a chunk's batches do so one after another, before the next
+    layer's turn, so that a layer's weights are fetched once for all of them. There are two sizes of
+    batches and no more, so that little is compiled.
+
+    Args:
+        config: the model.
+        dtype: of its parameters in memory.
+        work: what is to be computed.
+        term: what is read.
+        memory: bytes.
+        platform: JAX's name of the kind of device.
+
+    Raises:
+        InputError: not even one unit fits.
+    """
+    most = _TOGETHER.get(platform, _TOGETHER_ON_ACCELERATORS)
+    rows = max(1, most // work.size)
+    if 2 * len(work.units) <= rows:
+        rows = max(1, rows // _FEW)
+    fixed, each, held = _bytes(config, np.dtype(dtype), work, term, platform)
+    fits = int((memory - fixed) // (each + _BATCHES * held))
+    if fits < 1:
+        raise InputError(
+            f"the memory that is left, {memory / 2**30:.2f} GiB, is too little for a single unit "
+            f"with {work.size} positions, {(fixed + each + _BATCHES * held) / 2**30:.2f} GiB; give "
+            "more with --memory_gb"
+        )
+    return _BATCHES, min(rows, 1 << (fits.bit_length() - 1))
+
+
+def _bytes(
+    config: DecoderConfig, dtype: np.dtype, work: Work, term: Term, platform: str
+) -> tuple[int, int, int]:
+    """Bytes that carrying takes beside the weights: at any rate, for each unit of a batch, and for
+    each unit of a chunk."""
+    number = max(4, dtype.itemsize)  # of activations, which are float32 at least
+    width, hidden = config.hidden_size, config.intermediate_size
+    heads = config.num_heads * config.head_dim
+    weights = width * (2 * heads + 2 * config.num_kv_heads * config.head_dim) + 3 * width * hidden
+    # Both runs' traces, the change of a site, and the frame.
+    run = work.start + work.size + len(term.response)
+    trace = config.num_layers * capture.bucket(run, capture.SHORTEST)
+    trace *= 4 * width + 2 * hidden + 4 * heads
+    # A layer's weights are read in the activations' precision; those of all layers together on a
+    # CPU, whose compiler slices no 16-bit floats.
+    layers = config.num_layers + 1 if platform == "cpu" and dtype.itemsize < 4 else 2
+    fixed = layers * weights + 3 * trace
+    position = 10 * width + 4 * hidden + 3 * heads
+    position += 5 * config.num_heads * (_prefix_size(work.start) + work.size)
+    each = max(work.size * position, _reading_numbers(config, term))
+    held = 2 * work.size * width
+    return number * fixed, number * each, number * held
+
+
+def _reading_numbers(config: DecoderConfig, term: Term) -> int:
+    """Numbers that reading the metric takes for each unit."""
+    rows = len(term.reading.offsets)
+    chunk = min(VOCABULARY_CHUNK, config.vocab_size) if term.response else 0
+    return rows * (4 * config.hidden_size + 6 * chunk)
+
+
+def _prefix_size(start: int) -> int:
+    return capture.bucket(start, capture.SHORTEST) if start else 0

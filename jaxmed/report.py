@@ -45,6 +45,7 @@ _TITLES = {
     "head": "Attention heads",
     "token": "Layers × tokens",
     "neuron": "Neurons",
+    "direction": "Directions",
 }
 
 
@@ -69,9 +70,10 @@ def write(folder, show_text: bool = False, pairs=None) -> pathlib.Path:
     summary = statistics.read_summary(results)
     te = _total(summary, "te")
     found = _found(results, summary)
-    ranked = {granularity: _without_residual(units) for granularity, units in found.items()}
+    ranked = {granularity: _ranked(units) for granularity, units in found.items()}
     truth = results.run.get("truth")
     joint = _joint(results)
+    audit = results.run.get("audit")
     unit = results.run["unit"]
 
     drawn = {}
@@ -80,6 +82,8 @@ def write(folder, show_text: bool = False, pairs=None) -> pathlib.Path:
         drawn[granularity] = _save(drawing, results.folder, granularity)
     if joint:
         drawn["joint"] = _save(figures.draw_joint(joint), results.folder, "joint")
+    if audit:
+        drawn["screen"] = _save(_screen_figure(results, audit), results.folder, "screen")
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
@@ -99,11 +103,12 @@ def write(folder, show_text: bool = False, pairs=None) -> pathlib.Path:
         sections=[
             {
                 "title": _TITLES[granularity],
-                "sentence": _largest_sentence(units, unit) + _spread_sentence(units),
+                "sentence": _largest_sentence(units, unit)
+                + _spread_sentence(units, _count(results, units)),
                 "figure": drawn[granularity],
                 "caption": _caption(units),
                 "rows": _table(units, _planted(units, truth)),
-                "count": f"{len(units.layer):,}",
+                "count": _count(results, units),
             }
             for granularity, units in ranked.items()
         ],
@@ -112,6 +117,9 @@ def write(folder, show_text: bool = False, pairs=None) -> pathlib.Path:
         scores=_score_rows(results) if truth else [],
         joint=joint,
         joint_figure=drawn.get("joint"),
+        screen=_screen_sentences(results) if audit else [],
+        screen_figure=drawn.get("screen"),
+        screen_caption=_CAPTIONS["screen"],
         statuses=_statuses(results),
         totals=_totals_by_pair(results, pairs if show_text else None),
         show_text=show_text,
@@ -134,7 +142,8 @@ def score(results: results_lib.Results) -> dict:
         {granularity: {direction: {"auroc": fraction, "precision_at_k": fraction}}} for those of
         module, head and neuron that were run; a direction is "nie", "tie" or "max", and units are
         ranked by |mean NIE|, |mean TIE| or the larger of both; neurons by "joint" as well where the
-        run has a joint set: first its neurons, in their order. NaN where nothing is planted.
+        run has a joint set: first its neurons, in their order. Neurons that were only estimated
+        rank last. NaN where nothing is planted.
 
     Raises:
         InputError: a planted unit does not exist in this run.
@@ -144,8 +153,12 @@ def score(results: results_lib.Results) -> dict:
         if granularity not in results.granularities:
             continue
         mask = _truth_mask(results, granularity)
-        sizes = [np.abs(statistics.pair_mean(values)) for values in results.effects(granularity)]
-        sizes = {"nie": sizes[0], "tie": sizes[1], "max": np.fmax(*sizes)}
+        effects = results.effects(granularity, exact=True)
+        sizes = {
+            direction: np.abs(statistics.pair_mean(values))
+            for direction, values in zip(figures.DIRECTIONS, effects, strict=True)
+        }
+        sizes["max"] = statistics.strength(*effects)
         if granularity == "neuron" and "joint" in results.run:
             sizes["joint"] = _joint_set(results).scores(sizes["max"])
         scores[granularity] = {
@@ -171,8 +184,10 @@ def closing_lines(results: results_lib.Results) -> list[str]:
         _total_sentence(results, _total(summary, "te"), unit),
     ]
     for granularity, units in _found(results, summary).items():
-        sentence = _largest_sentence(_without_residual(units), unit)
+        sentence = _largest_sentence(_ranked(units), unit)
         lines.append(f"{_TITLES[granularity]}: {sentence}")
+    if results.run.get("audit"):
+        lines.append(f"Screen: {' '.join(_screen_sentences(results))}")
     if joint := results.run.get("joint"):
         lines.append(
             f"Joint set: {len(joint['picked'])} neurons together have"
@@ -207,16 +222,17 @@ def _total(summary: pa.Table, estimand: str) -> dict | None:
 
 
 def _found(results: results_lib.Results, summary: pa.Table) -> dict[str, figures.Units]:
-    """The units of each granularity that has any, coarse to fine."""
+    """The units of each granularity that has any, coarse to fine; exact effects alone."""
     found, te = {}, _total(summary, "te")
     for granularity in results.granularities:
-        rows = summary.filter(pc.field("granularity") == granularity)
+        rows = summary.filter((pc.field("granularity") == granularity) & pc.field("exact"))
         by_direction = [rows.filter(pc.field("estimand") == name) for name in figures.DIRECTIONS]
         nie = by_direction[0]
         if not nie.num_rows:
             continue
         directions = []
-        for values, table in zip(results.effects(granularity), by_direction, strict=True):
+        effects = results.effects(granularity, exact=True)
+        for values, table in zip(effects, by_direction, strict=True):
             share = statistics.share(values, results.te)
             if te and te["ci_low"] is not None and te["ci_low"] <= 0 <= te["ci_high"]:
                 share = np.full_like(share, np.nan)
@@ -236,9 +252,11 @@ def _found(results: results_lib.Results, summary: pa.Table) -> dict[str, figures
     return found
 
 
-def _without_residual(units: figures.Units) -> figures.Units:
-    """The units that are ranked: the residual stream is left to the map, as the whole of it at the
-    last token of the last layer is TE by definition."""
+def _ranked(units: figures.Units) -> figures.Units:
+    """The units that are ranked: the residual stream is left to the map of tokens, as the whole of
+    it at the last token of the last layer is TE by definition."""
+    if units.granularity != "token":
+        return units
     kept = units.site != "residual"
 
     def narrowed(record):
@@ -341,6 +359,7 @@ def _facts(results: results_lib.Results, te: dict | None) -> list[tuple]:
         ("Edited positions", f"{positions}: {explained}" if explained else positions),
         ("Aligned by", run.get("align", "not recorded")),
         ("Granularities", ", ".join(results.granularities)),
+        *([("Directions", run["directions"])] if run.get("directions") else []),
         ("Precision", run["precision"]),
         ("Device", run.get("device", "not recorded")),
         ("Pairs", str(len(results.pair_ids))),
@@ -358,6 +377,59 @@ def _neurons_of_layer(results: results_lib.Results) -> str:
     if group_size == 1:
         return f"{results.sizes.neurons:,} neurons"
     return f"{results.sizes.neurons:,} groups of {group_size} neurons"
+
+
+def _count(results: results_lib.Results, units: figures.Units) -> str:
+    """How many units are ranked, and that there are others, if so."""
+    screened = units.granularity == "neuron" and results.run.get("screen")
+    return f"{len(units.layer):,}{' (those computed exactly)' if screened else ''}"
+
+
+def _screen_sentences(results: results_lib.Results) -> list[str]:
+    """What was computed of the neurons, what may be missing, and how good the estimates are."""
+    run, audit = results.run, results.run["audit"]
+    top, sampled, left = run["screen"], audit["sampled"], audit["uncomputed"]
+    units = "neurons" if run.get("group_size", 1) == 1 else "groups of neurons"
+    sentences = [
+        f"Of {audit['candidates'] + sampled + left:,} {units}, {audit['candidates']:,} were"
+        f" computed exactly because gradients rank them highest, and {sampled:,} of the others as"
+        " an audit sample."
+    ]
+    if not left:
+        return [*sentences, "That is all of them, so none is missing."]
+    if not sampled:
+        return [
+            *sentences,
+            f"Without a sample nothing is known of the {left:,} others (--screen_audit).",
+        ]
+    sentences.append(
+        f"At most {audit['bound']:,} {units} stronger than the {_ordinal(top)} strongest of the"
+        f" candidates ({_number(audit['threshold'])} {run['unit']}) are missing, at"
+        f" {_percent(audit['confidence'])} confidence; the audit found {audit['hits']:,} of"
+        f" {sampled:,}."
+    )
+    if audit["spearman"] is not None:
+        sentences.append(
+            "Over the audit sample, estimated and exact strengths have a rank correlation of"
+            f" {_fixed(audit['spearman'], 3)}."
+        )
+    return sentences
+
+
+def _screen_figure(results: results_lib.Results, audit: dict) -> figure.Figure:
+    exact = statistics.strength(*results.effects("neuron", exact=True))
+    estimated = statistics.strength(*results.estimates())
+    both = ~np.isnan(exact) & ~np.isnan(estimated)
+    return figures.draw_screen(
+        *(estimated[both], exact[both], audit["candidates"]),
+        *(audit["threshold"], results.run["unit"]),
+    )
+
+
+def _ordinal(number: int) -> str:
+    ends = {1: "st", 2: "nd", 3: "rd"}
+    end = "th" if number % 100 in (11, 12, 13) else ends.get(number % 10, "th")
+    return f"{number:,}{end}"
 
 
 def _total_sentence(results: results_lib.Results, te: dict | None, unit: str) -> str:
@@ -392,11 +464,10 @@ def _largest_sentence(units: figures.Units, unit: str) -> str:
     )
 
 
-def _spread_sentence(units: figures.Units) -> str:
+def _spread_sentence(units: figures.Units, count: str) -> str:
     """How many units stand out, and whether both directions name the same ones."""
-    count = len(units.layer)
     text = ""
-    if count > 2 * _UNITS_IN_TABLE:
+    if len(units.layer) > 2 * _UNITS_IN_TABLE:
         nie, tie = (
             set(figures.largest(np.abs(getattr(units, name).mean), _UNITS_IN_TABLE).tolist())
             for name in figures.DIRECTIONS
@@ -405,7 +476,7 @@ def _spread_sentence(units: figures.Units) -> str:
     if np.isnan(units.nie.q).all():
         return f"{text} One pair is too few to test them."
     nie, tie = (int((getattr(units, name).q < _SIGNIFICANT).sum()) for name in figures.DIRECTIONS)
-    return f"{text} Of {count:,}, q < {_SIGNIFICANT} holds for {nie:,} by NIE and {tie:,} by TIE."
+    return f"{text} Of {count}, q < {_SIGNIFICANT} holds for {nie:,} by NIE and {tie:,} by TIE."
 
 
 def _table(units: figures.Units, planted: np.ndarray) -> list[dict]:
@@ -436,7 +507,8 @@ def _statuses(results: results_lib.Results) -> list[dict]:
     for granularity in results.granularities:
         done = results.done(granularity)
         counts = np.bincount(done.ravel(), minlength=4)
-        if granularity == "token":  # positions beyond a pair's length are not work left undone
+        # Positions beyond a pair's length, and directions that do not exist, are no work undone.
+        if granularity in ("token", "direction"):
             begun = (done != results_lib.NOT_RUN).any(axis=(1, 2, 3))
             counts[results_lib.NOT_RUN] = done[~begun].size
         rows.append(
@@ -474,12 +546,13 @@ def _files(figures: dict) -> list[tuple[str, str]]:
         ("run.json", "what was asked: every setting, the sizes, the pair ids in order"),
         (
             "effects.zarr",
-            "every effect of every pair: NIE, TIE and done by granularity, TE, Y of base and"
-            " source",
+            "every effect of every pair: NIE, TIE and done (2: only estimated) by granularity, TE,"
+            " Y of base and source",
         ),
         (
             "summary.parquet",
-            "one row per unit and estimand: mean, interval, p, q, number of pairs",
+            "one row per unit and estimand: mean, interval, p, q, number of pairs, exact or"
+            " estimated",
         ),
         *((f"figures/{name}.png", _FIGURES[name]) for name in figures),
         ("report.html", "this page; it needs none of the other files"),
@@ -537,6 +610,8 @@ _FIGURES = {
     "head": "effects of every head",
     "token": "effects by layer and token",
     "neuron": "the neurons with the largest effects",
+    "direction": "the directions with the largest effects",
+    "screen": "strengths of neurons, exact against estimated by gradient",
     "joint": "the joint effect of neurons, added one by one",
 }
 _CAPTIONS = {
@@ -550,8 +625,14 @@ _CAPTIONS = {
     " Far tokens are means over the pairs that are long enough. The residual stream is a block’s"
     " whole output, and is left out of the table: at the last token of the last layer it is TE by"
     " definition.",
-    "neuron": f"The {figures.NEURONS_IN_FIGURE} neurons with the largest of |NIE| and |TIE|. Bars"
+    "neuron": f"The {figures.BARS_IN_FIGURE} neurons with the largest of |NIE| and |TIE|. Bars"
     " are 95% bootstrap intervals over pairs, not corrected for having picked the largest.",
+    "direction": f"The {figures.BARS_IN_FIGURE} directions with the largest of |NIE| and |TIE|,"
+    " each numbered within its array of the file. Bars are 95% bootstrap intervals over pairs, not"
+    " corrected for having picked the largest.",
+    "screen": "Strength, the larger of |mean NIE| and |mean TIE|, of every neuron that was computed"
+    " exactly. On the thin line the estimate is right. Audited neurons above the dashed line, the"
+    " threshold, are strong ones that gradients rank too low.",
 }
 
 

@@ -32,6 +32,8 @@ _RUN_FILE = "run.json"
 _EFFECTS_FILE = "effects.zarr"
 _OWN_FILES = (_RUN_FILE, _EFFECTS_FILE, "summary.parquet", "report.html", "figures")
 _TOTALS = ("te", "y_base", "y_source")
+_ESTIMATES = ("screen/nie", "screen/tie")
+_SHAPED_AS = {"screen": "neuron"}
 _RECORDED_ON_ARRAYS = ("positions", "metric", "precision")
 _WRITTEN_HERE = ("finished", "pair_ids", "sizes", "granularities", "measured")
 
@@ -46,12 +48,21 @@ class Sizes:
         neurons: groups of adjacent neurons per layer, ceil(intermediate size / group size).
         positions: how far the aligned prompt positions of any pair reach, counted backwards from
             the last prompt token.
+        sites: those that the user's directions belong to.
+        directions: the most directions that any of these sites has in a layer.
     """
 
     layers: int
     heads: int
     neurons: int
     positions: int
+    sites: tuple[str, ...] = ()
+    directions: int = 0
+
+    @classmethod
+    def of(cls, run: dict) -> "Sizes":
+        """Those that `run.json` holds."""
+        return cls(**{**run["sizes"], "sites": tuple(run["sizes"]["sites"])})
 
     def shape(self, granularity: str) -> tuple[int, ...]:
         """The shape of one pair's effects; its first axis is the layer."""
@@ -61,6 +72,7 @@ class Sizes:
             "head": (self.layers, self.heads),
             "token": (self.layers, len(TOKEN_SITES), self.positions),
             "neuron": (self.layers, self.neurons),
+            "direction": (self.layers, len(self.sites), self.directions),
         }[granularity]
 
 
@@ -78,7 +90,7 @@ class Results:
     def __init__(self, folder: pathlib.Path, run: dict, group: zarr.Group):
         self.folder = folder
         self.run = run
-        self.sizes = Sizes(**run["sizes"])
+        self.sizes = Sizes.of(run)
         self.pair_ids = tuple(run["pair_ids"])
         self.granularities = tuple(run["granularities"])
         self._group = group
@@ -90,6 +102,7 @@ class Results:
         Args:
             folder: a path; made if it is missing, and must be empty.
             run: what was asked, as JSON values; "positions", "metric" and "precision" are needed.
+                Where its "screen" is not 0 there is room for estimates of the neurons.
             sizes: the sizes of the arrays.
             pair_ids: one distinct id per pair.
             granularities: those to make arrays for, out of `GRANULARITIES`.
@@ -123,7 +136,7 @@ class Results:
             raise InputError(
                 f"{path} is missing or damaged ({error}): run again with --overwrite"
             ) from error
-        for name in _array_names(run["granularities"]):
+        for name in _array_names(run):
             if name not in group:
                 raise InputError(f"{path} lacks the array {name}: run again with --overwrite")
         return cls(folder, run, group)
@@ -157,14 +170,15 @@ class Results:
     def write(self, pair_index: int, granularity: str, nie, tie, status=EXACT) -> None:
         """Writes the effects of one pair at one granularity.
 
-        A unit without a finite effect becomes FAILED; token positions that are NaN in every layer
-        and site lie beyond the pair's length and stay NOT_RUN.
+        A unit without a finite effect becomes FAILED, unless its status is NOT_RUN; token positions
+        that are NaN in every layer and site lie beyond the pair's length and stay NOT_RUN.
 
         Args:
             pair_index: index into `pair_ids`.
             granularity: one of `granularities`.
             nie, tie: [layer, ...] as `Sizes.shape` says, in units of the metric.
-            status: EXACT or ESTIMATED, one for all units or an array of the effects' shape.
+            status: EXACT, ESTIMATED or (no such unit) NOT_RUN, one for all units or an array of
+                the effects' shape.
 
         Raises:
             ValueError: an array has another shape.
@@ -178,7 +192,7 @@ class Results:
                     f" {values.shape}, the results folder expects {self.sizes.shape(granularity)}"
                 )
         finite = np.isfinite(effects["nie"]) & np.isfinite(effects["tie"])
-        done = np.where(finite, status, FAILED).astype(np.uint8)
+        done = np.where(finite | (np.asarray(status) == NOT_RUN), status, FAILED).astype(np.uint8)
         if granularity == "token":
             absent = np.isnan(effects["nie"]) & np.isnan(effects["tie"])
             done[..., absent.all(axis=(0, 1))] = NOT_RUN
@@ -201,12 +215,44 @@ class Results:
         """Each unit's status, uint8 [pair, layer, ...]."""
         return self._effects_group(granularity)["done"][:]
 
-    def effects(self, granularity: str) -> tuple[np.ndarray, np.ndarray]:
-        """NIE and TIE, float32 [pair, layer, ...]; NaN where a unit was not run or failed."""
+    def effects(self, granularity: str, exact: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """NIE and TIE, float32 [pair, layer, ...]; NaN where a unit was not run or failed.
+
+        Args:
+            granularity: one of `granularities`.
+            exact: give NaN for estimates too.
+        """
         group = self._effects_group(granularity)
-        vouched = np.isin(self.done(granularity), (EXACT, ESTIMATED))
+        vouched = np.isin(self.done(granularity), (EXACT,) if exact else (EXACT, ESTIMATED))
         nie, tie = (np.where(vouched, group[name][:], np.float32("nan")) for name in ("nie", "tie"))
         return nie, tie
+
+    def estimated(self, granularity: str) -> np.ndarray:
+        """Units of which any pair has but an estimate, bool [layer, ...]."""
+        return (self.done(granularity) == ESTIMATED).any(axis=0)
+
+    def write_estimates(self, pair_index: int, nie, tie) -> None:
+        """Writes the estimates by which one pair's neurons are screened, [layer, neuron]."""
+        for name, values in zip(_ESTIMATES, (nie, tie), strict=True):
+            self._group[name][pair_index] = np.asarray(values, np.float32)
+
+    def estimates(self, pairs=slice(None)) -> tuple[np.ndarray, np.ndarray]:
+        """Estimated NIE and TIE of all neurons, also of those whose effects are exact.
+
+        Args:
+            pairs: a slice of the pairs, or the index of one.
+
+        Returns:
+            float32 [pair, layer, neuron], or without the first axis; NaN for a pair without
+            estimates yet.
+        """
+        nie, tie = (self._group[name][pairs] for name in _ESTIMATES)
+        return nie, tie
+
+    def missing_estimates(self) -> list[int]:
+        """Indices of the pairs without estimates in both directions."""
+        unknown = [np.isnan(values).all(axis=(1, 2)) for values in self.estimates()]
+        return np.flatnonzero(np.any(unknown, axis=0)).tolist()
 
     @property
     def te(self) -> np.ndarray:
@@ -284,28 +330,30 @@ def _start(folder: pathlib.Path, described: dict) -> Results:
     # whose arrays were only half made.
     _write_run(folder, described)
     group = zarr.create_group(folder / _EFFECTS_FILE, zarr_format=3)
-    sizes = Sizes(**described["sizes"])
+    sizes = Sizes.of(described)
     asked = {key: described[key] for key in _RECORDED_ON_ARRAYS}
-    for name in _array_names(described["granularities"]):
+    # The token granularity edits every aligned prompt position alone, whatever is asked.
+    own = {"token": {"positions": "prompt"}, "direction": {"sites": list(sizes.sites)}}
+    for name in _array_names(described):
         granularity, _, leaf = name.rpartition("/")
-        unit_shape = sizes.shape(granularity) if granularity else ()
+        unit_shape = sizes.shape(_SHAPED_AS.get(granularity, granularity)) if granularity else ()
         group.create_array(
             name,
             shape=(len(described["pair_ids"]), *unit_shape),
             chunks=(1, *unit_shape),
             dtype="uint8" if leaf == "done" else "float32",
             fill_value=NOT_RUN if leaf == "done" else float("nan"),
-            # The token granularity edits every aligned prompt position alone, whatever is asked.
-            attributes=asked | ({"positions": "prompt"} if granularity == "token" else {}),
+            attributes=asked | own.get(granularity, {}),
         )
     return Results(folder, described, group)
 
 
-def _array_names(granularities) -> list[str]:
+def _array_names(run: dict) -> list[str]:
     leaves = ("nie", "tie", "done")
     return [
         *_TOTALS,
-        *(f"{granularity}/{leaf}" for granularity in granularities for leaf in leaves),
+        *(f"{granularity}/{leaf}" for granularity in run["granularities"] for leaf in leaves),
+        *(_ESTIMATES if run.get("screen") else ()),
     ]
 
 

@@ -91,14 +91,30 @@ def p_values(values: np.ndarray) -> np.ndarray:
     return np.where(count < 2, np.nan, p)
 
 
-def q_values(p: np.ndarray) -> np.ndarray:
-    """False discovery rates (Benjamini and Hochberg 1995) over the p-values that are not NaN."""
+def q_values(p: np.ndarray, untested: int = 0) -> np.ndarray:
+    """False discovery rates (Benjamini and Hochberg 1995) over the p-values that are not NaN.
+
+    Args:
+        p: [unit...].
+        untested: further units of the family, which a screen left out. Each counts as p = 1, so
+            that the correction is for all units, and the choice of those to test costs nothing.
+
+    Returns:
+        q, [unit...]: NaN where p is.
+    """
     p = np.asarray(p, np.float64)
     q = np.full(p.shape, np.nan)
     tested = ~np.isnan(p)
     if tested.any():
-        q[tested] = stats.false_discovery_control(p[tested])
+        family = np.concatenate([p[tested], np.ones(untested)])
+        q[tested] = stats.false_discovery_control(family)[: tested.sum()]
     return q
+
+
+def strength(nie: np.ndarray, tie: np.ndarray) -> np.ndarray:
+    """The larger of |mean NIE| and |mean TIE|: [pair, unit...] -> [unit...], NaN where no pair has
+    the unit."""
+    return np.maximum(np.abs(pair_mean(nie)), np.abs(pair_mean(tie)))
 
 
 def share(effects: np.ndarray, te: np.ndarray, minimum: float = MINIMUM_TOTAL_EFFECT) -> np.ndarray:
@@ -170,7 +186,9 @@ def summarise(results: results_lib.Results) -> pa.Table:
     """The statistics of every unit that any pair has.
 
     NDE = TE - TIE and INT = TIE - NIE are formed per pair. q-values hold within one family: all
-    units of one granularity and one estimand.
+    units of one granularity and one estimand. Units that a screen has only estimated are not
+    tested, as the pairs say nothing of a gradient's error: their interval, p and q are null. They
+    belong to the family all the same, as if their p were 1.
 
     Args:
         results: the run.
@@ -178,15 +196,17 @@ def summarise(results: results_lib.Results) -> pa.Table:
     Returns:
         A table with one row per granularity, estimand and unit, in this order, then in that of the
         arrays. Columns: granularity, layer, site, unit, position, estimand, mean, ci_low, ci_high
-        (a 95% interval, in units of the metric), p_value, q_value, n_pairs; null where one does not
-        apply. `unit` is a head or (the first of its group) a neuron; `position` counts backwards
-        from the last prompt token, 0. Three rows of granularity "total" hold te, y_base, y_source.
+        (a 95% interval, in units of the metric), p_value, q_value, n_pairs, exact (false for an
+        estimate); null where one does not apply. `unit` is a head, (the first of its group) a
+        neuron, or a direction's number within its array; `position` counts backwards from the last
+        prompt token, 0. Three rows of granularity "total" hold te, y_base, y_source.
     """
     te = results.te
     tables = [_total_rows(results)]
     for granularity in results.granularities:
         nie, tie = results.effects(granularity)
         places = _places(results, granularity)
+        exact = ~results.estimated(granularity).ravel()
         values = {
             "nie": nie,
             "tie": tie,
@@ -194,7 +214,7 @@ def summarise(results: results_lib.Results) -> pa.Table:
             "int": estimands.interaction(nie, tie),
         }
         for estimand in ESTIMANDS:
-            tables.append(_rows(granularity, estimand, values[estimand], places))
+            tables.append(_rows(granularity, estimand, values[estimand], places, exact))
     return pa.concat_tables(tables)
 
 
@@ -252,6 +272,9 @@ def _places(results: results_lib.Results, granularity: str) -> dict[str, np.ndar
     elif granularity == "token":
         places["site"] = np.array(results_lib.TOKEN_SITES)[index[1]]
         places["position"] = index[2]
+    elif granularity == "direction":
+        places["site"] = np.array(results.sizes.sites)[index[1]]
+        places["unit"] = index[2]
     else:
         places["site"] = np.full(index[0].shape, granularity)
         if granularity == "head":
@@ -261,14 +284,17 @@ def _places(results: results_lib.Results, granularity: str) -> dict[str, np.ndar
     return places
 
 
-def _rows(granularity: str, estimand: str, values: np.ndarray, places: dict) -> pa.Table:
+def _rows(
+    granularity: str, estimand: str, values: np.ndarray, places: dict, exact: np.ndarray
+) -> pa.Table:
     values = values.reshape(len(values), -1)
     n_pairs = (~np.isnan(values)).sum(axis=0)
     kept = n_pairs > 0
-    values = values[:, kept]
-    mean, low, high = mean_interval(values)
-    p = p_values(values)
+    values, exact = values[:, kept], exact[kept]
     count = values.shape[1]
+    low, high, p = np.full((3, count), np.nan)
+    _, low[exact], high[exact] = mean_interval(values[:, exact])
+    p[exact] = p_values(values[:, exact])
     whole_numbers = {name: places[name][kept] for name in ("layer", "unit", "position")}
     columns = {
         "granularity": pa.array(np.full(count, granularity), pa.string()),
@@ -277,12 +303,13 @@ def _rows(granularity: str, estimand: str, values: np.ndarray, places: dict) -> 
         "unit": None,
         "position": None,
         "estimand": pa.array(np.full(count, estimand), pa.string()),
-        "mean": mean,
+        "mean": pair_mean(values),
         "ci_low": low,
         "ci_high": high,
         "p_value": p,
-        "q_value": q_values(p),
+        "q_value": q_values(p, untested=count - exact.sum()),
         "n_pairs": pa.array(n_pairs[kept], pa.int32()),
+        "exact": pa.array(exact, pa.bool_()),
     }
     for name, column in whole_numbers.items():
         columns[name] = pa.array(column, pa.int32(), mask=column < 0)
@@ -296,5 +323,6 @@ def _total_rows(results: results_lib.Results) -> pa.Table:
     places = {**nowhere, "site": np.array([None])}
     totals = {"te": results.te, "y_base": results.y_base, "y_source": results.y_source}
     return pa.concat_tables(
-        _rows("total", name, values[:, None], places) for name, values in totals.items()
+        _rows("total", name, values[:, None], places, np.array([True]))
+        for name, values in totals.items()
     )

@@ -1,8 +1,10 @@
 """Runs that last: from a checkpoint and a file of pairs to a results folder, resumable."""
 
 import dataclasses
+import functools
 import hashlib
 import json
+import math
 import sys
 import time
 from importlib import metadata
@@ -11,13 +13,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
+from scipy import stats
 
 import jaxmed
 import models
-from jaxmed import data, effects, estimands, metrics, planning, report, statistics
+from jaxmed import (
+    attribution,
+    data,
+    directions,
+    effects,
+    estimands,
+    memory,
+    metrics,
+    planning,
+    report,
+    statistics,
+)
 from jaxmed.alignment import Align, Positions
 from jaxmed.data import DataError, Pair
-from jaxmed.results import Results, Sizes
+from jaxmed.results import ESTIMATED, EXACT, NOT_RUN, Results, Sizes
 from models import checkpoint, organisms
 from models.decoder import Decoder
 from models.errors import InputError
@@ -29,7 +43,7 @@ CHOICES = {
     "positions": tuple(Positions),
     "align": tuple(Align),
     "dtype": ("", "float16", "bfloat16", "float32", "float64"),
-    "matmul_precision": ("default", "high", "highest"),
+    "matmul_precision": tuple(effects.MATMUL_PRECISIONS),
 }
 # The least value of a number.
 LEAST = {
@@ -37,13 +51,18 @@ LEAST = {
     "joint_size": 0,
     "joint_pairs": 1,
     "decision_tokens": 1,
+    "screen": 0,
+    "screen_audit": 0,
+    "screen_steps": 1,
     "memory_gb": 1e-3,
 }
+SCREEN_SEED = 0  # of the audit sample
 # Settings that only one metric reads.
 _OF_ONE_METRIC = {
     "logit_diff": ("harmful_tokens", "safe_tokens"),
     "response_logprob_diff": ("response_part", "decision_tokens"),
 }
+_OF_THE_SCREEN = ("screen_audit", "screen_steps")
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} to go"
 _PACKAGES = ("jax", "jaxlib", "flax", "transformers", "numpy", "scipy", "zarr")
 
@@ -56,11 +75,17 @@ class Settings:
         model: folder or Hugging Face hub id.
         pairs: JSONL file.
         out: results folder.
-        granularity: any of layer, module, head, token, neuron.
+        granularity: any of layer, module, head, token, neuron, and direction.
+        directions: npz file of the directions to patch, as `directions.read` reads it; it adds the
+            granularity direction. "" for none.
         metric: "logit_diff" or "response_logprob_diff".
         positions: which positions are edited.
         align: how base and source prompt are laid against each other.
         group_size: adjacent neurons that are edited together.
+        screen: compute exactly only the neurons that may be among the so many strongest, by their
+            gradients; 0 for all neurons.
+        screen_audit: neurons that are computed beside them, drawn from all others (screen).
+        screen_steps: points at which the gradient is taken (screen); see `attribution.scores`.
         joint_size: neurons of the greedy joint set; 0 for none.
         joint_pairs: how many pairs, from the first, the joint set is searched on.
         chat: wrap text prompts in the tokenizer's chat template.
@@ -68,9 +93,11 @@ class Settings:
             (logit_diff): token ids, or texts whose first token counts.
         response_part, decision_tokens: which part of the response is read, and where it is cut
             (response_logprob_diff).
-        dtype: of the parameters; "" for the checkpoint's own.
-        matmul_precision: as `jax.default_matmul_precision` takes it.
-        memory_gb: memory for the differences of a batch, in GiB.
+        dtype: of the parameters; "" for the checkpoint's own, but at least float32 on a CPU.
+        matmul_precision: of the operands of matrix products that act on differences, "float32" or
+            "bfloat16"; plain runs and all else are float32.
+        memory_gb: memory that the run may take on its device, weights and program included, in GiB;
+            by default most of what is free.
         skip_bad_pairs: leave out, and count, pairs that cannot be used.
         overwrite: start again in a folder that holds an earlier run.
         show_text: show prompts in the report.
@@ -83,7 +110,11 @@ class Settings:
     metric: str = "logit_diff"
     positions: str = "last"
     align: str = "end"
+    directions: str = ""
     group_size: int = 1
+    screen: int = 0
+    screen_audit: int = attribution.AUDIT
+    screen_steps: int = 1
     joint_size: int = 0
     joint_pairs: int = 8
     chat: bool = False
@@ -92,11 +123,17 @@ class Settings:
     response_part: str = "all"
     decision_tokens: int = 1
     dtype: str = ""
-    matmul_precision: str = "highest"
-    memory_gb: float = 1.0
+    matmul_precision: str = "float32"
+    memory_gb: float | None = None
     skip_bad_pairs: bool = False
     overwrite: bool = False
     show_text: bool = False
+
+    @property
+    def granularities(self) -> tuple[str, ...]:
+        """Those that are computed: a file of directions is enough to ask for them."""
+        added = ("direction",) if self.directions else ()
+        return tuple(dict.fromkeys((*self.granularity, *added)))
 
 
 def run(settings: Settings) -> Results:
@@ -112,29 +149,31 @@ def run(settings: Settings) -> Results:
     _check(settings)
     _say(f"Loading {settings.model}")
     folder = checkpoint.resolve(settings.model)
-    decoder, tokenizer = models.load(folder, dtype=settings.dtype or None)
-    neurons = decoder.config.num_layers * decoder.config.intermediate_size
-    if settings.joint_size > neurons:
-        raise InputError(f"--joint_size={settings.joint_size}: the model has {neurons} neurons")
+    decoder, tokenizer = models.load(folder, dtype=_parameter_type(settings, folder))
+    _check_counts(settings, decoder)
+    budget = memory.free(settings.memory_gb)
     question = planning.Question(
         _metric(settings, decoder, tokenizer),
         Positions(settings.positions),
         Align(settings.align),
         settings.group_size,
+        directions.read(settings.directions, decoder.config) if settings.directions else None,
     )
     pairs, skipped = _read_pairs(settings, decoder, tokenizer, question)
     results = Results.resume_or_create(
         settings.out,
         _description(settings, question, folder, pairs, skipped),
-        _sizes(decoder, pairs, question, settings.granularity),
+        _sizes(decoder, pairs, question, settings.granularities),
         [pair.id for pair in pairs],
-        settings.granularity,
+        settings.granularities,
         overwrite=settings.overwrite,
     )
-    with jax.default_matmul_precision(settings.matmul_precision):
-        _scan(decoder, pairs, question, results, settings)
+    selection = _screen(decoder, pairs, question, results, settings) if settings.screen else None
+    _scan(decoder, pairs, question, results, settings, selection, budget)
     # A run that was stopped, or is repeated, adds to what it took before.
     measured = {"seconds": results.run.get("seconds", 0) + time.time() - began}
+    if selection:
+        measured["audit"] = _audit(results, selection, settings.screen)
     if settings.joint_size and "joint" not in results.run:
         if joint := _joint(decoder, pairs, question, results, settings):
             measured["joint"] = joint
@@ -171,13 +210,16 @@ def _check(settings: Settings) -> None:
         if getattr(settings, name) not in known:
             raise InputError(f"--{name}={getattr(settings, name)}: not one of {', '.join(known)}")
     for name, least in LEAST.items():
-        if getattr(settings, name) < least:
-            raise InputError(f"--{name}={getattr(settings, name)}: must be at least {least}")
+        value = getattr(settings, name)
+        if value is not None and not least <= value < math.inf:
+            raise InputError(f"--{name}={value}: must be a number, and at least {least}")
     unknown = set(settings.granularity) - set(planning.SITES)
     if unknown or not settings.granularity:
         raise InputError(
             f"--granularity={','.join(sorted(unknown))}: not one of {', '.join(planning.SITES)}"
         )
+    if "direction" in settings.granularity and not settings.directions:
+        raise InputError("--granularity=direction needs --directions=FILE.npz")
     if settings.positions == Positions.RESPONSE and settings.metric == "logit_diff":
         raise InputError(
             "--positions=response: logit_diff reads the last prompt token, which no later "
@@ -187,8 +229,31 @@ def _check(settings: Settings) -> None:
         for name in names:
             if settings.metric != metric and getattr(settings, name) != getattr(Settings, name):
                 raise InputError(f"--{name} needs --metric={metric}")
+    for name in _OF_THE_SCREEN:
+        if not settings.screen and getattr(settings, name) != getattr(Settings, name):
+            raise InputError(f"--{name} needs --screen=K")
+    if settings.screen and "neuron" not in settings.granularity:
+        raise InputError("--screen needs --granularity=neuron: nothing else is screened")
     if settings.joint_size and (settings.group_size > 1 or "neuron" not in settings.granularity):
         raise InputError("--joint_size needs --granularity=neuron and --group_size=1")
+
+
+def _check_counts(settings: Settings, decoder: Decoder) -> None:
+    """Refuses to look for more neurons than the model has."""
+    config = decoder.config
+    most = config.num_layers * planning.group_count(config, settings.group_size)
+    units = "neurons" if settings.group_size == 1 else "groups of neurons"
+    for name in ("joint_size", "screen"):
+        if getattr(settings, name) > most:
+            raise InputError(f"--{name}={getattr(settings, name)}: the model has {most} {units}")
+
+
+def _parameter_type(settings: Settings, folder) -> str | None:
+    """The type that the parameters are loaded in; None for the checkpoint's own."""
+    if settings.dtype or jax.default_backend() != "cpu":
+        return settings.dtype or None
+    # XLA's CPU backend slices no 16-bit floats: it would convert all layers for every chunk.
+    return str(jnp.promote_types(checkpoint.stored_dtype(folder), jnp.float32))
 
 
 def _metric(settings: Settings, decoder: Decoder, tokenizer) -> metrics.Metric:
@@ -240,7 +305,7 @@ def _read_pairs(
     usable = []
     for pair in pairs:
         try:
-            planning.check(decoder.config, pair, question, settings.granularity)
+            planning.check(decoder.config, pair, question, settings.granularities)
             usable.append(pair)
         except DataError as error:
             if on_bad is None:
@@ -270,7 +335,10 @@ def _sizes(
         shapes = [planning.shapes(config, pair, question, ["token"])["token"] for pair in pairs]
         positions = max(shape[-1] for shape in shapes)
     groups = planning.group_count(config, question.group_size)
-    return Sizes(config.num_layers, config.num_heads, groups, positions)
+    sites, most = (), 0
+    if question.directions:
+        sites, most = question.directions.sites, question.directions.given.shape[-1]
+    return Sizes(config.num_layers, config.num_heads, groups, positions, sites, most)
 
 
 def _description(
@@ -290,9 +358,10 @@ def _description(
         "device": f"{jax.device_count()} x {device.device_kind}",
         "weights_hash": checkpoint.weights_hash(folder),
         "pairs_hash": _pairs_hash(pairs),
+        "directions_hash": question.directions and question.directions.hash,
         "skipped": skipped,
         "truth": _truth(folder),
-        "seeds": {"bootstrap": statistics.SEED},
+        "seeds": {"bootstrap": statistics.SEED, "screen": SCREEN_SEED},
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
@@ -307,14 +376,72 @@ def _pairs_hash(pairs: list[Pair]) -> str:
     return hashlib.sha256(json.dumps(fields).encode()).hexdigest()
 
 
+def _screen(
+    decoder: Decoder,
+    pairs: list[Pair],
+    question: planning.Question,
+    results: Results,
+    settings: Settings,
+) -> attribution.Selection:
+    """Which neurons are computed exactly, by the strength that gradients estimate.
+
+    The estimates are kept, so that a run that goes on elsewhere selects the same neurons.
+    """
+    todo = results.missing_estimates()
+    for index in tqdm.tqdm(todo, unit="pair", desc="gradient screen", disable=not todo):
+        estimates = attribution.scores(decoder, pairs[index], question, steps=settings.screen_steps)
+        results.write_estimates(index, *estimates)
+    estimated = statistics.strength(*results.estimates())
+    return attribution.select(estimated, settings.screen, settings.screen_audit, SCREEN_SEED)
+
+
+def _audit(results: Results, selection: attribution.Selection, top: int) -> dict:
+    """What the exact effects say of the neurons that were not computed, for `run.json`."""
+    exact = statistics.strength(*results.effects("neuron", exact=True))
+    # A failed candidate raises no threshold, and a failed sample is a hit: the bound still holds.
+    failed = np.where(selection.sampled, np.inf, 0)
+    audit = attribution.missed(selection, np.where(np.isnan(exact), failed, exact), top)
+    return dataclasses.asdict(audit) | {
+        "candidates": int(selection.candidates.sum()),
+        "sampled": int(selection.sampled.sum()),
+        "strata": [
+            {
+                "units": int((selection.stratum == number).sum()),
+                "sampled": int(selection.sampled[selection.stratum == number].sum()),
+            }
+            for number in range(selection.stratum.max() + 1)
+        ],
+        "spearman": _spearman(
+            exact[selection.sampled], statistics.strength(*results.estimates())[selection.sampled]
+        ),
+    }
+
+
+def _spearman(left: np.ndarray, right: np.ndarray) -> float:
+    """Rank correlation over the units that have both; NaN where there is none."""
+    both = np.isfinite(left) & np.isfinite(right)
+    left, right = stats.rankdata(left[both]), stats.rankdata(right[both])
+    if not (left.size and np.ptp(left) and np.ptp(right)):
+        return math.nan
+    return float(np.corrcoef(left, right)[0, 1])
+
+
 def _scan(
     decoder: Decoder,
     pairs: list[Pair],
     question: planning.Question,
     results: Results,
     settings: Settings,
+    selection: attribution.Selection | None,
+    budget: int,
 ) -> None:
-    """Computes what is missing, pair by pair, with a progress bar."""
+    """Computes what is missing, pair by pair, with a progress bar.
+
+    Args:
+        decoder, pairs, question, results, settings: the run.
+        selection: the neurons to compute; all without one.
+        budget: bytes of memory.
+    """
     missing = {name: set(results.missing(name)) for name in results.granularities}
     todo = {
         index: [name for name in results.granularities if index in missing[name]]
@@ -325,15 +452,21 @@ def _scan(
         return
     if len(todo) < len(pairs):
         _say(f"Going on with {results.folder}: {len(pairs) - len(todo)} pairs are done")
+    chosen = {"neuron": selection.computed} if selection else {}
     costs = {
-        index: planning.operations(decoder.config, pairs[index], question, names)
+        index: planning.operations(decoder.config, pairs[index], question, names, chosen)
         for index, names in todo.items()
     }
     joint = settings.joint_size * sum(
         planning.run_operations(decoder.config, pair, question) * estimands.CANDIDATES
         for pair in pairs[: settings.joint_pairs]
     )
-    _announce(decoder, results, len(todo), sum(costs.values()), joint)
+    units = sum(
+        chosen[name].sum() if name in chosen else math.prod(results.sizes.shape(name))
+        for name in results.granularities
+    )
+    rate = _product_rate(decoder, settings.matmul_precision)
+    _announce(len(todo), units, sum(costs.values()), joint, rate)
     # By operations, not by pairs, so that the time left is honest where lengths differ.
     with tqdm.tqdm(total=sum(costs.values()), bar_format=_BAR) as bar:
         for done, (index, names) in enumerate(todo.items(), start=1):
@@ -343,14 +476,37 @@ def _scan(
                 pairs[index],
                 question,
                 names,
-                memory_gb=settings.memory_gb,
+                chosen=chosen,
+                matmul_precision=settings.matmul_precision,
+                memory=budget,
                 on_operations=bar.update,
             )
             results.write_totals(index, found.y_base, found.y_source)
             for name in names:
-                shape = results.sizes.shape(name)
-                nie, tie = (_fitted(side[name], shape) for side in (found.nie, found.tie))
-                results.write(index, name, nie, tie)
+                _write(results, index, name, found, question, selection)
+
+
+def _write(
+    results: Results,
+    index: int,
+    granularity: str,
+    found: effects.PairEffects,
+    question: planning.Question,
+    selection: attribution.Selection | None,
+) -> None:
+    """Writes one pair's effects; estimates stand in for neurons that were not computed."""
+    shape = results.sizes.shape(granularity)
+    sides = [_fitted(side[granularity], shape) for side in (found.nie, found.tie)]
+    status = EXACT
+    if granularity == "direction":
+        status = np.where(question.directions.given, EXACT, NOT_RUN)
+    elif granularity == "neuron" and selection:
+        status = np.where(selection.computed, EXACT, ESTIMATED)
+        sides = [
+            np.where(selection.computed, *both)
+            for both in zip(sides, results.estimates(index), strict=True)
+        ]
+    results.write(index, granularity, *sides, status)
 
 
 def _fitted(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -359,12 +515,8 @@ def _fitted(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return np.pad(values, extra, constant_values=np.nan)
 
 
-def _announce(
-    decoder: Decoder, results: Results, pairs: int, operations: float, joint: float
-) -> None:
-    """Says what the run will cost: the operations of the scan, and those of the joint set."""
-    units = sum(int(np.prod(results.sizes.shape(name))) for name in results.granularities)
-    rate = _product_rate(decoder)
+def _announce(pairs: int, units: int, operations: float, joint: float, rate: float) -> None:
+    """Says what the run will cost: operations of the scan and of the joint set, and their rate."""
     _say(
         f"{pairs} pairs, at most {units:,} units each, in both directions: "
         f"{operations:.2e} floating-point operations"
@@ -379,12 +531,17 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{max(seconds, 1):.0f} seconds"
 
 
-def _product_rate(decoder: Decoder) -> float:
+def _product_rate(decoder: Decoder, matmul_precision: str) -> float:
     """Floating-point operations a second of a product of the MLP's shape, measured now."""
     rows, config = 512, decoder.config
-    left = jnp.ones((rows, config.hidden_size), decoder.compute_dtype)
-    right = jnp.ones((config.hidden_size, config.intermediate_size), decoder.compute_dtype)
-    product = jax.jit(jnp.matmul)
+    dtype = effects.MATMUL_PRECISIONS[matmul_precision] or decoder.compute_dtype
+    left = jnp.ones((rows, config.hidden_size), dtype)
+    right = jnp.ones((config.hidden_size, config.intermediate_size), dtype)
+    product = jax.jit(
+        functools.partial(
+            jnp.matmul, precision="float32", preferred_element_type=decoder.compute_dtype
+        )
+    )
     product(left, right).block_until_ready()
     repeats = 5
     start = time.perf_counter()
@@ -409,15 +566,14 @@ def _joint(
             f"{statistics.MINIMUM_TOTAL_EFFECT}, and shares of it would say nothing"
         )
         return None
-    nie, tie = (np.abs(statistics.pair_mean(side)) for side in results.effects("neuron"))
     with tqdm.tqdm(total=settings.joint_size, unit="neuron", desc="joint set") as bar:
         found = estimands.greedy_set(
             decoder,
             pairs[: settings.joint_pairs],
             question,
-            np.maximum(nie, tie),
+            statistics.strength(*results.effects("neuron", exact=True)),
             size=settings.joint_size,
-            matmul_precision=settings.matmul_precision,
+            matmul_precision="float32",
             on_step=bar.update,
         )
     return dataclasses.asdict(found)

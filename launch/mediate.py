@@ -7,7 +7,7 @@ import dataclasses
 
 from absl import flags
 
-from jaxmed import report, sweep
+from jaxmed import attribution, report, sweep
 from jaxmed.planning import SITES
 from jaxmed.sweep import CHOICES, LEAST, Settings
 from launch import program
@@ -26,7 +26,15 @@ flags.DEFINE_list(
     "granularity",
     list(Settings.granularity),
     f"Any of {', '.join(SITES)}. token edits each aligned prompt position alone, whatever "
-    "--positions says.",
+    "--positions says. direction needs --directions, and --directions alone is enough to ask for "
+    "it.",
+)
+flags.DEFINE_string(
+    "directions",
+    Settings.directions,
+    "npz file of directions to patch, such as steering vectors, probes or decoder rows of an SAE: "
+    "arrays named SITE.LAYER, as residual.12, of unit vectors, [size] or [number, size]. They are "
+    "measured beside what --granularity names.",
 )
 flags.DEFINE_enum(
     "metric",
@@ -56,6 +64,28 @@ flags.DEFINE_integer(
     Settings.group_size,
     "Adjacent neurons that are edited together.",
     lower_bound=LEAST["group_size"],
+)
+flags.DEFINE_integer(
+    "screen",
+    Settings.screen,
+    "For when only so many strongest neurons matter: compute exactly only "
+    f"{attribution.MARGIN} times as many, the strongest by gradient, and a sample of all others, "
+    "which says how many of the strongest may be missing. The others keep the gradient's estimate, "
+    "marked as such. 0 computes every neuron exactly.",
+    lower_bound=LEAST["screen"],
+)
+flags.DEFINE_integer(
+    "screen_audit",
+    Settings.screen_audit,
+    "--screen: neurons of that sample. More of them make for a tighter bound.",
+    lower_bound=LEAST["screen_audit"],
+)
+flags.DEFINE_integer(
+    "screen_steps",
+    Settings.screen_steps,
+    "--screen: points between the two prompts at which the gradient is taken; 1 takes it at the "
+    "run that is patched, more are integrated gradients (EAP-IG) at so many times the cost.",
+    lower_bound=LEAST["screen_steps"],
 )
 flags.DEFINE_integer(
     "joint_size",
@@ -94,19 +124,22 @@ flags.DEFINE_enum(
     "dtype",
     Settings.dtype,
     CHOICES["dtype"],
-    "Type of the parameters in memory; the checkpoint's own by default. Activations are float32.",
+    "Type of the parameters in memory; by default the checkpoint's own, but at least float32 on a "
+    "CPU. Activations are float32 at least.",
 )
 flags.DEFINE_enum(
     "matmul_precision",
     Settings.matmul_precision,
     CHOICES["matmul_precision"],
-    "Precision of float32 matrix products: highest is float32 everywhere; default rounds to TF32 "
-    "or bfloat16 on accelerators.",
+    "Operands of the matrix products that act on differences; plain runs and all else are float32. "
+    "bfloat16 is faster on accelerators, and rounds relative to the effects, typically by less "
+    "than a hundredth.",
 )
 flags.DEFINE_float(
     "memory_gb",
     Settings.memory_gb,
-    "Memory for the differences of a batch of units, in GiB.",
+    "Memory that the run may take on its device, weights and program included, in GiB; by default "
+    "most of what is free.",
     lower_bound=LEAST["memory_gb"],
 )
 flags.DEFINE_bool("skip_bad_pairs", False, "Leave out, and count, pairs that cannot be used.")

@@ -79,6 +79,16 @@ def load(
     return decoder, read_tokenizer(folder)
 
 
+def stored_dtype(folder: pathlib.Path) -> str:
+    """The type in which a checkpoint's parameters are stored, the widest if there are several.
+
+    Raises:
+        CheckpointError: naming the file that cannot be read.
+    """
+    with contextlib.ExitStack() as stack:
+        return _stored_dtype(_open(_shard_files(folder), stack))
+
+
 def save(
     decoder: Decoder,
     folder: str | os.PathLike,

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jaxmed.data import DataError, Pair
-from jaxmed.metrics import LogitDifference, ResponseLogprobDifference
+from jaxmed.metrics import KnownLogits, LogitDifference, ResponseLogprobDifference
 
 VOCABULARY, PROMPT = 11, 4
 PAIR = Pair("p", (1, 2, 3, 4), (1, 2, 9, 4), (5, 6, 7), (8, 2), where="file:3")
@@ -20,7 +20,7 @@ def random_logits(response=(), seed=0):
 def value(metric, term, logits):
     """What the metric makes of a run's logits."""
     rows = jnp.asarray(logits)[np.minimum(PROMPT - 1 + term.reading.offsets, len(logits) - 1)]
-    found = metric.value(lambda ids: rows if ids is None else rows[:, ids], term.reading)
+    found = metric.value(KnownLogits(rows), term.reading)
     assert found.shape == ()
     return float(found)
 

@@ -12,14 +12,14 @@ import pytest
 from jaxmed import report, results
 
 LAYERS, HEADS, NEURONS, POSITIONS, PAIRS = 6, 4, 32, 9, 8
-SIZES = results.Sizes(LAYERS, HEADS, NEURONS, POSITIONS)
+SIZES = results.Sizes(LAYERS, HEADS, NEURONS, POSITIONS, ("residual", "head"), directions=15)
 RUN = {
     "model": "org/<script>alert(1)</script>",
     "metric": "logit_diff",
     "unit": "logits",
     "meaning": "the harmful answer’s logit minus the safe one’s",
     "positions": "prompt",
-    "precision": "highest",
+    "precision": "float32",
     "device": "cpu",
 }
 # As on a planted model: each of the gates (last layer) is enough, all detectors (layer 0) are
@@ -58,12 +58,44 @@ def fabricate(folder, run=RUN, granularities=results.GRANULARITIES, te=-6.0, pai
                     tie[layer, neuron] = 1.04 * size
                 for layer, neuron in GATES:
                     nie[layer, neuron] = 0.95 * size
+            elif granularity == "direction":
+                nie[3, 0, 12] = tie[3, 0, 12] = 0.5 * size
             elif granularity == "token":
                 nie[:, 0, 0] = tie[:, 0, 0] = size
                 nie[2, 1, 0] = tie[2, 1, 0] = 0.9 * size
                 length = POSITIONS - pair % 4
                 nie[..., length:] = tie[..., length:] = math.nan
             made.write(pair, granularity, nie, tie)
+    return made
+
+
+AUDIT = {
+    "threshold": 4.9,
+    "hits": 1,
+    "estimate": 6.0,
+    "bound": 17,
+    "uncomputed": 180,
+    "confidence": 0.95,
+    "candidates": 6,
+    "sampled": 6,
+    "spearman": 0.625,
+}
+
+
+def screen(made, audit=AUDIT):
+    """Makes the first candidates and samples of the audit exact, by layer, and the rest estimates
+    that are far too large."""
+    status = np.full(SIZES.shape("neuron"), results.ESTIMATED)
+    status.flat[: audit["candidates"] + audit["sampled"]] = results.EXACT
+    for pair, effects in enumerate(zip(*made.effects("neuron"), strict=True)):
+        estimates = [np.full(SIZES.shape("neuron"), 99.0)] * 2
+        made.write_estimates(pair, *estimates)
+        both = [
+            np.where(status == results.EXACT, *side)
+            for side in zip(effects, estimates, strict=True)
+        ]
+        made.write(pair, "neuron", *both, status)
+    made.record({"audit": audit})
     return made
 
 
@@ -176,6 +208,51 @@ def test_a_truth_of_another_model_is_refused(tmp_path, planted_unit):
         report.score(made)
 
 
+def test_directions_are_named_by_layer_site_and_number(tmp_path):
+    made = fabricate(tmp_path, {**RUN, "directions": "sae.npz"}, ["direction"])
+    shown = Page(report.write(tmp_path))
+    name = "L3 residual, direction 12"
+    assert f"{name} has the largest effect in both directions" in shown.text
+    assert "Directions sae.npz" in shown.text
+    assert [path.name for path in (made.folder / "figures").iterdir()] == ["direction.png"]
+    assert report.closing_lines(made)[2].startswith(f"Directions: {name} has")
+
+
+def test_a_screen_is_told_in_words_and_its_estimates_are_not_ranked(tmp_path):
+    made = screen(fabricate(tmp_path, {**RUN, "screen": 3, "truth": TRUTH}, ["neuron"]))
+    shown = Page(report.write(tmp_path))
+    said = (
+        "Of 192 neurons, 6 were computed exactly because gradients rank them highest, and 6 of the"
+        " others as an audit sample. At most 17 neurons stronger than the 3rd strongest of the"
+        " candidates (4.90 logits) are missing, at 95% confidence; the audit found 1 of 6. Over the"
+        " audit sample, estimated and exact strengths have a rank correlation of 0.625."
+    )
+    assert said in shown.text
+    assert report.closing_lines(made)[-1] == f"Screen: {said}"
+    assert "The 10 largest of 12 (those computed exactly) by" in shown.text
+    assert "Of 12 (those computed exactly), q < 0.05 holds for" in shown.text
+    assert "99.0" not in re.sub(r"\{.*", "", shown.text)  # no estimate, before the settings
+    # Two of the planted neurons were computed; the other five rank below all that were.
+    assert report.score(made)["neuron"]["max"]["precision_at_k"] == 2 / 7
+    names = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert names == {"neuron.png", "screen.png"} and len(shown.images) == 2
+    assert "neuron 96 1,440 0 0" in shown.text
+
+
+@pytest.mark.parametrize(
+    ("sampled", "left", "said"),
+    [
+        (186, 0, "That is all of them, so none is missing."),
+        (0, 186, "Without a sample nothing is known of the 186 others (--screen_audit)."),
+    ],
+)
+def test_a_screen_without_a_bound_says_so(sampled, left, said, tmp_path):
+    made = fabricate(tmp_path, {**RUN, "screen": 3}, ["neuron"])
+    audit = AUDIT | {"sampled": sampled, "uncomputed": left, "bound": left, "spearman": math.nan}
+    screen(made, audit)
+    assert report.closing_lines(made)[-1].endswith(f"as an audit sample. {said}")
+
+
 def test_only_what_was_run_is_shown(tmp_path):
     made = fabricate(tmp_path, granularities=["layer"])
     shown = Page(report.write(tmp_path))
@@ -225,10 +302,11 @@ def test_the_closing_lines_are_measured(planted):
         "Attention heads",
         "Layers × tokens",
         "Neurons",
+        "Directions",
         "Joint set",
     ]
     assert lines[6].startswith("Neurons: L5.n")
-    assert lines[7] == "Joint set: 2 neurons together have 96% of TE by NIE and 31% by TIE."
+    assert lines[8] == "Joint set: 2 neurons together have 96% of TE by NIE and 31% by TIE."
 
 
 def test_an_unfinished_run_says_so(tmp_path):

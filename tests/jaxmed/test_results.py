@@ -8,8 +8,9 @@ import zarr
 
 from jaxmed import results
 
-SIZES = results.Sizes(layers=3, heads=2, neurons=5, positions=4)
-RUN = {"model": "m", "metric": "logit_diff", "positions": "last", "precision": "highest", "seed": 1}
+SITES = ("residual", "mlp")
+SIZES = results.Sizes(layers=3, heads=2, neurons=5, positions=4, sites=SITES, directions=6)
+RUN = {"model": "m", "metric": "logit_diff", "positions": "last", "precision": "float32", "seed": 1}
 PAIRS = ["a", "b"]
 
 
@@ -33,7 +34,9 @@ def test_another_program_finds_the_arrays_that_are_promised(tmp_path):
     group = zarr.open_group(tmp_path / "out" / "effects.zarr", mode="r")
     assert group.metadata.zarr_format == 3
     shapes = {"layer": (2, 3), "module": (2, 3, 2), "head": (2, 3, 2), "token": (2, 3, 3, 4)}
-    for granularity, shape in {**shapes, "neuron": (2, 3, 5)}.items():
+    shapes |= {"neuron": (2, 3, 5), "direction": (2, 3, 2, 6)}
+    own = {"token": {"positions": "prompt"}, "direction": {"sites": list(SITES)}}
+    for granularity, shape in shapes.items():
         nie, tie = random_effects(granularity)
         for name, written in (("nie", nie), ("tie", tie)):
             array = group[f"{granularity}/{name}"]
@@ -42,17 +45,18 @@ def test_another_program_finds_the_arrays_that_are_promised(tmp_path):
             np.testing.assert_array_equal(array[1], written)
             asked = {key: RUN[key] for key in ("positions", "metric", "precision")}
             # Every aligned prompt position is edited alone, whatever is asked.
-            assert dict(array.attrs) == asked | (
-                {"positions": "prompt"} if granularity == "token" else {}
-            )
+            assert dict(array.attrs) == asked | own.get(granularity, {})
         done = group[f"{granularity}/done"]
         assert (done.shape, done.dtype) == (shape, np.uint8)
         assert (done[0] == results.NOT_RUN).all() and (done[1] == results.EXACT).all()
     totals = {name: group[name][:].tolist()[1] for name in ("te", "y_base", "y_source")}
     assert totals == {"te": -4.0, "y_base": 2.5, "y_source": -1.5}
 
+    assert "screen" not in group
+
     described = json.loads((tmp_path / "out" / "run.json").read_text())
     assert described["pair_ids"] == PAIRS and described["finished"] is False
+    assert described["sizes"]["sites"] == list(SITES)
     assert RUN.items() <= described.items()
 
 
@@ -117,6 +121,37 @@ def test_positions_beyond_a_pair_did_not_fail(tmp_path):
     assert (done[..., 2:] == results.NOT_RUN).all()
     assert done[0, 1, 0] == results.FAILED and (done[1:, :, :2] == results.EXACT).all()
     assert run.missing("token") == [1]
+
+
+def test_directions_that_do_not_exist_are_not_run_and_did_not_fail(tmp_path):
+    run = start(tmp_path)
+    nie, tie = random_effects("direction")
+    status = np.full(SIZES.shape("direction"), results.EXACT)
+    status[1:, 0] = results.NOT_RUN
+    nie[1:, 0] = tie[1:, 0] = tie[0, 1, 2] = np.nan
+    run.write(1, "direction", nie, tie, status)
+    status[0, 1, 2] = results.FAILED
+    np.testing.assert_array_equal(run.done("direction")[1], status)
+    assert run.missing("direction") == [0]
+
+
+def test_estimates_stand_beside_exact_effects_and_can_be_left_out(tmp_path):
+    run = start(tmp_path, run={**RUN, "screen": 2})
+    assert run.missing_estimates() == [0, 1]
+    estimates = random_effects("neuron", seed=1)
+    run.write_estimates(1, *estimates)
+    assert run.missing_estimates() == [0]
+    nie, tie = random_effects("neuron")
+    status = np.full(SIZES.shape("neuron"), results.ESTIMATED)
+    status[2, :3] = results.EXACT
+    run.write(1, "neuron", nie, tie, status)
+
+    run = results.Results.open(tmp_path)
+    np.testing.assert_array_equal(run.estimates(1), estimates)
+    np.testing.assert_array_equal([side[1] for side in run.effects("neuron")], [nie, tie])
+    exact = np.where(status == results.EXACT, [nie, tie], np.nan)
+    np.testing.assert_array_equal([side[1] for side in run.effects("neuron", exact=True)], exact)
+    np.testing.assert_array_equal(run.estimated("neuron"), status == results.ESTIMATED)
 
 
 def test_effects_of_another_shape_are_refused(tmp_path):

@@ -84,6 +84,19 @@ def test_q_values_are_benjamini_and_hochberg_over_what_was_tested():
     assert np.isnan(statistics.q_values(np.array([NAN]))).all()
 
 
+def test_q_values_count_untested_units_as_if_their_p_were_1():
+    p = np.array([0.01, NAN, 0.04])
+    np.testing.assert_allclose(statistics.q_values(p, untested=8), [0.1, NAN, 0.2])
+    with_them = statistics.q_values(np.concatenate([p, np.ones(8)]))
+    np.testing.assert_array_equal(statistics.q_values(p, untested=8), with_them[:3])
+    assert np.isnan(statistics.q_values(np.array([NAN]), untested=3)).all()
+
+
+def test_strength_is_the_larger_of_both_mean_effects():
+    nie, tie = np.array([[1, -3, NAN], [1, -1, NAN]]), np.array([[4, 1, NAN], [-4, 1, NAN]])
+    np.testing.assert_array_equal(statistics.strength(nie, tie), [1, 2, NAN])
+
+
 def test_a_share_is_a_ratio_of_means():
     te = np.array([1.0, 3.0, NAN])
     effects = np.array([[1.0, 1.0], [0.0, NAN], [100.0, 100.0]])
@@ -136,8 +149,8 @@ def test_scores_of_a_model_with_nothing_planted():
     assert statistics.precision_at_k(np.array([NAN, 0.0, 1.0]), truth) == 0
 
 
-SIZES = results.Sizes(layers=2, heads=3, neurons=4, positions=5)
-RUN = {"metric": "logit_diff", "positions": "last", "precision": "highest", "group_size": 8}
+SIZES = results.Sizes(2, 3, 4, positions=5, sites=("residual", "mlp"), directions=2)
+RUN = {"metric": "logit_diff", "positions": "last", "precision": "float32", "group_size": 8}
 
 
 @pytest.fixture
@@ -168,9 +181,11 @@ def test_the_summary_has_a_row_for_every_unit_that_a_pair_has(run):
     table = statistics.summarise(run)
     # Position 4 of the tokens is beyond every pair.
     units = {"layer": 2, "module": 2 * 2, "head": 2 * 3, "token": 2 * 3 * 4, "neuron": 2 * 4}
+    units["direction"] = 2 * 2 * 2
     assert table.num_rows == 3 + 4 * sum(units.values())
     places = ["granularity", "layer", "site", "unit", "position", "estimand"]
-    measured = ["mean", "ci_low", "ci_high", "p_value", "q_value", "n_pairs"]
+    measured = ["mean", "ci_low", "ci_high", "p_value", "q_value", "n_pairs", "exact"]
+    assert table["exact"].to_pylist() == [True] * table.num_rows
     assert table.column_names == places + measured
     assert set(table["site"].unique().to_pylist()) == {
         *("layer", "attention", "mlp", "head", "neuron", "residual", None)
@@ -194,6 +209,10 @@ def test_a_summary_row_holds_its_units_statistics(run):
     row = row_of(table, granularity="head", layer=1, unit=2, estimand="tie")
     assert row["n_pairs"] == 2
 
+    row = row_of(table, granularity="direction", layer=1, site="mlp", unit=0, estimand="nie")
+    expected = run.effects("direction")[0][:, 1, 1, 0].astype(float).mean()
+    assert row["mean"] == pytest.approx(expected, rel=1e-6)
+
     row = row_of(table, granularity="total", estimand="te")
     assert (row["mean"], row["n_pairs"], row["layer"], row["site"]) == (-4.0, 3, None, None)
     assert row_of(table, granularity="total", estimand="y_base")["mean"] == 2.0
@@ -208,6 +227,33 @@ def test_a_family_of_tests_is_one_granularity_and_one_estimand(run):
         p = np.array([row["p_value"] for row in family])
         expected = stats.false_discovery_control(p)
         np.testing.assert_allclose([row["q_value"] for row in family], expected)
+
+
+def test_estimates_are_not_tested_but_count_in_the_correction(run):
+    whole = statistics.summarise(run).to_pylist()
+    status = np.full(SIZES.shape("neuron"), results.ESTIMATED)
+    status[0, 1], status[1, 3] = results.EXACT, results.EXACT
+    for pair, effects in enumerate(zip(*run.effects("neuron"), strict=True)):
+        run.write(pair, "neuron", *effects, status)
+    screened = statistics.summarise(run).to_pylist()
+    tests = ("ci_low", "ci_high", "p_value", "q_value")
+    for estimand in statistics.ESTIMANDS:
+        family = [
+            (row, full)
+            for row, full in zip(screened, whole, strict=True)
+            if (row["granularity"], row["estimand"]) == ("neuron", estimand)
+        ]
+        exact = [(row, full) for row, full in family if row["exact"]]
+        places = [(row["layer"], row["unit"] // RUN["group_size"]) for row, _ in exact]
+        assert len(family) == 8 and places == [(0, 1), (1, 3)]
+        for row, full in family:
+            assert row["mean"] == full["mean"]
+            assert row["exact"] or [row[name] for name in tests] == [None] * 4
+        for row, full in exact:
+            assert [row[name] for name in tests[:3]] == [full[name] for name in tests[:3]]
+        p = [row["p_value"] for row, _ in exact] + [1] * 6
+        q = [row["q_value"] for row, _ in exact]
+        np.testing.assert_allclose(q, stats.false_discovery_control(p)[:2])
 
 
 def test_the_summary_file_is_read_while_it_is_newer_than_the_effects(run):

@@ -11,7 +11,19 @@ import pytest
 import zarr
 
 import models
-from jaxmed import data, definition, effects, estimands, report, results, sweep
+from jaxmed import (
+    attribution,
+    data,
+    definition,
+    directions,
+    effects,
+    estimands,
+    memory,
+    report,
+    results,
+    statistics,
+    sweep,
+)
 from jaxmed.metrics import LogitDifference
 from jaxmed.planning import Question
 from jaxmed.sweep import Settings
@@ -121,7 +133,7 @@ def test_a_run_writes_the_files_of_the_contract(finished):
         assert dict(array.attrs) == {
             "positions": "prompt" if granularity == "token" else "last",
             "metric": "logit_diff",
-            "precision": "highest",
+            "precision": "float32",
         }
         if leaf == "done":
             assert (array.dtype, array.fill_value) == (np.uint8, 0)
@@ -138,10 +150,10 @@ def test_run_json_says_what_was_asked_and_how_it_was_computed(asked, finished):
     assert run["pair_ids"] == ["even", "longer", "short"]
     assert run["finished"] is True and run["skipped"] == 0 and run["seconds"] > 0
     assert run["device"] == f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-    assert run["precision"] == run["matmul_precision"] == "highest"
+    assert run["precision"] == run["matmul_precision"] == "float32"
     assert run["versions"]["jax"] == jax.__version__
     assert run["weights_hash"] == checkpoint.weights_hash(checkpoint.resolve(asked.model))
-    assert run["seeds"] == {"bootstrap": 0}
+    assert run["seeds"] == {"bootstrap": 0, "screen": 0}
 
 
 def test_a_summary_has_a_row_for_every_unit_and_estimand(finished):
@@ -305,7 +317,7 @@ def test_a_finished_run_is_not_computed_again(asked, copied, scans, finished, tm
         ("granularity", ("layer",)),
         ("harmful_tokens", ("1",)),
         ("dtype", "bfloat16"),
-        ("matmul_precision", "default"),
+        ("matmul_precision", "bfloat16"),
     ],
 )
 def test_another_setting_in_the_same_folder_is_refused_by_name(
@@ -428,6 +440,14 @@ def test_a_file_without_a_usable_pair_is_refused_though_bad_pairs_may_be_skipped
         ({"granularity": ("layer", "atom")}, "--granularity=atom: not one of layer"),
         ({"granularity": ()}, "--granularity=: not one of layer"),
         ({"positions": "response"}, "--positions=response: logit_diff reads the last prompt"),
+        ({"granularity": ("direction",)}, "--granularity=direction needs --directions=FILE.npz"),
+        ({"screen_audit": 5}, "--screen_audit needs --screen=K"),
+        ({"screen_steps": 2}, "--screen_steps needs --screen=K"),
+        ({"screen": 2, "granularity": ("layer",)}, "--screen needs --granularity=neuron"),
+        ({"screen": -1}, "--screen=-1: must be a number, and at least 0"),
+        ({"matmul_precision": "highest"}, "--matmul_precision=highest: not one of float32, bfl"),
+        ({"memory_gb": float("nan")}, "--memory_gb=nan: must be a number, and at least 0.001"),
+        ({"memory_gb": float("inf")}, "--memory_gb=inf: must be a number"),
         ({"joint_size": 1, "group_size": 2}, "--joint_size needs"),
         ({"joint_size": 1, "granularity": ("layer",)}, "--joint_size needs"),
     ],
@@ -452,6 +472,210 @@ def test_a_folder_that_cannot_be_the_results_is_refused(out, asked, scans, tmp_p
     assert scans == [] and (tmp_path / "taken" / "thesis.txt").read_text() == "precious"
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"screen": 25}, "--screen=25: the model has 24 neurons"),
+        ({"screen": 9, "group_size": 3}, "--screen=9: the model has 8 groups of neurons"),
+        ({"joint_size": 25}, "--joint_size=25: the model has 24 neurons"),
+        ({"memory_gb": 0.001}, "--memory_gb=0.001: model and program take"),
+        ({"directions": "gone.npz"}, "--directions=gone.npz: no npz file of plain arrays"),
+    ],
+)
+def test_settings_that_the_model_does_not_allow_are_refused_before_anything_is_written(
+    changes, said, asked, scans, tmp_path
+):
+    with pytest.raises(InputError) as caught:
+        sweep.run(to(asked, tmp_path, **changes))
+    assert str(caught.value).startswith(said)
+    assert scans == [] and not (tmp_path / "out").exists()
+
+
+def test_the_budget_and_the_precision_reach_the_engine(asked, tmp_path, monkeypatch):
+    given = []
+    original = effects.scan_pair
+
+    def heard(*arguments, **options):
+        given.append({name: options[name] for name in ("matmul_precision", "memory")})
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(effects, "scan_pair", heard)
+    monkeypatch.setattr(memory, "free", lambda memory_gb: int(memory_gb * 2**30))
+    changes = {"matmul_precision": "bfloat16", "memory_gb": 0.25, "granularity": ("layer",)}
+    run = sweep.run(to(asked, tmp_path, **changes))
+    assert given == [{"matmul_precision": "bfloat16", "memory": 2**28}] * 3
+    assert run.run["precision"] == "bfloat16"
+
+
+# Directions.
+
+
+@pytest.fixture(scope="module")
+def vectors(asked, model):
+    """A file of directions: single neurons, and anything else."""
+    generator = np.random.default_rng(0)
+    residual = generator.normal(size=16).astype(np.float32)
+    file = model.parent / "vectors.npz"
+    axes = np.eye(NEURONS, dtype=np.float32)[[7, 2, 11]]
+    np.savez(file, **{"residual.0": residual / np.linalg.norm(residual), "neuron.1": axes})
+    return file
+
+
+def test_a_file_of_directions_adds_them_to_what_is_asked(asked, finished, vectors, tmp_path):
+    settings = to(asked, tmp_path, granularity=("layer",), directions=str(vectors))
+    run = sweep.run(settings)
+    assert run.granularities == ("layer", "direction")
+    assert run.sizes.sites == ("residual", "neuron")
+    group = zarr.open_group(run.folder / "effects.zarr", mode="r")
+    assert group["direction/nie"].attrs["sites"] == ["residual", "neuron"]
+    assert group["direction/done"].shape == (3, LAYERS, 2, 3)
+    given = np.zeros((LAYERS, 2, 3), bool)
+    given[0, 0, 0] = given[1, 1] = True
+    assert (run.done("direction") == np.where(given, results.EXACT, results.NOT_RUN)).all()
+    for side, neurons in zip(run.effects("direction"), finished.effects("neuron"), strict=True):
+        assert (np.isfinite(side) == given).all()
+        # A neuron is a direction along one axis of its site.
+        np.testing.assert_allclose(side[:, 1, 1], neurons[:, 1, [7, 2, 11]], rtol=1e-3, atol=1e-7)
+    decoder, _ = models.load(asked.model)
+    read = directions.read(vectors, decoder.config)
+    assert described(run.folder)["directions_hash"] == read.hash
+    rows = pq.read_table(run.folder / "summary.parquet").to_pylist()
+    places = [
+        (row["layer"], row["site"], row["unit"])
+        for row in rows
+        if (row["granularity"], row["estimand"]) == ("direction", "nie")
+    ]
+    assert places == [(0, "residual", 0), *((1, "neuron", number) for number in range(3))]
+    assert (run.folder / "figures" / "direction.png").exists()
+    assert not run.missing("direction")
+
+    # Another file under the same name is another question.
+    other = np.load(vectors)
+    np.savez(tmp_path / "other.npz", **{**other, "residual.0": -other["residual.0"]})
+    path = described(run.folder) | {"directions": str(tmp_path / "other.npz")}
+    (run.folder / "run.json").write_text(json.dumps(path))
+    with pytest.raises(InputError, match="another setting: directions_hash was"):
+        sweep.run(dataclasses.replace(settings, directions=str(tmp_path / "other.npz")))
+
+
+# The screen.
+
+TOP, AUDITED = 2, 5
+
+
+@pytest.fixture(scope="module")
+def screened(asked, finished, model):
+    """A run of layers and of some neurons."""
+    changes = {"granularity": ("layer", "neuron"), "screen": TOP, "screen_audit": AUDITED}
+    return sweep.run(dataclasses.replace(asked, out=str(model.parent / "screened"), **changes))
+
+
+def test_a_screened_run_is_exact_where_it_computes_and_says_where_it_does_not(
+    asked, finished, screened
+):
+    decoder, _ = models.load(asked.model)
+    question = Question(LogitDifference())
+    estimates = [attribution.scores(decoder, pair, question) for pair in data.read(asked.pairs)]
+    expected = np.array(estimates).swapaxes(0, 1).astype(np.float32)
+    np.testing.assert_allclose(screened.estimates(), expected, rtol=1e-5, atol=1e-9)
+
+    status = screened.done("neuron")
+    assert (status == status[0]).all()
+    exact = status[0] == results.EXACT
+    assert exact.sum() == attribution.MARGIN * TOP + AUDITED
+    assert (status[0][~exact] == results.ESTIMATED).all()
+    strength = statistics.strength(*expected)
+    strongest = np.argsort(-strength, axis=None)[: attribution.MARGIN * TOP]
+    assert exact.flat[strongest].all()
+    sides = (screened.effects("neuron"), finished.effects("neuron"), screened.estimates())
+    for found, wanted, estimated in zip(*sides, strict=True):
+        scale = np.abs(wanted).max()
+        np.testing.assert_allclose(found[:, exact], wanted[:, exact], rtol=1e-4, atol=1e-6 * scale)
+        np.testing.assert_array_equal(found[:, ~exact], estimated[:, ~exact])
+    for found, wanted in zip(screened.effects("layer"), finished.effects("layer"), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-4)
+
+
+def test_a_screened_run_records_what_it_may_have_missed(finished, screened):
+    audit = described(screened.folder)["audit"]
+    candidates = attribution.MARGIN * TOP
+    assert (audit["candidates"], audit["sampled"]) == (candidates, AUDITED)
+    assert audit["uncomputed"] == LAYERS * NEURONS - candidates - AUDITED
+    assert sum(stratum["units"] for stratum in audit["strata"]) == LAYERS * NEURONS - candidates
+    assert sum(stratum["sampled"] for stratum in audit["strata"]) == AUDITED
+    exact = statistics.strength(*finished.effects("neuron"))
+    missing = (exact > audit["threshold"]) & screened.estimated("neuron")
+    assert missing.sum() <= audit["bound"] <= audit["uncomputed"]
+    assert -1 <= audit["spearman"] <= 1 and audit["confidence"] == 0.95
+    assert "At most" in report.closing_lines(screened)[-1]
+    assert (screened.folder / "figures" / "screen.png").exists()
+
+
+def test_a_screened_run_goes_on_with_the_same_neurons(
+    asked, screened, scans, tmp_path, monkeypatch
+):
+    changes = {"granularity": ("layer", "neuron"), "screen": TOP, "screen_audit": AUDITED}
+    settings = to(asked, tmp_path, **changes)
+    scored, scores = [], attribution.scores
+
+    def stopped(decoder, pair, *arguments, **options):
+        scored.append(pair.id)
+        if scored == ["even", "longer"]:
+            raise KeyboardInterrupt
+        return scores(decoder, pair, *arguments, **options)
+
+    monkeypatch.setattr(attribution, "scores", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        sweep.run(settings)
+    assert scans == []
+    with monkeypatch.context() as patch:
+        original = results.Results.write
+
+        def stopped_write(self, index, *effects_of_pair):
+            if index == 1:
+                raise KeyboardInterrupt
+            original(self, index, *effects_of_pair)
+
+        patch.setattr(results.Results, "write", stopped_write)
+        with pytest.raises(KeyboardInterrupt):
+            sweep.run(settings)
+    assert scored == ["even", "longer", "longer", "short"]
+    sweep.run(settings)
+    assert scored == ["even", "longer", "longer", "short"]  # each estimate is kept
+    assert [pair for pair, _ in scans] == ["even", "longer", "longer", "short"]
+    assert_same_arrays(tmp_path / "out", screened.folder)
+    with pytest.raises(InputError, match="another setting: screen was 2, is now 3"):
+        sweep.run(dataclasses.replace(settings, screen=3))
+
+
+def test_a_screen_of_all_neurons_misses_none(asked, tmp_path):
+    pairs = write(tmp_path / "pairs.jsonl", PAIRS[0])
+    changes = {"pairs": str(pairs), "granularity": ("neuron",), "screen": 12, "screen_audit": 0}
+    run = sweep.run(to(asked, tmp_path, **changes))
+    assert (run.done("neuron") == results.EXACT).all()
+    assert run.run["audit"]["bound"] == 0 and run.run["audit"]["spearman"] is None
+    assert report.closing_lines(run)[-1].endswith("so none is missing.")
+
+
+def test_a_neuron_that_failed_leaves_the_bound_valid(screened, monkeypatch):
+    selection = attribution.select(
+        statistics.strength(*screened.estimates()), TOP, AUDITED, sweep.SCREEN_SEED
+    )
+    original = results.Results.effects
+    layer, neuron = np.argwhere(selection.sampled)[0]
+
+    def failing(self, granularity, **options):
+        nie, tie = original(self, granularity, **options)
+        nie[:, layer, neuron] = np.nan
+        return nie, tie
+
+    whole = sweep._audit(screened, selection, TOP)
+    monkeypatch.setattr(results.Results, "effects", failing)
+    failed = sweep._audit(screened, selection, TOP)
+    assert failed["hits"] >= whole["hits"] and failed["bound"] >= whole["bound"]
+    assert failed["hits"] >= 1
+
+
 # The joint set.
 
 
@@ -472,7 +696,7 @@ def test_a_joint_set_is_searched_and_reported(asked, tmp_path):
     sets = np.zeros((2, LAYERS, NEURONS), bool)
     sets[0][picked[0]] = sets[1][picked[0]] = sets[1][picked[1]] = True
     decoder, _ = models.load(asked.model)
-    with jax.default_matmul_precision("highest"):
+    with jax.default_matmul_precision("float32"):
         effect = definition.joint_pair(
             decoder, data.read(pairs)[0], Question(LogitDifference()), sets
         )

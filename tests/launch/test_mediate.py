@@ -101,15 +101,37 @@ def test_flags_reach_the_run(model, pairs, tmp_path, launch):
         decision_tokens=2,
         positions="response",
         dtype="float16",
-        memory_gb=0.5,
+        matmul_precision="bfloat16",
+        memory_gb=64,
         show_text="true",
     )
     assert status == 0 and said.startswith(f"Results: {tmp_path / 'out'}")
     run = json.loads((tmp_path / "out" / "run.json").read_text())
     asked = {"metric": "response_logprob_diff", "response_part": "decision", "decision_tokens": 2}
-    asked |= {"positions": "response", "dtype": "float16", "memory_gb": 0.5, "show_text": True}
+    asked |= {"positions": "response", "dtype": "float16", "memory_gb": 64, "show_text": True}
+    asked |= {"matmul_precision": "bfloat16", "screen": 0, "directions": ""}
     assert {name: run[name] for name in asked} == asked
     assert (run["align"], run["group_size"], run["harmful_tokens"]) == ("end", 1, [])
+
+
+def test_a_screen_with_directions_says_both_at_its_end(model, pairs, tmp_path, launch):
+    np.savez(tmp_path / "vectors.npz", **{"residual.1": np.eye(16)[:2]})
+    status, said = launch(
+        model=model,
+        pairs=pairs(PAIR),
+        out=tmp_path / "out",
+        granularity="neuron",
+        directions=tmp_path / "vectors.npz",
+        screen=2,
+        screen_audit=4,
+        screen_steps=3,
+    )
+    lines = [line.partition(": ") for line in said.splitlines()]
+    assert status == 0 and [line[0] for line in lines[2:]] == ["Neurons", "Directions", "Screen"]
+    assert lines[-1][2].startswith("Of 24 neurons, 4 were computed exactly")
+    run = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert (run["screen"], run["screen_audit"], run["screen_steps"]) == (2, 4, 3)
+    assert run["granularities"] == ["neuron", "direction"]
 
 
 # Failure.
@@ -201,6 +223,20 @@ BAD_FLAGS = {
     "response positions": (
         {"positions": "response"}, "Error: --positions=response: logit_diff reads the last",
     ),
+    "directions that are not given": (
+        {"granularity": "direction"}, "Error: --granularity=direction needs --directions=FILE.npz",
+    ),
+    "directions": (
+        {"directions": "/no/such.npz"}, "Error: --directions=/no/such.npz: no npz file of plain",
+    ),
+    "audit without a screen": ({"screen_audit": 9}, "Error: --screen_audit needs --screen=K"),
+    "steps without a screen": ({"screen_steps": 9}, "Error: --screen_steps needs --screen=K"),
+    "screen without neurons": (
+        {"screen": 1, "granularity": "head"}, "Error: --screen needs --granularity=neuron",
+    ),
+    "screen of too many": ({"screen": 99}, "Error: --screen=99: the model has 24 neurons"),
+    "memory": ({"memory_gb": "nan"}, "Error: --memory_gb=nan: must be a number, and at least"),
+    "too little memory": ({"memory_gb": 0.01}, "Error: --memory_gb=0.01: model and program take"),
     "joint set of groups": ({"joint_size": 2, "group_size": 2}, "Error: --joint_size needs"),
     "model": ({"model": "/no/such/folder"}, "Error: /no/such/folder: no such folder"),
     "pairs": ({"pairs": "/no/such.jsonl"}, "Error: /no/such.jsonl: there is no such file"),

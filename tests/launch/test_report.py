@@ -31,7 +31,7 @@ def finished(tmp_path):
         "unit": "logits",
         "meaning": "one logit minus another",
         "positions": "last",
-        "precision": "highest",
+        "precision": "float32",
         "device": "cpu",
     }
     made = results.Results.create(tmp_path / "out", run, SIZES, ["one"], ["layer", "neuron"])

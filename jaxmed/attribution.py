@@ -1,0 +1,529 @@
+"""Gradient screens: first-order estimates of every neuron's effects, and what they may have missed.
+
+For when only the strongest neurons matter. `scores` ranks all neurons by gradient, `select` says
+which effects to compute exactly, the strongest by score and an audit sample of all others, and
+`missed` turns the exact effects of the sample into an upper confidence bound on how many strong
+neurons were never computed. The bound needs no trust in the scores: bad ones make it large. (Kramar
+et al., arXiv 2403.00745, bound false negatives by random subsets too, under other assumptions.)
+
+Shapes: L layers, G groups of adjacent neurons in a layer, I neurons, T padded positions of a run.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+from scipy.special import gammaln
+
+from jaxmed import alignment, capture, planning
+from jaxmed.alignment import Edited
+from jaxmed.data import Pair
+from jaxmed.effects import Run, pair_effects, read
+from jaxmed.metrics import Metric, Reading, Term
+from jaxmed.planning import Question
+from models.decoder import Decoder, Trace
+from models.edits import Site
+
+# Candidates for the `top` strongest effects: so many times `top` of the strongest scores.
+MARGIN = 2
+
+AUDIT = 1000  # units of the audit sample, where nothing else is asked
+
+# At most this share of an audit sample goes to the units that come next after the candidates.
+CENSUS_SHARE = 1 / 4
+
+
+def scores(
+    decoder: Decoder, pair: Pair, question: Question, *, steps: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
+    """First-order estimates of every neuron group's NIE and TIE, by gradients.
+
+    With a and a' a neuron's values in the base and the source run, summed over the edited
+    positions and the group's neurons,
+
+        NIE ~ (a' - a) dY/da at the base run        TIE ~ (a' - a) dY/da at the source run
+
+    (attribution patching: Nanda 2023; Syed et al., arXiv 2310.10348; Kramar et al., arXiv
+    2403.00745). The two are the derivatives of NIE and TIE in how far the patch is made. One
+    forward and one backward pass for each term and direction serve all neurons.
+
+    With `steps` > 1 the gradient is the mean over `steps` midpoints of the straight path between
+    the two runs' embeddings (integrated gradients as in EAP-IG: Hanna et al., arXiv 2403.17806).
+    NIE's path has the base run's positions, TIE's the source run's; positions without partner keep
+    their own embedding. If the prompts are equally long and all of their positions are paired, both
+    paths are the same, and so are both estimates: they share out what happens when everything
+    changes together, which need not be closer to the effect of one neuron's patch.
+
+    Args:
+        decoder: the model.
+        pair: the pair.
+        question: the metric, the edited positions, the alignment and the size of groups.
+        steps: points of the path; 1 is the gradient at the plain run.
+
+    Returns:
+        Estimated NIE and TIE, each [L, G], in the unit of the metric.
+
+    Raises:
+        DataError: the pair does not fit the model or the question.
+        ValueError: `steps` is not positive.
+    """
+    if steps < 1:
+        raise ValueError(f"{steps} steps: at least 1 is needed")
+    fractions = (np.arange(steps) + 0.5) / steps if steps > 1 else np.zeros(1)
+
+    def evaluate(base: Run, source: Run, term: Term, swapped: bool):
+        edited = alignment.edited(pair, question.positions, question.align, len(term.response))
+        found = _slopes(
+            decoder,
+            base.trace,
+            _change(base.trace, source.trace, Site.NEURON, edited, swapped),
+            _path(pair, base.trace, source.trace, question, swapped) if steps > 1 else None,
+            fractions,
+            term.reading,
+            base.prompt_length - 1,
+            metric=question.metric,
+            group_size=question.group_size,
+        )
+        yield "neuron", ..., np.asarray(found)
+
+    result_shapes = planning.shapes(decoder.config, pair, question, ["neuron"])
+    with jax.default_matmul_precision("float32"):
+        found = pair_effects(decoder, pair, question, result_shapes, capture.capture, evaluate)
+    return found.nie["neuron"], found.tie["neuron"]
+
+
+def _change(
+    base: Trace, source: Trace, site: Site, edited: Edited, swapped: bool
+) -> Float[Array, "L T ..."]:
+    """Source value minus base value of a site at all of the run's positions; 0 unless edited."""
+    edited = edited.swapped() if swapped else edited
+    length = base.embedding.shape[0]
+    source_rows, mask = np.zeros(length, np.int32), np.zeros(length, bool)
+    source_rows[edited.base], mask[edited.base] = edited.source, True
+    return capture.site_difference(base, source, site, np.arange(length), source_rows, mask)
+
+
+def _path(
+    pair: Pair, base: Trace, source: Trace, question: Question, swapped: bool
+) -> Float[Array, "T d"]:
+    """From the base run's embeddings to the source run's, at the positions that are paired."""
+    paired = alignment.edited(pair, alignment.Positions.PROMPT, question.align)
+    return _change(base, source, Site.EMBEDDING, paired, swapped)[0]
+
+
+@functools.partial(jax.jit, static_argnames=("metric", "group_size"))
+def _slopes(
+    decoder: Decoder,
+    trace: Trace,
+    change: Float[Array, "L T I"],
+    path: Float[Array, "T d"] | None,
+    fractions: Float[Array, "steps"],
+    reading: Reading,
+    last_prompt: Int[Array, ""],
+    metric: Metric,
+    group_size: int,
+) -> Float[Array, "L G"]:
+    """d/ds of Y with s * change added to one group alone, at s = 0.
+
+    The mean over runs whose embeddings lie the given fractions of the path from those of `trace`.
+    The derivative is taken in s and not in the activations: no gradient [L, T, I] is stored.
+    """
+    at = decoder.span(trace.positions, trace.valid)
+    groups = planning.group_count(decoder.config, group_size)
+
+    def y(extents, embedding):
+        @jax.checkpoint  # Memory: one residual stream a layer, not every value of every block.
+        def run_layer(x, inputs):
+            block, window, extent, layer_change = inputs
+            extent = jnp.repeat(extent, group_size)[: layer_change.shape[-1]]
+
+            def tap(site, value):
+                return value + extent * layer_change if site == Site.NEURON else value
+
+            attention = block.attend(x, at, window, None, tap)[0]
+            return x + (attention + block.feed(x + attention, tap)), None
+
+        inputs = (decoder.blocks, decoder.windows, extents, change)
+        residual = jax.lax.scan(run_layer, embedding, inputs)[0]
+        return read(decoder, metric, residual, reading, last_prompt)
+
+    def slopes(fraction):
+        embedding = trace.embedding
+        if path is not None:
+            embedding = embedding + fraction.astype(path.dtype) * path
+        nothing = jnp.zeros((change.shape[0], groups), change.dtype)
+        return jax.grad(y)(nothing, embedding)
+
+    return jnp.mean(jax.lax.map(slopes, fractions), axis=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """Whose effects are computed exactly.
+
+    Attributes:
+        candidates: the units of the strongest scores.
+        sampled: the audit sample, drawn from all other units.
+        stratum: -1 for candidates, else the number of the unit's stratum, from 0; within a stratum
+            every unit has the same chance to be sampled.
+    """
+
+    candidates: Bool[np.ndarray, "L G"]
+    sampled: Bool[np.ndarray, "L G"]
+    stratum: Int[np.ndarray, "L G"]
+
+    @property
+    def computed(self) -> Bool[np.ndarray, "L G"]:
+        """The units whose effects are to be computed."""
+        return self.candidates | self.sampled
+
+
+def select(
+    scores: Float[np.ndarray, "L G"], top: int, audit: int, seed: int, strata: int = 3
+) -> Selection:
+    """The candidates for the strongest effects, and an audit sample of all other units.
+
+    The candidates are the `MARGIN * top` units of largest absolute score, so that near ties at the
+    `top`-th place are found. The other units, by falling absolute score, make up the strata: first
+    as many as there are candidates, but at most `CENSUS_SHARE` of the audit, which are all sampled
+    (a census); the remaining strata end at ranks that grow geometrically, and are sampled without
+    replacement, all at the same rate. With one stratum there is no census.
+
+    Args:
+        scores: estimated effects, of one direction.
+        top: how many of the strongest effects are wanted.
+        audit: size of the sample; all other units if there are no more than that.
+        seed: of the sample.
+        strata: number of strata, at most; there are fewer where there are too few units.
+
+    Raises:
+        ValueError: `top` or `strata` is not positive, or `audit` is negative.
+    """
+    if top < 1 or audit < 0 or strata < 1:
+        raise ValueError(f"top={top} and strata={strata} must be positive, audit={audit} not less")
+    flat = np.abs(np.asarray(scores, np.float64)).reshape(-1)
+    # A score that is not a number says nothing: its unit is computed.
+    order = np.argsort(-np.where(np.isnan(flat), np.inf, flat), kind="stable")
+    count = min(MARGIN * top, len(order))
+    rest = len(order) - count
+    audit = min(audit, rest)
+    sizes = _stratum_sizes(rest, count, audit, strata)
+    census = strata > 1
+    samples = sizes[:census] + _shares(audit - sum(sizes[:census]), sizes[census:])
+
+    generator = np.random.default_rng(seed)
+    stratum = np.full(len(order), -1)
+    sampled = np.zeros(len(order), bool)
+    start = count
+    for number, (size, sample) in enumerate(zip(sizes, samples, strict=True)):
+        members = order[start : start + size]
+        stratum[members] = number
+        sampled[generator.choice(members, sample, replace=False)] = True
+        start += size
+    candidates = np.zeros(len(order), bool)
+    candidates[order[:count]] = True
+    return Selection(*(field.reshape(np.shape(scores)) for field in (candidates, sampled, stratum)))
+
+
+def _stratum_sizes(rest: int, candidates: int, audit: int, strata: int) -> list[int]:
+    """Sizes of the strata; they sum to `rest`."""
+    if strata == 1:
+        return [rest]
+    census = min(candidates, rest, rest if audit == rest else int(CENSUS_SHARE * audit))
+    first = candidates + census
+    growth = ((candidates + rest) / first) ** (1 / (strata - 1))
+    ends = [round(first * growth**power) for power in range(strata - 1)] + [candidates + rest]
+    return [census, *np.diff(ends).tolist()]
+
+
+def _shares(total: int, sizes: list[int]) -> list[int]:
+    """The total, shared out in proportion to the sizes (largest remainders)."""
+    exact = total * np.array(sizes) / max(1, sum(sizes))
+    shares = np.floor(exact).astype(int)
+    remainders = np.argsort(shares - exact, kind="stable")
+    shares[remainders[: total - shares.sum()]] += 1
+    return shares.tolist()
+
+
+@dataclasses.dataclass(frozen=True)
+class Audit:
+    """What an audit sample says of the units that were not computed.
+
+    Attributes:
+        threshold: the `top`-th largest absolute effect of the candidates, in the metric's unit.
+        hits: sampled units whose absolute effect is above it; they are computed, so not missing.
+        estimate: unbiased estimate of the number of units above it that were not computed
+            (Horvitz and Thompson 1952); 0 wherever nothing was sampled.
+        bound: upper confidence bound on that number.
+        uncomputed: number of units that were not computed.
+        confidence: of the bound.
+    """
+
+    threshold: float
+    hits: int
+    estimate: float
+    bound: int
+    uncomputed: int
+    confidence: float
+
+
+def missed(
+    selection: Selection,
+    effects: Float[np.ndarray, "L G"],
+    top: int,
+    confidence: float = 0.95,
+) -> Audit:
+    """Bounds how many units that were not computed have one of the `top` strongest effects.
+
+    The threshold is the `top`-th largest absolute effect of the candidates alone: it is fixed
+    before the sample is looked at, which the bound requires. The `top`-th largest of all computed
+    effects, hits included, is no smaller, so the bound also holds for units above that one. The
+    bound is for this one list of effects: of NIE, of TIE, or of the larger of both.
+
+    Args:
+        selection: which effects were computed.
+        effects: exact effects where computed; what stands elsewhere is not read.
+        top: how many of the strongest effects are wanted.
+        confidence: in at least this share of samples the bound holds.
+
+    Raises:
+        ValueError: there are fewer candidates than `top`, or a selected effect is not a number.
+    """
+    strength = np.abs(effects)
+    if np.isnan(strength[selection.computed]).any():
+        raise ValueError("an effect that the selection names was not computed")
+    candidates = np.sort(strength[selection.candidates])
+    if not 1 <= top <= len(candidates):
+        raise ValueError(f"top={top}, and the selection has {len(candidates)} candidates")
+    threshold = candidates[-top]
+    hit = selection.sampled & (strength > threshold)
+    sizes, samples, hits = (
+        np.bincount(selection.stratum[among], minlength=selection.stratum.max() + 1)
+        for among in (~selection.candidates, selection.sampled, hit)
+    )
+    return Audit(
+        threshold=float(threshold),
+        hits=int(hits.sum()),
+        estimate=float(np.sum(hits * (sizes / np.maximum(samples, 1) - 1))),
+        bound=missing_bound(sizes, samples, hits, confidence),
+        uncomputed=int(np.sum(~selection.computed)),
+        confidence=confidence,
+    )
+
+
+def missing_bound(
+    sizes: Int[np.ndarray, "J"],
+    samples: Int[np.ndarray, "J"],
+    hits: Int[np.ndarray, "J"],
+    confidence: float = 0.95,
+) -> int:
+    """Upper confidence bound on the marked units outside a stratified sample.
+
+    Let m_j of the N_j units of stratum j be marked, and n_j be drawn without replacement: then H_j
+    of the drawn ones are marked, hypergeometric. The test rejects m if
+
+        P_m(T <= observed T) <= 1 - confidence,    T = sum_j H_j N_j / n_j,
+
+    and the bound is the largest sum_j (m_j - observed H_j) of all m that are not rejected (test
+    inversion: Casella and Berger, section 9.2.1; for one stratum it is the textbook's one-sided
+    hypergeometric limit). Strata of which all is drawn miss nothing; ones of which nothing is drawn
+    may miss everything. Where the search would be long, m is searched on a coarser lattice or P is
+    replaced by its Chernoff bound, so that fewer m are rejected: the bound is then larger than it
+    need be, by a few percent, and holds all the same.
+
+    Args:
+        sizes: N.
+        samples: n.
+        hits: observed H.
+        confidence: of the bound, one-sided.
+
+    Raises:
+        ValueError: the numbers contradict each other, or the confidence is not between 0 and 1.
+    """
+    sizes, samples, hits = (np.asarray(field, np.int64) for field in (sizes, samples, hits))
+    if not (0 < confidence < 1 and np.all((0 <= hits) & (hits <= samples) & (samples <= sizes))):
+        raise ValueError(
+            f"confidence={confidence} must lie between 0 and 1, and hits, samples and sizes of "
+            f"strata must not fall: {hits}, {samples}, {sizes}"
+        )
+    blind = samples == 0
+    partly = ~blind & (samples < sizes)
+    bound = int(np.sum(sizes[blind]))
+    if partly.any():
+        # Narrow strata first: the last one is searched exactly, the others on a lattice.
+        strata = _Strata(sizes[partly], samples[partly], hits[partly], _rejected_below(confidence))
+        total, each = _chernoff_limits(strata)
+        order = np.argsort(each, kind="stable")
+        strata = _Strata(
+            *(f[order] for f in (strata.sizes, strata.samples, strata.hits)), strata.alpha
+        )
+        bound += min(total, _lattice_limit(strata, each[order], total))
+    return bound
+
+
+@dataclasses.dataclass(frozen=True)
+class _Strata:
+    """Strata that are partly sampled, [J], and the probability at which the test rejects."""
+
+    sizes: np.ndarray
+    samples: np.ndarray
+    hits: np.ndarray
+    alpha: float
+
+    @property
+    def weights(self) -> np.ndarray:
+        return self.sizes / self.samples
+
+    @property
+    def unseen(self) -> np.ndarray:
+        return self.sizes - self.samples
+
+
+def _rejected_below(confidence: float) -> float:
+    """The probability at which the test rejects, less what rounding may do to it."""
+    return (1 - confidence) * (1 - 1e-7)
+
+
+def _chernoff_limits(strata: _Strata) -> tuple[int, np.ndarray]:
+    """The largest sum of missing units, and the most in each stratum, that Chernoff's bound allows.
+
+    A hypergeometric H is below a binomial of m trials of probability f = n / N in convex order
+    (Hoeffding 1963, theorem 4), so for any s > 0, with x = m - observed H >= 0,
+
+        log P_m(T <= t) <= s t + sum_j m_j log(1 - f_j + f_j exp(-s w_j)),
+
+    linear in m: what is not rejected lies in an intersection of half-spaces and a box.
+    """
+    weights, fractions = strata.weights, 1 / strata.weights
+    tilts = np.geomspace(1e-5 / weights.max(), 50 / weights.min(), 400)[:, None]
+    rates = -np.log1p(fractions * np.expm1(-tilts * weights))
+    budget = np.sum((tilts * weights - rates) * strata.hits, axis=1) - math.log(strata.alpha)
+    each = np.min(np.minimum(strata.unseen, budget[:, None] / rates), axis=0)
+    # The largest sum in each half-space: strata are filled up in the order of their rates.
+    total = np.zeros(len(tilts))
+    order = np.argsort(rates, axis=1)
+    for column in order.T:
+        rate = np.take_along_axis(rates, column[:, None], axis=1)[:, 0]
+        filled = np.minimum(strata.unseen[column], budget / rate)
+        total += filled
+        budget = np.maximum(0, budget - filled * rate)
+    return int(total.min()), np.floor(each).astype(np.int64)
+
+
+# Sizes that keep the search for a bound within some tenths of a second.
+_MOST_TERMS = 2_000_000
+_MOST_HITS = 200_000
+
+
+def _lattice_limit(strata: _Strata, caps: np.ndarray, otherwise: int) -> int:
+    """The largest sum of missing units that the test does not reject; `otherwise` if that is long.
+
+    x = m - H runs over a lattice in all strata but the last. P falls in every m_j, so a lattice
+    cell whose lowest corner is rejected is rejected as a whole, and one whose lowest corner is not
+    counts by its highest. In the last stratum the largest x is found by bisection.
+
+    Args:
+        strata: the strata.
+        caps: the largest x to be considered in each.
+        otherwise: returned if the search would be long.
+    """
+    weights = strata.weights
+    # The sum of rounded products may differ in its last bits from the same sum in another order.
+    observed = np.sum(weights * strata.hits) * (1 + 1e-9)
+    most = np.minimum(strata.samples, np.floor(observed / weights).astype(np.int64))
+    if np.prod(most[:-1] + 1.0) > _MOST_HITS or most[-1] >= _MOST_HITS:
+        return otherwise
+    # Hits of all strata but the last that leave T as small as observed, [J - 1, C].
+    others = _grid(most[:-1] + 1)
+    left = observed - weights[:-1] @ others
+    others, left = others[:, left >= 0], left[left >= 0]
+    allowed = np.minimum(most[-1], np.floor(left / weights[-1]).astype(np.int64))
+    points = min(_MOST_TERMS // len(allowed), _MOST_HITS // (int(most[-1]) + 1))
+    if points < 100 and len(caps) > 1:
+        return otherwise
+
+    steps = _lattice_steps(caps[:-1], points)
+    axes = [np.arange(0, cap + 1, step) for cap, step in zip(caps[:-1], steps, strict=True)]
+    lattice = _grid([len(axis) for axis in axes])
+    highest = np.zeros(lattice.shape[1], np.int64)
+    likelihood = np.ones((lattice.shape[1], len(allowed)))
+    for j, (axis, step) in enumerate(zip(axes, steps, strict=True)):
+        values = np.arange(most[j] + 1)
+        table = _hypergeometric(
+            values, strata.sizes[j], strata.hits[j] + axis[:, None], strata.samples[j]
+        )
+        likelihood *= table[lattice[j][:, None], others[j]]
+        highest += np.minimum(axis[lattice[j]] + step - 1, caps[j])
+    # Probability that the other strata leave room for h hits in the last one, [points, h].
+    values = np.arange(most[-1] + 1)
+    room = likelihood @ (allowed[:, None] >= values)
+
+    def accepted(x):
+        """Whether m, with x missing in the last stratum, is not rejected."""
+        marked = strata.hits[-1] + x[:, None]
+        last = _hypergeometric(values, strata.sizes[-1], marked, strata.samples[-1])
+        return np.sum(room * last, axis=1) > strata.alpha
+
+    low = np.zeros(len(highest), np.int64)
+    kept = accepted(low)
+    low, highest, room = low[kept], highest[kept], room[kept]
+    high = np.full(len(low), caps[-1] + 1)
+    while np.any(high - low > 1):
+        middle = (low + high) // 2
+        inside = accepted(middle)
+        low, high = np.where(inside, middle, low), np.where(inside, high, middle)
+    return int(np.max(highest + low))
+
+
+def _grid(counts) -> np.ndarray:
+    """Every combination of indices below the counts, [dimensions, combinations]."""
+    return np.indices(counts).reshape(len(counts), math.prod(counts))
+
+
+def _lattice_steps(caps: np.ndarray, points: int) -> np.ndarray:
+    """Steps of a lattice that covers [0, cap] in every stratum with no more than so many points."""
+    steps = np.ones(len(caps), np.int64)
+    while np.prod(counts := caps // steps + 1.0) > points:
+        steps[np.argmax(counts)] += 1
+    return steps
+
+
+def _hypergeometric(hits, size, marked, sample) -> np.ndarray:
+    """P(H = hits) where `sample` of `size` units are drawn and `marked` of them are marked."""
+    marked_out, unmarked = marked - hits, size - marked
+    unmarked_out = unmarked - (sample - hits)
+    possible = (marked_out >= 0) & (hits <= sample) & (unmarked_out >= 0)
+    log_p = (
+        (gammaln(marked + 1) + gammaln(unmarked + 1))
+        + (gammaln(sample + 1) + gammaln(size - sample + 1) - gammaln(size + 1))
+        - (gammaln(hits + 1) + gammaln(np.maximum(sample - hits, 0) + 1))
+        - gammaln(np.maximum(marked_out, 0) + 1)
+        - gammaln(np.maximum(unmarked_out, 0) + 1)
+    )
+    return np.where(possible, np.exp(np.where(possible, log_p, 0)), 0)
+
+
+def audit_size(rest: int, missing: int, confidence: float = 0.95) -> int:
+    """Units to sample so that, without a hit, the bound is no more than `missing`.
+
+    For a simple random sample of `rest` units; close to the share 1 - (1 - confidence)^(1 /
+    (missing + 1)) of them, however many there are: 24% for 10 missing units at 95%. The census that
+    `select` makes comes on top.
+
+    Args:
+        rest: units that are not candidates.
+        missing: the bound that is wanted.
+        confidence: of the bound.
+    """
+    low, high = 0, max(0, rest - missing)
+    while low < high:
+        middle = (low + high) // 2
+        if _hypergeometric(0, rest, missing + 1, middle) <= _rejected_below(confidence):
+            high = middle
+        else:
+            low = middle + 1
+    return low

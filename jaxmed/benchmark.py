@@ -1,0 +1,441 @@
+"""How fast the engine is: against the machine's own matrix products, and against other ways.
+
+The engine scans every neuron of a model with random weights of a real shape, and between its runs
+the machine multiplies matrices of the very shapes that the engine multiplies. The fraction of that
+rate which the engine reaches is what is left for the reader of the figures to trust: it does not
+depend on how busy or how fast the machine is.
+"""
+
+import dataclasses
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from jaxmed import attribution, effects, memory, metrics, planning
+from jaxmed.data import Pair
+from models.config import DecoderConfig, Rotary
+from models.decoder import Decoder
+from models.errors import InputError
+
+RIVALS = ("hooks", "prefix")
+# Neurons that the rivals are timed on, spread evenly over all that are scanned.
+HOOKS_SAMPLE = 256
+PREFIX_SAMPLE = 9216
+_RIVAL_ROUNDS = 3
+_PRODUCT_SECONDS = 1.5  # for which products are timed before and after each run of the engine
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """The shape of a model, and the length of both prompts in tokens."""
+
+    config: DecoderConfig
+    tokens: int
+    matmul_precision: str
+
+
+def _llama(dtype: str, vocab_size: int, tie: bool, rotary: Rotary, **sizes: int) -> DecoderConfig:
+    return DecoderConfig(
+        family="llama",
+        vocab_size=vocab_size,
+        norm_eps=1e-5,
+        max_positions=131072,
+        rotary=rotary,
+        qkv_bias=False,
+        output_bias=False,
+        mlp_bias=False,
+        activation="silu",
+        windows=(None,) * sizes["num_layers"],
+        tie_embeddings=tie,
+        dtype=dtype,
+        **sizes,
+    )
+
+
+def _llama3_rotary(factor: float) -> Rotary:
+    return Rotary(
+        kind="llama3",
+        theta=500000.0,
+        factor=factor,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_positions=8192,
+    )
+
+
+PRESETS = {
+    "12x768": Preset(
+        _llama(
+            *("float32", 32000, False, Rotary(kind="default", theta=10000.0)),
+            hidden_size=768,
+            intermediate_size=3072,
+            num_layers=12,
+            num_heads=12,
+            num_kv_heads=12,
+            head_dim=64,
+        ),
+        tokens=32,
+        matmul_precision="float32",
+    ),
+    "llama-3.2-1b": Preset(
+        _llama(
+            *("bfloat16", 128256, True, _llama3_rotary(32.0)),
+            hidden_size=2048,
+            intermediate_size=8192,
+            num_layers=16,
+            num_heads=32,
+            num_kv_heads=8,
+            head_dim=64,
+        ),
+        tokens=64,
+        matmul_precision="bfloat16",
+    ),
+    "llama-3.1-8b": Preset(
+        _llama(
+            *("bfloat16", 128256, False, _llama3_rotary(8.0)),
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_layers=32,
+            num_heads=32,
+            num_kv_heads=8,
+            head_dim=128,
+        ),
+        tokens=64,
+        matmul_precision="bfloat16",
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Figures:
+    """What was measured; times are medians over rounds, of one direction (NIE or TIE) of one pair.
+
+    Attributes:
+        preset, device, dtype: what ran on what; dtype is that of the operands of products.
+        layers: blocks of the model.
+        neurons: neurons that were scanned.
+        batch: rows that go through a block together.
+        compile_seconds: what the first run took longer than the others.
+        seconds: of one direction, both runs' capture included.
+        neurons_per_second: neurons / seconds.
+        flops: floating-point operations that the algorithm needs in one direction: in the blocks
+            after each neuron, at the span's positions, and in the metric.
+        matmul_flops_per_second: the machine's rate for products of the engine's shapes, weighted
+            by the engine's operations and measured between its runs.
+        matmul_fraction: flops / seconds, as a fraction of that rate; median over rounds.
+        peak_memory_bytes: largest resident size of the process; on an accelerator, its memory.
+        speedup_hooks, speedup_prefix: how many times more neurons per second than torch does; None
+            where it was not timed.
+        hooks_neurons_per_second, prefix_neurons_per_second: of torch as it is installed.
+        onednn_neurons_per_second: of the prefix-cached loop with its linear layers in oneDNN.
+        screen_seconds: of both directions of a pair in screened mode, scores and audit included.
+        speedup_screen: how many times faster that is than both directions in full.
+    """
+
+    preset: str
+    device: str
+    dtype: str
+    layers: int
+    neurons: int
+    batch: int
+    compile_seconds: float
+    seconds: float
+    neurons_per_second: float
+    flops: float
+    matmul_flops_per_second: float
+    matmul_fraction: float
+    peak_memory_bytes: int
+    speedup_hooks: float | None = None
+    speedup_prefix: float | None = None
+    hooks_neurons_per_second: float | None = None
+    prefix_neurons_per_second: float | None = None
+    onednn_neurons_per_second: float | None = None
+    screen_seconds: float | None = None
+    speedup_screen: float | None = None
+
+
+def measure(
+    preset: str,
+    *,
+    against: tuple[str, ...] = (),
+    layers: int = 0,
+    neurons: int = 0,
+    rounds: int = 5,
+    screen: int = 0,
+    memory_gb: float | None = None,
+    say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
+) -> Figures:
+    """Runs the engine, the products and the rivals.
+
+    Args:
+        preset: one of `PRESETS`.
+        against: any of `RIVALS`; they need torch and a processor, not an accelerator.
+        layers: blocks of the model; 0 for the preset's.
+        neurons: how many neurons, spread evenly over all; 0 for all.
+        rounds: runs of the engine after the first, which compiles.
+        screen: how many of the strongest neurons the screened mode looks for; 0 not to time it.
+        memory_gb: as in `effects.scan`.
+        say: where progress is told.
+    """
+    chosen_preset = PRESETS[preset]
+    config = chosen_preset.config
+    if layers:
+        config = dataclasses.replace(config, num_layers=layers, windows=(None,) * layers)
+    chosen = spread(config, neurons)
+    say(f"{preset}: making {config.num_layers} layers of random weights")
+    decoder = random_decoder(config)
+    pair = random_pair(config, chosen_preset.tokens)
+    engine = _Engine(decoder, pair, chosen, chosen_preset.matmul_precision, memory.free(memory_gb))
+    products = _Products(config, engine.batch, chosen_preset.matmul_precision)
+    say(f"first run of {int(chosen.sum()):,} neurons in both directions, with compilation")
+    first = engine.seconds()
+    products.rate()
+    seconds, rates, fractions = [], [], []
+    before = products.rate()
+    for number in range(rounds):
+        seconds.append(engine.seconds())
+        after = products.rate()
+        rates.append((before + after) / 2)
+        fractions.append(engine.product_operations / seconds[-1] / rates[-1])
+        before = after
+        say(
+            f"round {number + 1} of {rounds}: {seconds[-1]:.2f} s a direction, "
+            f"{fractions[-1]:.3f} of {rates[-1] / 1e9:.0f} billion operations a second"
+        )
+    median = statistics.median(seconds)
+    figures = Figures(
+        preset=preset,
+        device=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        dtype=chosen_preset.matmul_precision,
+        layers=config.num_layers,
+        neurons=int(chosen.sum()),
+        batch=engine.batch,
+        compile_seconds=2 * (first - median),
+        seconds=median,
+        neurons_per_second=int(chosen.sum()) / median,
+        flops=engine.operations,
+        matmul_flops_per_second=statistics.median(rates),
+        matmul_fraction=statistics.median(fractions),
+        peak_memory_bytes=_peak_memory(),
+    )
+    if screen:
+        figures = _with_screen(figures, decoder, pair, engine, screen, say)
+    return _with_rivals(figures, decoder, pair, chosen, engine, against, say)
+
+
+def random_decoder(config: DecoderConfig) -> Decoder:
+    """A decoder with the initialisers' random weights."""
+    return jax.jit(lambda: Decoder(config, rngs=nnx.Rngs(0)))()
+
+
+def random_pair(config: DecoderConfig, tokens: int) -> Pair:
+    """Two prompts of random tokens."""
+    generator = np.random.default_rng(0)
+    base, source = generator.integers(0, config.vocab_size, (2, tokens)).tolist()
+    return Pair("random", tuple(base), tuple(source), (1,), (2,))
+
+
+def spread(config: DecoderConfig, neurons: int) -> np.ndarray:
+    """A mask [layer, neuron] of that many neurons, spread evenly over all; 0 for all."""
+    count = config.num_layers * config.intermediate_size
+    if neurons > count:
+        raise InputError(f"--neurons={neurons}: the model has {count}")
+    chosen = np.zeros(count, bool)
+    chosen[np.linspace(0, count, neurons or count, endpoint=False).astype(int)] = True
+    return chosen.reshape(config.num_layers, config.intermediate_size)
+
+
+class _Engine:
+    """The engine's scan of a pair.
+
+    Attributes:
+        batch: rows of a batch.
+        operations: what one direction needs.
+        product_operations: of these, what products with the blocks' weights need.
+    """
+
+    def __init__(self, decoder, pair, chosen, matmul_precision, memory_left):
+        self.question = planning.Question(metrics.LogitDifference())
+        self.scan = lambda chosen=chosen: effects.scan_pair(
+            *(decoder, pair, self.question, ["neuron"]),
+            chosen={"neuron": chosen},
+            matmul_precision=matmul_precision,
+            memory=memory_left,
+        )
+        config, (term,) = decoder.config, self.question.metric.terms(pair)
+        (work,) = planning.plan(
+            config, pair, term, self.question, ["neuron"], False, {"neuron": chosen}
+        )
+        held = config, decoder.embedding[...].dtype, work, term, memory_left
+        self.batch = planning.batching(*held, jax.default_backend())[1]
+        blocks_after = np.sum(config.num_layers - 1 - work.units.layers)
+        self.operations = planning.operations(
+            config, pair, self.question, ["neuron"], {"neuron": chosen}
+        )
+        self.operations /= 2
+        self.product_operations = float(blocks_after) * block_operations(config)
+
+    def seconds(self) -> float:
+        """Of one direction: half of what both take."""
+        start = time.perf_counter()
+        self.scan()
+        return (time.perf_counter() - start) / 2
+
+
+def block_operations(config: DecoderConfig) -> float:
+    """Floating-point operations of a block's products with its weights, for one position."""
+    heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    return 2.0 * config.hidden_size * (2 * heads + 2 * kv + 3 * config.intermediate_size)
+
+
+class _Products:
+    """The products of a block and nothing between them, in the engine's shapes and types."""
+
+    def __init__(self, config: DecoderConfig, rows: int, matmul_precision: str):
+        dtype = effects.MATMUL_PRECISIONS[matmul_precision] or jnp.float32
+        width, hidden = config.hidden_size, config.intermediate_size
+        heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        shapes = ((width, heads), (width, kv), (width, kv), (heads, width))
+        shapes += ((width, hidden), (width, hidden), (hidden, width))
+        self.weights = [jnp.full(shape, 0.01, dtype) for shape in shapes]
+        self.inputs = {n: jnp.full((rows, n), 0.01, dtype) for n in {width, heads, hidden}}
+        self.operations = rows * block_operations(config)
+
+    def rate(self) -> float:
+        """Floating-point operations a second."""
+        _multiply_all(self.inputs, self.weights)
+        start, done = time.perf_counter(), 0
+        while (gone := time.perf_counter() - start) < _PRODUCT_SECONDS:
+            jax.block_until_ready(_multiply_all(self.inputs, self.weights))
+            done += 1
+        return done * self.operations / gone
+
+
+def _multiply_all(inputs: dict[int, Array], weights: list[Array]) -> list[Float[Array, "rows n"]]:
+    """Each weight with the input of its size; float32 results."""
+    return [_multiply(inputs[weight.shape[0]], weight) for weight in weights]
+
+
+@jax.jit
+def _multiply(left, right):
+    return jnp.matmul(left, right, precision="float32", preferred_element_type=jnp.float32)
+
+
+def _peak_memory() -> int:
+    """Bytes: of the device where it counts them, of the process otherwise."""
+    if stats := jax.devices()[0].memory_stats():
+        return stats["peak_bytes_in_use"]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _with_screen(figures: Figures, decoder, pair, engine, top: int, say) -> Figures:
+    """The screened mode's time, in rounds with the full scan."""
+
+    def screened():
+        start = time.perf_counter()
+        nie, tie = attribution.scores(decoder, pair, engine.question)
+        strength = np.maximum(np.abs(nie), np.abs(tie))
+        selection = attribution.select(strength, top, attribution.AUDIT, seed=0)
+        found = engine.scan(selection.computed)
+        exact = np.maximum(np.abs(found.nie["neuron"]), np.abs(found.tie["neuron"]))
+        audit = attribution.missed(selection, exact, top)
+        return time.perf_counter() - start, audit
+
+    screened()  # compiles
+    seconds, speedups = [], []
+    for number in range(_RIVAL_ROUNDS):
+        full = 2 * engine.seconds()
+        taken, audit = screened()
+        seconds.append(taken)
+        speedups.append(full / taken)
+        say(
+            f"round {number + 1} of {_RIVAL_ROUNDS}: screened for the {top} strongest, "
+            f"{taken:.2f} s; in full {full:.2f} s; at most {audit.bound} missed"
+        )
+    return dataclasses.replace(
+        figures,
+        screen_seconds=statistics.median(seconds),
+        speedup_screen=statistics.median(speedups),
+    )
+
+
+def _with_rivals(figures: Figures, decoder, pair, chosen, engine, against, say) -> Figures:
+    """The rivals' rates, and how many times faster the engine is in the same rounds."""
+    if not against:
+        return figures
+    from jaxmed import rivals  # torch, which only a comparison needs
+
+    layers, neurons = np.nonzero(chosen)
+    reads = (pair.prompt_ids, pair.counterfactual_ids, pair.harmful_ids[0], pair.safe_ids[0])
+    torch_model = rivals.torch_model(decoder, onednn=False)
+    timed = {}
+    if "hooks" in against:
+        timed["hooks"] = rivals.Hooks(torch_model, *reads), HOOKS_SAMPLE
+    if "prefix" in against:
+        timed["prefix"] = rivals.Prefix(torch_model, *reads), PREFIX_SAMPLE
+        with_onednn = rivals.torch_model(decoder, onednn=True)
+        timed["onednn"] = rivals.Prefix(with_onednn, *reads), PREFIX_SAMPLE
+    rates, speedups = ({name: [] for name in timed} for _ in range(2))
+    for number in range(_RIVAL_ROUNDS):
+        ours = len(layers) / engine.seconds()
+        for name, (rival, sample) in timed.items():
+            picked = np.linspace(0, len(layers), min(sample, len(layers)), endpoint=False)
+            picked = picked.astype(int)
+            if not number:  # what is made once is not timed
+                rival.effects(layers[picked[:64]], neurons[picked[:64]])
+            start = time.perf_counter()
+            rival.effects(layers[picked], neurons[picked])
+            rates[name].append(len(picked) / (time.perf_counter() - start))
+            speedups[name].append(ours / rates[name][-1])
+            say(
+                f"round {number + 1} of {_RIVAL_ROUNDS}: {name}, {len(picked)} neurons: "
+                f"{rates[name][-1]:,.1f} a second (the engine: {ours:,.0f})"
+            )
+    found = {f"{name}_neurons_per_second": statistics.median(r) for name, r in rates.items()}
+    found |= {
+        f"speedup_{name}": statistics.median(s) for name, s in speedups.items() if name in RIVALS
+    }
+    return dataclasses.replace(figures, **found)
+
+
+def table(figures: Figures) -> list[str]:
+    """The figures for people."""
+    rows = [
+        ("model", f"{figures.preset}, {figures.layers} layers, {figures.dtype} products"),
+        ("device", figures.device),
+        ("neurons", f"{figures.neurons:,}, each patched alone, in batches of {figures.batch:,}"),
+        ("compilation", f"{figures.compile_seconds:.1f} s"),
+        ("one direction of a pair", f"{figures.seconds:.3g} s (median)"),
+        ("neurons per second", f"{figures.neurons_per_second:,.0f}"),
+        ("operations needed", f"{figures.flops:.3g}"),
+        ("this machine's products", f"{figures.matmul_flops_per_second:.3g} operations a second"),
+        ("fraction reached", f"{figures.matmul_fraction:.3f}"),
+        ("peak memory", f"{figures.peak_memory_bytes / 2**30:.2f} GiB"),
+    ]
+    if figures.speedup_screen is not None:
+        rows.append(
+            (
+                "screened, both directions",
+                f"{figures.screen_seconds:.3g} s: x {figures.speedup_screen:.1f}",
+            )
+        )
+    if figures.speedup_hooks is not None:
+        rate = figures.hooks_neurons_per_second
+        rows.append(("transformers with hooks", f"{rate:,.1f}: x {figures.speedup_hooks:,.0f}"))
+    if figures.speedup_prefix is not None:
+        rate = figures.prefix_neurons_per_second
+        rows.append(("prefix-cached torch loop", f"{rate:,.0f}: x {figures.speedup_prefix:.2f}"))
+        faster = figures.onednn_neurons_per_second
+        rows.append(
+            ("the same with oneDNN", f"{faster:,.0f}: x {figures.neurons_per_second / faster:.2f}")
+        )
+    width = max(len(name) for name, _ in rows)
+    return [f"{name:<{width}}  {value}" for name, value in rows]

@@ -1,0 +1,105 @@
+"""Directions that the user gives, as units: steering vectors, probes, decoder rows of an SAE.
+
+Patching a direction v of a site replaces the site's component along v by the source run's:
+y <- y + v (v . (y' - y)). With the unit vectors of an orthonormal basis this is the patch of that
+basis's coordinates; a neuron is a direction along one axis of the site `neuron`.
+"""
+
+import dataclasses
+import hashlib
+import zipfile
+
+import numpy as np
+
+from models.config import DecoderConfig
+from models.edits import Site
+from models.errors import InputError
+
+# A vector's length may differ from 1 by as much as float16 storage rounds it.
+_TOLERANCE = 1e-2
+_SITES = (Site.RESIDUAL, Site.LAYER, Site.ATTENTION, Site.MLP, Site.HEAD, Site.NEURON)
+
+
+@dataclasses.dataclass(frozen=True)
+class Directions:
+    """Unit vectors by site, layer and number.
+
+    Attributes:
+        sites: the sites that have any; the order of the results' site axis.
+        vectors: for each of them, [L, K, size of the site] float32; 0 where none is given.
+        given: which exist, [L, site, K].
+        hash: of all of them.
+    """
+
+    sites: tuple[Site, ...]
+    vectors: tuple[np.ndarray, ...]
+    given: np.ndarray
+    hash: str
+
+
+def site_size(config: DecoderConfig, site: Site) -> int:
+    """Length of a direction of a site; heads are laid end to end."""
+    if site == Site.HEAD:
+        return config.num_heads * config.head_dim
+    return config.intermediate_size if site == Site.NEURON else config.hidden_size
+
+
+def read(path: str, config: DecoderConfig) -> Directions:
+    """Directions from an npz file.
+
+    Its arrays are named SITE.LAYER, as residual.12, and hold one unit vector [size] or several
+    [K, size]. They are scaled to length 1 exactly.
+
+    Raises:
+        InputError: the file cannot be read; an array's name, shape or a vector's length is not as
+            above.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: np.atleast_2d(file[name]) for name in file.files}
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise InputError(f"--directions={path}: no npz file of plain arrays ({error})") from None
+    found = {_place(path, name, config): (name, array) for name, array in arrays.items()}
+    if not found:
+        raise InputError(f"--directions={path} is empty")
+    sites = tuple(site for site in _SITES if any(site == key[0] for key in found))
+    most = max(len(array) for _, array in found.values())
+    given = np.zeros((config.num_layers, len(sites), most), bool)
+    vectors = tuple(
+        np.zeros((config.num_layers, most, site_size(config, site)), np.float32) for site in sites
+    )
+    for (site, layer), (name, array) in found.items():
+        index = sites.index(site)
+        vectors[index][layer, : len(array)] = _unit(path, name, array, site_size(config, site))
+        given[layer, index, : len(array)] = True
+    digest = hashlib.sha256(given.tobytes())
+    for array in vectors:
+        digest.update(array.tobytes())
+    return Directions(sites, vectors, given, digest.hexdigest())
+
+
+def _place(path: str, name: str, config: DecoderConfig) -> tuple[Site, int]:
+    site, _, layer = name.partition(".")
+    if site not in _SITES or layer not in map(str, range(config.num_layers)):
+        raise InputError(
+            f"--directions={path}: array '{name}' is not named SITE.LAYER with a site of "
+            f"{', '.join(_SITES)} and a layer below {config.num_layers}"
+        )
+    return Site(site), int(layer)
+
+
+def _unit(path: str, name: str, array: np.ndarray, size: int) -> np.ndarray:
+    if array.ndim != 2 or array.shape[1] != size or not np.issubdtype(array.dtype, np.floating):
+        raise InputError(
+            f"--directions={path}: array '{name}' is {array.dtype} {list(array.shape)}; "
+            f"floats [{size}] or [number, {size}] are needed"
+        )
+    array = array.astype(np.float64)
+    lengths = np.linalg.norm(array, axis=1)
+    wrong = np.flatnonzero(~(np.abs(lengths - 1) <= _TOLERANCE))
+    if len(wrong):
+        raise InputError(
+            f"--directions={path}: vector {wrong[0]} of array '{name}' has length "
+            f"{lengths[wrong[0]]:.4g}; unit vectors are needed (divide it by its length)"
+        )
+    return array / lengths[:, None]

@@ -1,0 +1,15 @@
+"""The benchmark as a program."""
+
+from tests.launch import process
+
+
+def test_an_unknown_rival_is_refused_by_name():
+    done = process.run("benchmark", "--against=hooks,pyvene")
+    assert done.returncode == 1
+    assert done.stderr.strip().endswith("--against=pyvene: not one of hooks, prefix")
+
+
+def test_more_neurons_than_there_are_is_refused_before_any_work():
+    done = process.run("benchmark", "--layers=1", "--neurons=4000")
+    assert done.returncode == 1
+    assert "--neurons=4000: the model has 3072" in done.stderr
