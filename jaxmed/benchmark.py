@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
 
 from jaxmed import attribution, effects, memory, metrics, planning
 from jaxmed.data import Pair
@@ -116,7 +115,7 @@ PRESETS = {
 
 @dataclasses.dataclass(frozen=True)
 class Figures:
-    """What was measured; times are medians over rounds, of one direction (NIE or TIE) of one pair.
+    """What was measured; times are medians over rounds.
 
     Attributes:
         preset, device, dtype: what ran on what; dtype is that of the operands of products.
@@ -124,18 +123,18 @@ class Figures:
         neurons: neurons that were scanned.
         batch: rows that go through a block together.
         compile_seconds: what the first run took longer than the others.
-        seconds: of one direction, both runs' capture included.
+        seconds: of one direction, NIE or TIE: half of what both take together, captures included.
         neurons_per_second: neurons / seconds.
         flops: floating-point operations that the algorithm needs in one direction: in the blocks
             after each neuron, at the span's positions, and in the metric.
+        product_flops: of these, the products with the blocks' weights.
         matmul_flops_per_second: the machine's rate for products of the engine's shapes, weighted
             by the engine's operations and measured between its runs.
-        matmul_fraction: flops / seconds, as a fraction of that rate; median over rounds.
+        matmul_fraction: product_flops / seconds as a fraction of that rate; median over rounds.
         peak_memory_bytes: largest resident size of the process; on an accelerator, its memory.
-        speedup_hooks, speedup_prefix: how many times more neurons per second than torch does; None
-            where it was not timed.
-        hooks_neurons_per_second, prefix_neurons_per_second: of torch as it is installed.
-        onednn_neurons_per_second: of the prefix-cached loop with its linear layers in oneDNN.
+        speedup_hooks: how many times more neurons per second than transformers with hooks.
+        speedup_prefix: than the prefix-cached loop, with torch as it is installed.
+        rivals: of all that were timed: `what`, `neurons_per_second` and `speedup`.
         screen_seconds: of both directions of a pair in screened mode, scores and audit included.
         speedup_screen: how many times faster that is than both directions in full.
     """
@@ -150,14 +149,13 @@ class Figures:
     seconds: float
     neurons_per_second: float
     flops: float
+    product_flops: float
     matmul_flops_per_second: float
     matmul_fraction: float
     peak_memory_bytes: int
     speedup_hooks: float | None = None
     speedup_prefix: float | None = None
-    hooks_neurons_per_second: float | None = None
-    prefix_neurons_per_second: float | None = None
-    onednn_neurons_per_second: float | None = None
+    rivals: dict[str, dict] = dataclasses.field(default_factory=dict)
     screen_seconds: float | None = None
     speedup_screen: float | None = None
 
@@ -177,15 +175,26 @@ def measure(
 
     Args:
         preset: one of `PRESETS`.
-        against: any of `RIVALS`; they need torch and a processor, not an accelerator.
+        against: any of `RIVALS`; they need torch, and run in float32 on a CPU.
         layers: blocks of the model; 0 for the preset's.
         neurons: how many neurons, spread evenly over all; 0 for all.
         rounds: runs of the engine after the first, which compiles.
         screen: how many of the strongest neurons the screened mode looks for; 0 not to time it.
         memory_gb: as in `effects.scan`.
         say: where progress is told.
+
+    Raises:
+        InputError: what is asked cannot be compared.
     """
     chosen_preset = PRESETS[preset]
+    like = jax.default_backend() == "cpu" and chosen_preset.matmul_precision == "float32"
+    if against and not like:
+        raise InputError(
+            "--against: the rivals are timed in float32 on a CPU, the engine here in "
+            f"{chosen_preset.matmul_precision} on {jax.devices()[0].device_kind}: no comparison"
+        )
+    if screen and neurons:
+        raise InputError("--screen looks at all neurons: leave out --neurons")
     config = chosen_preset.config
     if layers:
         config = dataclasses.replace(config, num_layers=layers, windows=(None,) * layers)
@@ -222,6 +231,7 @@ def measure(
         seconds=median,
         neurons_per_second=int(chosen.sum()) / median,
         flops=engine.operations,
+        product_flops=engine.product_operations,
         matmul_flops_per_second=statistics.median(rates),
         matmul_fraction=statistics.median(fractions),
         peak_memory_bytes=_peak_memory(),
@@ -305,23 +315,30 @@ class _Products:
         heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         shapes = ((width, heads), (width, kv), (width, kv), (heads, width))
         shapes += ((width, hidden), (width, hidden), (hidden, width))
-        self.weights = [jnp.full(shape, 0.01, dtype) for shape in shapes]
-        self.inputs = {n: jnp.full((rows, n), 0.01, dtype) for n in {width, heads, hidden}}
+        keys = iter(jax.random.split(jax.random.key(0), len(shapes) + 3))
+        self.weights = [jax.random.normal(next(keys), shape, dtype) for shape in shapes]
+        sizes = sorted({width, heads, hidden})
+        self.inputs = {n: jax.random.normal(next(keys), (rows, n), dtype) for n in sizes}
         self.operations = rows * block_operations(config)
+        # An accelerator is kept busy by what is under way; a CPU would run products side by side.
+        self.under_way = 1 if jax.default_backend() == "cpu" else 16
 
     def rate(self) -> float:
         """Floating-point operations a second."""
-        _multiply_all(self.inputs, self.weights)
+        self._multiply_all()
         start, done = time.perf_counter(), 0
         while (gone := time.perf_counter() - start) < _PRODUCT_SECONDS:
-            jax.block_until_ready(_multiply_all(self.inputs, self.weights))
-            done += 1
+            self._multiply_all()
+            done += self.under_way
         return done * self.operations / gone
 
-
-def _multiply_all(inputs: dict[int, Array], weights: list[Array]) -> list[Float[Array, "rows n"]]:
-    """Each weight with the input of its size; float32 results."""
-    return [_multiply(inputs[weight.shape[0]], weight) for weight in weights]
+    def _multiply_all(self) -> None:
+        """Each weight with the input of its size, as often as may be under way."""
+        for weight in self.weights * self.under_way:
+            found = _multiply(self.inputs[weight.shape[0]], weight)
+            if self.under_way == 1:
+                found.block_until_ready()
+        found.block_until_ready()
 
 
 @jax.jit
@@ -375,18 +392,24 @@ def _with_rivals(figures: Figures, decoder, pair, chosen, engine, against, say) 
 
     layers, neurons = np.nonzero(chosen)
     reads = (pair.prompt_ids, pair.counterfactual_ids, pair.harmful_ids[0], pair.safe_ids[0])
-    torch_model = rivals.torch_model(decoder, onednn=False)
+    as_installed = rivals.torch_model(decoder, onednn=False)
     timed = {}
     if "hooks" in against:
-        timed["hooks"] = rivals.Hooks(torch_model, *reads), HOOKS_SAMPLE
+        what = "transformers with hooks, 64 rows a batch"
+        timed["hooks"] = what, rivals.Hooks(as_installed, *reads), HOOKS_SAMPLE
     if "prefix" in against:
-        timed["prefix"] = rivals.Prefix(torch_model, *reads), PREFIX_SAMPLE
-        with_onednn = rivals.torch_model(decoder, onednn=True)
-        timed["onednn"] = rivals.Prefix(with_onednn, *reads), PREFIX_SAMPLE
+        what = "prefix-cached torch loop"
+        onednn = rivals.torch_model(decoder, onednn=True)
+        few = rivals.Prefix(as_installed, *reads, batch=64)
+        many = rivals.Prefix(as_installed, *reads)
+        fast = rivals.Prefix(onednn, *reads)
+        timed["prefix"] = f"{what}, {many.batch} rows a batch", many, PREFIX_SAMPLE
+        timed["prefix_64_rows"] = f"{what}, 64 rows a batch", few, PREFIX_SAMPLE
+        timed["prefix_onednn"] = f"{what}, with oneDNN for MKL", fast, PREFIX_SAMPLE
     rates, speedups = ({name: [] for name in timed} for _ in range(2))
     for number in range(_RIVAL_ROUNDS):
         ours = len(layers) / engine.seconds()
-        for name, (rival, sample) in timed.items():
+        for name, (_, rival, sample) in timed.items():
             picked = np.linspace(0, len(layers), min(sample, len(layers)), endpoint=False)
             picked = picked.astype(int)
             if not number:  # what is made once is not timed
@@ -399,11 +422,16 @@ def _with_rivals(figures: Figures, decoder, pair, chosen, engine, against, say) 
                 f"round {number + 1} of {_RIVAL_ROUNDS}: {name}, {len(picked)} neurons: "
                 f"{rates[name][-1]:,.1f} a second (the engine: {ours:,.0f})"
             )
-    found = {f"{name}_neurons_per_second": statistics.median(r) for name, r in rates.items()}
-    found |= {
-        f"speedup_{name}": statistics.median(s) for name, s in speedups.items() if name in RIVALS
+    found = {
+        name: {
+            "what": what,
+            "neurons_per_second": statistics.median(rates[name]),
+            "speedup": statistics.median(speedups[name]),
+        }
+        for name, (what, _, _) in timed.items()
     }
-    return dataclasses.replace(figures, **found)
+    speedup = {f"speedup_{name}": found[name]["speedup"] for name in against}
+    return dataclasses.replace(figures, rivals=found, **speedup)
 
 
 def table(figures: Figures) -> list[str]:
@@ -427,15 +455,9 @@ def table(figures: Figures) -> list[str]:
                 f"{figures.screen_seconds:.3g} s: x {figures.speedup_screen:.1f}",
             )
         )
-    if figures.speedup_hooks is not None:
-        rate = figures.hooks_neurons_per_second
-        rows.append(("transformers with hooks", f"{rate:,.1f}: x {figures.speedup_hooks:,.0f}"))
-    if figures.speedup_prefix is not None:
-        rate = figures.prefix_neurons_per_second
-        rows.append(("prefix-cached torch loop", f"{rate:,.0f}: x {figures.speedup_prefix:.2f}"))
-        faster = figures.onednn_neurons_per_second
-        rows.append(
-            ("the same with oneDNN", f"{faster:,.0f}: x {figures.neurons_per_second / faster:.2f}")
-        )
+    rows += [
+        (rival["what"], f"{rival['neurons_per_second']:,.1f} a second: x {rival['speedup']:.2f}")
+        for rival in figures.rivals.values()
+    ]
     width = max(len(name) for name, _ in rows)
     return [f"{name:<{width}}  {value}" for name, value in rows]

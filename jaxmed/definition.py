@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from jaxmed import alignment, capture, planning
+from jaxmed import memory as memory_lib
 from jaxmed.alignment import Edited
 from jaxmed.data import Pair
 from jaxmed.effects import PairEffects, Run, pair_effects, read
@@ -114,7 +115,7 @@ def _defined_direction_changes(
 
     def edited_value(unit):
         layer, number, positions = unit
-        vector = vectors[layer, number].reshape(change.shape[2:]).astype(change.dtype)
+        vector = vectors[number].reshape(change.shape[2:]).astype(change.dtype)
         axes = tuple(range(1, change.ndim - 1))
         along = jnp.sum(change[layer] * vector, axis=axes, keepdims=True)
         edit = Edit.steer(site, layer, positions, along * vector)
@@ -125,7 +126,11 @@ def _defined_direction_changes(
 
 
 def joint_pair(
-    decoder: Decoder, pair: Pair, question: Question, sets: Bool[Array, "N L I"]
+    decoder: Decoder,
+    pair: Pair,
+    question: Question,
+    sets: Bool[Array, "N L I"],
+    memory: int | None = None,
 ) -> PairEffects:
     """NIE and TIE of sets of neurons, each set patched as one intervention.
 
@@ -136,6 +141,7 @@ def joint_pair(
         pair: the pair.
         question: the metric and the positions.
         sets: which neurons are in each set.
+        memory: bytes for the runs that are made at once; `memory.free()` by default.
 
     Returns:
         Effects whose NIE and TIE hold one array, "joint", [N].
@@ -158,16 +164,18 @@ def joint_pair(
             term.reading,
             base.prompt_length - 1,
             metric=question.metric,
+            at_once=planning.runs_at_once(decoder.config, term, len(tokens), memory),
         )
         yield "joint", ..., np.asarray(found)
 
+    memory = memory_lib.free() if memory is None else memory
     joint_shape = {"joint": (len(sets),)}
     return pair_effects(decoder, pair, question, joint_shape, capture.capture, evaluate)
 
 
-@functools.partial(jax.jit, static_argnames=("metric",))
+@functools.partial(jax.jit, static_argnames=("metric", "at_once"))
 def _joint_changes(
-    decoder, tokens, valid, values, positions, sets, reading, last_prompt, metric
+    decoder, tokens, valid, values, positions, sets, reading, last_prompt, metric, at_once
 ) -> Float[Array, "N"]:
     """Y(edited) - Y(plain) for sets of neurons."""
 
@@ -180,7 +188,7 @@ def _joint_changes(
         residual = decoder(tokens, edits=edits, valid=valid)[1].residual[-1]
         return read(decoder, metric, residual, reading, last_prompt)
 
-    return jax.lax.map(run, sets, batch_size=64) - run(jnp.zeros_like(sets[0]))
+    return jax.lax.map(run, sets, batch_size=at_once) - run(jnp.zeros_like(sets[0]))
 
 
 def _run_value(decoder, tokens, edits, reading, last_prompt, metric) -> Float[Array, ""]:

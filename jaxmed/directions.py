@@ -8,6 +8,7 @@ basis's coordinates; a neuron is a direction along one axis of the site `neuron`
 import dataclasses
 import hashlib
 import zipfile
+import zlib
 
 import numpy as np
 
@@ -21,18 +22,32 @@ _SITES = (Site.RESIDUAL, Site.LAYER, Site.ATTENTION, Site.MLP, Site.HEAD, Site.N
 
 
 @dataclasses.dataclass(frozen=True)
+class SiteDirections:
+    """The directions of one site, U of them, in the order of their layers.
+
+    Attributes:
+        layers, numbers: layer of each, and its place among those of that layer, int32 [U].
+        vectors: of length 1, float32 [U, size of the site].
+    """
+
+    layers: np.ndarray
+    numbers: np.ndarray
+    vectors: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
 class Directions:
     """Unit vectors by site, layer and number.
 
     Attributes:
         sites: the sites that have any; the order of the results' site axis.
-        vectors: for each of them, [L, K, size of the site] float32; 0 where none is given.
-        given: which exist, [L, site, K].
+        of_site: their directions.
+        given: which exist, [L, site, K] with K the largest number of any site and layer.
         hash: of all of them.
     """
 
     sites: tuple[Site, ...]
-    vectors: tuple[np.ndarray, ...]
+    of_site: tuple[SiteDirections, ...]
     given: np.ndarray
     hash: str
 
@@ -54,28 +69,37 @@ def read(path: str, config: DecoderConfig) -> Directions:
         InputError: the file cannot be read; an array's name, shape or a vector's length is not as
             above.
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: np.atleast_2d(file[name]) for name in file.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise InputError(f"--directions={path}: no npz file of plain arrays ({error})") from None
+    arrays = _arrays(path)
     found = {_place(path, name, config): (name, array) for name, array in arrays.items()}
-    if not found:
-        raise InputError(f"--directions={path} is empty")
     sites = tuple(site for site in _SITES if any(site == key[0] for key in found))
     most = max(len(array) for _, array in found.values())
     given = np.zeros((config.num_layers, len(sites), most), bool)
-    vectors = tuple(
-        np.zeros((config.num_layers, most, site_size(config, site)), np.float32) for site in sites
+    parts = {site: [] for site in sites}
+    for site, layer in sorted(found):
+        name, array = found[site, layer]
+        vectors = _unit(path, name, array, site_size(config, site)).astype(np.float32)
+        numbers = np.arange(len(vectors), dtype=np.int32)
+        parts[site].append((np.full_like(numbers, layer), numbers, vectors))
+        given[layer, sites.index(site), numbers] = True
+    of_site = tuple(
+        SiteDirections(*map(np.concatenate, zip(*parts[site], strict=True))) for site in sites
     )
-    for (site, layer), (name, array) in found.items():
-        index = sites.index(site)
-        vectors[index][layer, : len(array)] = _unit(path, name, array, site_size(config, site))
-        given[layer, index, : len(array)] = True
-    digest = hashlib.sha256(given.tobytes())
-    for array in vectors:
-        digest.update(array.tobytes())
-    return Directions(sites, vectors, given, digest.hexdigest())
+    digest = hashlib.sha256(repr(sites).encode() + given.tobytes())
+    for directions in of_site:
+        digest.update(directions.vectors.tobytes())
+    return Directions(sites, of_site, given, digest.hexdigest())
+
+
+def _arrays(path: str) -> dict[str, np.ndarray]:
+    """What the file holds, each array as [K, size]."""
+    try:
+        with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as file:
+            arrays = {name: np.atleast_2d(file[name]) for name in file.files}
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(f"--directions={path}: no npz file of plain arrays ({error})") from None
+    if not arrays or not all(array.size for array in arrays.values()):
+        raise InputError(f"--directions={path}: it has no vectors, or an array of none")
+    return arrays
 
 
 def _place(path: str, name: str, config: DecoderConfig) -> tuple[Site, int]:

@@ -103,47 +103,69 @@ def enter(
         group_size: adjacent neurons that make one unit.
     """
     layers = jnp.minimum(layers, change.shape[0] - 1)
+    if site not in (Site.HEAD, Site.NEURON):
+        return _at_position(change[layers], positions)
     if site == Site.HEAD:
         kernel = decoder.blocks.attention.output.kernel[...]
-        weights = kernel.reshape(kernel.shape[0], *change.shape[2:], -1)[layers, units]
-        written = jnp.einsum(
-            "...sh,...hd->...sd", change[layers, :, units], weights.astype(change.dtype)
-        )
-    elif site == Site.NEURON:
-        members = units[..., None] * group_size + jnp.arange(group_size)
-        exists = members < change.shape[-1]
-        members = jnp.minimum(members, change.shape[-1] - 1)
-        kernel = decoder.blocks.mlp.down.kernel[...]
-        weights = kernel[layers[..., None], members].astype(change.dtype)
-        moved = jnp.where(exists[..., None], change[layers[..., None], :, members], 0)
-        # One neuron needs no product of matrices.
-        written = jnp.sum(moved[..., :, None] * weights[..., None, :], axis=-3)
+        kernel = kernel.reshape(kernel.shape[0], *change.shape[2:], -1)
+
+        def write(unit):
+            layer, head = unit
+            return change[layer, :, head] @ kernel[layer, head].astype(change.dtype)
+
+        gathered = change.shape[-1]
     else:
-        written = change[layers]
-    return _at_position(written, positions)
+        kernel = decoder.blocks.mlp.down.kernel[...]
+
+        def write(unit):
+            layer, group = unit
+            members = group * group_size + jnp.arange(group_size)
+            moved = change[layer, :, members].T
+            moved = jnp.where(members < change.shape[-1], moved, 0)
+            # Written as a sum: for one neuron it is no product of matrices.
+            return jnp.sum(moved[..., None] * kernel[layer, members].astype(change.dtype), axis=1)
+
+        gathered = group_size
+    together = max(1, planning.GATHERED // (gathered * kernel.shape[-1]))
+    written = jax.lax.map(write, (layers.reshape(-1), units.reshape(-1)), batch_size=together)
+    return _at_position(written.reshape(*layers.shape, *written.shape[1:]), positions)
+
+
+def direction_writes(
+    decoder: Decoder, change: Float[Array, "L S ..."], work: Work
+) -> tuple[Float[Array, "U S"], Float[Array, "U d"]]:
+    """v . change of every direction v of a site, and what v adds to the residual stream."""
+    layers = work.units.layers
+    along, written = [], []
+    # Layer by layer: no more than one layer's weights are needed in the activations' type.
+    for layer in np.unique(layers):
+        vectors = jnp.asarray(work.vectors[work.units.units[layers == layer]], change.dtype)
+        found = _direction_writes(decoder, change, layer, vectors, work.site)
+        along.append(found[0])
+        written.append(found[1])
+    return jnp.concatenate(along), jnp.concatenate(written)
 
 
 @functools.partial(jax.jit, static_argnames=("site",))
-def enter_directions(
-    decoder: Decoder,
-    change: Float[Array, "L S ..."],
-    vectors: Float[Array, "L K n"],
-    layers: Int[Array, "*chunk"],
-    units: Int[Array, "*chunk"],
-    positions: Int[Array, "*chunk"],
-    site: Site,
-) -> Float[Array, "*chunk S d"]:
-    """D of directions of a site, as `enter` gives it of its units: v (v . change), written."""
-    layers = jnp.minimum(layers, change.shape[0] - 1)
-    vectors = vectors.astype(change.dtype)
-    along = jnp.einsum("lsn,lkn->lks", change.reshape(*change.shape[:2], -1), vectors)
-    written = vectors
+def _direction_writes(decoder, change, layer, vectors, site):
+    here = jax.lax.dynamic_index_in_dim(change, layer, keepdims=False)
+    along = vectors @ here.reshape(here.shape[0], -1).T
     if site in (Site.HEAD, Site.NEURON):
-        blocks = decoder.blocks
-        module = blocks.mlp.down if site == Site.NEURON else blocks.attention.output
-        written = jnp.einsum("lkn,lnd->lkd", vectors, module.kernel[...].astype(change.dtype))
-    moved = along[layers, units][..., None] * written[layers, units][..., None, :]
-    return _at_position(moved, positions)
+        block = decoder.block(layer)
+        module = block.mlp.down if site == Site.NEURON else block.attention.output
+        vectors = vectors @ module.kernel[...].astype(vectors.dtype)
+    return along, vectors
+
+
+@jax.jit
+def enter_directions(
+    along: Float[Array, "U S"],
+    written: Float[Array, "U d"],
+    which: Int[Array, "*chunk"],
+    positions: Int[Array, "*chunk"],
+) -> Float[Array, "*chunk S d"]:
+    """D of directions, as `enter` gives it of other units: v (v . change), written."""
+    return _at_position(along[which][..., None] * written[which][..., None, :], positions)
 
 
 def _at_position(written: Float[Array, "*chunk S d"], positions: Int[Array, "*chunk"]):
@@ -215,6 +237,7 @@ def carry(
 def read_changes(
     decoder: Decoder,
     residual: Float[Array, "S d"],
+    stages: Int[Array, "n B"],
     differences: Float[Array, "n B S d"],
     reading: Reading,
     last_prompt: Int[Array, ""],
@@ -226,7 +249,8 @@ def read_changes(
     Args:
         decoder: the model.
         residual: the base run's output of the last block.
-        differences: its changes.
+        stages: as in `carry`; of batches that are all padding nothing is read.
+        differences: the changes of that output.
         reading: what the metric reads.
         last_prompt: index in the span of the last prompt token, from which the reading's offsets
             count.
@@ -237,7 +261,14 @@ def read_changes(
     def y(residual):
         return read(decoder, metric, residual, reading, last_prompt)
 
-    return jax.lax.map(lambda batch: _changes(y, residual, batch, matmul_precision), differences)
+    def read_batch(index, found):
+        batch = _changes(y, residual, differences[index], matmul_precision)
+        return jax.lax.dynamic_update_index_in_dim(found, batch, index, axis=0)
+
+    last = 2 * decoder.config.num_layers
+    live = jnp.sum(jnp.min(stages, axis=1) <= last)
+    nothing = jnp.zeros(stages.shape, differences.dtype)
+    return jax.lax.fori_loop(0, live, read_batch, nothing)
 
 
 def _changes(
@@ -344,8 +375,13 @@ def scan_pair(
     Raises:
         DataError: the pair does not fit the model or the question.
         InputError: the memory does not suffice for one unit.
+        ValueError: a mask is not of its effects.
     """
     granularities, chosen = list(granularities), dict(chosen or {})
+    result_shapes = planning.shapes(decoder.config, pair, question, granularities)
+    for name, mask in chosen.items():
+        if mask.dtype != bool or mask.shape != result_shapes.get(name):
+            raise ValueError(f"chosen['{name}'] is no mask of its effects, or they are not asked")
     memory = memory_lib.free() if memory is None else memory
 
     def evaluate(base: Run, source: Run, term: Term, swapped: bool):
@@ -360,12 +396,11 @@ def scan_pair(
                     )
                     yield work.granularity, work.place, found
 
-    result_shapes = planning.shapes(decoder.config, pair, question, granularities)
     with jax.default_matmul_precision("float32"):
         found = pair_effects(decoder, pair, question, result_shapes, capture.capture, evaluate)
-    for name in chosen.keys() & result_shapes.keys():
+    for name, mask in chosen.items():
         for side in (found.nie, found.tie):
-            side[name][~chosen[name]] = np.nan
+            side[name][~mask] = np.nan
     return found
 
 
@@ -391,18 +426,21 @@ def _scan_work(
     dtype = decoder.embedding[...].dtype
     size = planning.batching(decoder.config, dtype, work, term, memory, jax.default_backend())
     found = []
+    if work.vectors is not None:
+        writes = direction_writes(decoder, change, work)
+        work = dataclasses.replace(work, units=work.units.numbered())
     # A chunk is collected when the next one is under way, so that the device does not wait.
     under_way = None
     for part in work.units.chunks(*size, padding_layer=decoder.config.num_layers):
-        where = (part.layers, part.units, part.positions)
         if work.vectors is None:
+            where = (part.layers, part.units, part.positions)
             entering = enter(decoder, change, *where, work.site, question.group_size)
         else:
-            entering = enter_directions(decoder, change, work.vectors, *where, work.site)
+            entering = enter_directions(*writes, part.units, part.positions)
         stages = planning.stage(work.site, part.layers)
         residual = carry(decoder, frame, stages, entering, matmul_precision)
         y = read_changes(
-            *(decoder, frame.inputs[-1], residual, term.reading, last_prompt),
+            *(decoder, frame.inputs[-1], stages, residual, term.reading, last_prompt),
             *(question.metric, matmul_precision),
         )
         if under_way is not None:

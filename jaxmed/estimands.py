@@ -59,7 +59,7 @@ def greedy_set(
     *,
     size: int,
     candidates: int = CANDIDATES,
-    matmul_precision: str = "highest",
+    memory: int | None = None,
     on_step: Callable[[], None] = lambda: None,
 ) -> JointSet:
     """The set of neurons that grows by the one that most raises the joint effect.
@@ -75,7 +75,7 @@ def greedy_set(
         single: size of the single effects, [layer, neuron]; the strongest are the candidates.
         size: neurons in the set.
         candidates: how many of the strongest are tried.
-        matmul_precision: as `jax.default_matmul_precision` takes it.
+        memory: bytes for the runs that are made at once; most of what is free by default.
         on_step: called after each addition.
     """
     order = np.argsort(-np.nan_to_num(single), axis=None)[: max(candidates, size)]
@@ -86,8 +86,8 @@ def greedy_set(
         sets = np.repeat(members[None], len(order), axis=0)
         for trial, neuron in zip(sets, pool, strict=False):
             trial[neuron] = True
-        with jax.default_matmul_precision(matmul_precision):
-            joint = [definition.joint_pair(decoder, pair, question, sets) for pair in pairs]
+        with jax.default_matmul_precision("float32"):
+            joint = [definition.joint_pair(decoder, pair, question, sets, memory) for pair in pairs]
         te = np.mean([pair.y_source - pair.y_base for pair in joint])
         nie, tie = (
             np.mean([getattr(pair, side)["joint"] for pair in joint], axis=0)[: len(pool)] / te

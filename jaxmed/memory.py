@@ -1,15 +1,16 @@
 """How much memory a run may take on its device, and how much it has taken."""
 
-import os
 import pathlib
 
 import jax
+import psutil
 
 from models.errors import InputError
 
 # Of the memory that is free when a run starts; the rest is the system's and the compiler's.
 DEFAULT_SHARE = 0.8
 _GIB = 2**30
+_CGROUP = pathlib.Path("/sys/fs/cgroup")
 
 
 def free(memory_gb: float | None = None) -> int:
@@ -22,13 +23,15 @@ def free(memory_gb: float | None = None) -> int:
     Raises:
         InputError: nothing is left.
     """
-    used, total = _used(), _available()
-    left = int(DEFAULT_SHARE * total if memory_gb is None else memory_gb * _GIB - used)
+    available = _available()
+    if memory_gb is None:
+        return int(DEFAULT_SHARE * available)
+    used = _used()
+    left = int(memory_gb * _GIB - used)
     if left <= 0:
-        asked = "the device is full" if memory_gb is None else f"--memory_gb={memory_gb}"
         raise InputError(
-            f"{asked}: model and program take {used / _GIB:.2f} GiB already, and "
-            f"{total / _GIB:.2f} GiB are free"
+            f"--memory_gb={memory_gb}: model and program take {used / _GIB:.2f} GiB already, and "
+            f"{available / _GIB:.2f} GiB are free"
         )
     return left
 
@@ -37,15 +40,19 @@ def _used() -> int:
     """Bytes that are taken on the device; on a CPU, by this process."""
     if stats := jax.devices()[0].memory_stats():
         return stats["bytes_in_use"]
-    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
+    return psutil.Process().memory_info().rss
 
 
 def _available() -> int:
     """Bytes that can still be taken."""
     if stats := jax.devices()[0].memory_stats():
         return stats["bytes_limit"] - stats["bytes_in_use"]
-    fields = dict(
-        line.split(":", 1) for line in pathlib.Path("/proc/meminfo").read_text().splitlines()
-    )
-    return int(fields["MemAvailable"].split()[0]) * 1024
+    available = psutil.virtual_memory().available
+    # A container may have less than the machine.
+    try:
+        limit, taken = (
+            int((_CGROUP / f"memory.{name}").read_text()) for name in ("max", "current")
+        )
+    except (OSError, ValueError):
+        return available
+    return max(0, min(available, limit - taken))

@@ -73,11 +73,13 @@ class Term:
         response: tokens that are teacher-forced after the prompt; may be empty.
         sign: +1 or -1.
         reading: what is read.
+        whole_vocabulary: whether `Metric.value` asks for the log-normaliser.
     """
 
     response: tuple[int, ...]
     sign: int
     reading: Reading
+    whole_vocabulary: bool
 
 
 class Metric(Protocol):
@@ -146,7 +148,7 @@ class LogitDifference:
         tokens, weights = np.zeros((2, size), np.int32), np.zeros((2, size), np.float32)
         for row, answer in enumerate((harmful, safe)):
             tokens[row, : len(answer)], weights[row, : len(answer)] = answer, 1
-        return [Term((), 1, Reading(np.zeros(1, np.int32), tokens, weights))]
+        return [Term((), 1, Reading(np.zeros(1, np.int32), tokens, weights), False)]
 
     def value(self, logits: Logits, reading: Reading) -> Float[Array, ""]:
         """The difference of the two sets' log-sum-exps."""
@@ -214,7 +216,7 @@ class ResponseLogprobDifference:
                 )
             offsets = start + np.arange(len(tokens), dtype=np.int32)
             weights = np.full(len(tokens), 1 / len(tokens))
-            terms.append(Term(tuple(response), sign, _padded(offsets, tokens, weights)))
+            terms.append(Term(tuple(response), sign, _padded(offsets, tokens, weights), True))
         return terms
 
     def value(self, logits: Logits, reading: Reading) -> Float[Array, ""]:

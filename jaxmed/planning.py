@@ -57,7 +57,7 @@ class Units:
     """Units of one site, flattened; each is patched alone.
 
     Attributes:
-        layers: the layer of each, [U].
+        layers: the layer of each, in increasing order, [U].
         units: index of the head, of the neuron group or of the direction, [U]; 0 for other sites.
         positions: index in the span of the one position that is edited, [U]; -1 for all of them.
     """
@@ -78,6 +78,10 @@ class Units:
     def subset(self, which: np.ndarray) -> "Units":
         """Those units that a mask [U] or an array of indices chooses."""
         return Units(self.layers[which], self.units[which], self.positions[which])
+
+    def numbered(self) -> "Units":
+        """The same, with their places in this list for units."""
+        return dataclasses.replace(self, units=np.arange(len(self), dtype=np.int32))
 
     def chunks(self, batches: int, rows: int, padding_layer: int) -> Iterator["Units"]:
         """Equal chunks [batches, rows]; the last is filled up with units of a layer that does not
@@ -104,7 +108,8 @@ class Work:
         edited: the edited positions.
         start, size: the span's first position, and its padded length.
         place: index of the units in the granularity's effects.
-        vectors: [L, K, size of the site] where the units are directions of the site.
+        vectors: where the units are directions of the site, theirs, [U', size of the site]; `units`
+            are then indices into them.
     """
 
     granularity: str
@@ -179,12 +184,12 @@ def _direction_work(
     directions: Directions, edited: Edited, start: int, size: int
 ) -> Iterator[Work]:
     """The given directions, site by site."""
-    for index, site in enumerate(directions.sites):
-        layers, numbers = (a.astype(np.int32) for a in np.nonzero(directions.given[:, index]))
-        units = Units(layers, numbers, np.full(len(layers), ALL_POSITIONS, np.int32))
-        place = (layers, np.full(len(layers), index), numbers)
-        vectors = directions.vectors[index]
-        yield Work("direction", site, units, edited, start, size, place, vectors)
+    for index, (site, of_site) in enumerate(zip(directions.sites, directions.of_site, strict=True)):
+        count = len(of_site.layers)
+        which = np.arange(count, dtype=np.int32)
+        units = Units(of_site.layers, which, np.full(count, ALL_POSITIONS, np.int32))
+        place = (of_site.layers, np.full(count, index), of_site.numbers)
+        yield Work("direction", site, units, edited, start, size, place, of_site.vectors)
 
 
 def _token_work(config, edited: Edited, columns: np.ndarray, last_read: int) -> list[Work]:
@@ -325,7 +330,7 @@ def batch_operations(config: DecoderConfig, work: Work, term: Term, stages) -> f
     real = np.asarray(stages)[np.asarray(stages) <= last]
     halves = np.sum(last - real), np.sum((last - real + 1) // 2)
     blocks = (projections + attention) * (halves[0] - halves[1]) + mlp * halves[1]
-    tokens = np.size(term.reading.tokens) if not term.response else config.vocab_size
+    tokens = config.vocab_size if term.whole_vocabulary else np.size(term.reading.tokens)
     read = len(real) * len(term.reading.offsets) * width * tokens
     return 2.0 * (work.size * float(blocks) + float(read))
 
@@ -351,6 +356,7 @@ _TOGETHER = {"cpu": 1024}
 _TOGETHER_ON_ACCELERATORS = 8192
 _BATCHES = 8  # that share one reading of a layer's weights
 _FEW = 16  # as many times smaller are the batches of a short list of units
+GATHERED = 2**20  # numbers of the weights that are gathered at once for units that enter
 
 
 def batching(
@@ -381,9 +387,9 @@ def batching(
     fits = int((memory - fixed) // (each + _BATCHES * held))
     if fits < 1:
         raise InputError(
-            f"the memory that is left, {memory / 2**30:.2f} GiB, is too little for a single unit "
-            f"with {work.size} positions, {(fixed + each + _BATCHES * held) / 2**30:.2f} GiB; give "
-            "more with --memory_gb"
+            f"the memory that is left, {memory / 2**30:.4f} GiB, is too little for a single unit "
+            f"with {work.size} positions, {(fixed + each + _BATCHES * held) / 2**30:.4f} GiB: give "
+            "more with --memory_gb, or take a larger device or shorter prompts"
         )
     return _BATCHES, min(rows, 1 << (fits.bit_length() - 1))
 
@@ -395,16 +401,20 @@ def _bytes(
     each unit of a chunk."""
     number = max(4, dtype.itemsize)  # of activations, which are float32 at least
     width, hidden = config.hidden_size, config.intermediate_size
-    heads = config.num_heads * config.head_dim
-    weights = width * (2 * heads + 2 * config.num_kv_heads * config.head_dim) + 3 * width * hidden
-    # Both runs' traces, the change of a site, and the frame.
-    run = work.start + work.size + len(term.response)
-    trace = config.num_layers * capture.bucket(run, capture.SHORTEST)
-    trace *= 4 * width + 2 * hidden + 4 * heads
+    heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    weights = width * (2 * heads + 2 * kv + 3 * hidden)
+    # Both runs' traces; the change of a site, and the frame, on the span and before it.
+    run = capture.bucket(work.start + work.size + len(term.response), capture.SHORTEST)
+    site = max(width, heads, hidden)
+    kept = 2 * run * (4 * width + heads + hidden + 2 * kv)
+    kept += work.size * (site + 2 * width) + 2 * _prefix_size(work.start) * kv
+    kept = config.num_layers * kept + sum(_vector_numbers(config, work))
+    # Attention of a plain run, one layer at a time.
+    attention = 3 * config.num_heads * run**2
     # A layer's weights are read in the activations' precision; those of all layers together on a
     # CPU, whose compiler slices no 16-bit floats.
     layers = config.num_layers + 1 if platform == "cpu" and dtype.itemsize < 4 else 2
-    fixed = layers * weights + 3 * trace
+    fixed = max(layers * weights, attention) + kept + GATHERED
     position = 10 * width + 4 * hidden + 3 * heads
     position += 5 * config.num_heads * (_prefix_size(work.start) + work.size)
     each = max(work.size * position, _reading_numbers(config, term))
@@ -412,10 +422,26 @@ def _bytes(
     return number * fixed, number * each, number * held
 
 
+def runs_at_once(config: DecoderConfig, term: Term, length: int, memory: int) -> int:
+    """How many whole runs of that length fit the memory: a power of two, at least 1, at most 64."""
+    heads = config.num_heads * config.head_dim
+    numbers = length * (10 * config.hidden_size + 4 * config.intermediate_size + 4 * heads)
+    numbers += 4 * config.num_heads * length**2 + _reading_numbers(config, term)
+    fits = memory // (4 * numbers)
+    return min(64, 1 << (max(1, fits).bit_length() - 1))
+
+
+def _vector_numbers(config: DecoderConfig, work: Work) -> tuple[int, int]:
+    """Numbers that directions take, and what they write."""
+    if work.vectors is None:
+        return 0, 0
+    return work.vectors.size, len(work.vectors) * (config.hidden_size + work.size)
+
+
 def _reading_numbers(config: DecoderConfig, term: Term) -> int:
     """Numbers that reading the metric takes for each unit."""
     rows = len(term.reading.offsets)
-    chunk = min(VOCABULARY_CHUNK, config.vocab_size) if term.response else 0
+    chunk = min(VOCABULARY_CHUNK, config.vocab_size) if term.whole_vocabulary else 0
     return rows * (4 * config.hidden_size + 6 * chunk)
 
 

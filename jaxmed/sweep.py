@@ -175,7 +175,7 @@ def run(settings: Settings) -> Results:
     if selection:
         measured["audit"] = _audit(results, selection, settings.screen)
     if settings.joint_size and "joint" not in results.run:
-        if joint := _joint(decoder, pairs, question, results, settings):
+        if joint := _joint(decoder, pairs, question, results, settings, budget):
             measured["joint"] = joint
     results.record(measured)
     statistics.write_summary(results)
@@ -557,6 +557,7 @@ def _joint(
     question: planning.Question,
     results: Results,
     settings: Settings,
+    budget: int,
 ) -> dict | None:
     """The greedy joint set, as `run.json` and the report have it; None where TE is too small."""
     te = float(np.mean(results.te[: settings.joint_pairs]))
@@ -573,7 +574,7 @@ def _joint(
             question,
             statistics.strength(*results.effects("neuron", exact=True)),
             size=settings.joint_size,
-            matmul_precision="float32",
+            memory=budget,
             on_step=bar.update,
         )
     return dataclasses.asdict(found)

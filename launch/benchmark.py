@@ -6,6 +6,7 @@ python -m launch.benchmark --preset=12x768 --against=hooks,prefix --json=FILE
 import dataclasses
 import importlib.util
 import json
+import os
 import pathlib
 
 from absl import flags
@@ -23,7 +24,8 @@ _AGAINST = flags.DEFINE_list(
     "against",
     [],
     "Any of hooks (transformers with forward hooks, 64 rows a batch) and prefix (a torch loop that "
-    "caches the prefix and starts at the patched layer); they need torch (the parity extra).",
+    "caches the prefix and starts at the patched layer), in float32 on a CPU; they need torch (the "
+    "parity extra).",
 )
 _JSON = flags.DEFINE_string("json", None, "File for the figures, as one JSON object.")
 _LAYERS = flags.DEFINE_integer(
@@ -64,6 +66,12 @@ def main() -> None:
     """Measures, prints a table, and writes the file."""
     if unknown := sorted(set(_AGAINST.value) - set(benchmark.RIVALS)):
         raise InputError(f"--against={','.join(unknown)}: not one of {', '.join(benchmark.RIVALS)}")
+    if _ACCURACY.value:
+        of_speed = ("preset", "screen", "layers", "neurons", "rounds", "memory_gb")
+        if idle := [name for name in of_speed if flags.FLAGS[name].present]:
+            raise InputError(f"--{idle[0]} says nothing to --accuracy")
+    if _JSON.value and not os.access(pathlib.Path(_JSON.value).absolute().parent, os.W_OK):
+        raise InputError(f"--json={_JSON.value}: its folder cannot be written")
     if _AGAINST.value and importlib.util.find_spec("torch") is None:
         raise InputError("--against needs torch: pip install torch==2.13.0, or make parity")
     measured, lines = _accuracy() if _ACCURACY.value else _speed()

@@ -21,15 +21,22 @@ def small(monkeypatch):
 
 def test_figures_agree_with_each_other(small):
     told = []
-    figures = benchmark.measure("small", rounds=2, screen=3, neurons=20, say=told.append)
-    assert figures.neurons == 20
-    assert figures.neurons_per_second == pytest.approx(20 / figures.seconds)
+    figures = benchmark.measure("small", rounds=2, screen=3, say=told.append)
+    assert figures.neurons == 80
+    assert figures.neurons_per_second == pytest.approx(80 / figures.seconds)
     assert figures.matmul_fraction > 0
     assert figures.peak_memory_bytes > 2**20
     assert figures.speedup_screen > 0
-    assert figures.speedup_hooks is None and figures.speedup_prefix is None
+    assert figures.speedup_hooks is None and figures.speedup_prefix is None and not figures.rivals
     assert len([line for line in told if line.startswith("round")]) == 2 + 3
-    assert any("20, each patched alone" in line for line in benchmark.table(figures))
+    assert any("80, each patched alone" in line for line in benchmark.table(figures))
+
+
+def test_what_cannot_be_compared_is_refused():
+    with pytest.raises(InputError, match="the engine here in bfloat16 .*: no comparison"):
+        benchmark.measure("llama-3.2-1b", against=("hooks",))
+    with pytest.raises(InputError, match="leave out --neurons"):
+        benchmark.measure("12x768", screen=10, neurons=100)
 
 
 def test_operations_are_those_of_the_blocks_after_each_neuron(small):

@@ -214,7 +214,7 @@ def test_a_smaller_batch_changes_nothing_but_rounding():
     decoder = tiny.decoder("qwen2")
     question = planning.Question(METRICS["logit"], Positions.PROMPT)
     work, term = neuron_work(decoder, question)
-    budgets = (2**30, 2**20)
+    budgets = (2**30, 6 * 2**20)
     batches = [
         planning.batching(decoder.config, np.float32, work, term, b, "cpu")[1] for b in budgets
     ]
@@ -232,24 +232,32 @@ def test_too_little_memory_is_refused_with_what_is_needed():
         effects.scan_pair(tiny.decoder("llama"), UNEQUAL, question, ["neuron"], memory=1000)
 
 
-@pytest.mark.parametrize("metric", ["logit", "response"])
-def test_a_batch_takes_no_more_memory_than_planned(metric):
+@pytest.mark.parametrize(
+    "metric, granularity, group_size",
+    [("logit", "neuron", 1), ("response", "neuron", 128), ("logit", "head", 1)],
+)
+def test_a_batch_takes_no_more_memory_than_planned(metric, granularity, group_size):
     """What XLA allocates for the compiled functions, which does not grow with the units."""
-    decoder = tiny.decoder("llama", hidden_size=96, intermediate_size=384)
-    question = planning.Question(METRICS[metric], Positions.PROMPT)
-    work, term = neuron_work(decoder, question)
-    memory = 64 * 2**20
+    decoder = tiny.decoder("llama", hidden_size=96, intermediate_size=384, head_dim=64)
+    question = planning.Question(METRICS[metric], Positions.PROMPT, group_size=group_size)
+    term = question.metric.terms(UNEQUAL)[0]
+    (work,) = planning.plan(decoder.config, UNEQUAL, term, question, [granularity], False)
+    memory = 32 * 2**20
     batches, rows = planning.batching(decoder.config, np.float32, work, term, memory, "cpu")
     trace = capture.capture(decoder, UNEQUAL.prompt_ids + term.response)
     frame = capture.frame(decoder, trace, work.start, work.size)
     differences = jax.ShapeDtypeStruct((batches, rows, work.size, 96), np.float32)
     stages = jax.ShapeDtypeStruct((batches, rows), np.int32)
-    carried = effects.carry.lower(decoder, frame, stages, differences).compile()
-    read = effects.read_changes.lower(
-        *(decoder, frame.inputs[-1], differences, term.reading, 11), question.metric
-    ).compile()
-    for compiled in (carried, read):
-        usage = compiled.memory_analysis()
+    change = getattr(trace, work.site.value)[:, : work.size]
+    compiled = [
+        effects.enter.lower(decoder, change, *[stages] * 3, work.site, group_size),
+        effects.carry.lower(decoder, frame, stages, differences),
+        effects.read_changes.lower(
+            *(decoder, frame.inputs[-1], stages, differences, term.reading, 11), question.metric
+        ),
+    ]
+    for function in compiled:
+        usage = function.compile().memory_analysis()
         taken = usage.temp_size_in_bytes + usage.output_size_in_bytes + differences.size * 4
         assert taken <= memory
 
@@ -325,7 +333,8 @@ def test_an_embedding_edit_goes_through_the_engine():
         stages = planning.stage(Site.EMBEDDING, units.layers)
         residual = effects.carry(decoder, frame, stages[None], entering[None])
         found = effects.read_changes(
-            decoder, frame.inputs[-1], residual, term.reading, 11, question.metric
+            *(decoder, frame.inputs[-1], stages[None], residual, term.reading, 11),
+            question.metric,
         )[0]
         tokens = np.array(UNEQUAL.prompt_ids)
 

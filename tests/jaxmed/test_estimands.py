@@ -58,7 +58,7 @@ def set_model(monkeypatch):
     """Replaces the engine; what it was asked is in `asked`."""
     model = types.SimpleNamespace(nie=share_nie, tie=share_tie, asked=[])
 
-    def joint_pair(decoder, pair, question, sets):
+    def joint_pair(decoder, pair, question, sets, memory):
         model.asked.append((pair, sets.copy()))
         shares = ({"joint": np.array([side(s) for s in sets])} for side in (model.nie, model.tie))
         nie, tie = ({"joint": TE[pair] * share["joint"]} for share in shares)
@@ -123,7 +123,7 @@ def test_shares_are_of_the_mean_effect_and_te_not_means_of_ratios(set_model, mon
     by_pair = {0: 1.0, 1: 0.25}
     original = definition.joint_pair
 
-    def uneven(decoder, pair, question, sets):
+    def uneven(decoder, pair, question, sets, memory):
         found = original(decoder, pair, question, sets)
         scaled = ({"joint": by_pair[pair] * side["joint"]} for side in (found.nie, found.tie))
         return effects.PairEffects(found.y_base, found.y_source, *scaled)

@@ -13,3 +13,12 @@ def test_more_neurons_than_there_are_is_refused_before_any_work():
     done = process.run("benchmark", "--layers=1", "--neurons=4000")
     assert done.returncode == 1
     assert "--neurons=4000: the model has 3072" in done.stderr
+
+
+def test_flags_that_would_say_nothing_are_refused():
+    done = process.run("benchmark", "--accuracy", "--rounds=2")
+    assert done.returncode == 1
+    assert "--rounds says nothing to --accuracy" in done.stderr
+    done = process.run("benchmark", "--json=/nowhere/figures.json")
+    assert done.returncode == 1
+    assert "--json=/nowhere/figures.json: its folder cannot be written" in done.stderr
