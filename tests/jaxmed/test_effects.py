@@ -12,6 +12,7 @@ from jaxmed.alignment import Align, Positions
 from models.edits import Edit, Site
 from models.errors import InputError
 from tests import tiny
+from tests.jaxmed import jaxprs
 
 GRANULARITIES = ("layer", "module", "head", "token", "neuron")
 METRICS = {
@@ -224,6 +225,43 @@ def test_a_smaller_batch_changes_nothing_but_rounding():
         for memory in budgets
     )
     assert worst(small, whole) <= 1e-5
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_batch_leaves_the_prefix_and_the_base_values_unbatched(family):
+    """Under `vmap` only scores have both the batch's and the prefix's length, and every product of
+    the base run is formed once."""
+    decoder, start, size, batch = tiny.decoder(family), 7, 3, 13
+    frame = capture.frame(decoder, capture.capture(decoder, UNEQUAL.prompt_ids), start, size)
+    prefix_length = frame.prefix.positions.shape[0]
+    block, window = decoder.block(1), decoder.windows[1]
+    prefix = effects._at_layer(frame.prefix, 1)
+
+    def attend(x):
+        return block.attend(x, frame.span, window, prefix, effects._untapped)[0]
+
+    def feed(x):
+        return block.feed(x, effects._untapped)
+
+    def products(jaxpr):
+        found = [e for e in jaxprs.equations(jaxpr) if e.primitive.name == "dot_general"]
+        # A norm's means may be products with one column.
+        found = [e for e in found if e.invars[1].aval.shape[1:] != (1,)]
+        return [e.outvars[0].aval.shape for e in found]
+
+    differences = np.ones((batch, size, 24), np.float32)
+    for f, value in ((attend, frame.inputs[1]), (feed, frame.middles[1])):
+        jaxpr = jax.make_jaxpr(lambda d, f=f, v=value: effects._changes(f, v, d, "float32"))(
+            differences
+        )
+        for equation in jaxprs.equations(jaxpr):
+            for variable in (*equation.invars, *equation.outvars):
+                shape = variable.aval.shape
+                if batch in shape and {prefix_length, prefix_length + size} & set(shape):
+                    assert decoder.config.head_dim not in shape, (equation.primitive.name, shape)
+        unbatched = [shape for shape in products(jaxpr) if batch not in shape]
+        assert sorted(unbatched) == sorted(products(jax.make_jaxpr(f)(value)))
+        assert len(products(jaxpr)) > len(unbatched)
 
 
 def test_too_little_memory_is_refused_with_what_is_needed():

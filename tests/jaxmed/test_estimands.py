@@ -124,7 +124,7 @@ def test_shares_are_of_the_mean_effect_and_te_not_means_of_ratios(set_model, mon
     original = definition.joint_pair
 
     def uneven(decoder, pair, question, sets, memory):
-        found = original(decoder, pair, question, sets)
+        found = original(decoder, pair, question, sets, memory)
         scaled = ({"joint": by_pair[pair] * side["joint"]} for side in (found.nie, found.tie))
         return effects.PairEffects(found.y_base, found.y_source, *scaled)
 
