@@ -116,10 +116,14 @@ def difference(
 
     Raises:
         NotImplementedError: a primitive whose operands change has no rule.
+        TypeError: values and differences are no tuples of equal length.
     """
     policy = Policy(fallback, product_dtype)
 
     def differenced(values: tuple, differences: tuple):
+        both = values, differences
+        if not all(isinstance(x, tuple) for x in both) or len(values) != len(differences):
+            raise TypeError("values and differences are tuples of f's arguments, equally long")
         jaxpr, shape = jax.make_jaxpr(f, return_shape=True)(*values)
         leaves = jax.tree.leaves(values)
         changes = jax.tree.leaves(

@@ -530,7 +530,10 @@ def scan(
     if granularity not in planning.SITES:
         raise InputError(f"granularity '{granularity}' is not one of {', '.join(planning.SITES)}")
     if (granularity == "direction") != (directions is not None):
-        raise InputError("directions are given if and only if granularity is 'direction'")
+        raise InputError(
+            "granularity='direction' and directions= go together: "
+            "directions=jaxmed.directions.read(PATH, decoder.config)"
+        )
     question = Question(
         *(metric or LogitDifference(), Positions(positions), Align(align), group_size, directions)
     )

@@ -9,6 +9,8 @@ from models.errors import InputError
 
 # Of the memory that is free when a run starts; the rest is the system's and the compiler's.
 DEFAULT_SHARE = 0.8
+# On a CPU: what compilers and buffers of the programs take beside what is planned.
+_BESIDE = 2**28
 _GIB = 2**30
 _CGROUP = pathlib.Path("/sys/fs/cgroup")
 
@@ -30,17 +32,17 @@ def free(memory_gb: float | None = None) -> int:
     left = int(memory_gb * _GIB - used)
     if left <= 0:
         raise InputError(
-            f"--memory_gb={memory_gb}: model and program take {used / _GIB:.2f} GiB already, and "
-            f"{available / _GIB:.2f} GiB are free"
+            f"--memory_gb={memory_gb}: model and program take {used / _GIB:.2f} GiB already, what "
+            f"is computed comes on top, and {available / _GIB:.2f} GiB are free: give more"
         )
-    return left
+    return min(left, available)
 
 
 def _used() -> int:
     """Bytes that are taken on the device; on a CPU, by this process."""
     if stats := jax.devices()[0].memory_stats():
         return stats["bytes_in_use"]
-    return psutil.Process().memory_info().rss
+    return psutil.Process().memory_info().rss + _BESIDE
 
 
 def _available() -> int:

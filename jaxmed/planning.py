@@ -352,7 +352,7 @@ def run_operations(config: DecoderConfig, pair: Pair, question: Question) -> flo
 
 # Positions that go through a block together. Fewer leave matrix products short of work; on a CPU,
 # more do not fit its caches.
-_TOGETHER = {"cpu": 1024}
+_TOGETHER = {"cpu": 512}
 _TOGETHER_ON_ACCELERATORS = 8192
 _BATCHES = 8  # that share one reading of a layer's weights
 _FEW = 16  # as many times smaller are the batches of a short list of units

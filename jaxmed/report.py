@@ -526,14 +526,16 @@ def _statuses(results: results_lib.Results) -> list[dict]:
 def _totals_by_pair(results: results_lib.Results, pairs) -> list[dict]:
     shown = {str(pair.id): pair for pair in pairs or ()}
     rows = []
-    for index, pair_id in enumerate(results.pair_ids):
+    # Each is read from its file once, not once for each pair.
+    totals = zip(results.pair_ids, results.y_base, results.y_source, results.te, strict=True)
+    for pair_id, y_base, y_source, te in totals:
         pair = shown.get(pair_id)
         rows.append(
             {
                 "id": pair_id,
-                "y_base": _number(results.y_base[index]),
-                "y_source": _number(results.y_source[index]),
-                "te": _number(results.te[index]),
+                "y_base": _number(y_base),
+                "y_source": _number(y_source),
+                "te": _number(te),
                 "prompt": (pair and pair.prompt_text) or "–",
                 "counterfactual": (pair and pair.counterfactual_text) or "–",
             }

@@ -63,7 +63,7 @@ _OF_ONE_METRIC = {
     "response_logprob_diff": ("response_part", "decision_tokens"),
 }
 _OF_THE_SCREEN = ("screen_audit", "screen_steps")
-_BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} to go"
+_BAR = "{desc}{percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} to go"
 _PACKAGES = ("jax", "jaxlib", "flax", "transformers", "numpy", "scipy", "zarr")
 
 
@@ -449,6 +449,7 @@ def _scan(
     }
     todo = {index: names for index, names in todo.items() if names}
     if not todo:
+        _say(f"Nothing is left to compute in {results.folder}")
         return
     if len(todo) < len(pairs):
         _say(f"Going on with {results.folder}: {len(pairs) - len(todo)} pairs are done")
@@ -521,14 +522,14 @@ def _announce(pairs: int, units: int, operations: float, joint: float, rate: flo
         f"{pairs} pairs, at most {units:,} units each, in both directions: "
         f"{operations:.2e} floating-point operations"
         + (f", and {joint:.2e} for the joint set" if joint else "")
-        + f". This machine's matrix products make {rate:.1e} a second, so it takes no less than "
-        f"{_duration((operations + joint) / rate)}, and compilation beside (some seconds for each "
-        "length of prompt, most of the time for a small model); the bar tells the real time."
+        + f". This machine's matrix products make {rate:.1e} a second, so it takes at "
+        f"least {_duration((operations + joint) / rate)}, and compilation beside (some seconds for "
+        "each length of prompt, most of the time for a small model); the bar tells the real time."
     )
 
 
 def _duration(seconds: float) -> str:
-    return f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{max(seconds, 1):.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{seconds:.2g} seconds"
 
 
 def _product_rate(decoder: Decoder, matmul_precision: str) -> float:

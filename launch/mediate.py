@@ -68,10 +68,10 @@ flags.DEFINE_integer(
 flags.DEFINE_integer(
     "screen",
     Settings.screen,
-    "For when only so many strongest neurons matter: compute exactly only "
-    f"{attribution.MARGIN} times as many, the strongest by gradient, and a sample of all others, "
-    "which says how many of the strongest may be missing. The others keep the gradient's estimate, "
-    "marked as such. 0 computes every neuron exactly.",
+    "For when only the K strongest neurons matter: computes exactly the "
+    f"{attribution.MARGIN} K that gradients rank highest, and a random sample of all others, which "
+    "says how many of the strongest may be missing. The rest keep the gradient's estimate, marked "
+    "as such. 0 computes every neuron exactly.",
     lower_bound=LEAST["screen"],
 )
 flags.DEFINE_integer(
@@ -132,8 +132,8 @@ flags.DEFINE_enum(
     Settings.matmul_precision,
     CHOICES["matmul_precision"],
     "Operands of the matrix products that act on differences; plain runs and all else are float32. "
-    "bfloat16 is faster on accelerators, and rounds relative to the effects, typically by less "
-    "than a hundredth.",
+    "bfloat16 is faster on accelerators; the median effect of a neuron is then off by a quarter of "
+    "a percent, one in six by more than 1%.",
 )
 flags.DEFINE_float(
     "memory_gb",
