@@ -215,7 +215,7 @@ def test_a_smaller_batch_changes_nothing_but_rounding():
     decoder = tiny.decoder("qwen2")
     question = planning.Question(METRICS["logit"], Positions.PROMPT)
     work, term = neuron_work(decoder, question)
-    budgets = (2**30, 6 * 2**20)
+    budgets = (2**30, 5 * 2**20)
     batches = [
         planning.batching(decoder.config, np.float32, work, term, b, "cpu")[1] for b in budgets
     ]
