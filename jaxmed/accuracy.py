@@ -15,7 +15,7 @@ from flax import nnx
 from scipy import stats
 
 import models
-from jaxmed import effects
+from jaxmed import benchmark, effects
 from jaxmed.data import Pair
 from jaxmed.metrics import LogitDifference
 from jaxmed.planning import Question
@@ -47,29 +47,16 @@ class Accuracy:
 
 def random_model(layers: int = 4, width: int = 128, tokens: int = 24) -> tuple[Decoder, Pair]:
     """A Llama of random weights, and two random prompts."""
-    config = DecoderConfig(
-        family="llama",
-        vocab_size=512,
+    config = benchmark.llama(
+        *("bfloat16", 512, False, Rotary(kind="default", theta=10000.0)),
         hidden_size=width,
         intermediate_size=4 * width,
         num_layers=layers,
         num_heads=4,
         num_kv_heads=2,
         head_dim=width // 4,
-        norm_eps=1e-5,
-        max_positions=64,
-        rotary=Rotary(kind="default", theta=10000.0),
-        qkv_bias=False,
-        output_bias=False,
-        mlp_bias=False,
-        activation="silu",
-        windows=(None,) * layers,
-        tie_embeddings=False,
-        dtype="bfloat16",
     )
-    decoder = Decoder(config, rngs=nnx.Rngs(0))
-    base, source = np.random.default_rng(0).integers(0, 512, (2, tokens)).tolist()
-    return decoder, Pair("random", tuple(base), tuple(source), (1,), (2,))
+    return benchmark.random_decoder(config), benchmark.random_pair(config, tokens)
 
 
 def measure(model: str, decoder: Decoder, pair: Pair, *, runs: bool = False) -> list[Accuracy]:

@@ -101,10 +101,7 @@ def _change(
 ) -> Float[Array, "L T ..."]:
     """Source value minus base value of a site at all of the run's positions; 0 unless edited."""
     edited = edited.swapped() if swapped else edited
-    length = base.embedding.shape[0]
-    source_rows, mask = np.zeros(length, np.int32), np.zeros(length, bool)
-    source_rows[edited.base], mask[edited.base] = edited.source, True
-    return capture.site_difference(base, source, site, np.arange(length), source_rows, mask)
+    return capture.edited_difference(base, source, site, edited, 0, base.embedding.shape[0])
 
 
 def _path(

@@ -41,7 +41,8 @@ class Preset:
     matmul_precision: str
 
 
-def _llama(dtype: str, vocab_size: int, tie: bool, rotary: Rotary, **sizes: int) -> DecoderConfig:
+def llama(dtype: str, vocab_size: int, tie: bool, rotary: Rotary, **sizes: int) -> DecoderConfig:
+    """The shape of a Llama without biases."""
     return DecoderConfig(
         family="llama",
         vocab_size=vocab_size,
@@ -72,7 +73,7 @@ def _llama3_rotary(factor: float) -> Rotary:
 
 PRESETS = {
     "12x768": Preset(
-        _llama(
+        llama(
             *("float32", 32000, False, Rotary(kind="default", theta=10000.0)),
             hidden_size=768,
             intermediate_size=3072,
@@ -85,7 +86,7 @@ PRESETS = {
         matmul_precision="float32",
     ),
     "llama-3.2-1b": Preset(
-        _llama(
+        llama(
             *("bfloat16", 128256, True, _llama3_rotary(32.0)),
             hidden_size=2048,
             intermediate_size=8192,
@@ -98,7 +99,7 @@ PRESETS = {
         matmul_precision="bfloat16",
     ),
     "llama-3.1-8b": Preset(
-        _llama(
+        llama(
             *("bfloat16", 128256, False, _llama3_rotary(8.0)),
             hidden_size=4096,
             intermediate_size=14336,

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxmed.alignment import Edited
 from models.decoder import Decoder, Trace
 from models.edits import Site
 from models.layers import Cache, Span
@@ -99,6 +100,16 @@ def _frame(decoder: Decoder, trace: Trace, start: Int[Array, ""], size: int, pre
 def take(value: Float[Array, "L N ..."], rows: Int[Array, "S"]) -> Float[Array, "L S ..."]:
     """Positions of a captured value; beyond its end the last one, whose value does not matter."""
     return jnp.take(value, rows, axis=1, mode="clip")
+
+
+def edited_difference(
+    base: Trace, source: Trace, site: Site, edited: Edited, start: int, size: int
+) -> Float[Array, "L S ..."]:
+    """Source value minus base value of a site at the positions [start, start + size) of the base
+    run; 0 where not edited."""
+    source_rows, mask = np.zeros(size, np.int32), np.zeros(size, bool)
+    source_rows[edited.base - start], mask[edited.base - start] = edited.source, True
+    return site_difference(base, source, site, start + np.arange(size), source_rows, mask)
 
 
 @functools.partial(jax.jit, static_argnames=("site",))

@@ -899,18 +899,23 @@ def _cumulative(name: str, combine: Callable) -> None:
     """
 
     def rule(policy, equation, inputs, changes):
-        def pair(left, right):
-            return combine(left[0], right[0], left[1], right[1])
-
-        _, change = lax.associative_scan(
-            pair,
-            (inputs[0], changes[0]),
-            reverse=equation.params["reverse"],
-            axis=equation.params["axis"],
-        )
+        change = _accumulated(combine, inputs[0], changes[0], **equation.params)
         return _evaluate(equation, inputs), [change]
 
     _RULES[name] = rule
+
+
+def _accumulated(combine: Callable, value: Array, change: Array, axis: int, reverse: bool):
+    """The changes of all partial results along an axis."""
+
+    def pair(left, right):
+        return combine(left[0], right[0], left[1], right[1])
+
+    return lax.associative_scan(pair, (value, change), reverse=reverse, axis=axis)[1]
+
+
+def _product_step(a, b, da, db):
+    return a * b, _multiplied(a, b, da, db)
 
 
 def _log_added(a, b, da, db):
@@ -918,7 +923,7 @@ def _log_added(a, b, da, db):
     return jnp.logaddexp(a, b), stacked.logsumexp_change()
 
 
-_cumulative("cumprod", lambda *at: (at[0] * at[1], _multiplied(*at)))
+_cumulative("cumprod", _product_step)
 _cumulative("cumlogsumexp", _log_added)
 _cumulative("cummax", lambda *at: (jnp.maximum(*at[:2]), _max_change(*at)))
 _cumulative("cummin", lambda *at: (jnp.minimum(*at[:2]), _min_change(*at)))
@@ -933,10 +938,7 @@ def _reduce_prod(policy, equation, inputs, changes):
         moved = jnp.moveaxis(x, axes, range(kept, x.ndim))
         return moved.reshape(*moved.shape[:kept], -1)
 
-    def pair(left, right):
-        return left[0] * right[0], _multiplied(left[0], right[0], left[1], right[1])
-
-    _, change = lax.associative_scan(pair, (flat(inputs[0]), flat(changes[0])), axis=-1)
+    change = _accumulated(_product_step, flat(inputs[0]), flat(changes[0]), kept, reverse=False)
     return _evaluate(equation, inputs), [change[..., -1]]
 
 

@@ -417,11 +417,9 @@ def _scan_work(
     on_operations: Callable[[float], None],
 ) -> np.ndarray:
     """dY of the units of one piece of work, [U]."""
-    rows = work.start + np.arange(work.size)
-    source_rows, edited = np.zeros(work.size, np.int32), np.zeros(work.size, bool)
-    source_rows[work.edited.base - work.start] = work.edited.source
-    edited[work.edited.base - work.start] = True
-    change = capture.site_difference(base.trace, source.trace, work.site, rows, source_rows, edited)
+    change = capture.edited_difference(
+        base.trace, source.trace, work.site, work.edited, work.start, work.size
+    )
     last_prompt = base.prompt_length - 1 - work.start
     dtype = decoder.embedding[...].dtype
     size = planning.batching(decoder.config, dtype, work, term, memory, jax.default_backend())

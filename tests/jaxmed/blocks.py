@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from models.layers import inverse_rms_last_axis, softmax_last_axis
+
 D, HEADS, KV_HEADS, HEAD_DIM, HIDDEN, T = 24, 4, 2, 6, 40, 5
 VOCABULARY = 29
 MASKED = -1e30
@@ -34,13 +36,9 @@ class Weights:
 
 
 @jax.jit
-def softmax_last_axis(scores):
-    return jax.nn.softmax(scores, axis=-1)
-
-
-@jax.jit
-def inverse_rms_last_axis(x, eps):
-    return jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
+def log_softmax_last_axis(x):
+    """Named: no part of a decoder, but difference propagation has a rule for it."""
+    return jax.nn.log_softmax(x, axis=-1)
 
 
 def rms_norm(x, weight, offset=0.0):

@@ -20,20 +20,12 @@ from jax import lax
 from mpmath import mpf
 
 from jaxmed.difference import difference
-from tests.jaxmed.blocks import inverse_rms_last_axis, layer_norm, softmax_last_axis
+from jaxmed.metrics import logsumexp_last_axis
+from models.layers import inverse_rms_last_axis, softmax_last_axis
+from tests.jaxmed.blocks import layer_norm, log_softmax_last_axis
 from tests.jaxmed.jaxprs import equations
 
 ROOT = pathlib.Path(__file__).parents[2]
-
-
-@jax.jit
-def logsumexp_last_axis(x):
-    return jax.nn.logsumexp(x, axis=-1)
-
-
-@jax.jit
-def log_softmax_last_axis(x):
-    return jax.nn.log_softmax(x, axis=-1)
 
 
 def outputs_and_slopes(row):

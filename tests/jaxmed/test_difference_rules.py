@@ -13,20 +13,12 @@ from hypothesis.extra.numpy import arrays
 from jax import lax
 
 from jaxmed.difference import difference
-from tests.jaxmed.blocks import inverse_rms_last_axis, softmax_last_axis
+from jaxmed.metrics import logsumexp_last_axis
+from models.layers import inverse_rms_last_axis, softmax_last_axis
+from tests.jaxmed.blocks import log_softmax_last_axis
 
 SHAPE = (3, 4)
 BATCH = 3
-
-
-@jax.jit
-def logsumexp_last_axis(x):
-    return jax.nn.logsumexp(x, axis=-1)
-
-
-@jax.jit
-def log_softmax_last_axis(x):
-    return jax.nn.log_softmax(x, axis=-1)
 
 
 def _positive(f):
