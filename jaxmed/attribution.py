@@ -135,16 +135,15 @@ def _slopes(
     def y(extents, embedding):
         @jax.checkpoint  # Memory: one residual stream a layer, not every value of every block.
         def run_layer(x, inputs):
-            block, window, extent, layer_change = inputs
+            block, traits, extent, layer_change = inputs
             extent = jnp.repeat(extent, group_size)[: layer_change.shape[-1]]
 
             def tap(site, value):
                 return value + extent * layer_change if site == Site.NEURON else value
 
-            attention = block.attend(x, at, window, None, tap)[0]
-            return x + (attention + block.feed(x + attention, tap)), None
+            return block.run(x, at, traits, None, tap)[0], None
 
-        inputs = (decoder.blocks, decoder.windows, extents, change)
+        inputs = (decoder.blocks, decoder.traits, extents, change)
         residual = jax.lax.scan(run_layer, embedding, inputs)[0]
         return read(decoder, metric, residual, reading, last_prompt)
 

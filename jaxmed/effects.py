@@ -83,10 +83,15 @@ class Effects:
         return self.y_source - self.y_base
 
 
+# The modules whose inside a site is; what they write goes through a norm in some families.
+_INSIDE = (Site.HEAD, Site.NEURON)
+
+
 @functools.partial(jax.jit, static_argnames=("site", "group_size"))
 def enter(
     decoder: Decoder,
     change: Float[Array, "L S ..."],
+    written: Float[Array, "L S d"] | None,
     layers: Int[Array, "*chunk"],
     units: Int[Array, "*chunk"],
     positions: Int[Array, "*chunk"],
@@ -98,12 +103,13 @@ def enter(
     Args:
         decoder: the model.
         change: edited value minus base value of the site, 0 at positions that are not edited.
+        written: the base run's `writes`.
         layers, units, positions: the units, as in `Units`.
         site: the site.
         group_size: adjacent neurons that make one unit.
     """
     layers = jnp.minimum(layers, change.shape[0] - 1)
-    if site not in (Site.HEAD, Site.NEURON):
+    if site not in _INSIDE:
         return _at_position(change[layers], positions)
     if site == Site.HEAD:
         kernel = decoder.blocks.attention.output.kernel[...]
@@ -126,9 +132,48 @@ def enter(
             return jnp.sum(moved[..., None] * kernel[layer, members].astype(change.dtype), axis=1)
 
         gathered = group_size
+
+    def add(unit):
+        return _through_norm(decoder, site, unit[0], written, write(unit))
+
     together = max(1, planning.GATHERED // (gathered * kernel.shape[-1]))
-    written = jax.lax.map(write, (layers.reshape(-1), units.reshape(-1)), batch_size=together)
-    return _at_position(written.reshape(*layers.shape, *written.shape[1:]), positions)
+    added = jax.lax.map(add, (layers.reshape(-1), units.reshape(-1)), batch_size=together)
+    return _at_position(added.reshape(*layers.shape, *added.shape[1:]), positions)
+
+
+def writes(
+    decoder: Decoder, trace: Trace, site: Site, start: int, size: int
+) -> Float[Array, "L S d"] | None:
+    """What the modules that a site is inside of write, before the norm that follows.
+
+    None where no norm follows: what a unit adds then does not depend on it.
+    """
+    if site not in _INSIDE or not decoder.config.post_norm:
+        return None
+    value = capture.take(getattr(trace, site.value), start + jnp.arange(size))
+    return _writes(decoder, value, site)
+
+
+@functools.partial(jax.jit, static_argnames=("site",))
+def _writes(decoder, value, site):
+    modules = decoder.blocks.mlp if site == Site.NEURON else decoder.blocks.attention
+    return jax.lax.map(lambda of_layer: of_layer[0].write(of_layer[1]), (modules, value))
+
+
+def _through_norm(
+    decoder: Decoder,
+    site: Site,
+    layer: Int[Array, ""],
+    written: Float[Array, "L S d"] | None,
+    change: Float[Array, "S d"],
+) -> Float[Array, "S d"]:
+    """The change of what a module adds, when what it writes changes."""
+    if written is None:
+        return change
+    blocks = decoder.blocks
+    norms = blocks.mlp_post_norm if site == Site.NEURON else blocks.attention_post_norm
+    norm = jax.tree.map(lambda stacked: stacked[layer], norms)
+    return difference(norm)((written[layer],), (change,))[1]
 
 
 def direction_writes(
@@ -150,22 +195,34 @@ def direction_writes(
 def _direction_writes(decoder, change, layer, vectors, site):
     here = jax.lax.dynamic_index_in_dim(change, layer, keepdims=False)
     along = vectors @ here.reshape(here.shape[0], -1).T
-    if site in (Site.HEAD, Site.NEURON):
+    if site in _INSIDE:
         block = decoder.block(layer)
         module = block.mlp.down if site == Site.NEURON else block.attention.output
         vectors = vectors @ module.kernel[...].astype(vectors.dtype)
     return along, vectors
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames=("site",))
 def enter_directions(
+    decoder: Decoder,
     along: Float[Array, "U S"],
-    written: Float[Array, "U d"],
+    added: Float[Array, "U d"],
+    written: Float[Array, "L S d"] | None,
+    layers: Int[Array, "*chunk"],
     which: Int[Array, "*chunk"],
     positions: Int[Array, "*chunk"],
+    site: Site,
 ) -> Float[Array, "*chunk S d"]:
     """D of directions, as `enter` gives it of other units: v (v . change), written."""
-    return _at_position(along[which][..., None] * written[which][..., None, :], positions)
+    change = along[which][..., None] * added[which][..., None, :]
+    if written is not None:
+        layers = jnp.minimum(layers, written.shape[0] - 1).reshape(-1)
+        through = functools.partial(_through_norm, decoder, site)
+        flat = change.reshape(-1, *change.shape[-2:])
+        change = jax.vmap(lambda layer, c: through(layer, written, c))(layers, flat).reshape(
+            change.shape
+        )
+    return _at_position(change, positions)
 
 
 def _at_position(written: Float[Array, "*chunk S d"], positions: Int[Array, "*chunk"]):
@@ -199,12 +256,13 @@ def carry(
         differences: D; its buffer is reused for the result.
         matmul_precision: "float32", or "bfloat16" for the operands of products with differences.
     """
-    windows = decoder.windows
+    traits = decoder.traits
     first_stages = jnp.min(stages, axis=1)
     changed = functools.partial(_changes, matmul_precision=matmul_precision)
 
     def run_half(f, value, stage, differences):
-        """Half a block, for the rows that have joined by its stage; the others wait."""
+        """What reads the stream at a stage, for the rows that have joined by then; the others
+        wait."""
 
         def run_batch(index, differences):
             batch = differences[index]
@@ -220,11 +278,17 @@ def carry(
         prefix = _at_layer(frame.prefix, layer)
 
         def attend(x):
-            return block.attend(x, frame.span, windows[layer], prefix, _untapped)[0]
+            return block.attend(x, frame.span, traits.at(layer), prefix, _untapped)[0]
 
         def feed(x):
             return block.feed(x, _untapped)
 
+        if decoder.config.parallel:
+
+            def both(x):
+                return attend(x) + feed(x)
+
+            return run_half(both, frame.inputs[layer], 2 * layer, differences)
         differences = run_half(attend, frame.inputs[layer], 2 * layer, differences)
         return run_half(feed, frame.middles[layer], 2 * layer + 1, differences)
 
@@ -420,22 +484,23 @@ def _scan_work(
     change = capture.edited_difference(
         base.trace, source.trace, work.site, work.edited, work.start, work.size
     )
+    written = writes(decoder, base.trace, work.site, work.start, work.size)
     last_prompt = base.prompt_length - 1 - work.start
     dtype = decoder.embedding[...].dtype
     size = planning.batching(decoder.config, dtype, work, term, memory, jax.default_backend())
     found = []
     if work.vectors is not None:
-        writes = direction_writes(decoder, change, work)
+        directions = direction_writes(decoder, change, work)
         work = dataclasses.replace(work, units=work.units.numbered())
     # A chunk is collected when the next one is under way, so that the device does not wait.
     under_way = None
     for part in work.units.chunks(*size, padding_layer=decoder.config.num_layers):
+        where = (part.layers, part.units, part.positions)
         if work.vectors is None:
-            where = (part.layers, part.units, part.positions)
-            entering = enter(decoder, change, *where, work.site, question.group_size)
+            entering = enter(decoder, change, written, *where, work.site, question.group_size)
         else:
-            entering = enter_directions(*writes, part.units, part.positions)
-        stages = planning.stage(work.site, part.layers)
+            entering = enter_directions(decoder, *directions, written, *where, work.site)
+        stages = planning.stage(decoder.config, work.site, part.layers)
         residual = carry(decoder, frame, stages, entering, matmul_precision)
         y = read_changes(
             *(decoder, frame.inputs[-1], stages, residual, term.reading, last_prompt),

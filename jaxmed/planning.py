@@ -292,15 +292,24 @@ def check(
         alignment.edited(pair, Positions.PROMPT, question.align)
 
 
-def stage(site: Site, layer: np.ndarray) -> np.ndarray:
+def stage(config: DecoderConfig, site: Site, layer: np.ndarray) -> np.ndarray:
     """Where in the network a site's write joins the residual stream.
 
-    Stage 2 l is the input of block l, stage 2 l + 1 lies between its attention and its MLP, stage
-    2 L is the output of the last block.
+    Stage 2 l is the input of block l, stage 2 l + 1 lies between its attention and its MLP (there
+    is none where the two are parallel), stage 2 L is the output of the last block.
     """
     if site == Site.EMBEDDING:
         return 2 * layer
-    return 2 * layer + (1 if site in (Site.ATTENTION, Site.HEAD) else 2)
+    before_mlp = site in (Site.ATTENTION, Site.HEAD) and not config.parallel
+    return 2 * layer + (1 if before_mlp else 2)
+
+
+def block_weights(config: DecoderConfig) -> tuple[int, int]:
+    """Numbers in the matrices of a block's attention and MLP."""
+    heads = 2 * config.num_heads + 2 * config.num_kv_heads
+    matrices = 3 if config.gated_mlp else 2
+    width = config.hidden_size
+    return width * config.head_dim * heads, matrices * width * config.intermediate_size
 
 
 def operations(
@@ -312,7 +321,7 @@ def operations(
 ) -> float:
     """Floating-point operations of the matrix products that a pair's scan needs."""
     return sum(
-        batch_operations(config, work, term, stage(work.site, work.units.layers))
+        batch_operations(config, work, term, stage(config, work.site, work.units.layers))
         for term in question.metric.terms(pair)
         for swapped in (False, True)
         for work in plan(config, pair, term, question, granularities, swapped, chosen)
@@ -322,8 +331,7 @@ def operations(
 def batch_operations(config: DecoderConfig, work: Work, term: Term, stages) -> float:
     """Two per multiply-add, in the blocks that follow each unit and in the metric."""
     width, head_dim = config.hidden_size, config.head_dim
-    projections = width * head_dim * (2 * config.num_heads + 2 * config.num_kv_heads)
-    mlp = 3 * width * config.intermediate_size
+    projections, mlp = block_weights(config)
     # Scores and values: each a product with the prefix, and two with the span.
     attention = 2 * config.num_heads * head_dim * (work.start + 2 * work.size)
     last = 2 * config.num_layers
@@ -338,8 +346,7 @@ def batch_operations(config: DecoderConfig, work: Work, term: Term, stages) -> f
 def run_operations(config: DecoderConfig, pair: Pair, question: Question) -> float:
     """Floating-point operations of plain runs of a pair's prompts with all their responses."""
     width, head_dim = config.hidden_size, config.head_dim
-    weights = width * head_dim * (2 * config.num_heads + 2 * config.num_kv_heads)
-    weights += 3 * width * config.intermediate_size
+    weights = sum(block_weights(config))
     total = 0.0
     for term in question.metric.terms(pair):
         for prompt in (pair.prompt_ids, pair.counterfactual_ids):
@@ -402,12 +409,15 @@ def _bytes(
     number = max(4, dtype.itemsize)  # of activations, which are float32 at least
     width, hidden = config.hidden_size, config.intermediate_size
     heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    weights = width * (2 * heads + 2 * kv + 3 * hidden)
+    weights = sum(block_weights(config))
     # Both runs' traces; the change of a site, and the frame, on the span and before it.
     run = capture.bucket(work.start + work.size + len(term.response), capture.SHORTEST)
     site = max(width, heads, hidden)
     kept = 2 * run * (4 * width + heads + hidden + 2 * kv)
-    kept += work.size * (site + 2 * width) + 2 * _prefix_size(work.start) * kv
+    kept += (
+        work.size * (site + (3 if config.post_norm else 2) * width)
+        + 2 * _prefix_size(work.start) * kv
+    )
     kept = config.num_layers * kept + sum(_vector_numbers(config, work))
     # Attention of a plain run, one layer at a time.
     attention = 3 * config.num_heads * run**2

@@ -2,18 +2,24 @@
 
 Which tensor is which parameter is data in `models.families`. Every parameter of the decoder must be
 in the checkpoint, and every tensor of the checkpoint in the decoder.
+
+Weights go straight to their place: each tensor is read once, in small pieces, into the buffers that
+become the parameters, and a host reads only what its devices hold. `launch.convert` keeps weights
+as they lie in memory; a checkpoint that it has converted is read from there (`models.cache`).
 """
 
-import contextlib
+import concurrent.futures
 import dataclasses
 import functools
 import hashlib
 import json
+import logging
 import os
 import pathlib
 import re
 import shutil
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 
 import huggingface_hub
 import jax
@@ -26,11 +32,14 @@ import transformers
 from flax import nnx
 from huggingface_hub.errors import StrictDataclassError
 
+from models import cache, families, placement, weights
 from models import config as config_lib
-from models import families
 from models.config import DecoderConfig
 from models.decoder import Decoder
 from models.errors import InputError
+from models.families.family import Family
+from models.placement import Placing
+from models.weights import Path, Row
 
 SINGLE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -43,10 +52,21 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 # Safetensors' names of the types that a parameter may be stored in.
 _STORED_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
-# Buffers that old checkpoints store; the frequencies follow from the config.
-_IGNORED = re.compile(r"\brotary_emb\.inv_freq$")
+# Names of tensors that hold quantised weights, and what wrote them.
+_QUANTISED = {
+    r"\.(qweight|qzeros|g_idx)$": "GPTQ or AWQ",
+    r"\.(absmax|nested_absmax|quant_map|SCB)$|\.quant_state\.": "bitsandbytes",
+    r"\.(weight_scale|weight_scale_inv|weight_packed|weight_shape)$": "FP8 or compressed-tensors",
+    r"_(blocks|scales)$": "MXFP4",
+}
+
+# Bytes that are read at a time. The file's pages count as resident until they are let go.
+_PIECE_BYTES = 2**23
+_READERS = min(8, os.cpu_count() or 1)
 
 _PROGRESS_FROM_BYTES = 10**9
+
+_log = logging.getLogger(__name__)
 
 
 class CheckpointError(InputError):
@@ -54,7 +74,11 @@ class CheckpointError(InputError):
 
 
 def load(
-    folder_or_hub_id: str | os.PathLike, *, dtype=None
+    folder_or_hub_id: str | os.PathLike,
+    *,
+    dtype=None,
+    mesh: jax.sharding.Mesh | None = None,
+    cache_dir: str | os.PathLike | None = None,
 ) -> tuple[Decoder, transformers.PreTrainedTokenizerBase | None]:
     """Loads a model in Hugging Face's format.
 
@@ -63,6 +87,10 @@ def load(
             on the Hugging Face Hub.
         dtype: of the parameters. By default they stay as they are stored, whatever config.json
             says (the widest type if several are stored).
+        mesh: devices to spread the parameters over, with the axes `sweep` and `model`, as
+            `models.placement` says; by default the default device.
+        cache_dir: where `launch.convert` keeps converted weights, by default
+            `models.cache.default_folder()`. They are used if they are there; none are written.
 
     Returns:
         The decoder, and the tokenizer or None if the checkpoint has no tokenizer files.
@@ -70,13 +98,11 @@ def load(
     Raises:
         CheckpointError: naming the file, and the tensor or attribute.
     """
-    folder = resolve(folder_or_hub_id)
-    config = _read_config(folder)
-    with contextlib.ExitStack() as stack:
-        stored = _open(_shard_files(folder), stack)
-        config = dataclasses.replace(config, dtype=_stored_dtype(stored))
-        decoder = _read_decoder(folder, config, jnp.dtype(dtype or config.dtype), stored)
-    return decoder, read_tokenizer(folder)
+    source = Source.examine(resolve(folder_or_hub_id), dtype)
+    tokenizer = read_tokenizer(source.folder)
+    if tokenizer is not None:
+        _check_tokenizer(source, tokenizer)
+    return source.load(mesh, cache_dir), tokenizer
 
 
 def stored_dtype(folder: pathlib.Path) -> str:
@@ -85,8 +111,7 @@ def stored_dtype(folder: pathlib.Path) -> str:
     Raises:
         CheckpointError: naming the file that cannot be read.
     """
-    with contextlib.ExitStack() as stack:
-        return _stored_dtype(_open(_shard_files(folder), stack))
+    return _widest(_headers(folder, families.get(_read_config(folder).family)))
 
 
 def save(
@@ -110,8 +135,7 @@ def save(
         CheckpointError: if the folder is not empty, or the family cannot express the model.
     """
     folder = pathlib.Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder}: is there already; remove it or choose another folder")
+    check_free(folder)
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)
     try:
@@ -123,6 +147,12 @@ def save(
     except BaseException:
         shutil.rmtree(partial)
         raise
+
+
+def check_free(folder: pathlib.Path) -> None:
+    """Raises CheckpointError if a folder to be written is not empty."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder}: is there already; remove it or choose another folder")
 
 
 def resolve(folder_or_hub_id: str | os.PathLike) -> pathlib.Path:
@@ -152,145 +182,286 @@ def resolve(folder_or_hub_id: str | os.PathLike) -> pathlib.Path:
         ) from error
 
 
-def weights_hash(folder: pathlib.Path) -> str:
-    """BLAKE2b of the weight files, in the order of their names; 64 hex digits."""
-    digest = hashlib.blake2b(digest_size=32)
-    for shard in _shard_files(folder):
-        with shard.open("rb") as file:
-            while chunk := file.read(2**24):
-                digest.update(chunk)
-    return digest.hexdigest()
+def weights_hash(folder: pathlib.Path, cache_dir: str | os.PathLike | None = None) -> str:
+    """BLAKE2b of the weight files, in the order of their names; 64 hex digits.
+
+    That of large files is remembered in the cache folder, until one of them changes.
+    """
+    files = _shard_files(folder)
+
+    def compute() -> str:
+        digest = hashlib.blake2b(digest_size=32)
+        total = sum(file.stat().st_size for file in files)
+        with _progress(f"Hashing {folder.name}", total) as progress:
+            for shard in files:
+                with shard.open("rb") as file:
+                    while chunk := file.read(_PIECE_BYTES):
+                        digest.update(chunk)
+                        progress.update(len(chunk))
+        return digest.hexdigest()
+
+    return cache.remembered_hash(_cache_folder(cache_dir), files, compute)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A checkpoint that can be loaded; made by `examine`, which reads no weights.
+
+    Attributes:
+        folder: where it is.
+        config: the shape of its model.
+        dtype: in which its parameters are wanted.
+        rows: the weights, in the order of the files.
+    """
+
+    folder: pathlib.Path
+    config: DecoderConfig
+    dtype: jnp.dtype
+    rows: tuple[Row, ...]
+    _stored: Mapping[str, "_Stored"]
+    _graph: nnx.GraphDef
+    _parameters: Mapping[Path, nnx.Param]
+
+    @classmethod
+    def examine(cls, folder: pathlib.Path, dtype=None) -> "Source":
+        """Looks at everything but the weights' values.
+
+        Args:
+            folder: of the checkpoint.
+            dtype: in which its parameters are wanted, by default as they are stored.
+
+        Raises:
+            CheckpointError: naming the file, and the tensor or attribute.
+        """
+        config = _read_config(folder)
+        family = families.get(config.family)
+        stored = _headers(folder, family)
+        config = dataclasses.replace(config, dtype=_widest(stored))
+        dtype = jnp.dtype(dtype or config.dtype)
+        if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+            raise CheckpointError(
+                f"{folder}: parameters of type {dtype} need jax_enable_x64; or pass another dtype"
+            )
+        # Built without weights: they come from the checkpoint.
+        graph, parameters = _parameters(
+            nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype))
+        )
+        prefix = _missing_prefix(family, stored)
+        rows = [
+            dataclasses.replace(row, name=row.name.removeprefix(prefix))
+            for row in _rows(config, parameters)
+        ]
+        _check_names(folder, rows, config, stored, prefix)
+        _check_shapes(rows, stored)
+        order = {name: position for position, name in enumerate(stored)}
+        rows.sort(key=lambda row: order[row.name])
+        return cls(folder, config, dtype, tuple(rows), stored, graph, parameters)
+
+    def cached(self, cache_dir: str | os.PathLike | None = None) -> cache.Entry | None:
+        """The converted weights in the cache, or None where there are none.
+
+        Raises:
+            cache.DamagedEntryError: they are there, but not as they were written.
+        """
+        folder = _cache_folder(cache_dir)
+        # Without a hash, which takes seconds, where there can be none.
+        if not cache.may_hold(folder, self._file_bytes):
+            return None
+        return cache.find(folder, self._entry_name(folder))
+
+    def write_cache(self, cache_dir: str | os.PathLike | None = None) -> cache.Entry:
+        """Reads the weights, and writes them to the cache in the type in which they are stored.
+
+        Raises:
+            CheckpointError: as in `load`.
+            OSError: there is no place for them, or no permission.
+        """
+        if self.dtype != self.config.dtype:
+            raise ValueError(f"the cache keeps {self.config.dtype}, and not {self.dtype}")
+        folder = _cache_folder(cache_dir)
+        _, parameters = _parameters(self.read())
+        arrays = {path: parameter[...] for path, parameter in parameters.items()}
+        about = {"model": str(self.folder), "dtype": self.config.dtype}
+        return cache.write(folder, self._entry_name(folder), arrays, about)
+
+    def load(
+        self,
+        mesh: jax.sharding.Mesh | None = None,
+        cache_dir: str | os.PathLike | None = None,
+    ) -> Decoder:
+        """The model, from the cache where it has the weights.
+
+        Args:
+            mesh, cache_dir: as in `load`.
+
+        Raises:
+            CheckpointError: naming the file and the tensor whose values cannot be used.
+        """
+        try:
+            entry = self.cached(cache_dir)
+            if entry is not None:
+                return self._from_cache(entry, mesh)
+        except cache.DamagedEntryError as error:
+            _log.warning(
+                "%s; the checkpoint itself is read. To write it again: "
+                "python -m launch.convert --model=%s",
+                *(error, self.folder),
+            )
+        return self.read(mesh)
+
+    def read(self, mesh: jax.sharding.Mesh | None = None) -> Decoder:
+        """The model, from the checkpoint's own files; arguments and errors as in `load`."""
+        placings = self._placings(mesh)
+        done: dict[Path, jax.Array] = {}
+        left = Counter(path for row in self.rows for path in row.paths)
+
+        def fill(row: Row) -> None:
+            for index, path in enumerate(row.paths):
+                for piece in placings[path].pieces:
+                    self._stored[row.name].read_into(row, index, piece.of_layer(row.layer))
+
+        pool = concurrent.futures.ThreadPoolExecutor(_READERS)
+        try:
+            with _progress(self.folder.name, self._parameter_bytes) as progress:
+                for row, _ in zip(self.rows, pool.map(fill, self.rows), strict=True):
+                    progress.update(row.size * self.dtype.itemsize)
+                    left.subtract(row.paths)
+                    for path in row.paths:
+                        if not left[path]:
+                            done[path] = placings.pop(path).hand_over()
+        finally:
+            pool.shutdown(cancel_futures=True)
+        return self._decoder(done)
+
+    def _from_cache(self, entry: cache.Entry, mesh: jax.sharding.Mesh | None) -> Decoder:
+        can_overflow = jnp.promote_types(self.config.dtype, self.dtype) != self.dtype
+        placings = self._placings(mesh)
+        done = {}
+        with _progress(f"{self.folder.name} (cached)", self._parameter_bytes) as progress:
+            for path in list(placings):
+                placing = placings.pop(path)
+                for piece in placing.pieces:
+                    entry.read_into(path, piece.where, piece.buffer)
+                    if can_overflow and not placement.all_finite(piece.buffer):
+                        row = next(row for row in self.rows if path in row.paths)
+                        raise self._stored[row.name].not_finite(self.dtype)
+                done[path] = placing.hand_over()
+                progress.update(done[path].nbytes)
+        return self._decoder(done)
+
+    def _entry_name(self, cache_dir: pathlib.Path) -> str:
+        return cache.name(weights_hash(self.folder, cache_dir), self._file_bytes, self.rows)
+
+    @property
+    def _file_bytes(self) -> int:
+        return sum(file.stat().st_size for file in _shard_files(self.folder))
+
+    @property
+    def _parameter_bytes(self) -> int:
+        return sum(row.size for row in self.rows) * self.dtype.itemsize
+
+    def _placings(self, mesh: jax.sharding.Mesh | None) -> dict[Path, Placing]:
+        if mesh is not None:
+            placement.check(mesh)
+        placings = {}
+        for path, parameter in self._parameters.items():
+            shape = parameter.shape
+            sharding = None if mesh is None else placement.sharding(path, shape, mesh)
+            placings[path] = Placing(shape, self.dtype, sharding)
+        return placings
+
+    def _decoder(self, arrays: Mapping[Path, jax.Array]) -> Decoder:
+        state = {path: p.replace(arrays[path]) for path, p in self._parameters.items()}
+        return nnx.merge(self._graph, nnx.from_flat_state(state))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Stored:
-    """One tensor of an open shard."""
+    """One tensor of a shard, unread.
+
+    Attributes:
+        name: of the tensor.
+        shard: the file that holds it.
+        shape: of the tensor.
+        dtype: numpy's name of its type.
+    """
 
     name: str
     shard: pathlib.Path
-    handle: safetensors.safe_open
-
-    @property
-    def dtype(self) -> str:
-        dtype = self.handle.get_slice(self.name).get_dtype()
-        if dtype not in _STORED_DTYPES:
-            raise CheckpointError(
-                f"{self.shard}: {self.name} is stored as {dtype}; supported: "
-                f"{', '.join(_STORED_DTYPES)}. A quantised checkpoint must be dequantised first"
-            )
-        return _STORED_DTYPES[dtype]
-
-    def read_into(self, out: np.ndarray, transpose: bool) -> None:
-        """Reads the tensor into `out`, converting its type; transposed if asked to."""
-        wanted = out.shape[::-1] if transpose else out.shape
-        shape = tuple(self.handle.get_slice(self.name).get_shape())
-        if shape != wanted:
-            raise CheckpointError(
-                f"{self.shard}: {self.name} has shape {list(shape)}, but config.json asks for "
-                f"{list(wanted)}"
-            )
-        values = self.handle.get_tensor(self.name)
-        with np.errstate(over="ignore"):  # what overflows is refused below
-            out[...] = values.T if transpose else values
-        if not np.isfinite(out).all():
-            as_type = "" if out.dtype == self.dtype else f" when converted to {out.dtype}"
-            raise CheckpointError(f"{self.shard}: {self.name} has NaN or infinite values{as_type}")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Row:
-    """A parameter of a decoder, and the tensors that it is stored as.
-
-    Attributes:
-        path: of the parameter.
-        names: of its tensors; one per layer if `stacked`, else a single one.
-        stacked: whether the parameter has a leading layer axis.
-        transpose: whether each tensor is the transpose of the parameter.
-        shape: of the parameter.
-    """
-
-    path: tuple[str, ...]
-    names: tuple[str, ...]
-    stacked: bool
-    transpose: bool
     shape: tuple[int, ...]
+    dtype: str
 
-    def part(self, array: np.ndarray | jax.Array, layer: int) -> np.ndarray | jax.Array:
-        """What `names[layer]` holds of an array of this parameter's shape."""
-        return array[layer] if self.stacked else array
+    def read(self, where: tuple[slice, ...]) -> np.ndarray:
+        """A part of the tensor. The file is mapped only as long as this takes."""
+        with safetensors.safe_open(self.shard, framework="numpy") as file:
+            return file.get_slice(self.name)[where]
+
+    def steps(self, where: tuple[slice, ...]) -> Iterator[tuple[slice, tuple[slice, ...]]]:
+        """Cuts a part of the tensor along its first axis into what is read at a time.
+
+        Yields:
+            The rows, counted from those of the part; and where they are in the tensor.
+        """
+        sizes = [s.stop - s.start for s in where]
+        row_bytes = int(np.prod(sizes[1:])) * jnp.dtype(self.dtype).itemsize
+        rows = max(1, _PIECE_BYTES // row_bytes)
+        for first in range(0, sizes[0], rows):
+            last = min(first + rows, sizes[0])
+            start = where[0].start
+            yield slice(first, last), (slice(start + first, start + last), *where[1:])
+
+    def read_into(self, row: Row, parameter: int, piece: placement.Piece) -> None:
+        """Reads what a piece of one of the row's parameters needs, and converts it."""
+        *inputs, outputs = piece.where
+        for run, held in row.runs(parameter, outputs):
+            where, out = (*inputs, held), piece.buffer[..., run]
+            if row.transposed:
+                where, out = where[::-1], out.T
+            for rows, step in self.steps(where):
+                if not placement.copy(self.read(step), out[rows]):
+                    raise self.not_finite(out.dtype)
+
+    def not_finite(self, dtype: np.dtype) -> CheckpointError:
+        """The error that says so."""
+        as_type = "" if dtype == self.dtype else f" when converted to {dtype}"
+        return CheckpointError(f"{self.shard}: {self.name} has NaN or infinite values{as_type}")
 
 
-def _rows(config: DecoderConfig, parameters: Mapping[tuple[str, ...], nnx.Param]) -> list[_Row]:
-    """The family's weight table, expanded to the parameters that a decoder has."""
-    rows = []
-    for name, path, transpose in families.get(config.family).WEIGHTS:
-        path = tuple(path.split("."))
-        if path not in parameters:
-            continue
-        stacked = "{layer}" in name
-        layers = range(config.num_layers) if stacked else (0,)
-        names = tuple(name.format(layer=layer) for layer in layers)
-        rows.append(_Row(path, names, stacked, transpose, parameters[path].shape))
-    unnamed = parameters.keys() - {row.path for row in rows}
-    if unnamed:
-        raise ValueError(f"the weight table of {config.family} lacks {sorted(unnamed)}")
-    return rows
+def _rows(config: DecoderConfig, parameters: Mapping[Path, nnx.Param]) -> list[Row]:
+    """The tensors of a checkpoint of this model, as transformers names them."""
+    shapes = {path: parameter.shape for path, parameter in parameters.items()}
+    return weights.rows(families.get(config.family).weights, config, shapes)
 
 
-def _parameters(module: Decoder) -> tuple[nnx.GraphDef, dict[tuple[str, ...], nnx.Param]]:
+def _parameters(module: Decoder) -> tuple[nnx.GraphDef, dict[Path, nnx.Param]]:
     graph, state = nnx.split(module)
     return graph, dict(nnx.to_flat_state(state))
 
 
-def _read_decoder(
-    folder: pathlib.Path, config: DecoderConfig, dtype: jnp.dtype, stored: Mapping[str, _Stored]
-) -> Decoder:
-    """Builds the decoder abstractly and fills it, one stacked parameter after the other.
-
-    At no time is more than one parameter held twice.
-    """
-    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
-        raise CheckpointError(
-            f"{folder}: parameters of type {dtype} need jax_enable_x64; or pass another dtype"
-        )
-    abstract = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype))
-    graph, parameters = _parameters(abstract)
-    rows = _rows(config, parameters)
-    _check_names(folder, rows, config, stored)
-
-    total = sum(np.prod(row.shape) * dtype.itemsize for row in rows)
-    progress = tqdm.tqdm(
-        total=int(total),
-        desc=folder.name,
-        unit="B",
-        unit_scale=True,
-        disable=total < _PROGRESS_FROM_BYTES,
-    )
-    with progress:
-        for row in rows:
-            buffer = np.empty(row.shape, dtype)
-            for layer, name in enumerate(row.names):
-                part = row.part(buffer, layer)
-                stored[name].read_into(part, row.transpose)
-                progress.update(part.nbytes)
-            parameters[row.path] = parameters[row.path].replace(jax.device_put(buffer))
-    return nnx.merge(graph, nnx.from_flat_state(parameters))
+def _missing_prefix(family: Family, stored: Mapping[str, _Stored]) -> str:
+    """What the names of all tensors lack, if they are those of the bare model; else nothing."""
+    bare = not any(name.startswith(family.base_prefix) for name in stored)
+    return family.base_prefix if bare else ""
 
 
 def _check_names(
-    folder: pathlib.Path, rows: list[_Row], config: DecoderConfig, stored: Mapping[str, _Stored]
+    folder: pathlib.Path,
+    rows: list[Row],
+    config: DecoderConfig,
+    stored: Mapping[str, _Stored],
+    prefix: str,
 ) -> None:
     """Refuses a checkpoint that lacks a tensor, or has one that the decoder has no place for."""
-    expected = {name for row in rows for name in row.names}
+    expected = {row.name for row in rows}
     missing = sorted(expected - stored.keys())
     if missing:
         raise CheckpointError(
             f"{folder}: {missing[0]} is missing ({len(missing)} of {len(expected)} weights are); "
             "config.json describes another model, or the checkpoint is incomplete"
         )
-    unexpected = {name for name in stored.keys() - expected if not _IGNORED.search(name)}
+    unexpected = stored.keys() - expected
     if config.tie_embeddings:
-        unexpected -= _equal_unembedding(config, stored)
+        unexpected -= _equal_unembedding(config, stored, prefix)
     if unexpected:
         name = min(unexpected)
         raise CheckpointError(
@@ -299,28 +470,49 @@ def _check_names(
         )
 
 
-def _equal_unembedding(config: DecoderConfig, stored: Mapping[str, _Stored]) -> set[str]:
+def _check_shapes(rows: list[Row], stored: Mapping[str, _Stored]) -> None:
+    for row in rows:
+        tensor = stored[row.name]
+        if tensor.shape != row.shape:
+            raise CheckpointError(
+                f"{tensor.shard}: {tensor.name} has shape {list(tensor.shape)}, but config.json "
+                f"asks for {list(row.shape)}"
+            )
+
+
+def _equal_unembedding(
+    config: DecoderConfig, stored: Mapping[str, _Stored], prefix: str
+) -> set[str]:
     """Name of the unembedding, if a tied checkpoint stores it though it follows from the embedding.
 
     transformers unties the two if they differ. Here that is an error: config.json says otherwise.
     """
-    names = {path: name for name, path, _ in families.get(config.family).WEIGHTS}
-    embedding, unembedding = names["embedding"], names["unembedding"]
-    if unembedding not in stored:
+    table = families.get(config.family).weights
+    names = {weight.parameters[0]: weight.tensor.removeprefix(prefix) for weight in table}
+    if names["unembedding"] not in stored:
         return set()
-    values = [stored[name].handle.get_tensor(name) for name in (embedding, unembedding)]
-    if not np.array_equal(*values):
+    embedding, unembedding = stored[names["embedding"]], stored[names["unembedding"]]
+    whole = tuple(slice(0, size) for size in embedding.shape)
+    if embedding.shape != unembedding.shape or not all(
+        np.array_equal(embedding.read(step), unembedding.read(step))
+        for _, step in embedding.steps(whole)
+    ):
         raise CheckpointError(
-            f"{stored[unembedding].shard}: {unembedding} differs from {embedding}, but config.json "
-            "ties them; set tie_word_embeddings to false there to use both"
+            f"{unembedding.shard}: {unembedding.name} differs from {embedding.name}, but "
+            "config.json ties them; set tie_word_embeddings to false there to use both"
         )
-    return {unembedding}
+    return {unembedding.name}
 
 
 def _shard_files(folder: pathlib.Path) -> list[pathlib.Path]:
     """The weight files, in the order of their names; a single file goes before an index."""
     if (folder / SINGLE_FILE).is_file():
         return [folder / SINGLE_FILE]
+    return [folder / name for name in sorted(set(_weight_map(folder).values()))]
+
+
+def _weight_map(folder: pathlib.Path) -> dict[str, str]:
+    """Which file holds which tensor, by the index of a checkpoint of several files."""
     index = folder / INDEX
     if not index.is_file():
         pickles = [file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth")]
@@ -334,38 +526,83 @@ def _shard_files(folder: pathlib.Path) -> list[pathlib.Path]:
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: has no weight_map")
-    names = sorted(set(weight_map.values()))
-    for name in names:
-        if pathlib.Path(name).name != name:
+    for name in weight_map.values():
+        if not isinstance(name, str) or pathlib.Path(name).name != name:
             raise CheckpointError(f"{index}: names {name!r}, which is not a file in its folder")
         if not (folder / name).is_file():
             raise CheckpointError(f"{index}: names {name}, which is missing; download it again")
-    return [folder / name for name in names]
+    return weight_map
 
 
-def _open(shards: list[pathlib.Path], stack: contextlib.ExitStack) -> dict[str, _Stored]:
-    """All tensors of the shards, unread; the files stay open as long as `stack`."""
-    stored = {}
-    for shard in shards:
-        try:
-            handle = stack.enter_context(safetensors.safe_open(shard, framework="numpy"))
-        except (safetensors.SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{shard}: truncated or corrupt ({error}); download it again"
-            ) from error
-        for name in handle.offset_keys():
+def _headers(folder: pathlib.Path, family: Family) -> dict[str, _Stored]:
+    """All weights of a checkpoint, unread, in the order of the files.
+
+    Raises:
+        CheckpointError: a file cannot be read, the index is wrong, or weights are quantised.
+    """
+    stored: dict[str, _Stored] = {}
+    for shard in _shard_files(folder):
+        for name, shape, dtype in _header(shard):
             if name in stored:
                 raise CheckpointError(f"{shard}: {name} is in {stored[name].shard.name} as well")
-            stored[name] = _Stored(name, shard, handle)
+            stored[name] = _Stored(name, shard, shape, dtype)
+    if not (folder / SINGLE_FILE).is_file():
+        _check_index(folder, stored)
+    ignored = re.compile("|".join(family.ignored) or "(?!)")
+    stored = {name: tensor for name, tensor in stored.items() if not ignored.search(name)}
     if not stored:
-        raise CheckpointError(f"{shards[0]}: holds no tensors")
-    return stored
+        raise CheckpointError(f"{folder}: its weight files hold no tensors")
+    return {name: _understood(tensor) for name, tensor in stored.items()}
 
 
-def _stored_dtype(stored: Mapping[str, _Stored]) -> str:
+def _header(shard: pathlib.Path) -> list[tuple[str, tuple[int, ...], str]]:
+    """Name, shape and safetensors' name of the type of each tensor of a file, in its order."""
+    try:
+        with safetensors.safe_open(shard, framework="numpy") as file:
+            slices = [(name, file.get_slice(name)) for name in file.offset_keys()]
+            return [(name, tuple(s.get_shape()), s.get_dtype()) for name, s in slices]
+    except (safetensors.SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{shard}: truncated or corrupt ({error}); download it again"
+        ) from error
+
+
+def _check_index(folder: pathlib.Path, stored: Mapping[str, _Stored]) -> None:
+    """Refuses files that do not hold what the index says."""
+    for name, file in _weight_map(folder).items():
+        if name not in stored:
+            raise CheckpointError(
+                f"{folder / INDEX}: names {name} in {file}, but no file holds it; download the "
+                "index and its files again"
+            )
+        if stored[name].shard.name != file:
+            raise CheckpointError(
+                f"{folder / file}: lacks {name}, which {INDEX} says it holds and which is in "
+                f"{stored[name].shard.name}; the files are mixed up: download them again"
+            )
+
+
+def _understood(tensor: _Stored) -> _Stored:
+    """The tensor with numpy's name of its type, unless its values are no plain numbers."""
+    for pattern, method in _QUANTISED.items():
+        if re.search(pattern, tensor.name):
+            raise CheckpointError(
+                f"{tensor.shard}: {tensor.name} belongs to weights quantised by {method}, which "
+                "are not supported: effects would be those of the rounding too. Take the "
+                "checkpoint from before it was quantised, or dequantise it"
+            )
+    if tensor.dtype not in _STORED_DTYPES:
+        raise CheckpointError(
+            f"{tensor.shard}: {tensor.name} is stored as {tensor.dtype}; supported: "
+            f"{', '.join(_STORED_DTYPES)}. A quantised checkpoint must be dequantised first"
+        )
+    return dataclasses.replace(tensor, dtype=_STORED_DTYPES[tensor.dtype])
+
+
+def _widest(stored: Mapping[str, _Stored]) -> str:
     """The narrowest type that holds every weight as it is stored."""
-    dtypes = [tensor.dtype for tensor in stored.values() if not _IGNORED.search(tensor.name)]
     # Of jnp, which knows what holds bfloat16; pairwise, because that keeps float64 in any case.
+    dtypes = [tensor.dtype for tensor in stored.values()]
     return jnp.dtype(functools.reduce(jnp.promote_types, dtypes)).name
 
 
@@ -374,18 +611,28 @@ def _read_config(folder: pathlib.Path) -> DecoderConfig:
     if not file.is_file():
         raise CheckpointError(f"{folder}: has no config.json; is it a Hugging Face checkpoint?")
     attributes = _read_json(file)
-    if "auto_map" in attributes:
-        raise CheckpointError(
-            f"{file}: auto_map asks for code from the checkpoint, which is never run; remove "
-            "auto_map if the model is one that transformers itself computes"
-        )
     try:
         # Before transformers builds its class: it knows less well what is not supported here.
         config_lib.refuse_unsupported(attributes)
+        _refuse_code(attributes)
         hf_config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         return config_lib.from_hf(hf_config)
     except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise CheckpointError(f"{file}: {error}") from error
+
+
+def _refuse_code(attributes: Mapping) -> None:
+    """Raises ValueError if the checkpoint asks for code of its own, which is never run.
+
+    It is ignored where it is what transformers later took over: the same class by name (Phi-3).
+    """
+    named = str(dict(attributes.get("auto_map") or {}).get("AutoModelForCausalLM", ""))
+    family = families.get(attributes["model_type"])
+    if named and named.rpartition(".")[2] != family.architecture:
+        raise ValueError(
+            f"auto_map asks for {named}, code from the checkpoint, which is never run; remove "
+            "auto_map if the model is one that transformers itself computes"
+        )
 
 
 def read_tokenizer(folder: pathlib.Path) -> transformers.PreTrainedTokenizerBase | None:
@@ -398,6 +645,24 @@ def read_tokenizer(folder: pathlib.Path) -> transformers.PreTrainedTokenizerBase
         raise CheckpointError(f"{folder}: the tokenizer cannot be read: {error}") from error
 
 
+def _check_tokenizer(source: Source, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
+    """Refuses a tokenizer whose ordinary tokens the model does not have.
+
+    Published models have special tokens beyond their vocabulary (Gemma 3's, for images). Text
+    does not contain them.
+    """
+    size = source.config.vocab_size
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    beyond = {i: token for token, i in tokenizer.get_vocab().items() if i >= size}
+    if ordinary := beyond.keys() - special:
+        first = min(ordinary)
+        raise CheckpointError(
+            f"{source.folder}: the tokenizer has a token {beyond[first]!r} of id {first}, but the "
+            f"model's vocabulary has {size} ({len(ordinary)} such tokens); the tokenizer is that "
+            "of another model"
+        )
+
+
 def _read_json(file: pathlib.Path) -> dict:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -406,6 +671,21 @@ def _read_json(file: pathlib.Path) -> dict:
     if not isinstance(content, dict):
         raise CheckpointError(f"{file}: not a JSON object")
     return content
+
+
+def _cache_folder(cache_dir: str | os.PathLike | None) -> pathlib.Path:
+    return pathlib.Path(cache_dir) if cache_dir else cache.default_folder()
+
+
+def _progress(label: str, total: int) -> tqdm.tqdm:
+    """A progress bar of bytes, for what takes long enough to need one."""
+    return tqdm.tqdm(
+        total=total,
+        desc=label,
+        unit="B",
+        unit_scale=True,
+        disable=total < _PROGRESS_FROM_BYTES,
+    )
 
 
 def _write_config(
@@ -426,26 +706,23 @@ def _write_config(
 def _write_weights(decoder: Decoder, folder: pathlib.Path, max_shard_bytes: int) -> None:
     """Writes the weights shard by shard; no more than one shard is held on the host."""
     _, parameters = _parameters(decoder)
-    tensors = {
-        name: (row, layer)
-        for row in _rows(decoder.config, parameters)
-        for layer, name in enumerate(row.names)
-    }
+    rows = {row.name: row for row in _rows(decoder.config, parameters)}
+    itemsize = decoder.embedding.dtype.itemsize
     plan = huggingface_hub.split_state_dict_into_shards_factory(
-        tensors,
-        get_storage_size=lambda tensor: parameters[tensor[0].path].nbytes // len(tensor[0].names),
+        rows,
+        get_storage_size=lambda row: row.size * itemsize,
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=max_shard_bytes,
     )
 
-    def values(row: _Row, layer: int) -> np.ndarray:
-        part = np.asarray(row.part(parameters[row.path][...], layer))
-        return np.ascontiguousarray(part.T if row.transpose else part)
+    def values(row: Row) -> np.ndarray:
+        arrays = [parameters[path][...] for path in row.paths]
+        return row.join([np.asarray(a if row.layer is None else a[row.layer]) for a in arrays])
 
     for file, names in plan.filename_to_tensors.items():
         # transformers reads only files that are marked as written for torch.
         safetensors.numpy.save_file(
-            {name: values(*tensors[name]) for name in names}, folder / file, {"format": "pt"}
+            {name: values(rows[name]) for name in names}, folder / file, {"format": "pt"}
         )
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}

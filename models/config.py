@@ -5,11 +5,14 @@ change what the model computes. What differs between families is data in `models
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
+import jax
 import transformers
 
 from models import families
+from models.families.family import Family
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,39 +21,72 @@ class Rotary:
 
     Attributes:
         theta: the base of the frequencies.
-        kind: "default", "linear" (positions divided by `factor`) or "llama3" (the slow frequencies
-            divided by `factor`).
+        kind: "default", "linear" (positions divided by `factor`), "llama3" (the slow frequencies
+            divided by `factor`) or "longrope" (each frequency divided by its own factor).
+        fraction: how much of each head is rotated: its first channels.
         factor: how far the context was stretched.
         low_freq_factor, high_freq_factor: "llama3" only; turns within the original context below
             which a frequency is divided by `factor`, and above which it is kept.
-        original_max_positions: "llama3" only; length of the context before it was stretched.
+        original_max_positions: "llama3" and "longrope" only; length of the context before it was
+            stretched.
+        short_factors: "longrope" only; of each frequency, within the original context.
+        long_factors: "longrope" only; of each frequency beyond it, where jaxmed does not go.
+        stretched_max_positions: "longrope" only; length of the context after it was stretched.
+        attention_factor: "longrope" only; scales the rotated vectors. None follows from how far
+            the context was stretched.
     """
 
     theta: float
     kind: str = "default"
-    factor: float = 1.0
+    fraction: float = 1.0
+    factor: float | None = None
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_positions: int = 0
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+    stretched_max_positions: int | None = None
+    attention_factor: float | None = None
+
+    def rotated(self, head_dim: int) -> int:
+        """How many channels of a head are rotated."""
+        return int(head_dim * self.fraction)
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """The shape of a decoder; hashable, so that it can be a static argument of `jax.jit`.
 
+    The defaults are what Llama does.
+
     Attributes:
         family: Hugging Face's `model_type`.
         vocab_size, hidden_size, intermediate_size, num_layers: sizes.
         num_heads, num_kv_heads, head_dim: query heads, key/value heads, size of each.
         norm_eps: added to the mean square in every norm.
-        max_positions: the longest sequence that the model was made for.
-        rotary: position embedding.
+        max_positions: the longest sequence that can be computed.
+        rotary: position embedding; None if there is none.
         qkv_bias, output_bias, mlp_bias: whether these projections have a bias.
-        activation: of the MLP's gate; "silu".
+        activation: of the MLP's gate, or of its hidden units where it has none; Hugging Face's
+            name of it, a key of `ACTIVATIONS`.
         windows: sliding window of each layer, None for full attention; key j is visible to query i
             iff i - window < j <= i.
         tie_embeddings: whether the unembedding is the embedding.
         dtype: of the checkpoint's parameters; float16, bfloat16, float32 or float64.
+        window_rotary: the position embedding of layers that have a window, where it is another.
+        norm: "rms" or "layer", of every norm.
+        norm_offset: added to the weights of every norm.
+        pre_norm, post_norm: whether the input of attention and MLP is normed, and their output.
+        query_key_norm: None, or whether queries and keys are normed by "head" or "all" heads at
+            once, before the rotary embedding.
+        query_scalar: scores are divided by its square root; None for the head size.
+        inverse_layer_scale: whether scores are also divided by 1 + the index of the layer.
+        score_cap, logit_cap: c, where scores or logits go through c tanh(. / c); None if not.
+        gated_mlp: whether the MLP has a gate.
+        parallel: whether attention and MLP both read the block's input (else the MLP reads what
+            attention has added to as well).
+        scale_embedding: whether embeddings are multiplied by the square root of the hidden size.
+        learned_positions: whether an embedding of each token's position is added.
     """
 
     family: str
@@ -63,7 +99,7 @@ class DecoderConfig:
     head_dim: int
     norm_eps: float
     max_positions: int
-    rotary: Rotary
+    rotary: Rotary | None
     qkv_bias: bool
     output_bias: bool
     mlp_bias: bool
@@ -71,6 +107,20 @@ class DecoderConfig:
     windows: tuple[int | None, ...]
     tie_embeddings: bool
     dtype: str
+    window_rotary: Rotary | None = None
+    norm: str = "rms"
+    norm_offset: float = 0.0
+    pre_norm: bool = True
+    post_norm: bool = False
+    query_key_norm: str | None = None
+    query_scalar: float | None = None
+    inverse_layer_scale: bool = False
+    score_cap: float | None = None
+    logit_cap: float | None = None
+    gated_mlp: bool = True
+    parallel: bool = False
+    scale_embedding: bool = False
+    learned_positions: bool = False
 
     def __post_init__(self):
         if len(self.windows) != self.num_layers:
@@ -79,29 +129,63 @@ class DecoderConfig:
         for name in (*sizes, "num_kv_heads", "head_dim", "max_positions"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("query_scalar", "score_cap", "logit_cap"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"{self.num_heads} query heads cannot share {self.num_kv_heads} key/value heads"
             )
-        if self.head_dim % 2:
-            raise ValueError(f"head size {self.head_dim} is odd; the rotary embedding needs pairs")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(
+                f"activation {self.activation!r} is not one of {', '.join(ACTIVATIONS)}"
+            )
+        for rotary in filter(None, (self.rotary, self.window_rotary)):
+            self._check_rotary(rotary)
+
+    def _check_rotary(self, rotary: Rotary) -> None:
+        rotated = rotary.rotated(self.head_dim)
+        if rotated % 2 or not 0 < rotated <= self.head_dim:
+            raise ValueError(
+                f"{rotated} of the {self.head_dim} channels of a head would be rotated; the rotary "
+                "embedding needs pairs"
+            )
+        if rotary.kind == "longrope" and len(rotary.short_factors) != rotated // 2:
+            raise ValueError(
+                f"{len(rotary.short_factors)} short factors for {rotated // 2} rotary frequencies"
+            )
 
 
-ACTIVATIONS = ("silu",)
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
-# rope_type -> what it needs: a field of Rotary <- a key of the HF config's rope_parameters.
-_LINEAR = {"theta": "rope_theta", "factor": "factor"}
+# Hugging Face's names of what an MLP may use. Those of the tanh approximation (arXiv 1606.08415)
+# differ in how they round.
+_GELU_TANH = functools.partial(jax.nn.gelu, approximate=True)
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_new": _GELU_TANH,
+    "gelu_fast": _GELU_TANH,
+    "gelu_pytorch_tanh": _GELU_TANH,
+    "relu": jax.nn.relu,
+}
+
+# rope_type -> field of Rotary -> the key of the HF config's rope_parameters that holds it.
+_DEFAULT = {"theta": "rope_theta"}
+_LINEAR = _DEFAULT | {"factor": "factor"}
+_ORIGINAL = {"original_max_positions": "original_max_position_embeddings"}
 ROTARY_KINDS = {
-    "default": {"theta": "rope_theta"},
+    "default": _DEFAULT,
     "linear": _LINEAR,
     "llama3": _LINEAR
-    | {
-        "low_freq_factor": "low_freq_factor",
-        "high_freq_factor": "high_freq_factor",
-        "original_max_positions": "original_max_position_embeddings",
-    },
+    | _ORIGINAL
+    | {"low_freq_factor": "low_freq_factor", "high_freq_factor": "high_freq_factor"},
+    "longrope": _DEFAULT
+    | _ORIGINAL
+    | {"short_factors": "short_factor", "long_factors": "long_factor"},
 }
+# What may be there too.
+_OPTIONAL = {"longrope": {"factor": "factor", "attention_factor": "attention_factor"}}
 
 # Attributes that mark a kind of model which no family computes, and what it is called.
 UNSUPPORTED = {
@@ -111,20 +195,26 @@ UNSUPPORTED = {
     "text_config": "a multimodal model",
     "vision_config": "a multimodal model",
     "audio_config": "a multimodal model",
-    "quantization_config": "a quantised model",
     "per_layer_config": "a model whose layers differ in shape",
     "is_encoder_decoder": "an encoder-decoder",
 }
 
-# Attributes that no family's forward pass reads outside training. (Parameters of generation, which
-# old checkpoints keep in config.json, are removed by transformers itself.)
+# Attributes that no family's forward pass reads outside training, or that transformers copies to
+# where they are read. (Parameters of generation, which old checkpoints keep in config.json, are
+# removed by transformers itself.)
 HARMLESS = {
     "_attn_implementation_autoset",
     "_name_or_path",
     "architectures",
     "attention_dropout",
+    "attn_pdrop",
+    "auto_map",
     "bos_token_id",
+    "cache_implementation",
+    "classifier_dropout",
+    "embd_pdrop",
     "eos_token_id",
+    "hidden_dropout",
     "id2label",
     "initializer_range",
     "label2id",
@@ -133,9 +223,12 @@ HARMLESS = {
     "output_attentions",
     "output_hidden_states",
     "pad_token_id",
+    "partial_rotary_factor",
     "pretraining_tp",
     "problem_type",
+    "resid_pdrop",
     "return_dict",
+    "task_specific_params",
     "tie_last_hidden_states",
     "transformers.js_config",
     "transformers_version",
@@ -161,12 +254,17 @@ def from_hf(hf_config: transformers.PreTrainedConfig) -> DecoderConfig:
     family = families.get(hf_config.model_type)
     _refuse_unknown(hf_config, attributes, family)
 
-    fields = {field: attributes.get(name) for field, name in family.FIELDS.items()}
-    if fields["head_dim"] is None:
-        fields["head_dim"] = fields["hidden_size"] // fields["num_heads"]
+    fields = {field: attributes.get(name) for field, name in family.fields.items()}
+    heads, width = fields["num_heads"], fields["hidden_size"]
+    usual = {
+        "num_kv_heads": heads,
+        "head_dim": width // heads,
+        "intermediate_size": 4 * width,
+    }
+    fields |= {field: size for field, size in usual.items() if fields.get(field) is None}
     if fields["activation"] not in ACTIVATIONS:
         raise ValueError(
-            f"{family.FIELDS['activation']} = {fields['activation']!r} is not supported; "
+            f"{family.fields['activation']} = {fields['activation']!r} is not supported; "
             f"supported: {', '.join(ACTIVATIONS)}"
         )
     # transformers' own default, where config.json does not say.
@@ -174,12 +272,11 @@ def from_hf(hf_config: transformers.PreTrainedConfig) -> DecoderConfig:
     if dtype not in DTYPES:
         raise ValueError(f"dtype = {dtype!r} is not supported; supported: {', '.join(DTYPES)}")
     return DecoderConfig(
-        family=family.MODEL_TYPE,
-        rotary=_rotary(attributes["rope_parameters"]),
-        windows=family.windows(attributes),
+        family=family.model_type,
+        windows=family.windows.read(attributes, fields["num_layers"]),
         dtype=dtype,
-        **family.FIXED,
-        **fields,
+        **family.fixed,
+        **fields | _positions(attributes, family, fields["max_positions"]),
     )
 
 
@@ -194,15 +291,13 @@ def to_hf(config: DecoderConfig, **token_ids: int | None) -> transformers.PreTra
         ValueError: naming the fields, if the family's Hugging Face class cannot express them.
     """
     family = families.get(config.family)
-    rotary_keys = ROTARY_KINDS[config.rotary.kind]
     hf_config = transformers.AutoConfig.for_model(
         config.family,
-        architectures=[family.ARCHITECTURE],
-        rope_parameters={"rope_type": config.rotary.kind}
-        | {key: getattr(config.rotary, field) for field, key in rotary_keys.items()},
+        architectures=[family.architecture],
         dtype=config.dtype,
-        **{name: getattr(config, field) for field, name in family.FIELDS.items()},
-        **family.window_attributes(config.windows),
+        **{name: getattr(config, field) for field, name in family.fields.items()}
+        | _position_attributes(config, family),
+        **family.windows.write(config.windows),
         **token_ids,
     )
     wanted, back = dataclasses.asdict(config), dataclasses.asdict(from_hf(hf_config))
@@ -215,44 +310,110 @@ def to_hf(config: DecoderConfig, **token_ids: int | None) -> transformers.PreTra
 def refuse_unsupported(attributes: Mapping) -> None:
     """Raises ValueError if the attributes of config.json are those of an unsupported model."""
     model_type = attributes.get("model_type")
+    quantisation = attributes.get("quantization_config")
+    if quantisation:
+        method = dict(quantisation).get("quant_method", "by an unknown method")
+        raise ValueError(
+            f"the weights are quantised ({method}; quantization_config): their rounding is not "
+            "that of the model which was trained, and effects would be of both; take the "
+            "checkpoint that it was made from, or dequantise it"
+        )
     for name, kind in UNSUPPORTED.items():
         if attributes.get(name):
             raise ValueError(f"model_type {model_type!r} is {kind} ({name}): not supported")
     families.get(model_type)
 
 
-def _refuse_unknown(hf_config, attributes: Mapping, family) -> None:
+def _refuse_unknown(
+    hf_config: transformers.PreTrainedConfig, attributes: Mapping, family: Family
+) -> None:
     """Raises ValueError at the first attribute whose meaning nobody has looked at."""
-    understood = {*family.FIELDS.values(), *family.WINDOW_ATTRIBUTES, "rope_parameters", "dtype"}
+    understood = {*family.fields.values(), *family.windows.attributes, "rope_parameters", "dtype"}
     declared = {f.name: f.default for f in dataclasses.fields(hf_config)}
     # At its default, an attribute that transformers declares is how the family is computed.
-    expected = STRAY | declared
-    for name in sorted(attributes.keys() - understood - HARMLESS):
+    expected = STRAY | declared | family.stray
+    for name in sorted(attributes.keys() - understood - HARMLESS - family.harmless):
         value = attributes[name]
         if name not in expected or value != expected[name]:
             raise ValueError(
                 f"attribute {name} = {value!r} is not understood for model_type "
-                f"{family.MODEL_TYPE!r}; remove it from config.json only if it does not change "
+                f"{family.model_type!r}; remove it from config.json only if it does not change "
                 "what the model computes"
             )
 
 
-def _rotary(parameters: Mapping) -> Rotary:
+def _positions(attributes: Mapping, family: Family, max_positions: int) -> dict:
+    """The fields of a DecoderConfig that say how positions are embedded."""
+    if family.rotary is None:
+        return {"rotary": None}
+    parameters = attributes["rope_parameters"]
+    found = {"rotary": parameters}
+    if family.rotary.by_layer_type:
+        found = {"rotary": parameters[_FULL], "window_rotary": parameters[_SLIDING]}
+    found = {field: _rotary(of_type, family) for field, of_type in found.items()}
+    rotary = found["rotary"]
+    if rotary.kind == "longrope":
+        # Beyond the original context transformers changes the frequencies of all positions as soon
+        # as a run is that long: no prefix of a run would be a run.
+        found["rotary"] = dataclasses.replace(rotary, stretched_max_positions=max_positions)
+        found["max_positions"] = rotary.original_max_positions
+    return found
+
+
+def _rotary(parameters: Mapping, family: Family) -> Rotary:
     kind = parameters["rope_type"]
     if kind not in ROTARY_KINDS:
         raise ValueError(
             f"rope_parameters: rope_type = {kind!r} is not supported; "
             f"supported: {', '.join(ROTARY_KINDS)}"
         )
-    keys = ROTARY_KINDS[kind]
+    needed, optional = ROTARY_KINDS[kind], dict(_OPTIONAL.get(kind, {}))
+    if family.rotary.partial:
+        optional["fraction"] = "partial_rotary_factor"
     # A key at None is as good as absent; "type" is the old name of rope_type.
     given = {key: value for key, value in parameters.items() if value is not None}
-    for key in sorted(given.keys() - set(keys.values()) - {"rope_type", "type"}):
+    understood = {*needed.values(), *optional.values(), "rope_type", "type"}
+    for key in sorted(given.keys() - understood):
         if (key, given[key]) != ("partial_rotary_factor", 1.0):
             raise ValueError(
-                f"rope_parameters: {key} = {given[key]!r} is not understood for rope_type {kind!r}"
+                f"rope_parameters: {key} = {given[key]!r} is not understood for rope_type {kind!r} "
+                f"of model_type {family.model_type!r}"
             )
-    for key in keys.values():
+    for key in needed.values():
         if key not in given:
             raise ValueError(f"rope_parameters: rope_type {kind!r} needs {key}")
-    return Rotary(kind=kind, **{field: given[key] for field, key in keys.items()})
+    values = {field: given[key] for field, key in (optional | needed).items() if key in given}
+    values = {f: tuple(value) if isinstance(value, list) else value for f, value in values.items()}
+    return Rotary(kind=kind, **values)
+
+
+def _position_attributes(config: DecoderConfig, family: Family) -> dict:
+    """The inverse of `_positions`."""
+    if config.rotary is None or family.rotary is None:
+        return {}
+    rotary = config.rotary
+    if not family.rotary.by_layer_type:
+        found = {"rope_parameters": _rope_parameters(rotary)}
+    else:
+        sliding = config.window_rotary or rotary
+        by_type = {_FULL: _rope_parameters(rotary), _SLIDING: _rope_parameters(sliding)}
+        found = {"rope_parameters": by_type}
+    if rotary.kind == "longrope":
+        found[family.fields["max_positions"]] = rotary.stretched_max_positions
+        # Of transformers' two places for it, the one that it gives priority.
+        found["original_max_position_embeddings"] = rotary.original_max_positions
+    return found
+
+
+def _rope_parameters(rotary: Rotary) -> dict:
+    keys = ROTARY_KINDS[rotary.kind] | _OPTIONAL.get(rotary.kind, {})
+    values = {key: getattr(rotary, field) for field, key in keys.items()}
+    if rotary.fraction != 1:
+        values["partial_rotary_factor"] = rotary.fraction
+    values = {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
+    given = {key: value for key, value in values.items() if value is not None}
+    return {"rope_type": rotary.kind} | given
+
+
+# transformers' names of kinds of layers.
+_FULL, _SLIDING = "full_attention", "sliding_attention"

@@ -14,7 +14,7 @@ from models import edits as editing
 from models import layers
 from models.config import DecoderConfig
 from models.edits import Edit, Site
-from models.layers import Cache, Span, Tap
+from models.layers import Cache, Span, Tap, Traits
 
 
 @jax.tree_util.register_dataclass
@@ -23,7 +23,7 @@ class Trace:
     """Every site's value in one run, after its edits.
 
     Attributes:
-        embedding: [T, d].
+        embedding: what enters the first block, [T, d].
         residual, layer, attention, mlp: [L, T, d].
         head: [L, T, H, h].
         neuron: [L, T, I].
@@ -51,30 +51,56 @@ class Trace:
 
 
 class Block(nnx.Module):
-    """One layer, in two halves; each returns what it adds to the residual stream."""
+    """One layer: attention and MLP, each between norms as far as the model has them."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype, compute_dtype):
         shared = dict(rngs=rngs, dtype=dtype, compute_dtype=compute_dtype)
-        self.attention_norm = layers.RMSNorm(config.hidden_size, config.norm_eps, dtype)
+
+        def norm(wanted):
+            return layers.norm(config, config.hidden_size, dtype) if wanted else None
+
+        self.parallel = config.parallel
+        self.attention_norm = norm(config.pre_norm)
         self.attention = layers.Attention(config, **shared)
-        self.mlp_norm = layers.RMSNorm(config.hidden_size, config.norm_eps, dtype)
+        self.attention_post_norm = norm(config.post_norm)
+        self.mlp_norm = norm(config.pre_norm)
         self.mlp = layers.MLP(config, **shared)
+        self.mlp_post_norm = norm(config.post_norm)
+
+    def run(
+        self,
+        x: Float[Array, "T d"],
+        at: Span,
+        traits: Traits,
+        prefix: Cache | None,
+        tap: Tap,
+    ) -> tuple[Float[Array, "T d"], Float[Array, "T K h"], Float[Array, "T K h"]]:
+        """The block's output; and this span's keys and values."""
+        attention, key, value = self.attend(x, at, traits, prefix, tap)
+        mlp = self.feed(x if self.parallel else x + attention, tap)
+        return tap(Site.RESIDUAL, x + tap(Site.LAYER, attention + mlp)), key, value
 
     def attend(
         self,
         x: Float[Array, "T d"],
         at: Span,
-        window: Int[Array, ""],
+        traits: Traits,
         prefix: Cache | None,
         tap: Tap,
     ) -> tuple[Float[Array, "T d"], Float[Array, "T K h"], Float[Array, "T K h"]]:
         """What attention adds to the block's input x; and this span's keys and values."""
-        added, key, value = self.attention(self.attention_norm(x), at, window, prefix, tap)
-        return tap(Site.ATTENTION, added), key, value
+        normed = _normed(self.attention_norm, x)
+        written, key, value = self.attention(normed, at, traits, prefix, tap)
+        return tap(Site.ATTENTION, _normed(self.attention_post_norm, written)), key, value
 
     def feed(self, x: Float[Array, "T d"], tap: Tap) -> Float[Array, "T d"]:
-        """What the MLP adds to x, the residual stream after attention."""
-        return tap(Site.MLP, self.mlp(self.mlp_norm(x), tap))
+        """What the MLP adds; x is the residual stream that it reads."""
+        written = self.mlp(_normed(self.mlp_norm, x), tap)
+        return tap(Site.MLP, _normed(self.mlp_post_norm, written))
+
+
+def _normed(norm: nnx.Module | None, x: Float[Array, "T d"]) -> Float[Array, "T d"]:
+    return x if norm is None else norm(x)
 
 
 class Decoder(nnx.Module):
@@ -97,20 +123,24 @@ class Decoder(nnx.Module):
         init = nnx.initializers.normal(stddev=0.02)
         table = (config.vocab_size, config.hidden_size)
         self.embedding = nnx.Param(init(rngs.params(), table, dtype))
+        positions = (config.max_positions, config.hidden_size)
+        self.positions = (
+            nnx.Param(init(rngs.params(), positions, dtype)) if config.learned_positions else None
+        )
         self.blocks = nnx.vmap(
             lambda key: Block(
                 config, rngs=nnx.Rngs(key), dtype=dtype, compute_dtype=self.compute_dtype
             )
         )(jax.random.split(rngs.params(), config.num_layers))
-        self.final_norm = layers.RMSNorm(config.hidden_size, config.norm_eps, dtype)
+        self.final_norm = layers.norm(config, config.hidden_size, dtype)
         self.unembedding = (
             None if config.tie_embeddings else nnx.Param(init(rngs.params(), table, dtype))
         )
 
     @property
-    def windows(self) -> Int[Array, "L"]:
-        """Sliding window of each layer, in positions; the largest integer where it has none."""
-        return jnp.array([w or jnp.iinfo(jnp.int32).max for w in self.config.windows], jnp.int32)
+    def traits(self) -> Traits:
+        """What layers differ in beside their weights, stacked."""
+        return layers.traits(self.config, self.compute_dtype)
 
     def block(self, layer: Int[Array, ""]) -> Block:
         """The block of a layer that may be known only at run time."""
@@ -130,7 +160,20 @@ class Decoder(nnx.Module):
         table = self.embedding if self.unembedding is None else self.unembedding
         rows = table[...] if tokens is None else table[...][tokens]
         hidden = self.final_norm(residual)
-        return jnp.einsum("rd,kd->rk", hidden, rows.astype(hidden.dtype))
+        logits = jnp.einsum("rd,kd->rk", hidden, rows.astype(hidden.dtype))
+        cap = self.config.logit_cap
+        return logits if cap is None else layers.capped(logits, cap)
+
+    def embed(self, tokens: Int[Array, "T"], at: Span) -> Float[Array, "T d"]:
+        """What enters the first block."""
+        embedding = self.embedding[...][tokens].astype(self.compute_dtype)
+        if self.config.scale_embedding:
+            embedding = embedding * self.config.hidden_size**0.5
+        if self.positions is not None:
+            # Padding may be numbered beyond the last position; its values are never read.
+            learned = jnp.take(self.positions[...], at.positions, axis=0, mode="clip")
+            embedding = embedding + learned.astype(self.compute_dtype)
+        return embedding
 
     def __call__(
         self,
@@ -153,19 +196,20 @@ class Decoder(nnx.Module):
             Logits [T, V] and a `Trace`, both with the leading axis of a batch.
 
         Raises:
-            ValueError: a token id or an edit's layer does not exist, or a mask has another length
+            ValueError: a token id or an edit's layer does not exist, a mask has another length, or
+                there are more tokens than positions
                 (what is being traced by `jax.jit` or `jax.vmap` is not checked for its values).
         """
         tokens = jnp.asarray(tokens)
-        self._check(tokens, edits or [])
+        edits = edits or []
         if valid is None:
             valid = jnp.ones(tokens.shape, bool)
-        edits = edits or []
+        self._check(tokens, edits, valid, cache)
         if tokens.ndim == 1:
             return _run(self, tokens, edits, cache, valid)
         return jax.vmap(lambda t, c, v: _run(self, t, edits, c, v))(tokens, cache, valid)
 
-    def _check(self, tokens, edits: list[Edit]) -> None:
+    def _check(self, tokens, edits: list[Edit], valid, cache: Cache | None) -> None:
         """Refuses what array indexing and broadcasting would silently take for something else."""
         config = self.config
         units = {Site.HEAD: config.num_heads, Site.NEURON: config.intermediate_size}
@@ -187,35 +231,55 @@ class Decoder(nnx.Module):
                 )
         if not _known_inside(tokens, config.vocab_size):
             raise ValueError(f"a token id is outside the vocabulary of {config.vocab_size}")
+        longest = jnp.sum(valid, axis=-1)
+        longest = longest if cache is None else longest + jnp.sum(cache.valid, axis=-1)
+        if not _known_inside(longest, config.max_positions + 1):
+            raise ValueError(
+                f"a run has {int(jnp.max(longest))} tokens, and the model has "
+                f"{config.max_positions} positions"
+            )
 
     def _run(self, tokens, edits, cache, valid):
         """One sequence."""
         first = 0 if cache is None else jnp.sum(cache.valid)
         at = self.span(first + jnp.maximum(jnp.cumsum(valid) - 1, 0), valid)
-        embedding = self.embedding[...][tokens].astype(self.compute_dtype)
+        embedding = self.embed(tokens, at)
         embedding = editing.apply(edits, Site.EMBEDDING, jnp.zeros((), int), embedding)
 
         def run_layer(x, inputs):
-            layer, block, window, keys, values = inputs
+            layer, block, traits, keys, values = inputs
             prefix = None if cache is None else Cache(keys, values, cache.positions, cache.valid)
             seen = {}
 
             def tap(site, value):
+                if self.config.post_norm and site in (Site.ATTENTION, Site.MLP):
+                    value = _kept_apart(value)
                 seen[site.value] = editing.apply(edits, site, layer, value)
                 return seen[site.value]
 
-            attention, key, value = block.attend(x, at, window, prefix, tap)
-            mlp = block.feed(x + attention, tap)
-            x = tap(Site.RESIDUAL, x + tap(Site.LAYER, attention + mlp))
+            x, key, value = block.run(x, at, traits, prefix, tap)
             return x, seen | {"keys": key, "values": value}
 
         layer = jnp.arange(self.config.num_layers)
         keys, values = (None, None) if cache is None else (cache.keys, cache.values)
         x, traced = jax.lax.scan(
-            run_layer, embedding, (layer, self.blocks, self.windows, keys, values)
+            run_layer, embedding, (layer, self.blocks, self.traits, keys, values)
         )
         trace = Trace(embedding=embedding, positions=at.positions, valid=valid, **traced)
         return self.unembed(x), trace
+
+
+@jax.custom_jvp
+def _kept_apart(x: Float[Array, "T d"]) -> Float[Array, "T d"]:
+    """x, computed so that compilers do not see that it is.
+
+    They merge the product that ends a norm into the sum that follows (and drop barriers), but not
+    where an edit stands between: a run with an edit of nothing would then round as no run without.
+    """
+    return jnp.where(x < 0, x, jnp.abs(x))
+
+
+_kept_apart.defjvps(lambda tangent, value, x: tangent)
 
 
 def _known_inside(value, size: int) -> bool:

@@ -1,4 +1,4 @@
-"""Norm, rotary embedding, attention over a prefix and a span, gated MLP.
+"""Norms, rotary embedding, attention over a prefix and a span, MLP.
 
 Shapes are those of one sequence: T positions of the span, P of the prefix, d hidden size, H query
 heads, K key/value heads, G = H / K, h head size, I neurons. Batches are made with `jax.vmap`.
@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from models.config import DecoderConfig, Rotary
+from models.config import ACTIVATIONS, DecoderConfig, Rotary
 from models.edits import Site
 
 # Shows a site's value to whoever runs the layer, who may record it, replace it, or both.
@@ -45,23 +45,57 @@ class Span:
     Attributes:
         positions: rotary position of each token, [T].
         valid: which of them are tokens and not padding, [T].
-        cos, sin: of the rotary angles, [T, h / 2].
+        cos, sin: of the rotary angles of each of the model's R rotary embeddings, [R, T, r / 2],
+            where r is the number of channels that are rotated; R = 0 if there is none.
     """
 
     positions: Int[Array, "T"]
     valid: Bool[Array, "T"]
-    cos: Float[Array, "T half"]
-    sin: Float[Array, "T half"]
+    cos: Float[Array, "R T half"]
+    sin: Float[Array, "R T half"]
 
 
-def rotary_frequencies(rotary: Rotary, head_dim: int) -> np.ndarray:
-    """Angle per position of each pair of channels, float64 [h / 2] (RoPE, arXiv 2104.09864).
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Traits:
+    """What layers differ in beside their weights; arrays, so that one program serves all layers.
+
+    Attributes:
+        window: sliding window in positions, the largest integer where there is none.
+        rotary: which of the model's rotary embeddings.
+        score_scale: what attention scores are multiplied by.
+    """
+
+    window: Int[Array, "*layer"]
+    rotary: Int[Array, "*layer"]
+    score_scale: Float[Array, "*layer"]
+
+    def at(self, layer: Int[Array, ""]) -> "Traits":
+        """Those of one layer."""
+        return jax.tree.map(lambda stacked: stacked[layer], self)
+
+
+def traits(config: DecoderConfig, dtype) -> Traits:
+    """The traits of all layers, stacked."""
+    windows = config.windows
+    scale = (config.query_scalar or config.head_dim) ** -0.5
+    share = np.arange(1, config.num_layers + 1) if config.inverse_layer_scale else 1
+    return Traits(
+        window=jnp.array([w or jnp.iinfo(jnp.int32).max for w in windows], jnp.int32),
+        rotary=jnp.array([bool(w and config.window_rotary) for w in windows], jnp.int32),
+        score_scale=jnp.asarray(np.full(config.num_layers, scale) / share, dtype),
+    )
+
+
+def rotary_frequencies(rotary: Rotary, rotated: int) -> np.ndarray:
+    """Angle per position of each pair of channels, float64 [r / 2] (RoPE, arXiv 2104.09864).
 
     "linear" divides positions by a factor (arXiv 2306.15595). "llama3" divides only the slow
     frequencies, those that turn less than `low_freq_factor` times in the original context, and
-    blends up to `high_freq_factor` turns (Llama 3.1's reference code).
+    blends up to `high_freq_factor` turns (Llama 3.1's reference code). "longrope" divides each by
+    its own factor (arXiv 2402.13753).
     """
-    frequency = rotary.theta ** -(np.arange(0, head_dim, 2) / head_dim)
+    frequency = rotary.theta ** -(np.arange(0, rotated, 2) / rotated)
     if rotary.kind == "linear":
         return frequency / rotary.factor
     if rotary.kind == "llama3":
@@ -71,21 +105,45 @@ def rotary_frequencies(rotary: Rotary, head_dim: int) -> np.ndarray:
         )
         blend = np.clip(blend, 0.0, 1.0)
         return (1 - blend) * frequency / rotary.factor + blend * frequency
+    if rotary.kind == "longrope":
+        return frequency / np.array(rotary.short_factors)
     return frequency
+
+
+def rotary_scale(rotary: Rotary) -> float:
+    """What rotated vectors are multiplied by; 1 but for "longrope" (arXiv 2402.13753, eq. 6)."""
+    if rotary.kind != "longrope":
+        return 1.0
+    if rotary.attention_factor is not None:
+        return rotary.attention_factor
+    original = rotary.original_max_positions
+    stretch = rotary.factor or rotary.stretched_max_positions / original
+    return max(1.0, 1 + np.log(stretch) / np.log(original)) ** 0.5
 
 
 def span(config: DecoderConfig, positions, valid, dtype) -> Span:
     """The span at given rotary positions; the angles are computed in `dtype`."""
-    frequency = jnp.asarray(rotary_frequencies(config.rotary, config.head_dim), dtype)
-    angle = positions.astype(dtype)[:, None] * frequency
-    return Span(positions, valid, jnp.cos(angle), jnp.sin(angle))
+    cos, sin = [], []
+    for rotary in filter(None, (config.rotary, config.window_rotary)):
+        frequency = rotary_frequencies(rotary, rotary.rotated(config.head_dim))
+        angle = positions.astype(dtype)[:, None] * jnp.asarray(frequency, dtype)
+        cos.append(jnp.cos(angle) * rotary_scale(rotary))
+        sin.append(jnp.sin(angle) * rotary_scale(rotary))
+    nothing = jnp.zeros((0, len(positions), 0), dtype)
+    return Span(
+        positions, valid, jnp.stack(cos) if cos else nothing, jnp.stack(sin) if sin else nothing
+    )
 
 
-def rotate(x: Float[Array, "T N h"], at: Span) -> Float[Array, "T N h"]:
-    """Turns channel i and channel i + h / 2 of every head by the position's angle."""
-    first, second = jnp.split(x, 2, axis=-1)
-    cos, sin = at.cos[:, None], at.sin[:, None]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+def rotate(x: Float[Array, "T N h"], at: Span, rotary: Int[Array, ""]) -> Float[Array, "T N h"]:
+    """Turns channels i and i + r / 2 of every head by the position's angle; the rest stay."""
+    if not at.cos.size:
+        return x
+    cos, sin = at.cos[rotary][:, None], at.sin[rotary][:, None]
+    half = cos.shape[-1]
+    first, second, rest = jnp.split(x, [half, 2 * half], axis=-1)
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(turned + [rest] if rest.shape[-1] else turned, axis=-1)
 
 
 @jax.jit
@@ -101,14 +159,34 @@ def inverse_rms_last_axis(x: Float[Array, "... d"], eps: float) -> Float[Array, 
 
 
 class RMSNorm(nnx.Module):
-    """x / sqrt(mean(x^2) + eps) * weight (arXiv 1910.07467)."""
+    """x / sqrt(mean(x^2) + eps) * (offset + weight) (arXiv 1910.07467)."""
 
-    def __init__(self, size: int, eps: float, dtype):
+    def __init__(self, size: int, eps: float, offset: float, dtype):
         self.weight = nnx.Param(jnp.ones(size, dtype))
         self.eps = eps
+        self.offset = offset
 
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
-        return x * inverse_rms_last_axis(x, self.eps) * self.weight[...].astype(x.dtype)
+        weight = self.weight[...].astype(x.dtype)
+        return x * inverse_rms_last_axis(x, self.eps) * (self.offset + weight)
+
+
+class LayerNorm(RMSNorm):
+    """(x - mean(x)) / sqrt(var(x) + eps) * (offset + weight) + bias (arXiv 1607.06450)."""
+
+    def __init__(self, size: int, eps: float, offset: float, dtype):
+        super().__init__(size, eps, offset, dtype)
+        self.bias = nnx.Param(jnp.zeros(size, dtype))
+
+    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+        centred = x - jnp.mean(x, axis=-1, keepdims=True)
+        return super().__call__(centred) + self.bias[...].astype(x.dtype)
+
+
+def norm(config: DecoderConfig, size: int, dtype) -> RMSNorm | LayerNorm:
+    """The model's kind of norm."""
+    kind = {"rms": RMSNorm, "layer": LayerNorm}[config.norm]
+    return kind(size, config.norm_eps, config.norm_offset, dtype)
 
 
 def visible(queries: Span, key_positions, key_valid, window) -> Bool[Array, "T S"]:
@@ -117,84 +195,110 @@ def visible(queries: Span, key_positions, key_valid, window) -> Bool[Array, "T S
     return key_valid & (distance >= 0) & (distance < window)
 
 
+def _linear(inputs: int, outputs: int, use_bias: bool, *, rngs, dtype, compute_dtype) -> nnx.Linear:
+    return nnx.Linear(
+        *(inputs, outputs),
+        use_bias=use_bias,
+        param_dtype=dtype,
+        dtype=compute_dtype,
+        rngs=rngs,
+    )
+
+
 class Attention(nnx.Module):
-    """Grouped-query attention with rotary positions; keys may come from a prefix as well."""
+    """Grouped-query attention; keys may come from a prefix as well."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype, compute_dtype):
         self.num_kv_heads = config.num_kv_heads
         self.head_dim = config.head_dim
-
-        def linear(inputs, outputs, use_bias):
-            return nnx.Linear(
-                inputs,
-                outputs,
-                use_bias=use_bias,
-                param_dtype=dtype,
-                dtype=compute_dtype,
-                rngs=rngs,
-            )
-
+        self.score_cap = config.score_cap
+        shared = dict(rngs=rngs, dtype=dtype, compute_dtype=compute_dtype)
+        inputs = config.hidden_size
         width = config.num_heads * config.head_dim
         kv_width = config.num_kv_heads * config.head_dim
-        self.query = linear(config.hidden_size, width, config.qkv_bias)
-        self.key = linear(config.hidden_size, kv_width, config.qkv_bias)
-        self.value = linear(config.hidden_size, kv_width, config.qkv_bias)
-        self.output = linear(width, config.hidden_size, config.output_bias)
+        self.query = _linear(inputs, width, config.qkv_bias, **shared)
+        self.key = _linear(inputs, kv_width, config.qkv_bias, **shared)
+        self.value = _linear(inputs, kv_width, config.qkv_bias, **shared)
+        self.output = _linear(width, inputs, config.output_bias, **shared)
+        self.normed_together = config.query_key_norm == "all"
+        sizes = (width, kv_width) if self.normed_together else (config.head_dim,) * 2
+        norms = [norm(config, size, dtype) if config.query_key_norm else None for size in sizes]
+        self.query_norm, self.key_norm = norms
 
     def __call__(
         self,
         x: Float[Array, "T d"],
         at: Span,
-        window: Int[Array, ""],
+        traits: Traits,
         prefix: Cache | None,
         tap: Tap,
     ) -> tuple[Float[Array, "T d"], Float[Array, "T K h"], Float[Array, "T K h"]]:
         """What attention writes, and the keys and values of these positions."""
         length = x.shape[0]
-        query = rotate(self.query(x).reshape(length, -1, self.head_dim), at)
-        key = rotate(self.key(x).reshape(length, -1, self.head_dim), at)
-        value = self.value(x).reshape(length, -1, self.head_dim)
+        query = rotate(self._heads(self.query(x), self.query_norm), at, traits.rotary)
+        key = rotate(self._heads(self.key(x), self.key_norm), at, traits.rotary)
+        value = self._heads(self.value(x))
 
         query = query.reshape(length, self.num_kv_heads, -1, self.head_dim)
         scores = jnp.einsum("tkgh,skh->kgts", query, key)
-        mask = visible(at, at.positions, at.valid, window)
+        mask = visible(at, at.positions, at.valid, traits.window)
         if prefix is not None:
             # The scores are joined, the keys and values never: under vmap over the span, prefix
             # products then stay one matrix product with one operand for the whole batch.
             before = jnp.einsum("tkgh,skh->kgts", query, prefix.keys.astype(x.dtype))
             scores = jnp.concatenate([before, scores], axis=-1)
-            seen = visible(at, prefix.positions, prefix.valid, window)
+            seen = visible(at, prefix.positions, prefix.valid, traits.window)
             mask = jnp.concatenate([seen, mask], axis=-1)
+        scores = scores * traits.score_scale
+        if self.score_cap is not None:
+            scores = capped(scores, self.score_cap)
         # A finite mask, put on after scaling, keeps every difference finite.
-        scores = jnp.where(mask, scores * self.head_dim**-0.5, jnp.finfo(scores.dtype).min / 4)
-        weights = softmax_last_axis(scores)
+        weights = softmax_last_axis(jnp.where(mask, scores, jnp.finfo(scores.dtype).min / 4))
         heads = jnp.einsum("kgts,skh->tkgh", weights[..., -length:], value)
         if prefix is not None:
             heads = heads + jnp.einsum(
                 "kgts,skh->tkgh", weights[..., :-length], prefix.values.astype(x.dtype)
             )
         heads = tap(Site.HEAD, heads.reshape(length, -1, self.head_dim))
-        return self.output(heads.reshape(length, -1)), key, value
+        return self.write(heads), key, value
+
+    def write(self, heads: Float[Array, "T H h"]) -> Float[Array, "T d"]:
+        """What the heads' outputs become, before any norm that follows."""
+        return self.output(heads.reshape(heads.shape[0], -1))
+
+    def _heads(self, x: Float[Array, "T w"], norm: nnx.Module | None = None):
+        """A projection cut into heads, [T, N, h]; normed where it has a norm."""
+        if norm is not None and self.normed_together:
+            x = norm(x)
+        x = x.reshape(x.shape[0], -1, self.head_dim)
+        return x if norm is None or self.normed_together else norm(x)
+
+
+def capped(x: Float[Array, "..."], cap: float) -> Float[Array, "..."]:
+    """Bounds x smoothly by -cap and cap (Gemma 2, arXiv 2408.00118)."""
+    return cap * jnp.tanh(x / cap)
 
 
 class MLP(nnx.Module):
-    """Gated MLP: down(silu(gate(x)) * up(x)) (SwiGLU, arXiv 2002.05202)."""
+    """down(activation(gate(x)) * up(x)) (GLU, arXiv 2002.05202), or down(activation(up(x)))."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype, compute_dtype):
-        def linear(inputs, outputs):
-            return nnx.Linear(
-                inputs,
-                outputs,
-                use_bias=config.mlp_bias,
-                param_dtype=dtype,
-                dtype=compute_dtype,
-                rngs=rngs,
-            )
-
-        self.gate = linear(config.hidden_size, config.intermediate_size)
-        self.up = linear(config.hidden_size, config.intermediate_size)
-        self.down = linear(config.intermediate_size, config.hidden_size)
+        shared = dict(rngs=rngs, dtype=dtype, compute_dtype=compute_dtype)
+        sizes = (config.hidden_size, config.intermediate_size)
+        self.activation = config.activation
+        self.gate = _linear(*sizes, config.mlp_bias, **shared) if config.gated_mlp else None
+        self.up = _linear(*sizes, config.mlp_bias, **shared)
+        self.down = _linear(*sizes[::-1], config.mlp_bias, **shared)
 
     def __call__(self, x: Float[Array, "T d"], tap: Tap) -> Float[Array, "T d"]:
         """What the MLP writes."""
-        return self.down(tap(Site.NEURON, jax.nn.silu(self.gate(x)) * self.up(x)))
+        activation = ACTIVATIONS[self.activation]
+        if self.gate is None:
+            hidden = activation(self.up(x))
+        else:
+            hidden = activation(self.gate(x)) * self.up(x)
+        return self.write(tap(Site.NEURON, hidden))
+
+    def write(self, neurons: Float[Array, "T I"]) -> Float[Array, "T d"]:
+        """What the neurons become, before any norm that follows."""
+        return self.down(neurons)

@@ -1,9 +1,6 @@
 """Llama 1 to 3, and the many models published in its format (transformers.LlamaForCausalLM)."""
 
-from collections.abc import Mapping
-
-MODEL_TYPE = "llama"
-ARCHITECTURE = "LlamaForCausalLM"
+from models.families.family import Family, linear, norm, plain
 
 FIELDS = {
     "vocab_size": "vocab_size",
@@ -21,38 +18,37 @@ FIELDS = {
     "activation": "hidden_act",
     "tie_embeddings": "tie_word_embeddings",
 }
-FIXED = {}
-WINDOW_ATTRIBUTES = ()
 
-_LAYER = "model.layers.{layer}."
-WEIGHTS = (
-    ("model.embed_tokens.weight", "embedding", False),
-    (_LAYER + "input_layernorm.weight", "blocks.attention_norm.weight", False),
-    (_LAYER + "self_attn.q_proj.weight", "blocks.attention.query.kernel", True),
-    (_LAYER + "self_attn.q_proj.bias", "blocks.attention.query.bias", False),
-    (_LAYER + "self_attn.k_proj.weight", "blocks.attention.key.kernel", True),
-    (_LAYER + "self_attn.k_proj.bias", "blocks.attention.key.bias", False),
-    (_LAYER + "self_attn.v_proj.weight", "blocks.attention.value.kernel", True),
-    (_LAYER + "self_attn.v_proj.bias", "blocks.attention.value.bias", False),
-    (_LAYER + "self_attn.o_proj.weight", "blocks.attention.output.kernel", True),
-    (_LAYER + "self_attn.o_proj.bias", "blocks.attention.output.bias", False),
-    (_LAYER + "post_attention_layernorm.weight", "blocks.mlp_norm.weight", False),
-    (_LAYER + "mlp.gate_proj.weight", "blocks.mlp.gate.kernel", True),
-    (_LAYER + "mlp.gate_proj.bias", "blocks.mlp.gate.bias", False),
-    (_LAYER + "mlp.up_proj.weight", "blocks.mlp.up.kernel", True),
-    (_LAYER + "mlp.up_proj.bias", "blocks.mlp.up.bias", False),
-    (_LAYER + "mlp.down_proj.weight", "blocks.mlp.down.kernel", True),
-    (_LAYER + "mlp.down_proj.bias", "blocks.mlp.down.bias", False),
-    ("model.norm.weight", "final_norm.weight", False),
-    ("lm_head.weight", "unembedding", False),
+LAYER = "model.layers.{layer}."
+ENDS = (
+    *plain("model.embed_tokens.weight", "embedding"),
+    *norm("model.norm", "final_norm"),
+    *plain("lm_head.weight", "unembedding"),
 )
+ATTENTION = (
+    *linear(LAYER + "self_attn.q_proj", "blocks.attention.query"),
+    *linear(LAYER + "self_attn.k_proj", "blocks.attention.key"),
+    *linear(LAYER + "self_attn.v_proj", "blocks.attention.value"),
+    *linear(LAYER + "self_attn.o_proj", "blocks.attention.output"),
+)
+MLP = (
+    *linear(LAYER + "mlp.gate_proj", "blocks.mlp.gate"),
+    *linear(LAYER + "mlp.up_proj", "blocks.mlp.up"),
+    *linear(LAYER + "mlp.down_proj", "blocks.mlp.down"),
+)
+NORMS = (
+    *norm(LAYER + "input_layernorm", "blocks.attention_norm"),
+    *norm(LAYER + "post_attention_layernorm", "blocks.mlp_norm"),
+)
+QUERY_KEY_NORMS = (
+    *norm(LAYER + "self_attn.q_norm", "blocks.attention.query_norm"),
+    *norm(LAYER + "self_attn.k_norm", "blocks.attention.key_norm"),
+)
+WEIGHTS = (*ENDS, *ATTENTION, *MLP, *NORMS)
+
+FAMILY = Family(model_type="llama", architecture="LlamaForCausalLM", fields=FIELDS, weights=WEIGHTS)
 
 
-def windows(attributes: Mapping) -> tuple[None, ...]:
-    """Every layer has full attention."""
-    return (None,) * attributes["num_hidden_layers"]
-
-
-def window_attributes(windows: tuple[int | None, ...]) -> dict:
-    """Llama has no attribute for a window."""
-    return {}
+def fields_without(*fields: str) -> dict[str, str]:
+    """Llama's attributes but for those that another family does not have."""
+    return {field: name for field, name in FIELDS.items() if field not in fields}

@@ -7,78 +7,19 @@ import jax
 import numpy as np
 import pytest
 
-from jaxmed import capture, data, definition, directions, effects, metrics, planning
+from jaxmed import capture, definition, effects, metrics, planning
 from jaxmed.alignment import Align, Positions
 from models.edits import Edit, Site
 from models.errors import InputError
 from tests import tiny
 from tests.jaxmed import jaxprs
+from tests.jaxmed.scans import GRANULARITIES, UNEQUAL, largest, pair, some_directions, worst
 
-GRANULARITIES = ("layer", "module", "head", "token", "neuron")
 METRICS = {
     "logit": metrics.LogitDifference(),
     "sets": metrics.LogitDifference((1, 2, 3), (4, 5)),
     "response": metrics.ResponseLogprobDifference(),
 }
-
-
-def pair(base, source, harmful=2, safe=3, seed=0):
-    """A random pair of the given numbers of tokens; its prompts end in the same two tokens."""
-    generator = np.random.default_rng(seed)
-
-    def draw(length):
-        return tuple(generator.integers(8, 61, length).tolist())
-
-    suffix = draw(2)
-    return data.Pair(
-        f"{base}-{source}",
-        draw(base - 2) + suffix,
-        draw(source - 2) + suffix,
-        (6, *draw(harmful - 1)),
-        (7, *draw(safe - 1)),
-    )
-
-
-# Unequal prompts whose four runs with responses have few lengths: 12 and 11 tokens, with 2 and 3.
-UNEQUAL = pair(12, 11)
-
-
-@pytest.fixture(scope="module")
-def some_directions(tmp_path_factory):
-    """Directions at every site that may have them, of the tiny decoders."""
-    config = tiny.decoder("llama").config
-    generator = np.random.default_rng(5)
-    counts = {
-        "residual.0": 2,
-        "layer.2": 1,
-        "attention.0": 1,
-        "mlp.1": 1,
-        "head.1": 2,
-        "neuron.2": 3,
-    }
-    arrays = {}
-    for name, count in counts.items():
-        size = directions.site_size(config, Site(name.partition(".")[0]))
-        array = generator.normal(size=(count, size))
-        arrays[name] = array / np.linalg.norm(array, axis=1, keepdims=True)
-    path = tmp_path_factory.mktemp("directions") / "some.npz"
-    np.savez(path, **arrays)
-    return directions.read(str(path), config)
-
-
-def largest(found):
-    sides = itertools.chain(found.nie.values(), found.tie.values())
-    return max(np.nanmax(np.abs(side)) for side in sides)
-
-
-def worst(found, reference):
-    """Largest error of any unit, of the pair's largest effect."""
-    errors = []
-    for side, name in itertools.product(("nie", "tie"), reference.nie):
-        got, want = getattr(found, side)[name], getattr(reference, side)[name]
-        np.testing.assert_array_equal(np.isnan(got), np.isnan(want))
-        errors.append(np.nanmax(np.abs(got - want)))
-    return max(errors) / largest(reference)
 
 
 def in_float32(decoder):
@@ -88,7 +29,6 @@ def in_float32(decoder):
 CASES = [
     ("llama", "logit", "last"),
     ("llama", "logit", "differing"),
-    ("llama", "logit", "prompt"),
     ("llama", "response", "last"),
     ("llama", "response", "differing"),
     ("llama", "response", "prompt"),
@@ -110,17 +50,6 @@ def test_the_engine_gives_the_plain_definition(family, metric, positions):
     single = effects.scan_pair(in_float32(decoder), UNEQUAL, question, GRANULARITIES)
     assert worst(single, reference) <= 1e-5
     assert abs(single.y_base - reference.y_base) < 1e-5 * max(1, abs(reference.y_base))
-
-
-def test_directions_give_the_plain_definition(some_directions):
-    question = planning.Question(METRICS["logit"], Positions.PROMPT, directions=some_directions)
-    with jax.enable_x64(True):
-        decoder = tiny.decoder("llama", dtype="float64")
-        reference = definition.define_pair(decoder, UNEQUAL, question, ["direction"])
-        double = effects.scan_pair(decoder, UNEQUAL, question, ["direction"])
-    assert worst(double, reference) <= 1e-12
-    single = effects.scan_pair(in_float32(decoder), UNEQUAL, question, ["direction"])
-    assert worst(single, reference) <= 1e-5
 
 
 def test_groups_of_neurons_and_other_alignments_give_the_plain_definition():
@@ -175,14 +104,15 @@ def test_the_last_layer_of_a_layer_scan_is_consistent_with_the_total_effect():
 
 
 @pytest.mark.parametrize("positions", list(Positions))
-def test_identical_prompts_have_no_effect_at_all(positions, some_directions):
+def test_identical_prompts_have_no_effect_at_all(positions, tmp_path):
     metric = METRICS["response"]
     same = dataclasses.replace(UNEQUAL, counterfactual_ids=UNEQUAL.prompt_ids)
-    question = planning.Question(metric, positions, directions=some_directions)
+    given = some_directions(tiny.config("llama"), tmp_path)
+    question = planning.Question(metric, positions, directions=given)
     names = (*GRANULARITIES, "direction")
     found = effects.scan_pair(tiny.decoder("qwen2"), same, question, names)
     for side, name in itertools.product((found.nie, found.tie), names):
-        exists = some_directions.given if name == "direction" else np.ones(side[name].shape, bool)
+        exists = given.given if name == "direction" else np.ones(side[name].shape, bool)
         assert np.all(side[name][exists] == 0.0)
         assert np.all(np.isnan(side[name][~exists]))
     assert found.y_base == found.y_source
@@ -234,11 +164,11 @@ def test_a_batch_leaves_the_prefix_and_the_base_values_unbatched(family):
     decoder, start, size, batch = tiny.decoder(family), 7, 3, 13
     frame = capture.frame(decoder, capture.capture(decoder, UNEQUAL.prompt_ids), start, size)
     prefix_length = frame.prefix.positions.shape[0]
-    block, window = decoder.block(1), decoder.windows[1]
+    block, traits = decoder.block(1), decoder.traits.at(1)
     prefix = effects._at_layer(frame.prefix, 1)
 
     def attend(x):
-        return block.attend(x, frame.span, window, prefix, effects._untapped)[0]
+        return block.attend(x, frame.span, traits, prefix, effects._untapped)[0]
 
     def feed(x):
         return block.feed(x, effects._untapped)
@@ -288,7 +218,7 @@ def test_a_batch_takes_no_more_memory_than_planned(metric, granularity, group_si
     stages = jax.ShapeDtypeStruct((batches, rows), np.int32)
     change = getattr(trace, work.site.value)[:, : work.size]
     compiled = [
-        effects.enter.lower(decoder, change, *[stages] * 3, work.site, group_size),
+        effects.enter.lower(decoder, change, None, *[stages] * 3, work.site, group_size),
         effects.carry.lower(decoder, frame, stages, differences),
         effects.read_changes.lower(
             *(decoder, frame.inputs[-1], stages, differences, term.reading, 11), question.metric
@@ -365,10 +295,10 @@ def test_an_embedding_edit_goes_through_the_engine():
         )
         units = planning.Units.grid(1, positions=(4, 9))
         entering = effects.enter(
-            decoder, change, units.layers, units.units, units.positions, Site.EMBEDDING, 1
+            decoder, change, None, units.layers, units.units, units.positions, Site.EMBEDDING, 1
         )
         frame = capture.frame(decoder, base, 0, 16)
-        stages = planning.stage(Site.EMBEDDING, units.layers)
+        stages = planning.stage(decoder.config, Site.EMBEDDING, units.layers)
         residual = effects.carry(decoder, frame, stages[None], entering[None])
         found = effects.read_changes(
             *(decoder, frame.inputs[-1], stages[None], residual, term.reading, 11),

@@ -168,6 +168,27 @@ def test_tokenizer(tmp_path):
     assert (attributes["bos_token_id"], attributes["eos_token_id"]) == (0, 1)
 
 
+def with_tokens(folder, count, special=()):
+    """A checkpoint of 61 tokens whose tokenizer has `count`, and special ones beyond."""
+    words = {f"word{index}": index for index in range(count)}
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="word0"))
+    model.add_special_tokens(list(special))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=model)
+    checkpoint.save(tiny.decoder(), folder, tokenizer=tokenizer)
+    return folder
+
+
+def test_tokenizer_with_special_tokens_beyond_the_vocabulary(tmp_path):
+    """As Gemma 3's for images."""
+    _, tokenizer = models.load(with_tokens(tmp_path / "model", 61, special=["<image>"]))
+    assert tokenizer.convert_tokens_to_ids("<image>") == 61
+
+
+def test_tokenizer_of_another_model(tmp_path):
+    message = refusal(with_tokens(tmp_path / "model", 63, special=["<image>"]))
+    says(message, tmp_path / "model", "'word61' of id 61", "has 61 (2 such tokens)")
+
+
 def test_tied_checkpoint_may_store_the_unembedding(tmp_path):
     decoder = tiny.save(tmp_path / "model", tie_embeddings=True)
     rewrite(tmp_path / "model", lm_head__weight=np.asarray(decoder.embedding[...]))
@@ -179,6 +200,61 @@ def test_rotary_buffers_are_ignored(folder):
     buffer = np.ones(4, np.float64)
     rewrite(folder, model__layers__0__self_attn__rotary_emb__inv_freq=buffer)
     assert_equal(models.load(folder)[0], plain)
+
+
+BARE = {"llama": "model.", "gpt2": "transformer.", "gpt_neox": "gpt_neox."}
+
+
+@pytest.mark.parametrize("family", BARE)
+def test_names_of_the_bare_model(family, tmp_path):
+    """As in the published GPT-2: without the prefix of the model that a head was put on."""
+    decoder = tiny.save(tmp_path / "model", family)
+    tensors = safetensors.numpy.load_file(tmp_path / "model" / WEIGHTS)
+    bare = {name.removeprefix(BARE[family]): tensor for name, tensor in tensors.items()}
+    assert bare.keys() != tensors.keys()
+    safetensors.numpy.save_file(bare, tmp_path / "model" / WEIGHTS)
+    loaded, _ = models.load(tmp_path / "model")
+    assert_equal(loaded, decoder)
+    checkpoint.save(loaded, tmp_path / "again")
+    again = safetensors.numpy.load_file(tmp_path / "again" / WEIGHTS)
+    assert again.keys() == tensors.keys()
+
+
+def test_buffers_of_another_type_are_ignored(tmp_path):
+    """Old checkpoints of GPT-2 store the causal mask."""
+    decoder = tiny.save(tmp_path / "model", "gpt2")
+    mask = np.tril(np.ones((1, 1, 64, 64), np.uint8))
+    rewrite(tmp_path / "model", transformer__h__0__attn__bias=mask)
+    assert_equal(models.load(tmp_path / "model")[0], decoder)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_export_is_bit_equal(family, tmp_path):
+    """Every tensor, its name and its type, there and back again."""
+    tiny.save(tmp_path / "model", family, dtype="bfloat16")
+    decoder, _ = models.load(tmp_path / "model")
+    checkpoint.save(decoder, tmp_path / "again")
+    before, after = (
+        safetensors.numpy.load_file(tmp_path / name / WEIGHTS) for name in ("model", "again")
+    )
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert after[name].dtype == tensor.dtype
+        np.testing.assert_array_equal(after[name], tensor)
+    assert (tmp_path / "again" / WEIGHTS).read_bytes() == (
+        tmp_path / "model" / WEIGHTS
+    ).read_bytes()
+
+
+def test_read_in_small_pieces(tmp_path, monkeypatch):
+    """As large tensors are: in rows, each of them once."""
+    monkeypatch.setattr(checkpoint, "_PIECE_BYTES", 100)
+    for family in tiny.FAMILIES:
+        decoder = tiny.save(tmp_path / family, family)
+        assert_equal(models.load(tmp_path / family)[0], decoder)
+    decoder = tiny.save(tmp_path / "tied", tie_embeddings=True)
+    rewrite(tmp_path / "tied", lm_head__weight=np.asarray(decoder.embedding[...]))
+    assert_equal(models.load(tmp_path / "tied")[0], decoder)
 
 
 def test_weights_hash(folder, tmp_path):
@@ -249,13 +325,19 @@ def test_config_not_json(folder):
 
 def test_remote_code(folder):
     reconfigure(folder, auto_map={"AutoModelForCausalLM": "modeling.Model"})
-    says(refusal(folder), folder / "config.json", "auto_map asks for code", "never run")
+    says(refusal(folder), folder / "config.json", "auto_map asks for modeling.Model", "never run")
+
+
+def test_remote_code_that_transformers_took_over(folder):
+    """As Phi-3's config.json has it: transformers' own class of that name is meant."""
+    reconfigure(folder, auto_map={"AutoModelForCausalLM": "modeling_llama.LlamaForCausalLM"})
+    assert_equal(models.load(folder)[0], tiny.decoder())
 
 
 @pytest.mark.parametrize(
     ("attributes", "message"),
     [
-        ({"model_type": "mamba"}, "model_type 'mamba' is not supported; supported: llama, qwen2"),
+        ({"model_type": "mamba"}, "model_type 'mamba' is not supported; supported: llama, "),
         ({"model_type": "not_even_known"}, "model_type 'not_even_known' is not supported"),
         ({"model_type": "mixtral", "num_local_experts": 8}, "is a mixture of experts"),
         ({"quantization_config": {"quant_method": "gptq"}}, "is a quantised model"),
@@ -306,6 +388,33 @@ def test_missing_shard(sharded):
     shard = min(sharded.glob("*.safetensors"))
     shard.unlink()
     says(refusal(sharded), sharded / INDEX, shard.name, "is missing")
+
+
+def test_index_names_a_tensor_that_no_file_has(sharded):
+    index = json.loads((sharded / INDEX).read_text())
+    shard = min(index["weight_map"].values())
+    index["weight_map"]["model.layers.9.mlp.up_proj.weight"] = shard
+    (sharded / INDEX).write_text(json.dumps(index))
+    message = refusal(sharded)
+    says(message, sharded / INDEX, "names model.layers.9.mlp.up_proj.weight", shard, "no file")
+
+
+def test_mixed_up_shards(sharded):
+    """Two files under each other's name."""
+    first, second, *_ = sorted(sharded.glob("*.safetensors"))
+    first.rename(sharded / "aside")
+    second.rename(first)
+    (sharded / "aside").rename(second)
+    message = refusal(sharded)
+    says(message, "lacks", first.name, second.name, "mixed up: download them again")
+
+
+def test_shard_of_another_model(sharded, tmp_path):
+    checkpoint.save(tiny.decoder(hidden_size=32), tmp_path / "other", max_shard_bytes=20_000)
+    name = min(file.name for file in sharded.glob("*.safetensors"))
+    other = min((tmp_path / "other").glob("*.safetensors"))
+    (sharded / name).write_bytes(other.read_bytes())
+    says(refusal(sharded), sharded, "download")
 
 
 def test_index_leads_out_of_the_folder(sharded):
@@ -384,3 +493,20 @@ def test_overflow_of_another_dtype(folder):
 def test_quantised_tensor(folder, dtype, name):
     rewrite(folder, **{UP: np.ones((40, 24), dtype)})
     says(refusal(folder), folder / WEIGHTS, f"{UP} is stored as {name}", "dequantised first")
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("model.layers.1.mlp.up_proj.qweight", "GPTQ or AWQ"),
+        ("model.layers.1.mlp.up_proj.g_idx", "GPTQ or AWQ"),
+        (f"{UP}.absmax", "bitsandbytes"),
+        (f"{UP}.quant_state.bitsandbytes__nf4", "bitsandbytes"),
+        ("model.layers.1.mlp.up_proj.SCB", "bitsandbytes"),
+        (f"{UP}_scale_inv", "FP8 or compressed-tensors"),
+    ],
+)
+def test_quantised_checkpoint_that_does_not_say_so(folder, name, method):
+    rewrite(folder, **{UP: np.ones((40, 24), np.int8), name: np.ones(3, np.float32)})
+    message = refusal(folder)
+    says(message, folder / WEIGHTS, f"quantised by {method}", "from before it was quantised")

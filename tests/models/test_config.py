@@ -60,10 +60,19 @@ def test_qwen2_biases():
     assert (config.qkv_bias, config.output_bias, config.mlp_bias) == (True, False, False)
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "olmo2", "phi3"])
 def test_head_size(family):
     assert translate(family).head_dim == 8
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"])
+def test_head_size_of_its_own(family):
     assert translate(family, head_dim=16).head_dim == 16
+
+
+def test_what_gpt2_leaves_out():
+    config = config_lib.from_hf(transformers.GPT2Config(n_embd=24, n_head=4, n_inner=None))
+    assert (config.num_kv_heads, config.head_dim, config.intermediate_size) == (4, 6, 96)
 
 
 def test_dtype_defaults_to_that_of_transformers():
@@ -112,7 +121,7 @@ def test_windows_refused(attributes, message):
     ("parameters", "rotary"),
     [
         ({"rope_theta": 7.0}, Rotary(7.0)),
-        ({"rope_theta": 7.0, "type": "linear", "factor": 2.0}, Rotary(7.0, "linear", 2.0)),
+        ({"rope_theta": 7.0, "type": "linear", "factor": 2.0}, Rotary(7.0, "linear", factor=2.0)),
         (
             {
                 "rope_theta": 7.0,
@@ -122,7 +131,14 @@ def test_windows_refused(attributes, message):
                 "high_freq_factor": 3.0,
                 "original_max_position_embeddings": 16,
             },
-            Rotary(7.0, "llama3", 8.0, 1.5, 3.0, 16),
+            Rotary(
+                7.0,
+                "llama3",
+                factor=8.0,
+                low_freq_factor=1.5,
+                high_freq_factor=3.0,
+                original_max_positions=16,
+            ),
         ),
     ],
 )
@@ -132,7 +148,44 @@ def test_rotary(parameters, rotary):
 
 def test_rotary_as_transformers_4_wrote_it():
     config = translate(rope_theta=7.0, rope_scaling={"type": "linear", "factor": 2.0})
-    assert config.rotary == Rotary(7.0, "linear", 2.0)
+    assert config.rotary == Rotary(7.0, "linear", factor=2.0)
+
+
+def test_longrope_is_computed_within_the_original_context():
+    parameters = {
+        "rope_type": "longrope",
+        "rope_theta": 7.0,
+        "short_factor": [1.0, 2.0, 3.0, 4.0],
+        "long_factor": [5.0] * 4,
+    }
+    config = translate(
+        "phi3",
+        rope_parameters=parameters,
+        max_position_embeddings=512,
+        original_max_position_embeddings=48,
+    )
+    assert config.max_positions == config.rotary.original_max_positions == 48
+    assert config.rotary.stretched_max_positions == 512
+    assert config.rotary.short_factors == (1.0, 2.0, 3.0, 4.0)
+
+
+def test_rotary_by_type_of_layer():
+    config = translate(
+        "gemma3_text", head_dim=8, sliding_window=9, sliding_window_pattern=3, rope_theta=7.0
+    )
+    assert config.windows == (9, 9, None, 9)
+    assert (config.rotary, config.window_rotary) == (Rotary(7.0), Rotary(10000.0))
+
+
+@pytest.mark.parametrize("family, share", [("phi3", 0.5), ("gpt_neox", 0.25)])
+def test_part_of_each_head_may_be_rotated(family, share):
+    shape = {name: size for name, size in SHAPE.items() if name != "num_key_value_heads"}
+    hf_config = transformers.AutoConfig.for_model(
+        family, **shape, rope_parameters={"rope_theta": 7.0, "partial_rotary_factor": share}
+    )
+    rotary = config_lib.from_hf(hf_config).rotary
+    assert rotary == Rotary(7.0, fraction=share)
+    assert rotary.rotated(8) == 8 * share
 
 
 @pytest.mark.parametrize(
@@ -141,8 +194,8 @@ def test_rotary_as_transformers_4_wrote_it():
         ({"rope_type": "yarn", "factor": 2.0}, "rope_type = 'yarn' is not supported"),
         ({"rope_type": "dynamic", "factor": 2.0}, "rope_type = 'dynamic' is not supported"),
         (
-            {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4},
-            "rope_type = 'longrope' is not supported",
+            {"rope_type": "longrope", "short_factor": [1.0] * 3, "long_factor": [2.0] * 3},
+            "3 short factors for 4 rotary frequencies",
         ),
         ({"rope_type": "linear", "factor": None}, "rope_type 'linear' needs factor"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not understood"),
@@ -192,9 +245,124 @@ def test_harmless_attributes():
     )
 
 
+# The attributes of published config.json files that differ from the defaults of transformers'
+# classes, or that these do not declare.
+PUBLISHED = {
+    "Mistral-7B-v0.1": {"model_type": "mistral", "sliding_window": 4096, "rope_theta": 10000.0},
+    "Mistral-7B-Instruct-v0.3": {
+        "model_type": "mistral",
+        "sliding_window": None,
+        "rope_theta": 1000000.0,
+        "vocab_size": 32768,
+    },
+    "Qwen3-0.6B": {
+        "model_type": "qwen3",
+        "attention_bias": False,
+        "head_dim": 128,
+        "hidden_size": 1024,
+        "max_window_layers": 28,
+        "num_hidden_layers": 28,
+        "rope_scaling": None,
+        "rope_theta": 1000000,
+        "sliding_window": None,
+        "tie_word_embeddings": True,
+        "use_sliding_window": False,
+    },
+    "gemma-2b": {"model_type": "gemma", "hidden_act": "gelu", "hidden_activation": None},
+    "gemma-2-2b": {
+        "model_type": "gemma2",
+        "cache_implementation": "hybrid",
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "final_logit_softcapping": 30.0,
+        "attn_logit_softcapping": 50.0,
+        "query_pre_attn_scalar": 256,
+        "rope_theta": 10000.0,
+        "sliding_window": 4096,
+    },
+    "gemma-3-1b-it": {
+        "model_type": "gemma3_text",
+        "attn_logit_softcapping": None,
+        "cache_implementation": "hybrid",
+        "eos_token_id": [1, 106],
+        "num_hidden_layers": 26,
+        "rope_local_base_freq": 10000,
+        "rope_scaling": None,
+        "rope_theta": 1000000,
+        "sliding_window": 512,
+        "sliding_window_pattern": 6,
+    },
+    "Phi-3-mini-4k-instruct": {
+        "model_type": "phi3",
+        "attention_bias": False,
+        "auto_map": {"AutoConfig": "configuration_phi3.Phi3Config"},
+        "embd_pdrop": 0.0,
+        "original_max_position_embeddings": 4096,
+        "resid_pdrop": 0.0,
+        "rope_scaling": None,
+        "rope_theta": 10000.0,
+        "sliding_window": 2047,
+    },
+    "Phi-4-mini-instruct": {
+        "model_type": "phi3",
+        "attention_bias": False,
+        "full_attn_mod": 1,
+        "interpolate_factor": 1,
+        "lm_head_bias": False,
+        "max_position_embeddings": 131072,
+        "mlp_bias": False,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 8,
+        "original_max_position_embeddings": 4096,
+        "partial_rotary_factor": 0.75,
+        "rope_scaling": {
+            "type": "longrope",
+            "short_factor": [1.0] * 48,
+            "long_factor": [1.5] * 48,
+        },
+        "rope_theta": 10000.0,
+        "sliding_window": 262144,
+        "tie_word_embeddings": True,
+    },
+    "OLMo-2-1124-7B": {
+        "model_type": "olmo2",
+        "attention_bias": False,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 500000,
+        "vocab_size": 100352,
+    },
+    "gpt2": {
+        "model_type": "gpt2",
+        "activation_function": "gelu_new",
+        "n_ctx": 1024,
+        "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
+        "summary_type": "cls_index",
+    },
+    "pythia-70m": {
+        "model_type": "gpt_neox",
+        "hidden_size": 512,
+        "num_attention_heads": 8,
+        "num_hidden_layers": 6,
+        "rotary_emb_base": 10000,
+        "rotary_pct": 0.25,
+        "use_parallel_residual": True,
+    },
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs_are_understood(name, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED[name]))
+    hf_config = transformers.AutoConfig.from_pretrained(tmp_path)
+    config = config_lib.from_hf(hf_config)
+    assert config_lib.from_hf(config_lib.to_hf(config)) == config
+
+
 def test_activation_refused():
-    with pytest.raises(ValueError, match="hidden_act = 'gelu' is not supported; supported: silu"):
-        translate(hidden_act="gelu")
+    with pytest.raises(ValueError, match="hidden_act = 'tanh' is not supported; supported: silu"):
+        translate(hidden_act="tanh")
 
 
 def test_dtype_refused():
@@ -210,7 +378,8 @@ def test_dtype_refused():
         (transformers.DeepseekV3Config, "'deepseek_v3' is a mixture of experts .n_routed_experts."),
         (transformers.LlavaConfig, "'llava' is a multimodal model .text_config."),
         (transformers.T5Config, "'t5' is an encoder-decoder"),
-        (transformers.GPT2Config, "'gpt2' is not supported; supported: llama, qwen2"),
+        (transformers.Gemma3Config, "'gemma3' is a multimodal model .text_config."),
+        (transformers.GPTJConfig, "'gptj' is not supported; supported: llama, mistral, qwen2"),
     ],
 )
 def test_other_models_refused(config_class, message):
@@ -221,7 +390,9 @@ def test_other_models_refused(config_class, message):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("quantization_config", {"quant_method": "gptq", "bits": 4}, "is a quantised model"),
+        ("quantization_config", {"quant_method": "gptq", "bits": 4}, "are quantised .gptq;"),
+        ("quantization_config", {"quant_method": "awq"}, "are quantised .awq;.*dequantise it"),
+        ("quantization_config", {"quant_method": "bitsandbytes"}, "quantised .bitsandbytes;"),
         ("num_local_experts", 8, "is a mixture of experts"),
         ("is_encoder_decoder", True, "is an encoder-decoder"),
         ("per_layer_config", {"0": {"intermediate_size": 8}}, "whose layers differ in shape"),
@@ -237,7 +408,10 @@ def test_other_kinds_refused(name, value, message):
     [
         ("windows", (None,), "1 windows for 3 layers"),
         ("num_kv_heads", 3, "4 query heads cannot share 3 key/value heads"),
-        ("head_dim", 7, "head size 7 is odd"),
+        ("head_dim", 7, "7 of the 7 channels of a head would be rotated"),
+        ("rotary", Rotary(7.0, fraction=0.4), "3 of the 8 channels"),
+        ("activation", "tanh", "activation 'tanh' is not one of silu"),
+        ("score_cap", 0.0, "score_cap is 0.0; it must be above 0"),
     ],
 )
 def test_impossible_shape_refused(field, value, message):
@@ -245,7 +419,15 @@ def test_impossible_shape_refused(field, value, message):
         tiny.config(**{field: value})
 
 
-LLAMA3 = Rotary(5e5, "llama3", 8.0, 1.0, 4.0, 16)
+LLAMA3 = Rotary(5e5, "llama3", factor=8.0, original_max_positions=16)
+LONGROPE = Rotary(
+    1e4,
+    "longrope",
+    original_max_positions=48,
+    stretched_max_positions=512,
+    short_factors=(1.0, 2.0, 3.0),
+    long_factors=(2.0, 4.0, 8.0),
+)
 
 
 @pytest.mark.parametrize(
@@ -253,8 +435,12 @@ LLAMA3 = Rotary(5e5, "llama3", 8.0, 1.0, 4.0, 16)
     [
         tiny.config("llama", tie_embeddings=True, dtype="bfloat16", rotary=LLAMA3),
         tiny.config("llama", qkv_bias=True, output_bias=True, mlp_bias=True),
-        tiny.config("llama", rotary=Rotary(1e4, "linear", 4.0), num_kv_heads=1),
-        tiny.config("qwen2"),
+        tiny.config("llama", rotary=Rotary(1e4, "linear", factor=4.0), num_kv_heads=1),
+        *map(tiny.config, tiny.FAMILIES),
+        tiny.config("phi3", rotary=LONGROPE, max_positions=48),
+        tiny.config("gpt_neox", parallel=False, tie_embeddings=True),
+        tiny.config("gpt2", inverse_layer_scale=True, activation="gelu"),
+        tiny.config("gemma2", score_cap=None, logit_cap=None),
         tiny.config("qwen2", windows=(None, None, None)),
         tiny.config("qwen2", windows=(4, None, 4)),
     ],
@@ -273,6 +459,10 @@ def test_there_and_back(config):
         ("llama", {"windows": (None, 4, 4)}, "llama checkpoint cannot express windows"),
         ("llama", {"qkv_bias": True}, "cannot express qkv_bias = True"),
         ("qwen2", {"qkv_bias": False}, "qwen2 checkpoint cannot express qkv_bias = False"),
+        ("gpt2", {"head_dim": 8}, "gpt2 checkpoint cannot express head_dim = 8"),
+        ("gemma", {"logit_cap": 3.0}, "gemma checkpoint cannot express logit_cap = 3.0"),
+        ("llama", {"rotary": Rotary(7.0, fraction=0.5)}, "partial_rotary_factor = 0.5"),
+        ("mistral", {"windows": (None, 4, 4)}, "cannot express windows"),
         ("qwen2", {"windows": (None, 4, 8)}, "cannot express windows = .None, 4, 8."),
     ],
 )

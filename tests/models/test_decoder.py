@@ -31,10 +31,15 @@ def test_a_trace_is_consistent_with_itself(decoder):
     steps = np.concatenate([trace.embedding[None], trace.residual])
     np.testing.assert_allclose(np.diff(steps, axis=0), trace.layer, atol=2e-6)
     np.testing.assert_allclose(trace.attention + trace.mlp, trace.layer, atol=1e-6)
-    kernel = decoder.blocks.mlp.down.kernel[...]
-    np.testing.assert_allclose(trace.neuron @ kernel, trace.mlp, atol=1e-5)
-    heads = trace.head.reshape(3, T, -1) @ decoder.blocks.attention.output.kernel[...]
-    np.testing.assert_allclose(heads, trace.attention, atol=1e-5)
+    for layer in range(decoder.config.num_layers):
+        block = decoder.block(layer)
+        for added, module, norm, value in (
+            (trace.attention, block.attention, block.attention_post_norm, trace.head),
+            (trace.mlp, block.mlp, block.mlp_post_norm, trace.neuron),
+        ):
+            written = module.write(value[layer])
+            written = written if norm is None else norm(written)
+            np.testing.assert_allclose(written, added[layer], atol=1e-5)
     np.testing.assert_allclose(decoder.unembed(trace.residual[-1]), logits, atol=1e-6)
     chosen = decoder.unembed(trace.residual[-1], np.array([3, 1]))
     np.testing.assert_allclose(chosen, logits[:, [3, 1]], atol=1e-5)
@@ -60,7 +65,9 @@ def test_no_edit_is_exactly_no_edit(decoder, site):
 def test_an_edit_changes_its_own_positions_layer_and_units_alone(decoder, site):
     logits, trace = plain(decoder)
     units = {Site.HEAD: np.arange(4) == 2, Site.NEURON: np.arange(40) == 11}.get(site)
-    edited, after = decoder(TOKENS, edits=[Edit.affine(site, 1, MIDDLE, 0.5, 3.0, units)])
+    # A norm may take away what all channels have in common.
+    shift = np.linspace(-3.0, 3.0, getattr(trace, site.value).shape[-1])
+    edited, after = decoder(TOKENS, edits=[Edit.affine(site, 1, MIDDLE, 0.5, shift, units)])
     old, new = (np.asarray(getattr(run, site.value)) for run in (trace, after))
     if site != Site.EMBEDDING:
         np.testing.assert_array_equal(new[0], old[0])
@@ -72,7 +79,7 @@ def test_an_edit_changes_its_own_positions_layer_and_units_alone(decoder, site):
         assert not changed[:, ~units].any()
         changed = changed[:, units]
     assert not changed[~MIDDLE][:2].any()  # before the first edit nothing can have changed
-    want = 0.5 * old[MIDDLE] + 3.0
+    want = 0.5 * old[MIDDLE] + shift
     mask = np.ones(old.shape[1], bool) if units is None else units
     np.testing.assert_allclose(new[MIDDLE][:, mask], want[:, mask], rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(edited[:2], logits[:2])
@@ -125,19 +132,38 @@ def test_a_cached_prefix_changes_nothing(decoder):
     np.testing.assert_allclose(decoder(TOKENS[4:], cache=padded)[0], logits[4:], atol=2e-6)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("side", ["left", "right", "mixed", "both"])
 def test_padding_and_batching_change_nothing(decoder, side):
+    """Neither the logits, nor what an edit of each row's last token changes."""
     rows = [TOKENS, TOKENS[:3], TOKENS[2:]]
     batch, valid = np.zeros((3, 9), int), np.zeros((3, 9), bool)
     for row, (tokens, real) in enumerate(zip(rows, map(len, rows), strict=True)):
-        where = slice(9 - real, None) if side == "left" else slice(real)
-        batch[row, where], valid[row, where] = tokens, True
+        start = {"left": 9 - real, "right": 0, "mixed": (row % 2) * (9 - real), "both": 1}[side]
+        batch[row, start : start + real], valid[row, start : start + real] = tokens, True
     logits, trace = decoder(batch, valid=valid)
     assert trace.neuron.shape == (3, 3, 9, 40)
+    last = valid & (np.cumsum(valid, axis=1) == valid.sum(axis=1, keepdims=True))
+    changes = _edited(decoder, batch, valid, last) - logits
     for row, tokens in enumerate(rows):
         alone = decoder(tokens)[0]
-        scale = np.abs(alone).max()
-        assert np.abs(logits[row][valid[row]] - alone).max() <= 1e-6 * scale
+        assert np.abs(logits[row][valid[row]] - alone).max() <= 1e-6 * np.abs(alone).max()
+        every, end = (
+            np.ones((1, len(tokens)), bool),
+            np.arange(len(tokens))[None] == len(tokens) - 1,
+        )
+        change = (_edited(decoder, tokens[None], every, end)[0] - alone)[-1]
+        assert np.abs(changes[row][last[row]] - change).max() <= 1e-6 * np.abs(change).max()
+
+
+@jax.jit
+def _edited(decoder, batch, valid, positions):
+    """Logits when each row's residual stream is set to another at that row's positions."""
+
+    def run(tokens, valid, positions):
+        edit = Edit.patch("residual", 1, positions, jnp.linspace(-3.0, 3.0, 24))
+        return decoder(tokens, edits=[edit], valid=valid)[0]
+
+    return jax.vmap(run)(batch, valid, positions)
 
 
 def test_a_batch_shares_its_edits(decoder):
@@ -168,6 +194,18 @@ def test_a_bfloat16_checkpoint_has_unrounded_activations():
 def test_an_edit_that_does_not_fit_is_refused(edit, message):
     with pytest.raises(ValueError, match=message):
         tiny.decoder("llama")(TOKENS, edits=[edit])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_more_tokens_than_positions_are_refused(family):
+    """A learned position that is not there must not be taken for the last one."""
+    decoder = tiny.decoder(family, max_positions=8)
+    decoder(np.arange(12), valid=np.arange(12) < 8)
+    with pytest.raises(ValueError, match="9 tokens, and the model has 8 positions"):
+        decoder(np.arange(9))
+    prefix = decoder(np.arange(5))[1].cache
+    with pytest.raises(ValueError, match="9 tokens, and the model has 8 positions"):
+        decoder(np.arange(4), cache=prefix)
 
 
 def test_tokens_outside_the_vocabulary_are_refused_and_a_list_is_taken():

@@ -1,0 +1,255 @@
+"""Converted weights on disk, so that the next start is fast.
+
+An entry is a folder: `arrays`, an Orbax checkpoint (Zarr 3, not compressed) that holds each
+parameter under its dotted name, and `entry.json`, which says what it is and lists its files. Orbax
+writes it. It is read by TensorStore, on which Orbax stands: straight into the buffers that become
+the parameters, and only the parts that are asked for. Orbax itself needs twice the memory for that,
+and six times the time (docs/performance.md).
+
+An entry appears only once it is complete, and is never changed.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import jax
+import numpy as np
+import tensorstore as ts
+from absl import logging
+
+from models.errors import InputError
+from models.weights import Path, Row
+
+# Part of every entry's name: to be raised when entries are laid out in another way.
+_LAYOUT = 1
+_ARRAYS, _MANIFEST = "arrays", "entry.json"
+# The unit in which an array is read: small beside the weights, large beside a disk's latency.
+_CHUNK_BYTES = 2**24
+# Chunks that are read at the same time.
+_READERS = 8
+# Smaller files are hashed anew each time.
+_REMEMBERED_FROM_BYTES = 2**26
+
+
+class DamagedEntryError(InputError):
+    """An entry whose files are not as they were written."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """Converted weights of one checkpoint.
+
+    Attributes:
+        folder: where they are.
+        about: what `write` was told of them.
+        size: of its files, in bytes.
+    """
+
+    folder: pathlib.Path
+    about: Mapping[str, object]
+    size: int
+
+    def read_into(self, path: Path, where: tuple[slice, ...], out: np.ndarray) -> None:
+        """Reads a part of a parameter, and converts it to the type of `out`.
+
+        Raises:
+            DamagedEntryError: it cannot be read.
+        """
+        try:
+            stored = ts.open(
+                {
+                    "driver": "zarr3",
+                    "kvstore": {"driver": "file", "path": f"{self._array(path)}/"},
+                    # A chunk that is gone would be read as zeros.
+                    "fill_missing_data_reads": False,
+                },
+                context=_context(),
+                open=True,
+                read=True,
+            ).result()
+            ts.array(out).write(ts.cast(stored, ts.dtype(out.dtype))[where]).result()
+        except ValueError as error:
+            raise DamagedEntryError(f"{self._array(path)}: cannot be read ({error})") from error
+
+    def _array(self, path: Path) -> pathlib.Path:
+        return self.folder / _ARRAYS / ".".join(path)
+
+
+def default_folder() -> pathlib.Path:
+    """`jaxmed` in the user's cache folder: $XDG_CACHE_HOME, or ~/.cache."""
+    base = pathlib.Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (base if base.is_absolute() else pathlib.Path.home() / ".cache") / "jaxmed"
+
+
+def name(weights_hash: str, source_bytes: int, rows: Iterable[Row]) -> str:
+    """The name of the entry of a checkpoint's weights.
+
+    Args:
+        weights_hash: of the weight files.
+        source_bytes: their size; it tells without a hash that there can be no entry.
+        rows: how they hold the parameters.
+    """
+    said = repr((_LAYOUT, weights_hash, list(rows)))
+    return f"{source_bytes}-{hashlib.blake2b(said.encode(), digest_size=16).hexdigest()}"
+
+
+def may_hold(cache_dir: pathlib.Path, source_bytes: int) -> bool:
+    """Whether there is an entry of a checkpoint of this size."""
+    return any((cache_dir / "weights").glob(f"{source_bytes}-*"))
+
+
+def find(cache_dir: pathlib.Path, entry: str) -> Entry | None:
+    """The entry of that name, or None if there is none.
+
+    Raises:
+        DamagedEntryError: one of its files is gone, or was changed.
+    """
+    folder = cache_dir / "weights" / entry
+    if not folder.is_dir():
+        return None
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        expected, about = manifest["files"], manifest["about"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DamagedEntryError(f"{folder / _MANIFEST}: cannot be read ({error})") from error
+    found = _files(folder)
+    if changed := sorted(file for file in expected if expected[file] != found.get(file)):
+        raise DamagedEntryError(f"{folder / changed[0]}: is gone, or not as it was written")
+    return Entry(folder, about, sum(size for size, _ in expected.values()))
+
+
+def write(
+    cache_dir: pathlib.Path,
+    entry: str,
+    parameters: Mapping[Path, jax.Array],
+    about: Mapping[str, object],
+) -> Entry:
+    """Writes an entry; a damaged one of that name is replaced.
+
+    If another process has written it in the meantime, that one stays.
+
+    Args:
+        cache_dir: the cache.
+        entry: its name.
+        parameters: what it holds.
+        about: what a reader of its entry.json may want to know.
+
+    Raises:
+        OSError: there is no place for it, or no permission.
+    """
+    folder = cache_dir / "weights" / entry
+    partial = folder.with_name(f".{entry}.partial-{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        _write_arrays(partial / _ARRAYS, parameters)
+        manifest = {"about": dict(about), "files": _files(partial)}
+        (partial / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        _move(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    found = find(cache_dir, entry)
+    assert found is not None
+    return found
+
+
+def remembered_hash(
+    cache_dir: pathlib.Path, files: Iterable[pathlib.Path], compute: Callable[[], str]
+) -> str:
+    """A hash of files that is computed once, unless one of them changes.
+
+    A note of it is named by the files' paths, sizes and times.
+
+    Args:
+        cache_dir: where notes are.
+        files: what is hashed.
+        compute: computes the hash.
+    """
+
+    def state() -> list:
+        stats = [(str(file.resolve()), file.stat()) for file in files]
+        return [(path, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for path, s in stats]
+
+    before = state()
+    if sum(size for _, size, *_ in before) < _REMEMBERED_FROM_BYTES:
+        return compute()
+    note = cache_dir / "hashes" / hashlib.blake2b(repr(before).encode(), digest_size=16).hexdigest()
+    if note.is_file():
+        return note.read_text()
+    computed = compute()
+    if state() == before:
+        partial = note.with_name(f".{note.name}.partial-{os.getpid()}")
+        try:
+            note.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(computed)
+            os.replace(partial, note)
+        except OSError:  # It is not needed: a folder that cannot be written to has no notes.
+            pass
+    return computed
+
+
+def _write_arrays(folder: pathlib.Path, parameters: Mapping[Path, jax.Array]) -> None:
+    import orbax.checkpoint as ocp  # Here, because only a program that writes needs it.
+
+    arrays = {".".join(path): array for path, array in parameters.items()}
+    handler = ocp.PyTreeCheckpointHandler(
+        use_ocdbt=False, use_zarr3=True, use_compression=False, save_concurrent_gb=1
+    )
+    chunks = dict.fromkeys(arrays, ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES))
+    with _quiet(), ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(folder, args=ocp.args.PyTreeSave(arrays, save_args=chunks))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Orbax reports each of its steps to absl's log, which a program shows."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _files(folder: pathlib.Path) -> dict[str, list[int]]:
+    """Size in bytes and time of the last change of every file of an entry but its manifest."""
+    found = {}
+    for file in sorted(folder.rglob("*")):
+        if file.is_file() and file != folder / _MANIFEST:
+            stat = file.stat()
+            found[file.relative_to(folder).as_posix()] = [stat.st_size, stat.st_mtime_ns]
+    return found
+
+
+def _move(partial: pathlib.Path, folder: pathlib.Path) -> None:
+    """Gives a complete entry its name, unless a sound one has it already."""
+    try:
+        if find(folder.parent.parent, folder.name) is not None:
+            return
+    except DamagedEntryError:
+        damaged = partial.with_name(f"{partial.name}-damaged")
+        os.rename(folder, damaged)
+        shutil.rmtree(damaged)
+    try:
+        os.rename(partial, folder)
+    except OSError:
+        if find(folder.parent.parent, folder.name) is None:
+            raise
+
+
+@functools.cache
+def _context() -> ts.Context:
+    return ts.Context(
+        {
+            "file_io_concurrency": {"limit": _READERS},
+            "data_copy_concurrency": {"limit": _READERS},
+            # Files are mapped, so that a chunk is copied once: to its place.
+            "file_io_mode": {"mode": "memmap"},
+        }
+    )

@@ -1,0 +1,55 @@
+"""The engine against the plain definition, for every family at every site."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from jaxmed import capture, definition, effects, metrics, planning
+from jaxmed.alignment import Positions
+from tests import tiny
+from tests.jaxmed.scans import GRANULARITIES, UNEQUAL, largest, some_directions, worst
+
+# Families in whose blocks directions of a site take ways of their own to the residual stream.
+WITH_DIRECTIONS = ("llama", "gemma2", "olmo2", "gpt_neox")
+
+
+def asked(config, folder, positions=Positions.PROMPT):
+    """The question, and all that can be asked."""
+    if config.family not in WITH_DIRECTIONS:
+        return planning.Question(metrics.LogitDifference(), positions), GRANULARITIES
+    given = some_directions(config, folder)
+    question = planning.Question(metrics.LogitDifference(), positions, directions=given)
+    return question, (*GRANULARITIES, "direction")
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_the_engine_gives_the_plain_definition(family, tmp_path):
+    with jax.enable_x64(True):
+        decoder = tiny.decoder(family, dtype="float64")
+        question, names = asked(decoder.config, tmp_path)
+        reference = definition.define_pair(decoder, UNEQUAL, question, names)
+        assert largest(reference) > 1e-2
+        double = effects.scan_pair(decoder, UNEQUAL, question, names)
+    decoder = tiny.decoder(family)
+    single = effects.scan_pair(decoder, UNEQUAL, question, names)
+    errors = worst(double, reference), worst(single, reference)
+    print(f"\n{family}: float64 {errors[0]:.1e}, float32 {errors[1]:.1e}")
+    assert errors[0] <= 1e-12
+    assert errors[1] <= 1e-5
+    assert abs(single.y_base - reference.y_base) < 1e-5 * max(1, abs(reference.y_base))
+
+    same = dataclasses.replace(UNEQUAL, counterfactual_ids=UNEQUAL.prompt_ids)
+    assert largest(effects.scan_pair(decoder, same, question, names)) == 0
+
+
+@pytest.mark.parametrize("family", ["mistral", "gpt2", "gpt_neox"])
+def test_padding_of_runs_and_prefixes_changes_nothing(family, tmp_path, monkeypatch):
+    """They are padded to lengths that are compiled once; in float64 a leak would show."""
+    with jax.enable_x64(True):
+        decoder = tiny.decoder(family, dtype="float64")
+        question, names = asked(decoder.config, tmp_path, Positions.LAST)
+        found = effects.scan_pair(decoder, UNEQUAL, question, names)
+        monkeypatch.setattr(capture, "SHORTEST", 64)
+        padded = effects.scan_pair(decoder, UNEQUAL, question, names)
+    assert worst(padded, found) <= 1e-13
