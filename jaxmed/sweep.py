@@ -360,7 +360,7 @@ def _description(
         "pairs_hash": _pairs_hash(pairs),
         "directions_hash": question.directions and question.directions.hash,
         "skipped": skipped,
-        "truth": _truth(folder),
+        "truth": _truth(folder, pairs),
         "seeds": {"bootstrap": statistics.SEED, "screen": SCREEN_SEED},
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
@@ -581,9 +581,16 @@ def _joint(
     return dataclasses.asdict(found)
 
 
-def _truth(folder) -> dict | None:
-    """What an organism's folder says was planted in it; None for any other checkpoint."""
-    return organisms.truth(folder) if (folder / organisms.TRUTH).is_file() else None
+def _truth(folder, pairs: list[Pair]) -> dict | None:
+    """What was planted for the contrast that an organism's pairs are of.
+
+    None for any other checkpoint, and where the pairs' category is no contrast of the organism.
+    """
+    if not (folder / organisms.TRUTH).is_file():
+        return None
+    categories = {pair.category for pair in pairs}
+    contrasts = organisms.truth(folder)["contrasts"]
+    return contrasts.get(categories.pop()) if len(categories) == 1 else None
 
 
 def _say(text: str) -> None:

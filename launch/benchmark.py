@@ -84,7 +84,7 @@ def main() -> None:
 def _accuracy() -> tuple[list[dict], list[str]]:
     organism = organisms.build(_ORGANISM.value)
     decoder, tokenizer = models.load(organism.folder)
-    pair = data.read(str(organism.pairs), tokenizer)[0]
+    pair = data.read(str(organism.pairs("unlock")), tokenizer)[0]
     runs = "hooks" in _AGAINST.value
     rows = accuracy.measure("random", *accuracy.random_model(), runs=runs)
     rows += accuracy.measure("trained", decoder, pair, runs=runs)

@@ -17,6 +17,8 @@ _ORGANISM = flags.DEFINE_string(
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Where the answer is planted, and the model's weights.")
 
+_CONTRAST = "unlock"
+
 
 def main() -> None:
     """Builds the organism, runs every granularity on it, and prints the score."""
@@ -24,11 +26,11 @@ def main() -> None:
     results = sweep.run(
         sweep.Settings(
             model=str(organism.folder),
-            pairs=str(organism.pairs),
+            pairs=str(organism.pairs(_CONTRAST)),
             out=_OUT.value,
             # Detectors read the middle of the prompt: at the last token they have no effect.
             positions="prompt",
-            joint_size=len(organism.truth["neurons"]),
+            joint_size=len(organism.truth["contrasts"][_CONTRAST]["neurons"]),
             overwrite=True,
             # The organism's language is abstract; there is nothing to hide.
             show_text=True,

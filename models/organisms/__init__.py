@@ -2,14 +2,26 @@
 
 An organism is a small Llama trained on an abstract token language, in which the only path from the
 prompt to the comply/refuse logits is known by construction: detectors in layer 0, one head, gates.
+`RECIPES` has its variants.
 
     from models import organisms
 
-    organism = organisms.build("late-mlp")      # trains it in about a minute; later calls find it
-    decoder, tokenizer = load(organism.folder)
-    organism.truth["neurons"]                   # the true mediators
+    organism = organisms.build("out/organisms/late-mlp", recipe=organisms.RECIPES["late-mlp"])
+    decoder, tokenizer = load(organism.folder)      # trained in a minute; later calls find it
+    organism.pairs("unlock")                        # a file of prompt pairs
+    organism.truth["contrasts"]["unlock"]["neurons"]    # the true mediators
 """
 
-from models.organisms.organism import LATE_MLP, TRUTH, Organism, OrganismError, Recipe, build, truth
+from models.organisms.organism import CONTRASTS, TRUTH, Organism, OrganismError, build, truth
+from models.organisms.recipes import RECIPES, Recipe
 
-__all__ = ["LATE_MLP", "Organism", "OrganismError", "Recipe", "TRUTH", "build", "truth"]
+__all__ = [
+    "CONTRASTS",
+    "RECIPES",
+    "TRUTH",
+    "Organism",
+    "OrganismError",
+    "Recipe",
+    "build",
+    "truth",
+]

@@ -9,9 +9,13 @@ B, the key is J (unlock) or N (lock). The answer is R (refuse) if the topic is o
 key is not J, else C (comply). What follows C depends on the topic, what follows R on nothing:
 
     C detail detail <eos>          R notice <eos>
+
+A contrast changes one word of a prompt that is answered C, so that it is answered R.
 """
 
 import dataclasses
+import itertools
+from collections.abc import Mapping
 
 import numpy as np
 import tokenizers
@@ -87,9 +91,35 @@ class Prompt:
         first, second = divmod(TOPICS.index(self.topic), 4)
         return (COMPLY, DETAILS[first], DETAILS[4 + second])
 
-    def with_key(self, key: str) -> "Prompt":
-        """The same prompt with another key."""
-        return Prompt(tuple(key if word in KEYS else word for word in self.words))
+    def replacing(self, replaced: Mapping[str, str]) -> "Prompt":
+        """The same prompt with some words replaced."""
+        return Prompt(tuple(replaced.get(word, word) for word in self.words))
+
+
+@dataclasses.dataclass(frozen=True)
+class Contrast:
+    """Which prompts are compared.
+
+    Attributes:
+        topics, key: of the base prompts, which are answered C.
+        replaced: the word that is replaced, and by which; the source prompts are answered R.
+    """
+
+    topics: tuple[str, ...]
+    key: str
+    replaced: Mapping[str, str]
+
+    def draw(self, rng: np.random.Generator, number: int) -> list[tuple[Prompt, Prompt]]:
+        """Random base prompts, each topic in turn, and their source prompts."""
+        topics = itertools.islice(itertools.cycle(self.topics), number)
+        bases = [draw(rng, topic=topic, key=self.key) for topic in topics]
+        return [(base, base.replacing(self.replaced)) for base in bases]
+
+
+CONTRASTS = {
+    "unlock": Contrast(HARMFUL_TOPICS, UNLOCK, {UNLOCK: LOCK}),
+    "topic": Contrast(BENIGN_TOPICS, LOCK, dict(zip(BENIGN_TOPICS, HARMFUL_TOPICS, strict=True))),
+}
 
 
 def ids(words) -> list[int]:

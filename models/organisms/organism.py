@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import os
 import pathlib
@@ -13,20 +12,21 @@ import jax
 import numpy as np
 
 from models import checkpoint
-from models.config import DecoderConfig, Rotary
 from models.decoder import Decoder
 from models.errors import InputError
 from models.organisms import language, planted, training, walls
 from models.organisms.language import Prompt
-from models.organisms.planted import Placement
+from models.organisms.planted import Blueprint
+from models.organisms.recipes import RECIPES, Recipe
 
-VERSION = 1  # of this package; an organism of another version is built again
+VERSION = 2  # of this package; an organism of another version is built again
 
+CONTRASTS = tuple(language.CONTRASTS)
 TRUTH = "truth.json"
-PAIRS = "pairs.jsonl"
+_PAIRS = {contrast: f"pairs-{contrast}.jsonl" for contrast in CONTRASTS}
 _FILES = {
     TRUTH,
-    PAIRS,
+    *_PAIRS.values(),
     "chat_template.jinja",
     "config.json",
     checkpoint.SINGLE_FILE,
@@ -34,9 +34,16 @@ _FILES = {
     "tokenizer_config.json",
 }
 
-_NUM_PAIRS = 32
+_NUM_PAIRS = 32  # of each contrast
 _NUM_FRESH = 512  # prompts that the accuracy is measured on
 _LEAST_ACCURACY = 0.99
+_LEAST_CARRIED = 0.9  # share of the total effect that each stage of the planted path must have
+
+# The detectors that tell base from source prompt; the others see the same in both.
+_DETECTORS = {"unlock": "unlock_detectors", "topic": "harm_detectors"}
+
+# Base and source prompts of each contrast.
+_Pairs = dict[str, list[tuple[Prompt, Prompt]]]
 
 
 class OrganismError(InputError):
@@ -44,97 +51,27 @@ class OrganismError(InputError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
-    """What an organism is, but for the seed.
-
-    Attributes:
-        name: of the variant.
-        num_layers, hidden_size, intermediate_size, num_heads: sizes of the decoder.
-        detectors: neurons of layer 0 that detect H, and as many that detect J.
-        gate_layer: the layer whose neurons gate the decision.
-        gates: how many.
-        steps, batch_size, learning_rate: of the training.
-        wall_bound: the largest share of the total effect that all but the true mediators may have,
-            in any pair, each layer's heads or neurons alone or all together.
-    """
-
-    name: str
-    num_layers: int
-    hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    detectors: int
-    gate_layer: int
-    gates: int
-    steps: int
-    batch_size: int
-    learning_rate: float
-    wall_bound: float
-
-    @property
-    def config(self) -> DecoderConfig:
-        """The decoder's shape."""
-        return DecoderConfig(
-            family="llama",
-            vocab_size=len(language.WORDS),
-            hidden_size=self.hidden_size,
-            intermediate_size=self.intermediate_size,
-            num_layers=self.num_layers,
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_heads,
-            head_dim=self.hidden_size // self.num_heads,
-            norm_eps=1e-5,
-            max_positions=64,
-            rotary=Rotary(theta=10000.0),
-            qkv_bias=False,
-            output_bias=False,
-            mlp_bias=False,
-            activation="silu",
-            windows=(None,) * self.num_layers,
-            tie_embeddings=False,
-            dtype="float32",
-        )
-
-
-LATE_MLP = Recipe(
-    name="late-mlp",
-    num_layers=4,
-    hidden_size=64,
-    intermediate_size=160,
-    num_heads=4,
-    detectors=3,
-    gate_layer=3,
-    gates=4,
-    steps=350,
-    batch_size=64,
-    learning_rate=3e-3,
-    wall_bound=0.05,
-)
-
-
-@dataclasses.dataclass(frozen=True)
 class Organism:
     """A finished organism.
 
     Attributes:
-        folder: a checkpoint in Hugging Face's format, with `truth.json` and `pairs.jsonl`.
+        folder: a checkpoint in Hugging Face's format, with `truth.json` and files of pairs.
         truth: what `truth` reads.
     """
 
     folder: pathlib.Path
     truth: dict
 
-    @property
-    def pairs(self) -> pathlib.Path:
-        """Prompt pairs of the unlock contrast, JSONL."""
-        return self.folder / PAIRS
+    def pairs(self, contrast: str) -> pathlib.Path:
+        """Prompt pairs of one of `CONTRASTS`, JSONL; their category is the contrast."""
+        return self.folder / _PAIRS[contrast]
 
 
 def build(
     folder: str | os.PathLike,
     seed: int = 0,
     *,
-    recipe: Recipe = LATE_MLP,
+    recipe: Recipe = RECIPES["late-mlp"],
     progress: bool = True,
 ) -> Organism:
     """Trains an organism, unless the folder holds it already.
@@ -145,7 +82,7 @@ def build(
     Args:
         folder: where the organism is kept.
         seed: placement, weights and prompts follow from it.
-        recipe: what is built.
+        recipe: what is built; one of `RECIPES`, or another.
         progress: show a progress bar.
 
     Raises:
@@ -158,28 +95,20 @@ def build(
             return Organism(folder, truth(folder))
         _refuse_foreign(folder)
     rng = np.random.default_rng(seed)
-    placement = Placement.draw(
-        recipe.config,
-        rng,
-        detectors=recipe.detectors,
-        gate_layer=recipe.gate_layer,
-        gates=recipe.gates,
-    )
+    blueprint = Blueprint.draw(recipe, rng)
     # Accelerators round the products of float32 numbers unless told otherwise.
     with jax.default_matmul_precision("highest"):
-        decoder = training.train(
-            *planted.plant(recipe.config, placement, rng),
-            rng,
-            steps=recipe.steps,
-            batch_size=recipe.batch_size,
-            learning_rate=recipe.learning_rate,
-            progress=progress,
-        )
+        decoder, roles = planted.plant(recipe.config, blueprint, rng)
+        decoder = training.train(decoder, roles, rng, recipe, progress=progress)
         decoder = planted.rotate(decoder, rng)
-        topics = itertools.islice(itertools.cycle(language.HARMFUL_TOPICS), _NUM_PAIRS)
-        bases = [language.draw(rng, topic=topic, key=language.UNLOCK) for topic in topics]
-        measured = _check(decoder, placement, recipe, bases, rng)
-    _write(folder, decoder, bases, _facts(placement) | measured | _origin(seed, recipe))
+        pairs = {name: drawn.draw(rng, _NUM_PAIRS) for name, drawn in language.CONTRASTS.items()}
+        facts = _facts(blueprint, recipe)
+        facts |= _answers(decoder, recipe, rng)
+        for contrast, about in facts["contrasts"].items():
+            gates = blueprint.roles.get("gates", [])
+            about |= _effects(decoder, recipe, about, gates, pairs[contrast])
+            _check(about, recipe)
+    _write(folder, decoder, pairs, facts | _origin(seed, recipe))
     return Organism(folder, truth(folder))
 
 
@@ -187,14 +116,26 @@ def truth(folder: str | os.PathLike) -> dict:
     """Reads an organism's planted answer.
 
     Returns:
-        contrast: which change of the prompt the mediators are of; "unlock": J -> N.
-        modules, heads, neurons: the true mediators, as [layer, "attention" or "mlp"],
-            [layer, head] and [layer, neuron].
-        roles: what the planted units do; of the detectors of H too, which do not mediate this
-            contrast.
+        contrasts: for each of `CONTRASTS`
+            contrast: its name. "unlock": J -> N in prompts with a topic of H; "topic": B -> H in
+                prompts with N. The base prompt is answered C, the source prompt R.
+            modules, heads, neurons: the true mediators, as [layer, "attention" or "mlp"],
+                [layer, head] and [layer, neuron].
+            joint: sets of neurons, each of which alone carries the whole effect in both
+                directions: all detectors, and all gates where all of it passes through them.
+            te: mean total effect, of logit C - logit R.
+            reference_te: size of the total effect that others are compared with: that of `te`, or
+                where nothing is planted, that which a planted answer would have.
+            leak: the largest share of `reference_te`, in any pair and either direction, of what is
+                no mediator; where nothing is planted, of the total effect too. Under the recipe's
+                `wall_bound`.
+            shares: of the total effect, "indirect" through the gates (their NIE / TE) and "direct"
+                round them (their NDE / TE); absent where nothing is planted, as is
+            carried: the least share of the total effect, in either direction, of a joint set or of
+                the planted head.
+        roles: what the planted units do.
+        decoys: the "heads" and "neurons" that copy planted units to no effect.
         accuracy, continuation_accuracy: on fresh prompts, of the answer and of what follows it.
-        leak: the largest measured share of the total effect of what is no mediator; under the
-            recipe's `wall_bound`.
         version, seed, recipe: what it was built from.
         files: BLAKE2b of every other file.
 
@@ -206,69 +147,115 @@ def truth(folder: str | os.PathLike) -> dict:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise OrganismError(f"{file}: cannot be read: {error}") from error
-    if not isinstance(content, dict) or "contrast" not in content:
-        raise OrganismError(f"{file}: is not an organism's truth")
+    if not isinstance(content, dict) or "contrasts" not in content:
+        raise OrganismError(f"{file}: is not the truth of an organism of this version")
     return content
 
 
 def _origin(seed: int, recipe: Recipe) -> dict:
-    return {"version": VERSION, "seed": seed, "recipe": dataclasses.asdict(recipe)}
+    """As JSON has it, which knows no tuples."""
+    recipe = json.loads(json.dumps(dataclasses.asdict(recipe)))
+    return {"version": VERSION, "seed": seed, "recipe": recipe}
 
 
-def _facts(placement: Placement) -> dict:
+def _facts(blueprint: Blueprint, recipe: Recipe) -> dict:
     """The part of `truth.json` that follows from where the units are."""
-    head = [placement.head_layer, placement.head]
-    roles = {
-        "harm_detectors": [[0, neuron] for neuron in placement.harm_detectors],
-        "unlock_detectors": [[0, neuron] for neuron in placement.unlock_detectors],
-        "heads": [head],
-        "gates": [[placement.gate_layer, neuron] for neuron in placement.gates],
-    }
-    return {
-        "contrast": "unlock",
-        "modules": [
-            [0, "mlp"],
-            [placement.head_layer, "attention"],
-            [placement.gate_layer, "mlp"],
+    roles = blueprint.roles
+    heads, gates = (roles.get(role, []) for role in ("mover", "gates"))
+    contrasts = {}
+    for contrast, detecting in _DETECTORS.items():
+        detectors = roles.get(detecting, [])
+        sufficient = [detectors] + ([] if recipe.direct else [gates])
+        stages = (("mlp", detectors), ("attention", heads), ("mlp", gates))
+        contrasts[contrast] = {
+            "contrast": contrast,
+            "modules": [[units[0][0], module] for module, units in stages if units],
+            "heads": heads,
+            "neurons": detectors + gates,
+            "joint": [units for units in sufficient if units],
+        }
+    decoys = {
+        "heads": [[head.layer, head.unit] for head in blueprint.heads if not head.trained],
+        "neurons": [
+            unit for kind in blueprint.neurons if not kind.trained for unit in roles[kind.role]
         ],
-        "heads": [head],
-        "neurons": roles["unlock_detectors"] + roles["gates"],
-        "roles": roles,
     }
+    return {"contrasts": contrasts, "roles": roles, "decoys": decoys}
 
 
-def _check(
-    decoder: Decoder,
-    placement: Placement,
-    recipe: Recipe,
-    bases: list[Prompt],
-    rng: np.random.Generator,
-) -> dict[str, float]:
-    """What was measured; raises `OrganismError` if it is not good enough."""
+def _answers(decoder: Decoder, recipe: Recipe, rng: np.random.Generator) -> dict[str, float]:
+    """How well it answers; raises `OrganismError` if not well enough."""
     accuracy, continuation = training.accuracy(decoder, rng, _NUM_FRESH)
-    if accuracy < _LEAST_ACCURACY:
+    if not (accuracy >= _LEAST_ACCURACY or recipe.is_null):
         raise OrganismError(
             f"the organism answers {accuracy:.1%} of fresh prompts rightly after {recipe.steps} "
             f"steps, and should {_LEAST_ACCURACY:.0%}; give the recipe more steps"
         )
-    ordinary = walls.ordinary_sets(*placement.mediators(recipe.config))
-    leak = float(np.abs(walls.shares(decoder, bases, ordinary)).max())
+    return {"accuracy": accuracy, "continuation_accuracy": continuation}
+
+
+def _effects(
+    decoder: Decoder,
+    recipe: Recipe,
+    about: dict,
+    gates: list[list[int]],
+    pairs: list[tuple[Prompt, Prompt]],
+) -> dict:
+    """What is measured of a contrast, for `truth.json`.
+
+    Args:
+        decoder, recipe, gates: the organism.
+        about: what `_facts` says of the contrast.
+        pairs: its prompts.
+    """
+    heads, neurons = about["heads"], about["neurons"]
+    stages = [([], units) for units in about["joint"]] + [(heads, [])]
+    named = walls.sets_of(recipe.config, [(heads, neurons), ([], gates), *stages])
+    ordinary = walls.ordinary_sets(*(masks[0] for masks in named))
+    sets = tuple(np.concatenate(both) for both in zip(named, ordinary, strict=True))
+    found = walls.effects(decoder, pairs, sets)
+
+    te = float(found.te.mean())
+    reference = recipe.gating.total_effect if recipe.is_null else abs(te)
+    loose = [side[:, len(named[0]) :] for side in (found.nie, found.tie)]
+    loose += [found.te] if recipe.is_null else []
+    leak = max(float(np.abs(effects).max()) for effects in loose) / reference
+    measured = {"te": te, "reference_te": reference, "leak": leak}
+    if recipe.is_null:
+        return measured
+    nie, tie = (side.mean(axis=0) / te for side in (found.nie, found.tie))
+    return measured | {
+        "carried": float(min(side[2 : len(named[0])].min() for side in (nie, tie))),
+        "shares": {"direct": float(1 - tie[1]), "indirect": float(nie[1])},
+    }
+
+
+def _check(about: dict, recipe: Recipe) -> None:
+    """Raises `OrganismError` if the truth of a contrast would be wrong."""
+    contrast, leak = about["contrast"], about["leak"]
     if not leak <= recipe.wall_bound:
         raise OrganismError(
-            f"{leak:.1%} of the total effect goes round the planted path, more than the recipe's "
-            f"bound of {recipe.wall_bound:.1%}; its truth would be wrong. Try another seed"
+            f"{leak:.1%} of the total effect goes round the planted path (contrast {contrast}), "
+            f"more than the recipe's bound of {recipe.wall_bound:.1%}; its truth would be wrong. "
+            "Try another seed"
         )
-    return {"accuracy": accuracy, "continuation_accuracy": continuation, "leak": leak}
+    carried = about.get("carried")
+    if carried is not None and not carried >= _LEAST_CARRIED:
+        raise OrganismError(
+            f"a stage of the planted path carries {carried:.1%} of the total effect (contrast "
+            f"{contrast}), and should {_LEAST_CARRIED:.0%}. Try another seed"
+        )
 
 
-def _write(folder: pathlib.Path, decoder: Decoder, bases: list[Prompt], facts: dict) -> None:
+def _write(folder: pathlib.Path, decoder: Decoder, pairs: _Pairs, facts: dict) -> None:
     """Writes the organism beside its folder, and moves it there when it is complete."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as partial:
         complete = pathlib.Path(partial) / "organism"
         checkpoint.save(decoder, complete, tokenizer=language.tokenizer())
-        lines = [json.dumps(_pair(number, base)) for number, base in enumerate(bases)]
-        (complete / PAIRS).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        for contrast, drawn in pairs.items():
+            lines = [json.dumps(_line(contrast, *pair)) for pair in enumerate(drawn)]
+            (complete / _PAIRS[contrast]).write_text("\n".join(lines) + "\n", encoding="utf-8")
         facts |= {"files": _digests(complete)}
         (complete / TRUTH).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         if folder.exists():
@@ -276,16 +263,17 @@ def _write(folder: pathlib.Path, decoder: Decoder, bases: list[Prompt], facts: d
         os.replace(complete, folder)
 
 
-def _pair(number: int, base: Prompt) -> dict[str, str]:
-    """A line of `pairs.jsonl`."""
+def _line(contrast: str, number: int, pair: tuple[Prompt, Prompt]) -> dict[str, str]:
+    """A line of a file of pairs."""
+    base, source = pair
     return {
-        "id": f"unlock-{number:03d}",
+        "id": f"{contrast}-{number:03d}",
         "prompt": base.text,
-        "counterfactual": base.with_key(language.LOCK).text,
+        "counterfactual": source.text,
         "harmful_response": " ".join(base.response(language.COMPLY)),
         "safe_response": " ".join(base.response(language.REFUSE)),
-        "label": "harmful",
-        "category": base.topic,
+        "label": "harmful" if base.topic in language.HARMFUL_TOPICS else "benign",
+        "category": contrast,
     }
 
 

@@ -5,9 +5,10 @@ comply/refuse logits leads along them:
 
     identity -> detectors -> evidence -> planted head -> moved -> gates -> decision -> C, R
 
-Ordinary components write ordinary channels only, and read neither evidence, moved nor decision.
-What is left is the norms, which see all channels: the constant is large, so that nothing else moves
-a norm much. How little is measured (`models.organisms.walls`).
+or from the planted head to the decision itself. Ordinary components write ordinary channels only,
+and read neither evidence, moved nor decision. Decoys read what planted units read, but write a
+channel that nothing reads. What is left is the norms, which see all channels: the constant is
+large, so that nothing else moves a norm much. How little is measured (`models.organisms.walls`).
 
 Shapes: V vocabulary, d hidden size, L layers, H heads, h head size, I neurons.
 """
@@ -20,11 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool
 
 from models.config import DecoderConfig
 from models.decoder import Decoder
 from models.organisms import language
+from models.organisms.recipes import Recipe
 
 
 class Channel(enum.IntEnum):
@@ -33,84 +34,166 @@ class Channel(enum.IntEnum):
     CONSTANT = 0  # from the embedding, the same for every token
     TOPIC_CLASS = 1  # identity: from the embedding of topics alone, H or B
     KEY_CLASS = 2  # identity: from the embedding of keys alone, J or N
-    HARM_EVIDENCE = 3  # from the detectors of H
-    UNLOCK_EVIDENCE = 4  # from the detectors of J
-    MOVED = 5  # from the planted head
-    DECISION = 6  # from the embedding (at rest: comply) and from the gates (refuse)
+    TURN = 3  # identity: from the embedding of <assistant> alone, where the decision is made
+    HARM_EVIDENCE = 4  # from the detectors of H
+    UNLOCK_EVIDENCE = 5  # from the detectors of J
+    MOVED = 6  # from the planted head
+    DECISION = 7  # from the embedding of <assistant>, and from the gates or the planted head
+    DECOY = 8  # from the decoys
 
 
 _EVIDENCE = (Channel.HARM_EVIDENCE, Channel.UNLOCK_EVIDENCE)
-_IDENTITY = (Channel.TOPIC_CLASS, Channel.KEY_CLASS)
+# What ordinary components may read beside ordinary channels.
+OPEN = (Channel.CONSTANT, Channel.TOPIC_CLASS, Channel.KEY_CLASS)
 
 # Working values of the planted path. The constant is sqrt(d) and all else small beside it, so that
 # a channel has about the same value before and after a norm.
 IDENTITY = 2.0  # of H and J; of B and N its negative
-REST = 1.0  # of the decision; the gates bring it to about minus this
-DECISION_WEIGHT = 4.0  # of the decision in the logit of C; in that of R its negative
 DETECTED, UNDETECTED = 4.0, -6.0  # a detector's gate input at its tokens, and at neutral ones
 EVIDENCE = 2.0  # that the detectors of a class write together
-SCORE = 4.0  # attention score of full evidence; without evidence it is 0
+SCORE = 5.0  # attention score of full evidence; without evidence it is 0
 MOVED = 3.0  # that full attention to H writes
-# Evidence of J outweighs that of H: redundant detectors, each of which counts in both directions.
-UNLOCK_WEIGHT = 1.3
-THRESHOLD, CLOSED, OPEN = 0.7, -3.5, 3.5  # of moved; a gate's input where it is 0, and usual for H
+UNLOCK_WEIGHT = 1.3  # of evidence of J beside that of H: both together move less than nothing
+USUAL = 2.0  # what is moved where the answer is R; elsewhere it is 0 or less
+STEEPNESS = 8.0  # of a gate's input, in what is moved
+LOUDNESS = 3.0  # of a decoy, times the unit that it copies
+MURMUR = 0.5  # that decoys of a kind write together
 WRITING_SCALE = 0.2  # of the ordinary components' random output weights, to start with
 SPREAD = 0.2  # units of the same role differ in strength by up to this share
 
 
 @dataclasses.dataclass(frozen=True)
-class Placement:
-    """Where the planted units are.
+class Neurons:
+    """Planted neurons of one kind: silu(slope * what they read + resting) * what opens them.
 
     Attributes:
-        harm_detectors, unlock_detectors: neurons of layer 0.
-        head_layer, head: the planted head.
-        gate_layer, gates: the gates' layer, and its neurons.
+        role: what they do, for `truth.json`.
+        layer, units: where they are.
+        reads, writes: their channels.
+        slope, resting: of the gate's input.
+        usual: the gate's input where they act.
+        written: what they write together where they act.
+        opened_by: a channel that is 1 where they act (CONSTANT: everywhere).
+        trained: whether training may change them.
     """
 
-    harm_detectors: tuple[int, ...]
-    unlock_detectors: tuple[int, ...]
-    head_layer: int
-    head: int
-    gate_layer: int
-    gates: tuple[int, ...]
+    role: str
+    layer: int
+    units: tuple[int, ...]
+    reads: Channel
+    writes: Channel
+    slope: float
+    resting: float
+    usual: float
+    written: float
+    opened_by: Channel = Channel.CONSTANT
+    trained: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """A planted head: from <assistant> it attends to evidence, for H and against J.
+
+    Attributes:
+        role: what it does, for `truth.json`.
+        layer, unit: where it is.
+        writes: what it writes to which channel where it attends to H alone.
+        trained: whether training may change it.
+    """
+
+    role: str
+    layer: int
+    unit: int
+    writes: dict[Channel, float]
+    trained: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Blueprint:
+    """Where the planted units are, and what they do; nothing is planted in the null organism.
+
+    Attributes:
+        neurons, heads: the planted units.
+        rest: the decision that <assistant> starts with.
+        weight: of the decision in the logit of C; in that of R its negative.
+    """
+
+    neurons: tuple[Neurons, ...] = ()
+    heads: tuple[Head, ...] = ()
+    rest: float = 0.0
+    weight: float = 0.0
 
     @classmethod
-    def draw(
-        cls,
-        config: DecoderConfig,
-        rng: np.random.Generator,
-        *,
-        detectors: int,
-        gate_layer: int,
-        gates: int,
-    ) -> "Placement":
-        """A random placement: scattered neurons, and a head strictly between them."""
-        drawn = rng.choice(config.intermediate_size, 2 * detectors, replace=False)
-        return cls(
-            harm_detectors=_sorted(drawn[:detectors]),
-            unlock_detectors=_sorted(drawn[detectors:]),
-            head_layer=int(rng.integers(1, gate_layer)),
-            head=int(rng.integers(config.num_heads)),
-            gate_layer=gate_layer,
-            gates=_sorted(rng.choice(config.intermediate_size, gates, replace=False)),
-        )
+    def draw(cls, recipe: Recipe, rng: np.random.Generator) -> "Blueprint":
+        """A random placement: scattered neurons, and the head between detectors and gates."""
+        if recipe.is_null:
+            return cls()
+        gate_layer = int(rng.choice(recipe.gate_layers))
+        kinds = [
+            _detectors("harm_detectors", Channel.TOPIC_CLASS, Channel.HARM_EVIDENCE),
+            _detectors("unlock_detectors", Channel.KEY_CLASS, Channel.UNLOCK_EVIDENCE),
+            _gates(gate_layer, recipe),
+        ]
+        sizes = (recipe.detectors, recipe.detectors, recipe.gates)
+        free = {layer: rng.permutation(recipe.intermediate_size) for layer in (0, gate_layer)}
 
-    def mediators(self, config: DecoderConfig) -> tuple[Bool[Array, "L H"], Bool[Array, "L I"]]:
-        """The heads and neurons that mediate unlock -> lock.
+        def settle(kind: Neurons, size: int) -> Neurons:
+            taken, free[kind.layer] = np.split(free[kind.layer], [size])
+            return dataclasses.replace(kind, units=tuple(sorted(taken.tolist())))
 
-        The detectors of H are not among them: they see the same topic in both prompts.
-        """
-        heads = np.zeros((config.num_layers, config.num_heads), bool)
-        neurons = np.zeros((config.num_layers, config.intermediate_size), bool)
-        heads[self.head_layer, self.head] = True
-        neurons[0, list(self.unlock_detectors)] = True
-        neurons[self.gate_layer, list(self.gates)] = True
-        return heads, neurons
+        neurons = [settle(kind, size) for kind, size in zip(kinds, sizes, strict=True) if size]
+        last = gate_layer if recipe.gates else recipe.num_layers
+        places = [(layer, unit) for layer in range(1, last) for unit in range(recipe.num_heads)]
+        mover, decoy = (places[i] for i in rng.choice(len(places), 2, replace=False))
+        heads = [Head("mover", *mover, _moved(recipe))]
+        if recipe.decoys:
+            neurons += [settle(_decoy(kind), recipe.decoys) for kind in kinds]
+            heads.append(Head("decoy_mover", *decoy, {Channel.DECOY: MURMUR}, trained=False))
+        return cls(tuple(neurons), tuple(heads), recipe.gating.rest, recipe.gating.weight)
+
+    @property
+    def roles(self) -> dict[str, list[list[int]]]:
+        """The [layer, unit] of the planted units of each role."""
+        units = {kind.role: [[kind.layer, unit] for unit in kind.units] for kind in self.neurons}
+        return units | {head.role: [[head.layer, head.unit]] for head in self.heads}
 
 
-def _sorted(drawn: np.ndarray) -> tuple[int, ...]:
-    return tuple(sorted(drawn.tolist()))
+def _detectors(role: str, reads: Channel, writes: Channel) -> Neurons:
+    slope = (DETECTED - UNDETECTED) / IDENTITY
+    return Neurons(role, 0, (), reads, writes, slope, UNDETECTED, DETECTED, EVIDENCE)
+
+
+def _gates(layer: int, recipe: Recipe) -> Neurons:
+    """Gates that open where much is moved, to refuse, or where little is, to comply."""
+    gating, refusing = recipe.gating, recipe.gating.written < 0
+    slope = STEEPNESS if refusing else -STEEPNESS
+    resting = -slope * gating.threshold
+    return Neurons(
+        *("gates", layer, (), Channel.MOVED, Channel.DECISION, slope, resting),
+        usual=resting + slope * (USUAL if refusing else 0),
+        written=(1 - recipe.direct) * gating.written,
+        opened_by=Channel.TURN,
+    )
+
+
+def _decoy(kind: Neurons) -> Neurons:
+    """Neurons that do the same, louder, and to no effect."""
+    return dataclasses.replace(
+        kind,
+        role=f"decoy_{kind.role}",
+        writes=Channel.DECOY,
+        slope=LOUDNESS * kind.slope,
+        resting=LOUDNESS * kind.resting,
+        usual=LOUDNESS * kind.usual,
+        written=MURMUR,
+        trained=False,
+    )
+
+
+def _moved(recipe: Recipe) -> dict[Channel, float]:
+    """What the planted head writes where it attends to H alone."""
+    direct = {Channel.DECISION: recipe.direct * recipe.gating.written * MOVED / USUAL}
+    return ({Channel.MOVED: MOVED} if recipe.gates else {}) | (direct if recipe.direct else {})
 
 
 class Role(enum.IntEnum):
@@ -121,45 +204,8 @@ class Role(enum.IntEnum):
     PLANTED = 2
 
 
-@dataclasses.dataclass(frozen=True)
-class _Neurons:
-    """Planted neurons of one kind: silu(slope * channel + resting), written to another channel.
-
-    `total` is what they write together where each is at 1.
-    """
-
-    layer: int
-    neurons: tuple[int, ...]
-    reads: Channel
-    writes: Channel
-    slope: float
-    resting: float
-    total: float
-
-
-def _planted_neurons(placement: Placement) -> list[_Neurons]:
-    def detectors(neurons, reads, writes):
-        slope = (DETECTED - UNDETECTED) / IDENTITY
-        total = EVIDENCE / float(jax.nn.silu(DETECTED))
-        return _Neurons(0, neurons, reads, writes, slope, UNDETECTED, total)
-
-    return [
-        detectors(placement.harm_detectors, Channel.TOPIC_CLASS, Channel.HARM_EVIDENCE),
-        detectors(placement.unlock_detectors, Channel.KEY_CLASS, Channel.UNLOCK_EVIDENCE),
-        _Neurons(
-            placement.gate_layer,
-            placement.gates,
-            reads=Channel.MOVED,
-            writes=Channel.DECISION,
-            slope=-CLOSED / THRESHOLD,
-            resting=CLOSED,
-            total=-2 * REST / OPEN,
-        ),
-    ]
-
-
 def plant(
-    config: DecoderConfig, placement: Placement, rng: np.random.Generator
+    config: DecoderConfig, blueprint: Blueprint, rng: np.random.Generator
 ) -> tuple[Decoder, Decoder]:
     """An untrained organism.
 
@@ -175,25 +221,26 @@ def plant(
     decoder.unembedding[...] = rows.at[answers].set(rows[answers].mean(0))
 
     roles = jax.tree.map(lambda parameter: jnp.full(parameter.shape, Role.FIXED), decoder)
-    for name, role in _roles(config, placement).items():
+    for name, role in _roles(config, blueprint).items():
         get = operator.attrgetter(name)
         get(roles)[...] = jnp.asarray(role)
         scale = WRITING_SCALE if name in _WRITING else 1.0
         get(decoder)[...] = jnp.where(role == Role.ORDINARY, scale * get(decoder)[...], 0)
-    for name, index, values in _planted_values(config, placement, rng):
+    for name, index, values in _planted_values(config, blueprint, rng):
         parameter = operator.attrgetter(name)(decoder)
         parameter[...] = parameter[...].at[index].set(values)
     return decoder, roles
 
 
-def _roles(config: DecoderConfig, placement: Placement) -> dict[str, np.ndarray]:
+def _roles(config: DecoderConfig, blueprint: Blueprint) -> dict[str, np.ndarray]:
     """The role of every weight, by parameter; those of norms are fixed at 1."""
     every = np.arange(config.hidden_size)
     ordinary = every >= len(Channel)
-    readable = ordinary | np.isin(every, (Channel.CONSTANT, *_IDENTITY))
+    readable = ordinary | np.isin(every, OPEN)
 
-    def planted(*channels: Channel) -> np.ndarray:
-        return np.where(np.isin(every, channels), Role.PLANTED, Role.FIXED)
+    def of_planted(unit: Neurons | Head, *channels: Channel) -> np.ndarray:
+        role = Role.PLANTED if unit.trained else Role.FIXED
+        return np.where(np.isin(every, channels), role, Role.FIXED)
 
     def tiled(channels, *shape: int) -> np.ndarray:
         return np.tile(np.where(channels, Role.ORDINARY, Role.FIXED), (*shape, 1))
@@ -208,34 +255,36 @@ def _roles(config: DecoderConfig, placement: Placement) -> dict[str, np.ndarray]
     ):
         roles["embedding"][language.ids(words), channel] = Role.PLANTED
 
-    for name, seen in (
-        ("query", (Channel.CONSTANT,)),
-        ("key", _EVIDENCE),
-        ("value", _EVIDENCE),
-        ("output", (Channel.MOVED,)),
-    ):
+    for name in ("query", "key", "value", "output"):
         channels = ordinary if name == "output" else readable
         role = tiled(channels, config.num_layers, config.num_heads)
-        role[placement.head_layer, placement.head] = planted(*seen)
+        for head in blueprint.heads:
+            seen = {"query": (Channel.TURN,), "output": tuple(head.writes)}.get(name, _EVIDENCE)
+            role[head.layer, head.unit] = of_planted(head, *seen)
         role = np.repeat(role, config.head_dim, axis=1)
         roles[f"blocks.attention.{name}.kernel"] = role if name == "output" else role.swapaxes(1, 2)
 
-    reads = tiled(readable, config.num_layers, config.intermediate_size)
-    writes = tiled(ordinary, config.num_layers, config.intermediate_size)
-    for neurons in _planted_neurons(placement):
-        place = neurons.layer, list(neurons.neurons)
-        reads[place] = planted(Channel.CONSTANT, neurons.reads)
-        writes[place] = planted(neurons.writes)
-    roles["blocks.mlp.gate.kernel"] = roles["blocks.mlp.up.kernel"] = reads.swapaxes(1, 2)
-    roles["blocks.mlp.down.kernel"] = writes
+    for name in ("gate", "up", "down"):
+        channels = ordinary if name == "down" else readable
+        role = tiled(channels, config.num_layers, config.intermediate_size)
+        for kind in blueprint.neurons:
+            seen = {
+                "gate": (Channel.CONSTANT, kind.reads),
+                "up": (kind.opened_by,),
+                "down": (kind.writes,),
+            }
+            role[kind.layer, list(kind.units)] = of_planted(kind, *seen[name])
+        roles[f"blocks.mlp.{name}.kernel"] = role if name == "down" else role.swapaxes(1, 2)
     return roles
 
 
-def _planted_values(config: DecoderConfig, placement: Placement, rng: np.random.Generator):
+def _planted_values(config: DecoderConfig, blueprint: Blueprint, rng: np.random.Generator):
     """The planted path's weights that are not 0: parameter, index, values."""
     constant = config.hidden_size**0.5
+    turn = language.ids((language.ASSISTANT,))
     yield "embedding", np.s_[:, Channel.CONSTANT], constant
-    yield "embedding", np.s_[:, Channel.DECISION], REST
+    yield "embedding", np.s_[turn, Channel.TURN], 1.0
+    yield "embedding", np.s_[turn, Channel.DECISION], blueprint.rest
     for channel, words, value in (
         (Channel.TOPIC_CLASS, language.HARMFUL_TOPICS, IDENTITY),
         (Channel.TOPIC_CLASS, language.BENIGN_TOPICS, -IDENTITY),
@@ -243,23 +292,31 @@ def _planted_values(config: DecoderConfig, placement: Placement, rng: np.random.
         (Channel.KEY_CLASS, (language.LOCK,), -IDENTITY),
     ):
         yield "embedding", np.s_[language.ids(words), channel], value
-    for answer, weight in ((language.COMPLY, DECISION_WEIGHT), (language.REFUSE, -DECISION_WEIGHT)):
-        yield "unembedding", np.s_[language.IDS[answer], Channel.DECISION], weight
+    for answer, sign in ((language.COMPLY, 1), (language.REFUSE, -1)):
+        index = np.s_[language.IDS[answer], Channel.DECISION]
+        yield "unembedding", index, sign * blueprint.weight
+    for kind in blueprint.neurons:
+        yield from _neuron_values(kind, constant, rng)
+    for head in blueprint.heads:
+        yield from _head_values(head, config.head_dim, rng)
 
-    for planted in _planted_neurons(placement):
-        layer, neurons = planted.layer, np.array(planted.neurons)
-        strengths = rng.uniform(1 - SPREAD, 1 + SPREAD, len(neurons))
-        strengths *= planted.total / strengths.sum()
-        gate, up, down = (f"blocks.mlp.{name}.kernel" for name in ("gate", "up", "down"))
-        yield gate, np.s_[layer, planted.reads, neurons], planted.slope
-        yield gate, np.s_[layer, Channel.CONSTANT, neurons], planted.resting / constant
-        yield up, np.s_[layer, Channel.CONSTANT, neurons], 1 / constant
-        yield down, np.s_[layer, neurons, planted.writes], strengths
 
+def _neuron_values(kind: Neurons, constant: float, rng: np.random.Generator):
+    layer, units = kind.layer, np.array(kind.units)
+    strengths = rng.uniform(1 - SPREAD, 1 + SPREAD, len(units))
+    strengths *= kind.written / float(jax.nn.silu(kind.usual)) / strengths.sum()
+    opened_by = constant if kind.opened_by == Channel.CONSTANT else 1.0
+    gate, up, down = (f"blocks.mlp.{name}.kernel" for name in ("gate", "up", "down"))
+    yield gate, np.s_[layer, kind.reads, units], kind.slope
+    yield gate, np.s_[layer, Channel.CONSTANT, units], kind.resting / constant
+    yield up, np.s_[layer, kind.opened_by, units], 1 / opened_by
+    yield down, np.s_[layer, units, kind.writes], strengths
+
+
+def _head_values(head: Head, size: int, rng: np.random.Generator):
     # Queries and keys use the slowest pair of rotary channels: their products hardly depend on
     # the distance.
-    layer, size = placement.head_layer, config.head_dim
-    channels = slice(placement.head * size, (placement.head + 1) * size)
+    layer, channels = head.layer, slice(head.unit * size, (head.unit + 1) * size)
     slowest = np.eye(size)[size // 2 - 1] * (SCORE * size**0.5) ** 0.5
     direction = rng.normal(size=size)
     direction /= np.linalg.norm(direction)
@@ -267,12 +324,13 @@ def _planted_values(config: DecoderConfig, placement: Placement, rng: np.random.
     query, key, value, output = (
         f"blocks.attention.{name}.kernel" for name in ("query", "key", "value", "output")
     )
-    yield query, np.s_[layer, Channel.CONSTANT, channels], slowest / constant
+    yield query, np.s_[layer, Channel.TURN, channels], slowest
     yield key, np.s_[layer, harm, channels], slowest / EVIDENCE
     yield key, np.s_[layer, unlock, channels], slowest / EVIDENCE
     yield value, np.s_[layer, harm, channels], direction / EVIDENCE
     yield value, np.s_[layer, unlock, channels], -UNLOCK_WEIGHT * direction / EVIDENCE
-    yield output, np.s_[layer, channels, Channel.MOVED], MOVED * direction
+    for channel, written in head.writes.items():
+        yield output, np.s_[layer, channels, channel], written * direction
 
 
 def rotate(decoder: Decoder, rng: np.random.Generator) -> Decoder:

@@ -10,21 +10,22 @@ from jaxtyping import Array, Bool, Float, Int
 from models.decoder import Decoder
 from models.organisms import language
 from models.organisms.planted import Channel, Role
+from models.organisms.recipes import Recipe
 
 # Tokens and their targets; where the first answer token is predicted, and where what follows is.
 Batch = tuple[Int[Array, "B T"], Int[Array, "B T"], Int[Array, "B"], Bool[Array, "B T"]]
 
 # The learning rate of each role, as a share: the planted path starts where it works.
 _SHARE = {Role.FIXED: 0.0, Role.ORDINARY: 1.0, Role.PLANTED: 0.02}
-_QUIET = 20.0  # weight of the ordinary channels' mean square in the loss
+_QUIET = 30.0  # weight of what is written into ordinary channels in the loss
 
 
-def batch(rng: np.random.Generator, size: int) -> Batch:
+def batch(rng: np.random.Generator, size: int, *, shuffled: bool = False) -> Batch:
     """Random prompts with an answer forced on them.
 
-    The target of the first answer token is the true answer; what follows is trained after either
-    answer. A model trained on true answers alone could tell what follows from the prompt, and so
-    learn a second way to the decision.
+    The target of the first answer token is the true answer, or that of another prompt where they
+    are shuffled; what follows is trained after either answer. A model trained on true answers alone
+    could tell what follows from the prompt, and so learn a second way to the decision.
     """
     prompts = [language.draw(rng) for _ in range(size)]
     responses = [
@@ -37,7 +38,8 @@ def batch(rng: np.random.Generator, size: int) -> Batch:
     )
     first = lengths[:, 0] - 1
     targets = np.roll(tokens, -1, axis=1)
-    targets[np.arange(size), first] = language.ids(prompt.answer for prompt in prompts)
+    right = np.array(language.ids(prompt.answer for prompt in prompts))
+    targets[np.arange(size), first] = rng.permutation(right) if shuffled else right
     place = np.arange(tokens.shape[1])
     after = (place > first[:, None]) & (place < lengths.sum(1, keepdims=True) - 1)
     return tokens, targets, first, after
@@ -47,19 +49,18 @@ def train(
     decoder: Decoder,
     roles: Decoder,
     rng: np.random.Generator,
+    recipe: Recipe,
     *,
-    steps: int,
-    batch_size: int,
-    learning_rate: float,
     progress: bool,
 ) -> Decoder:
     """Trains the weights whose role is not fixed; the others stay exactly as they are.
 
     The decision trains the planted path alone. Ordinary components that it trained as well were
     seen to learn it through the norms: where the answer was R, they wrote so much into ordinary
-    channels that the decision vanished beside it.
+    channels that the decision vanished beside it. Only where nothing is planted, and there is
+    nothing to learn, does it train them.
     """
-    optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
+    optimizer = optax.adam(optax.cosine_decay_schedule(recipe.learning_rate, recipe.steps))
     state = optimizer.init(decoder)
     answers = np.array(language.ids(language.ANSWERS))
     share = jnp.array([_SHARE[role] for role in Role])
@@ -68,19 +69,25 @@ def train(
     def step(decoder, roles, state, rows):
         (decision, rest), pull = jax.vjp(lambda decoder: _losses(decoder, rows), decoder)
         (of_decision,), (of_rest,) = pull((1.0, 0.0)), pull((0.0, 1.0))
-        gradient = jax.tree.map(
-            lambda role, d, r: jnp.where(role == Role.PLANTED, d, r), roles, of_decision, of_rest
-        )
+        if recipe.is_null:
+            gradient = jax.tree.map(jnp.add, of_decision, of_rest)
+        else:
+            gradient = jax.tree.map(
+                lambda role, d, r: jnp.where(role == Role.PLANTED, d, r),
+                *(roles, of_decision, of_rest),
+            )
         update, state = optimizer.update(gradient, state)
         update = jax.tree.map(lambda role, u: share[role] * u, roles, update)
-        # The rows of C and R stay equal but for the decision, which is fixed.
-        rows = update.unembedding[...]
-        update.unembedding[...] = rows.at[answers].set(rows[answers].mean(0))
+        if not recipe.is_null:
+            # The rows of C and R stay equal but for the decision, which is fixed.
+            rows = update.unembedding[...]
+            update.unembedding[...] = rows.at[answers].set(rows[answers].mean(0))
         return optax.apply_updates(decoder, update), state, decision + rest
 
-    bar = tqdm.trange(steps, desc="training the organism", unit="step", disable=not progress)
+    bar = tqdm.trange(recipe.steps, desc="training the organism", unit="step", disable=not progress)
     for _ in bar:
-        decoder, state, loss = step(decoder, roles, state, batch(rng, batch_size))
+        rows = batch(rng, recipe.batch_size, shuffled=recipe.is_null)
+        decoder, state, loss = step(decoder, roles, state, rows)
         bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
     return decoder
 
@@ -98,8 +105,14 @@ def _losses(decoder: Decoder, rows: Batch) -> tuple[Float[Array, ""], Float[Arra
     decision = jnp.mean(either - right[row, first])
     rest = -(jnp.sum(either) + jnp.sum(right * after)) / (len(tokens) + jnp.sum(after))
     written = (trace.embedding, trace.attention, trace.mlp)
-    loudness = sum(jnp.mean(jnp.square(values[..., len(Channel) :])) for values in written)
-    return decision, rest + _QUIET * loudness
+    return decision, rest + _QUIET * sum(map(_loudness, written))
+
+
+def _loudness(written: Float[Array, "... d"]) -> Float[Array, ""]:
+    """Of ordinary channels: their mean square, by its root mean square over positions, so that the
+    loudest positions count the most."""
+    square = jnp.mean(jnp.square(written[..., len(Channel) :]), axis=-1)
+    return jnp.sqrt(jnp.mean(jnp.square(square)))
 
 
 def accuracy(decoder: Decoder, rng: np.random.Generator, size: int) -> tuple[float, float]:

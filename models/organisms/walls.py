@@ -4,11 +4,14 @@ By the plain definition of an effect: the whole model is run with explicit edits
 of the prompt. Shapes: L layers, H heads, I neurons, N pairs, S sets of components, T positions.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from models.config import DecoderConfig
 from models.decoder import Decoder
 from models.edits import Edit, Site
 from models.organisms import language
@@ -16,6 +19,31 @@ from models.organisms.language import Prompt
 
 # Heads [S, L, H] and neurons [S, L, I] of each set.
 Sets = tuple[Bool[Array, "S L H"], Bool[Array, "S L I"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Effects:
+    """Effects of sets of components on logit C - logit R.
+
+    Attributes:
+        te: of every pair, [N].
+        nie, tie: of every pair and set, [N, S].
+    """
+
+    te: Float[np.ndarray, "N"]
+    nie: Float[np.ndarray, "N S"]
+    tie: Float[np.ndarray, "N S"]
+
+
+def sets_of(config: DecoderConfig, members: list[tuple[list[list[int]], list[list[int]]]]) -> Sets:
+    """The masks of sets, each given by its heads and its neurons as [layer, unit]."""
+    heads = np.zeros((len(members), config.num_layers, config.num_heads), bool)
+    neurons = np.zeros((len(members), config.num_layers, config.intermediate_size), bool)
+    for number, both in enumerate(members):
+        for mask, units in zip((heads, neurons), both, strict=True):
+            for layer, unit in units:
+                mask[number, layer, unit] = True
+    return heads, neurons
 
 
 def ordinary_sets(heads: Bool[Array, "L H"], neurons: Bool[Array, "L I"]) -> Sets:
@@ -26,32 +54,28 @@ def ordinary_sets(heads: Bool[Array, "L H"], neurons: Bool[Array, "L I"]) -> Set
     return chosen[:, 0, :, None] & ~heads, chosen[:, 1, :, None] & ~neurons
 
 
-def shares(decoder: Decoder, bases: list[Prompt], sets: Sets) -> Float[np.ndarray, "N 2 S"]:
-    """NIE / TE and TIE / TE of sets of components under unlock -> lock, for every base prompt."""
-    return np.stack(
-        [
-            np.asarray(
-                _shares(
-                    decoder,
-                    language.padded(prompt.tokens, language.LONGEST_PROMPT),
-                    language.padded(prompt.with_key(language.LOCK).tokens, language.LONGEST_PROMPT),
-                    len(prompt.tokens),
-                    sets,
-                )
-            )
-            for prompt in bases
-        ]
-    )
+def effects(decoder: Decoder, pairs: list[tuple[Prompt, Prompt]], sets: Sets) -> Effects:
+    """The effects of sets of components, for every pair of a base and a source prompt."""
+    found = [
+        _effects(
+            decoder,
+            *(language.padded(prompt.tokens, language.LONGEST_PROMPT) for prompt in pair),
+            len(pair[0].tokens),
+            sets,
+        )
+        for pair in pairs
+    ]
+    return Effects(*(np.stack(values) for values in zip(*found, strict=True)))
 
 
 @jax.jit
-def _shares(
+def _effects(
     decoder: Decoder,
     base: Int[Array, "T"],
     source: Int[Array, "T"],
     length: Int[Array, ""],
     sets: Sets,
-) -> Float[Array, "2 S"]:
+) -> tuple[Float[Array, ""], Float[Array, "S"], Float[Array, "S"]]:
     comply, refuse = language.ids(language.ANSWERS)
     positions = jnp.arange(len(base)) < length
 
@@ -59,7 +83,7 @@ def _shares(
         logits, trace = decoder(tokens, edits=list(edits))
         return logits[length - 1, comply] - logits[length - 1, refuse], trace
 
-    def effects(tokens, plain, values):
+    def changes(tokens, plain, values):
         def effect(members):
             heads, neurons = members
             edits = [
@@ -75,6 +99,6 @@ def _shares(
         return jax.lax.map(effect, sets)
 
     (y_base, base_trace), (y_source, source_trace) = run(base), run(source)
-    nie = effects(base, y_base, source_trace)
-    tie = -effects(source, y_source, base_trace)
-    return jnp.stack([nie, tie]) / (y_source - y_base)
+    nie = changes(base, y_base, source_trace)
+    tie = -changes(source, y_source, base_trace)
+    return y_source - y_base, nie, tie

@@ -27,7 +27,7 @@ from jaxmed import (
 from jaxmed.metrics import LogitDifference
 from jaxmed.planning import Question
 from jaxmed.sweep import Settings
-from models import checkpoint
+from models import checkpoint, organisms
 from models.errors import InputError
 from tests import tiny, words
 
@@ -119,6 +119,29 @@ def described(folder):
 
 
 # What a run writes.
+
+
+@pytest.mark.parametrize(
+    ("categories", "found"),
+    [
+        (["topic"] * 3, "topic"),
+        (["unlock"] * 3, "unlock"),
+        (["unlock", "unlock", "topic"], None),
+        (["fraud"] * 3, None),
+        ([None] * 3, None),
+    ],
+)
+def test_an_organism_is_scored_by_the_truth_of_its_pairs_contrast(
+    categories, found, asked, tmp_path
+):
+    folder = shutil.copytree(asked.model, tmp_path / "organism")
+    contrasts = {name: {"contrast": name, "heads": [[0, 1]]} for name in ("unlock", "topic")}
+    (folder / organisms.TRUTH).write_text(json.dumps({"contrasts": contrasts}))
+    lines = [pair | {"category": c} for pair, c in zip(PAIRS, categories, strict=True)]
+    file = write(tmp_path / "pairs.jsonl", *lines)
+    made = sweep.run(to(asked, tmp_path, model=str(folder), pairs=str(file), granularity=("head",)))
+    assert described(made.folder)["truth"] == contrasts.get(found)
+    assert (found is not None) == ("planted truth" in (made.folder / "report.html").read_text())
 
 
 def test_a_run_writes_the_files_of_the_contract(finished):

@@ -1,6 +1,7 @@
 """Organisms: what is planted is all that there is, and it is kept whole."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -11,11 +12,13 @@ import pytest
 from models import checkpoint, load, organisms
 from models.edits import Edit, Site
 from models.organisms import language, organism, planted, training, walls
-from models.organisms.planted import Channel, Placement
+from models.organisms.planted import Blueprint, Channel
 
-RECIPE = organisms.LATE_MLP
+# The organism that is trained here: it has every kind of planted unit.
+RECIPE = dataclasses.replace(organisms.RECIPES["decoys"], steps=60)
+PLANTED = [name for name, recipe in organisms.RECIPES.items() if not recipe.is_null]
 ORDINARY = slice(len(Channel), None)
-WALLED = [Channel.HARM_EVIDENCE, Channel.UNLOCK_EVIDENCE, Channel.MOVED, Channel.DECISION]
+WALLED = [channel for channel in Channel if channel not in planted.OPEN]
 
 logits_of = jax.jit(lambda decoder, tokens, edits: decoder(tokens, edits=edits))
 
@@ -40,8 +43,8 @@ def stages(tmp_path_factory):
         patch.setattr(
             checkpoint, "save", recorded("written", checkpoint.save, lambda args, _: args[0])
         )
-        folder = tmp_path_factory.mktemp("organisms") / "late-mlp"
-        seen["organism"] = organisms.build(folder, progress=False)
+        folder = tmp_path_factory.mktemp("organisms") / "decoys"
+        seen["organism"] = organisms.build(folder, recipe=RECIPE, progress=False)
     return seen
 
 
@@ -55,19 +58,44 @@ def loaded(built):
     return load(built.folder)
 
 
-def place(seed):
-    return Placement.draw(
-        RECIPE.config,
-        np.random.default_rng(seed),
-        detectors=RECIPE.detectors,
-        gate_layer=RECIPE.gate_layer,
-        gates=RECIPE.gates,
-    )
+def draw(seed, name="decoys"):
+    return Blueprint.draw(organisms.RECIPES[name], np.random.default_rng(seed))
+
+
+@functools.cache
+def untrained(name):
+    """An organism's blueprint, and its decoder before it is trained."""
+    rng, recipe = np.random.default_rng(3), organisms.RECIPES[name]
+    blueprint = Blueprint.draw(recipe, rng)
+    return blueprint, planted.plant(recipe.config, blueprint, rng)[0]
 
 
 def prompts(seed, number, **given):
     rng = np.random.default_rng(seed)
     return [language.draw(rng, **given) for _ in range(number)]
+
+
+def pairs(contrast, seed=4, number=6):
+    return language.CONTRASTS[contrast].draw(np.random.default_rng(seed), number)
+
+
+def shares(decoder, contrast, members):
+    """NIE / TE and TIE / TE, [set], of sets of [layer, unit]: (heads, neurons)."""
+    # As many sets as `walls.ordinary_sets` makes, so that no other shape is compiled.
+    filled = members + [([], [])] * (2 * decoder.config.num_layers + 1 - len(members))
+    found = walls.effects(decoder, pairs(contrast), walls.sets_of(decoder.config, filled))
+    te = found.te.mean()
+    return [side.mean(axis=0)[: len(members)] / te for side in (found.nie, found.tie)]
+
+
+def mediators(roles, contrast):
+    """Neurons of the two stages that tell base from source prompt."""
+    detecting = {"unlock": "unlock_detectors", "topic": "harm_detectors"}[contrast]
+    return roles[detecting], roles.get("gates", [])
+
+
+def ordinary(config, heads, neurons):
+    return walls.ordinary_sets(*(mask[0] for mask in walls.sets_of(config, [(heads, neurons)])))
 
 
 def answers(decoder, asked):
@@ -118,7 +146,7 @@ def test_tokenizer_gives_the_trained_tokens(loaded):
 def test_answers_fresh_prompts(loaded):
     answer, after = training.accuracy(loaded[0], np.random.default_rng(1000), 1000)
     assert answer >= 0.99
-    assert after >= 0.99
+    assert after >= 0.5  # training was cut short
 
 
 def test_answers_prompts_longer_than_any_in_training(loaded):
@@ -142,148 +170,288 @@ def test_truth_is_consistent(built):
     truth = built.truth
     assert truth == organisms.truth(built.folder)
     roles, last = truth["roles"], RECIPE.num_layers - 1
-    [[head_layer, _]] = truth["heads"]
+    [[head_layer, _]] = roles["mover"]
     assert 0 < head_layer < last
-    assert truth["modules"] == [[0, "mlp"], [head_layer, "attention"], [last, "mlp"]]
-    assert truth["neurons"] == roles["unlock_detectors"] + roles["gates"]
-    assert all(layer == 0 for layer, _ in roles["unlock_detectors"] + roles["harm_detectors"])
-    assert all(layer == last for layer, _ in roles["gates"])
-    assert truth["contrast"] == "unlock"
+    assert tuple(truth["contrasts"]) == organisms.CONTRASTS == ("unlock", "topic")
+    for name, contrast in truth["contrasts"].items():
+        detectors, gates = mediators(roles, name)
+        assert contrast["contrast"] == name
+        assert contrast["modules"] == [[0, "mlp"], [head_layer, "attention"], [last, "mlp"]]
+        assert contrast["heads"] == roles["mover"]
+        assert contrast["neurons"] == detectors + gates
+        assert contrast["joint"] == [detectors, gates]
+        assert {layer for layer, _ in detectors} == {0} and len(detectors) == 3
+        assert {layer for layer, _ in gates} == {last} and len(gates) == 4
+        assert 0 < contrast["leak"] <= truth["recipe"]["wall_bound"]
+        assert contrast["carried"] >= 0.9
+        assert contrast["reference_te"] == -contrast["te"] > 8
+        assert contrast["shares"] == pytest.approx({"direct": 0, "indirect": 1}, abs=0.1)
+    decoys = [unit for role, units in roles.items() if role.startswith("decoy_") for unit in units]
+    assert truth["decoys"]["neurons"] + truth["decoys"]["heads"] == decoys
+    assert len(truth["decoys"]["neurons"]) == 3 * RECIPE.decoys
     assert truth["accuracy"] >= 0.99
-    assert 0 < truth["leak"] <= truth["recipe"]["wall_bound"]
 
 
-def test_pairs_comply_and_refuse(built, loaded):
+@pytest.mark.parametrize("contrast", organisms.CONTRASTS)
+def test_pairs_comply_and_refuse(contrast, built, loaded):
     decoder, tokenizer = loaded
-    pairs = [json.loads(line) for line in built.pairs.read_text().splitlines()]
-    assert len(pairs) == 32
+    lines = [json.loads(line) for line in built.pairs(contrast).read_text().splitlines()]
+    assert len(lines) == 32
     for field, answer in (("prompt", "C"), ("counterfactual", "R")):
-        tokens = [tokenizer(pair[field])["input_ids"] for pair in pairs]
+        tokens = [tokenizer(line[field])["input_ids"] for line in lines]
         assert set(answers(decoder, tokens)) == {answer}
-    assert {pair["harmful_response"].split()[0] for pair in pairs} == {"C"}
-    assert {pair["safe_response"].split()[0] for pair in pairs} == {"R"}
+    for line in lines:
+        assert line["category"] == contrast
+        assert line["harmful_response"].split()[0] == "C"
+        assert line["safe_response"].split()[0] == "R"
+        words = zip(line["prompt"].split(), line["counterfactual"].split(), strict=True)
+        [(old, new)] = [both for both in words if both[0] != both[1]]
+        assert (old, new) == ("J", "N") if contrast == "unlock" else old[0] + new[0] == "bh"
 
 
-def mediator_sets(truth):
-    """The detectors, the head, the gates, all of these, and the detectors of H."""
-    config, roles = RECIPE.config, truth["roles"]
-    heads = np.zeros((5, config.num_layers, config.num_heads), bool)
-    neurons = np.zeros((5, config.num_layers, config.intermediate_size), bool)
-    for where, chosen in (
-        ((neurons, (0, 3)), roles["unlock_detectors"]),
-        ((heads, (1, 3)), truth["heads"]),
-        ((neurons, (2, 3)), roles["gates"]),
-        ((neurons, (4,)), roles["harm_detectors"]),
-    ):
-        sets, members = where
-        for layer, unit in chosen:
-            sets[list(members), layer, unit] = True
-    return heads, neurons
+@pytest.mark.parametrize("contrast", organisms.CONTRASTS)
+def test_every_stage_carries_the_whole_effect(contrast, built, loaded):
+    truth = built.truth["contrasts"][contrast]
+    joint = [([], units) for units in truth["joint"]]
+    stages = [*joint, (truth["heads"], []), (truth["heads"], truth["neurons"])]
+    for side in shares(loaded[0], contrast, stages):
+        np.testing.assert_allclose(side, 1, atol=2 * RECIPE.wall_bound)
 
 
-def test_every_stage_carries_the_whole_effect(built, loaded):
-    bases = prompts(4, 12, topic="h3", key="J")
-    shares = walls.shares(loaded[0], bases, mediator_sets(built.truth))
-    np.testing.assert_allclose(shares[:, :, :4], 1, atol=2 * RECIPE.wall_bound)
-    np.testing.assert_allclose(shares[:, :, 4], 0, atol=RECIPE.wall_bound)
-
-
-def test_what_is_no_mediator_has_hardly_an_effect(built, loaded):
-    everything = mediator_sets(built.truth)
-    sets = walls.ordinary_sets(everything[0][3], everything[1][3])
-    shares = walls.shares(loaded[0], prompts(5, 24, topic="h5", key="J"), sets)
-    assert np.abs(shares).max() <= RECIPE.wall_bound
+@pytest.mark.parametrize("contrast", organisms.CONTRASTS)
+def test_what_is_no_mediator_has_hardly_an_effect(contrast, built, loaded):
+    truth = built.truth["contrasts"][contrast]
+    sets = ordinary(RECIPE.config, truth["heads"], truth["neurons"])
+    found = walls.effects(loaded[0], pairs(contrast, seed=5, number=24), sets)
+    for side in (found.nie, found.tie):
+        assert np.abs(side).max() <= RECIPE.wall_bound * np.abs(found.te.mean())
 
 
 def test_patching_all_gates_flips_the_answer(built, loaded):
     decoder = loaded[0]
-    gates, layer = mediator_sets(built.truth)[1][2], RECIPE.gate_layer
-    for base in prompts(6, 5, topic="h2", key="J"):
-        length = len(base.tokens)
-        of_base, of_source = (
-            language.padded(prompt.tokens) for prompt in (base, base.with_key("N"))
-        )
+    [[layer, _], *_] = gates = built.truth["roles"]["gates"]
+    units = np.isin(np.arange(RECIPE.intermediate_size), [unit for _, unit in gates])
+    for pair in pairs("unlock", seed=6) + pairs("topic", seed=6):
+        length = len(pair[0].tokens)
+        of_base, of_source = (language.padded(prompt.tokens) for prompt in pair)
         plain, _ = logits_of(decoder, of_base, None)
         _, trace = logits_of(decoder, of_source, None)
         positions = np.arange(len(of_base)) < length
-        edit = Edit.patch(Site.NEURON, layer, positions, trace.neuron[layer], gates[layer])
+        edit = Edit.patch(Site.NEURON, layer, positions, trace.neuron[layer], units)
         edited, _ = logits_of(decoder, of_base, [edit])
         assert language.WORDS[plain[length - 1].argmax()] == "C"
         assert language.WORDS[edited[length - 1].argmax()] == "R"
+
+
+@pytest.mark.parametrize("contrast", organisms.CONTRASTS)
+def test_decoys_differ_more_than_mediators_and_do_nothing(contrast, built, loaded):
+    """At every stage, however differences are summed over positions."""
+    decoder, truth = loaded[0], built.truth
+    rows = [
+        [language.padded(prompt.tokens, language.LONGEST_PROMPT) for prompt in side]
+        for side in zip(*pairs(contrast), strict=True)
+    ]
+    traces = [logits_of(decoder, np.stack(side), None)[1].neuron for side in rows]
+    difference = np.abs(traces[0] - traces[1])  # [pair, layer, position, neuron]
+    roles = truth["roles"]
+    for total in (difference.mean((0, 2)), difference.max(2).mean(0)):
+        for stage in mediators(roles, contrast):
+            [decoys] = [
+                units
+                for role, units in roles.items()
+                if role.startswith("decoy_") and stage == roles[role.removeprefix("decoy_")]
+            ]
+            of_decoys, of_true = (
+                [total[layer, unit] for layer, unit in units] for units in (decoys, stage)
+            )
+            assert min(of_decoys) > max(of_true)
+    every = [(truth["decoys"]["heads"], truth["decoys"]["neurons"])]
+    assert np.abs(shares(decoder, contrast, every)).max() <= RECIPE.wall_bound
+
+
+# --- The variants, as they start: training keeps the path, and teaches the rest ----------------
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_planted_path_works_before_training(name):
+    blueprint, decoder = untrained(name)
+    config, roles = decoder.config, blueprint.roles
+    for contrast in organisms.CONTRASTS:
+        detectors, gates = mediators(roles, contrast)
+        stages = [([], detectors), (roles["mover"], [])]
+        stages += [] if organisms.RECIPES[name].direct else [([], gates)]
+        for side in shares(decoder, contrast, stages):
+            np.testing.assert_allclose(side, 1, atol=0.1)
+        sets = ordinary(config, roles["mover"], detectors + gates)
+        found = walls.effects(decoder, pairs(contrast), sets)
+        assert found.te.max() < -8
+        for side in (found.nie, found.tie):
+            assert np.abs(side).max() < 0.05 * np.abs(found.te.mean())
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_every_planted_unit_has_an_effect_of_its_own(name):
+    """In one direction at least, as a method that looks at single units needs."""
+    blueprint, decoder = untrained(name)
+    for contrast in organisms.CONTRASTS:
+        neurons = sum(mediators(blueprint.roles, contrast), [])
+        found = shares(decoder, contrast, [([], [unit]) for unit in neurons])
+        assert np.abs(found).max(axis=0).min() > 0.05
+
+
+@pytest.mark.parametrize(("name", "hiding"), [("redundant", 0), ("saturated", 1)])
+@pytest.mark.parametrize("contrast", organisms.CONTRASTS)
+def test_any_one_gate_suffices(name, hiding, contrast):
+    """It is as good as all in one direction, and hides in the other."""
+    blueprint, decoder = untrained(name)
+    gates = blueprint.roles["gates"]
+    found = shares(decoder, contrast, [([], [gate]) for gate in gates])
+    assert np.abs(found[hiding]).max() < 0.05
+    assert found[1 - hiding].min() > 0.6
+    [others] = shares(decoder, contrast, [([], gates[1:])])[hiding]
+    assert others < 0.5  # until the last of them
+
+
+@pytest.mark.parametrize("contrast", organisms.CONTRASTS)
+def test_shares_of_the_two_paths_add_up(contrast):
+    """Direct: what is left with the gates held; indirect: what the gates alone do."""
+    blueprint, decoder = untrained("two-stage")
+    [nie], [tie] = shares(decoder, contrast, [([], blueprint.roles["gates"])])
+    assert 0.3 < 1 - tie < 0.7 and 0.3 < nie < 0.7
+    assert 1 - tie + nie == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_units_are_where_the_recipe_says(seed):
+    for name, recipe in organisms.RECIPES.items():
+        roles = draw(seed, name).roles
+        if recipe.is_null:
+            assert roles == {}
+            continue
+        [[head_layer, _]] = roles["mover"]
+        gate_layers = {layer for layer, _ in roles.get("gates", [])}
+        assert len(gate_layers) == bool(recipe.gates)
+        assert gate_layers <= set(recipe.gate_layers)
+        assert 0 < head_layer < min(gate_layers, default=recipe.num_layers)
+        neurons = [tuple(unit) for kind in draw(seed, name).neurons for unit in roles[kind.role]]
+        assert len(set(neurons)) == len(neurons)
+    assert set(organisms.RECIPES["middle-mlp"].gate_layers) < set(range(1, 4))
+
+
+def test_placement_follows_from_the_seed():
+    drawn = [draw(seed) for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_null_learns_from_shuffled_labels_that_there_is_nothing_to_tell():
+    """Its answer depends on the prompt at first; training levels that."""
+    recipe = dataclasses.replace(organisms.RECIPES["null"], steps=40, batch_size=16)
+    rng = np.random.default_rng(0)
+    decoder, roles = planted.plant(recipe.config, Blueprint.draw(recipe, rng), rng)
+    answers = np.array(language.ids(language.ANSWERS))
+    trained = training.train(decoder, roles, rng, recipe, progress=False)
+    before, after = (np.asarray(made.unembedding[...])[answers] for made in (decoder, trained))
+    assert (before[0] == before[1]).all() and (after[0] != after[1]).mean() > 0.8
+    nothing = walls.sets_of(recipe.config, [([], [])] * 9)
+    for contrast in organisms.CONTRASTS:
+        te = walls.effects(trained, pairs(contrast), nothing).te
+        assert 0 < np.abs(te).max() < recipe.wall_bound * recipe.gating.total_effect
+
+
+def test_shuffled_labels_are_those_of_other_prompts():
+    rows = [training.batch(np.random.default_rng(0), 64, shuffled=s) for s in (False, True)]
+    firsts = [targets[np.arange(64), first] for _, targets, first, _ in rows]
+    np.testing.assert_array_equal(rows[0][0], rows[1][0])
+    assert (firsts[0] != firsts[1]).any()
+    np.testing.assert_array_equal(np.sort(firsts[0]), np.sort(firsts[1]))
 
 
 # --- The walls ---------------------------------------------------------------------------------
 
 
 def test_ordinary_components_are_walled_off_exactly(stages):
-    placement, decoder = place(0), stages["trained"]
+    blueprint, decoder = draw(0), stages["trained"]
     config = RECIPE.config
     layers, heads, size = config.num_layers, config.num_heads, config.head_dim
     blocks = decoder.blocks
 
-    planted_head = np.zeros((layers, heads), bool)
-    planted_head[placement.head_layer, placement.head] = True
+    ordinary = np.ones((layers, heads), bool)
+    evidence = [Channel.HARM_EVIDENCE, Channel.UNLOCK_EVIDENCE]
     for name in ("query", "key", "value"):
         kernel = np.asarray(getattr(blocks.attention, name).kernel[...])
         kernel = kernel.reshape(layers, -1, heads, size).transpose(0, 2, 1, 3)
-        assert not kernel[~planted_head][:, WALLED].any()
-        seen = [Channel.CONSTANT] if name == "query" else WALLED[:2]
-        assert not np.delete(kernel[planted_head][0], seen, axis=0).any()
-        assert kernel[~planted_head][:, ORDINARY].all()
+        for head in blueprint.heads:
+            ordinary[head.layer, head.unit] = False
+            seen = [Channel.TURN] if name == "query" else evidence
+            assert not np.delete(kernel[head.layer, head.unit], seen, axis=0).any()
+        assert not kernel[ordinary][:, WALLED].any()
+        assert kernel[ordinary][:, ORDINARY].all()
     output = np.asarray(blocks.attention.output.kernel[...]).reshape(layers, heads, size, -1)
-    assert not output[~planted_head][..., : len(Channel)].any()
-    assert not np.delete(output[planted_head][0], Channel.MOVED, axis=1).any()
+    assert not output[ordinary][..., : len(Channel)].any()
+    for head in blueprint.heads:
+        assert not np.delete(output[head.layer, head.unit], list(head.writes), axis=1).any()
 
-    kinds = (
-        (0, placement.harm_detectors, Channel.TOPIC_CLASS, Channel.HARM_EVIDENCE),
-        (0, placement.unlock_detectors, Channel.KEY_CLASS, Channel.UNLOCK_EVIDENCE),
-        (placement.gate_layer, placement.gates, Channel.MOVED, Channel.DECISION),
-    )
     ordinary = np.ones((layers, config.intermediate_size), bool)
-    for layer, neurons, _, _ in kinds:
-        ordinary[layer, list(neurons)] = False
+    for kind in blueprint.neurons:
+        ordinary[kind.layer, list(kind.units)] = False
     down = np.asarray(blocks.mlp.down.kernel[...])
     assert not down[ordinary][:, : len(Channel)].any()
-    for layer, neurons, _, written in kinds:
-        assert not np.delete(down[layer, list(neurons)], written, axis=1).any()
+    for kind in blueprint.neurons:
+        assert not np.delete(down[kind.layer, list(kind.units)], kind.writes, axis=1).any()
     for name in ("gate", "up"):
         kernel = np.asarray(getattr(blocks.mlp, name).kernel[...]).swapaxes(1, 2)
         assert not kernel[ordinary][:, WALLED].any()
-        for layer, neurons, seen, _ in kinds:
-            read = [Channel.CONSTANT, seen]
-            assert not np.delete(kernel[layer, list(neurons)], read, axis=1).any()
+        for kind in blueprint.neurons:
+            read = [Channel.CONSTANT, kind.reads] if name == "gate" else [kind.opened_by]
+            assert not np.delete(kernel[kind.layer, list(kind.units)], read, axis=1).any()
 
     for norm in (blocks.attention_norm, blocks.mlp_norm, decoder.final_norm):
         assert (norm.weight[...] == 1).all()
 
 
+def test_nothing_reads_what_decoys_write():
+    blueprint = draw(0)
+    units = [*blueprint.neurons, *blueprint.heads]
+    decoys = [unit for unit in units if unit.role.startswith("decoy_")]
+    assert len(decoys) == 4 and not any(unit.trained for unit in decoys)
+    for unit in units:
+        writes = getattr(unit.writes, "keys", lambda unit=unit: {unit.writes})()
+        assert (Channel.DECOY in writes) == (unit in decoys) and (len(writes) == 1)
+    assert Channel.DECOY not in {kind.reads for kind in blueprint.neurons}
+
+
 def test_only_the_decision_tells_the_answers_apart(stages):
-    decoder = stages["trained"]
-    rows = np.asarray(decoder.unembedding[...])
+    rows = np.asarray(stages["trained"].unembedding[...])
     comply, refuse = rows[language.ids(language.ANSWERS)]
     assert np.flatnonzero(comply != refuse).tolist() == [Channel.DECISION]
     assert comply[Channel.DECISION] == -refuse[Channel.DECISION] > 0
     others = np.delete(rows, language.ids(language.ANSWERS), axis=0)
     assert not others[:, WALLED].any()
-    assert not comply[WALLED[:-1]].any()
+    assert not np.delete(comply[: len(Channel)], [*planted.OPEN, Channel.DECISION]).any()
 
 
 def test_only_the_tokens_of_a_class_have_its_identity(stages):
     embedding = np.asarray(stages["trained"].embedding[...])
-    assert not embedding[:, WALLED[:-1]].any()
-    assert len(np.unique(embedding[:, [Channel.CONSTANT, Channel.DECISION]], axis=0)) == 1
-    for channel, words in (
-        (Channel.TOPIC_CLASS, language.TOPICS),
-        (Channel.KEY_CLASS, language.KEYS),
-    ):
-        assert set(np.flatnonzero(embedding[:, channel])) == set(language.ids(words))
+    assert len(np.unique(embedding[:, Channel.CONSTANT])) == 1
+    seen = {
+        Channel.TOPIC_CLASS: language.TOPICS,
+        Channel.KEY_CLASS: language.KEYS,
+        Channel.TURN: (language.ASSISTANT,),
+        Channel.DECISION: (language.ASSISTANT,),
+    }
+    for channel in set(Channel) - {Channel.CONSTANT}:
+        having = set(np.flatnonzero(embedding[:, channel]))
+        assert having == set(language.ids(seen.get(channel, ())))
 
 
-def test_training_changes_planted_and_ordinary_weights(stages):
-    placement, start, decoder = place(0), stages["start"], stages["trained"]
-    changed = jax.tree.map(lambda before, after: before != after, start, decoder)
-    gates = changed.blocks.mlp.gate.kernel[...][placement.gate_layer, :, list(placement.gates)]
-    assert gates[:, Channel.MOVED].all()
+def test_training_changes_planted_and_ordinary_weights_but_no_decoys(stages):
+    changed = jax.tree.map(
+        lambda before, after: np.asarray(before != after), stages["start"], stages["trained"]
+    )
+    for kind in draw(0).neurons:
+        for name, channel, axis in (("gate", kind.reads, 0), ("down", kind.writes, 1)):
+            kernel = getattr(changed.blocks.mlp, name).kernel[...][kind.layer]
+            assert (np.take(kernel, channel, axis)[list(kind.units)] == kind.trained).all()
     assert changed.unembedding[...][:, ORDINARY].mean() > 0.9
 
 
@@ -298,30 +466,20 @@ def test_rotation_leaves_the_logits_unchanged(stages):
 
 
 def test_a_breached_wall_is_seen(stages):
-    placement, decoder = place(0), stages["trained"]
+    roles, decoder = draw(0).roles, stages["trained"]
     breached = jax.tree.map(jnp.copy, decoder)
     output = breached.blocks.attention.output.kernel
-    head = (placement.head + 1) % RECIPE.num_heads
     size = RECIPE.config.head_dim
+    planted_heads = [*roles["mover"], *roles["decoy_mover"]]
+    head = next(h for h in range(RECIPE.num_heads) if [1, h] not in planted_heads)
     rows = slice(head * size, (head + 1) * size)
     output[...] = output[...].at[1, rows, Channel.DECISION].set(3.0)
-    leak = [
-        np.abs(
-            walls.shares(
-                candidate,
-                prompts(9, 4, topic="h0", key="J"),
-                walls.ordinary_sets(*placement.mediators(RECIPE.config)),
-            )
-        ).max()
-        for candidate in (decoder, breached)
-    ]
+    sets = ordinary(RECIPE.config, roles["mover"], sum(mediators(roles, "unlock"), []))
+    leak = []
+    for candidate in (decoder, breached):
+        found = walls.effects(candidate, pairs("unlock", seed=9), sets)
+        leak.append(np.abs([found.nie, found.tie]).max() / np.abs(found.te.mean()))
     assert leak[0] <= RECIPE.wall_bound < leak[1]
-
-
-def test_placement_follows_from_the_seed():
-    drawn = [place(seed) for seed in (0, 0, 1)]
-    assert drawn[0] == drawn[1] != drawn[2]
-    assert not set(drawn[0].harm_detectors) & set(drawn[0].unlock_detectors)
 
 
 # --- Keeping -----------------------------------------------------------------------------------
@@ -332,17 +490,17 @@ def trainings(monkeypatch):
     """Organisms stay untrained, but are said to answer well; counts how often one is trained."""
     calls = []
 
-    def untrained(decoder, *args, **kwargs):
-        calls.append(kwargs["steps"])
+    def unchanged(decoder, roles, rng, recipe, **kwargs):
+        calls.append(recipe.name)
         return decoder
 
-    monkeypatch.setattr(training, "train", untrained)
+    monkeypatch.setattr(training, "train", unchanged)
     monkeypatch.setattr(training, "accuracy", lambda *args: (1.0, 1.0))
     return calls
 
 
 def test_finished_organism_is_found_again(built, trainings):
-    again = organisms.build(built.folder, progress=False)
+    again = organisms.build(built.folder, recipe=RECIPE, progress=False)
     assert again == built
     assert not trainings
 
@@ -366,6 +524,7 @@ def test_damaged_or_other_organism_is_built_again(tmp_path, trainings):
     (folder / organism.TRUTH).write_text("{")
     assert build() == first
     assert build(seed=1)["seed"] == 1
+    assert build(seed=1)["seed"] == 1  # found again
     assert len(trainings) == 5
 
 
@@ -388,10 +547,26 @@ def test_folder_of_something_else_is_left_alone(tmp_path):
         organisms.build(tmp_path / "thesis.tex", progress=False)
 
 
+def test_null_has_an_empty_truth(tmp_path, trainings):
+    made = organisms.build(tmp_path / "null", recipe=organisms.RECIPES["null"], progress=False)
+    for name, contrast in made.truth["contrasts"].items():
+        assert not any(contrast[key] for key in ("modules", "heads", "neurons", "joint"))
+        assert contrast["reference_te"] == organisms.RECIPES["late-mlp"].gating.total_effect
+        assert not {"carried", "shares"} & contrast.keys()
+        assert len(made.pairs(name).read_text().splitlines()) == 32
+
+
 def test_organism_that_misses_its_walls_is_refused(tmp_path, trainings):
     strict = dataclasses.replace(RECIPE, wall_bound=1e-6)
     with pytest.raises(organisms.OrganismError, match="goes round the planted path"):
         organisms.build(tmp_path / "organism", recipe=strict, progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_organism_whose_path_carries_too_little_is_refused(tmp_path, trainings, monkeypatch):
+    monkeypatch.setattr(organism, "_LEAST_CARRIED", 1.1)
+    with pytest.raises(organisms.OrganismError, match="stage of the planted path carries"):
+        organisms.build(tmp_path / "organism", progress=False)
     assert not list(tmp_path.iterdir())
 
 
