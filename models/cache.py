@@ -9,18 +9,23 @@ and six times the time (docs/performance.md).
 An entry appears only once it is complete, and is never changed.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import glob
 import hashlib
 import json
 import os
 import pathlib
+import platform
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import jax
 import numpy as np
+import psutil
 import tensorstore as ts
 from absl import logging
 
@@ -116,13 +121,14 @@ def find(cache_dir: pathlib.Path, entry: str) -> Entry | None:
         return None
     try:
         manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-        expected, about = manifest["files"], manifest["about"]
+        expected, about = dict(manifest["files"]), manifest["about"]
+        size = sum(size for size, _ in expected.values())
+        found = _files(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedEntryError(f"{folder / _MANIFEST}: cannot be read ({error})") from error
-    found = _files(folder)
     if changed := sorted(file for file in expected if expected[file] != found.get(file)):
         raise DamagedEntryError(f"{folder / changed[0]}: is gone, or not as it was written")
-    return Entry(folder, about, sum(size for size, _ in expected.values()))
+    return Entry(folder, about, size)
 
 
 def write(
@@ -145,8 +151,11 @@ def write(
         OSError: there is no place for it, or no permission.
     """
     folder = cache_dir / "weights" / entry
-    partial = folder.with_name(f".{entry}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(folder)
+    _check_room(folder.parent, sum(array.nbytes for array in parameters.values()))
+    partial = folder.with_name(f"{_partial_prefix(folder)}{os.getpid()}")
+    partial.mkdir()
     try:
         _write_arrays(partial / _ARRAYS, parameters)
         manifest = {"about": dict(about), "files": _files(partial)}
@@ -180,8 +189,11 @@ def remembered_hash(
     if sum(size for _, size, *_ in before) < _REMEMBERED_FROM_BYTES:
         return compute()
     note = cache_dir / "hashes" / hashlib.blake2b(repr(before).encode(), digest_size=16).hexdigest()
-    if note.is_file():
-        return note.read_text()
+    with contextlib.suppress(OSError):
+        noted = note.read_text()
+        # One that a power cut has left empty is as good as none.
+        if re.fullmatch("[0-9a-f]{64}", noted):
+            return noted
     computed = compute()
     if state() == before:
         partial = note.with_name(f".{note.name}.partial-{os.getpid()}")
@@ -198,12 +210,24 @@ def _write_arrays(folder: pathlib.Path, parameters: Mapping[Path, jax.Array]) ->
     import orbax.checkpoint as ocp  # Here, because only a program that writes needs it.
 
     arrays = {".".join(path): array for path, array in parameters.items()}
-    handler = ocp.PyTreeCheckpointHandler(
-        use_ocdbt=False, use_zarr3=True, use_compression=False, save_concurrent_gb=1
-    )
     chunks = dict.fromkeys(arrays, ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES))
-    with _quiet(), ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(folder, args=ocp.args.PyTreeSave(arrays, save_args=chunks))
+    # Orbax refuses an array that is larger than the limit.
+    limit_gb = max(array.nbytes for array in arrays.values()) // 10**9 + 1
+
+    def save() -> None:
+        handler = ocp.PyTreeCheckpointHandler(
+            use_ocdbt=False, use_zarr3=True, use_compression=False, save_concurrent_gb=limit_gb
+        )
+        with ocp.Checkpointer(handler) as checkpointer:
+            checkpointer.save(folder, args=ocp.args.PyTreeSave(arrays, save_args=chunks))
+
+    # Orbax has threads that go on writing when it is interrupted. So it is not: Ctrl-C reaches the
+    # main thread, which leaves this block when all is written.
+    with _quiet(), concurrent.futures.ThreadPoolExecutor(1) as pool:
+        try:
+            pool.submit(save).result()
+        except ValueError as error:  # TensorStore's, for whatever the disk says.
+            raise OSError(str(error)) from error
 
 
 @contextlib.contextmanager
@@ -215,6 +239,27 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(verbosity)
+
+
+def _partial_prefix(folder: pathlib.Path) -> str:
+    """What begins the names of unfinished entries of this machine; the process's id ends them."""
+    return f".{folder.name}.partial-{platform.node()}-"
+
+
+def _remove_leftovers(folder: pathlib.Path) -> None:
+    """Removes what a process that was killed has left of an entry."""
+    prefix = _partial_prefix(folder)
+    for partial in folder.parent.glob(f"{glob.escape(prefix)}*"):
+        process = partial.name.removeprefix(prefix)
+        if process.isdecimal() and not psutil.pid_exists(int(process)):
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check_room(folder: pathlib.Path, needed: int) -> None:
+    """Raises OSError where there are not so many bytes: Orbax's threads do not end well then."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(f"{needed / 1e9:.3g} GB are needed, {free / 1e9:.3g} GB are free")
 
 
 def _files(folder: pathlib.Path) -> dict[str, list[int]]:
@@ -233,7 +278,8 @@ def _move(partial: pathlib.Path, folder: pathlib.Path) -> None:
         if find(folder.parent.parent, folder.name) is not None:
             return
     except DamagedEntryError:
-        damaged = partial.with_name(f"{partial.name}-damaged")
+        # Out of the way at once, for whoever looks for it now.
+        damaged = partial / "damaged"
         os.rename(folder, damaged)
         shutil.rmtree(damaged)
     try:

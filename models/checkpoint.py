@@ -9,6 +9,7 @@ as they lie in memory; a checkpoint that it has converted is read from there (`m
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -279,10 +280,13 @@ class Source:
         if self.dtype != self.config.dtype:
             raise ValueError(f"the cache keeps {self.config.dtype}, and not {self.dtype}")
         folder = _cache_folder(cache_dir)
+        name = self._entry_name(folder)
         _, parameters = _parameters(self.read())
+        if self._entry_name(folder) != name:
+            raise CheckpointError(f"{self.folder}: changed while it was read; run this again")
         arrays = {path: parameter[...] for path, parameter in parameters.items()}
         about = {"model": str(self.folder), "dtype": self.config.dtype}
-        return cache.write(folder, self._entry_name(folder), arrays, about)
+        return cache.write(folder, name, arrays, about)
 
     def load(
         self,
@@ -320,32 +324,32 @@ class Source:
                 for piece in placings[path].pieces:
                     self._stored[row.name].read_into(row, index, piece.of_layer(row.layer))
 
-        pool = concurrent.futures.ThreadPoolExecutor(_READERS)
-        try:
-            with _progress(self.folder.name, self._parameter_bytes) as progress:
-                for row, _ in zip(self.rows, pool.map(fill, self.rows), strict=True):
-                    progress.update(row.size * self.dtype.itemsize)
-                    left.subtract(row.paths)
-                    for path in row.paths:
-                        if not left[path]:
-                            done[path] = placings.pop(path).hand_over()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        with _readers() as pool, _progress(self.folder.name, self._parameter_bytes) as progress:
+            for row, _ in zip(self.rows, pool.map(fill, self.rows), strict=True):
+                progress.update(row.size * self.dtype.itemsize)
+                left.subtract(row.paths)
+                for path in row.paths:
+                    if not left[path]:
+                        done[path] = placings.pop(path).hand_over()
         return self._decoder(done)
 
     def _from_cache(self, entry: cache.Entry, mesh: jax.sharding.Mesh | None) -> Decoder:
         can_overflow = jnp.promote_types(self.config.dtype, self.dtype) != self.dtype
         placings = self._placings(mesh)
         done = {}
-        with _progress(f"{self.folder.name} (cached)", self._parameter_bytes) as progress:
-            for path in list(placings):
-                placing = placings.pop(path)
-                for piece in placing.pieces:
-                    entry.read_into(path, piece.where, piece.buffer)
-                    if can_overflow and not placement.all_finite(piece.buffer):
-                        row = next(row for row in self.rows if path in row.paths)
-                        raise self._stored[row.name].not_finite(self.dtype)
-                done[path] = placing.hand_over()
+
+        def fill(path: Path) -> None:
+            for piece in placings[path].pieces:
+                entry.read_into(path, piece.where, piece.buffer)
+                if can_overflow and not placement.all_finite(piece.buffer):
+                    row = next(row for row in self.rows if path in row.paths)
+                    raise self._stored[row.name].not_finite(self.dtype)
+
+        label = f"{self.folder.name} (converted)"
+        with _readers() as pool, _progress(label, self._parameter_bytes) as progress:
+            paths = list(placings)
+            for path, _ in zip(paths, pool.map(fill, paths), strict=True):
+                done[path] = placings.pop(path).hand_over()
                 progress.update(done[path].nbytes)
         return self._decoder(done)
 
@@ -393,8 +397,14 @@ class _Stored:
 
     def read(self, where: tuple[slice, ...]) -> np.ndarray:
         """A part of the tensor. The file is mapped only as long as this takes."""
-        with safetensors.safe_open(self.shard, framework="numpy") as file:
-            return file.get_slice(self.name)[where]
+        try:
+            with safetensors.safe_open(self.shard, framework="numpy") as file:
+                return file.get_slice(self.name)[where]
+        except (safetensors.SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{self.shard}: {self.name} cannot be read any more ({error}); the file was "
+                "changed or removed meanwhile"
+            ) from error
 
     def steps(self, where: tuple[slice, ...]) -> Iterator[tuple[slice, tuple[slice, ...]]]:
         """Cuts a part of the tensor along its first axis into what is read at a time.
@@ -551,7 +561,7 @@ def _headers(folder: pathlib.Path, family: Family) -> dict[str, _Stored]:
     ignored = re.compile("|".join(family.ignored) or "(?!)")
     stored = {name: tensor for name, tensor in stored.items() if not ignored.search(name)}
     if not stored:
-        raise CheckpointError(f"{folder}: its weight files hold no tensors")
+        raise CheckpointError(f"{_shard_files(folder)[0]}: holds no tensors")
     return {name: _understood(tensor) for name, tensor in stored.items()}
 
 
@@ -617,7 +627,10 @@ def _read_config(folder: pathlib.Path) -> DecoderConfig:
         _refuse_code(attributes)
         hf_config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         return config_lib.from_hf(hf_config)
-    except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
+    except (
+        *(ValueError, KeyError, TypeError, AttributeError, ArithmeticError),
+        StrictDataclassError,
+    ) as error:  # Of transformers' classes, whose own checks are not complete.
         raise CheckpointError(f"{file}: {error}") from error
 
 
@@ -625,6 +638,7 @@ def _refuse_code(attributes: Mapping) -> None:
     """Raises ValueError if the checkpoint asks for code of its own, which is never run.
 
     It is ignored where it is what transformers later took over: the same class by name (Phi-3).
+    This is said, for a checkpoint may have changed what the class computes.
     """
     named = str(dict(attributes.get("auto_map") or {}).get("AutoModelForCausalLM", ""))
     family = families.get(attributes["model_type"])
@@ -632,6 +646,12 @@ def _refuse_code(attributes: Mapping) -> None:
         raise ValueError(
             f"auto_map asks for {named}, code from the checkpoint, which is never run; remove "
             "auto_map if the model is one that transformers itself computes"
+        )
+    if named:
+        _log.warning(
+            "%s, code from the checkpoint, is never run; the model is computed as transformers' "
+            "own %s is",
+            *(named, family.architecture),
         )
 
 
@@ -674,7 +694,17 @@ def _read_json(file: pathlib.Path) -> dict:
 
 
 def _cache_folder(cache_dir: str | os.PathLike | None) -> pathlib.Path:
-    return pathlib.Path(cache_dir) if cache_dir else cache.default_folder()
+    return pathlib.Path(cache_dir).expanduser() if cache_dir else cache.default_folder()
+
+
+@contextlib.contextmanager
+def _readers() -> Iterator[concurrent.futures.Executor]:
+    """Threads that read; they stop at the first error."""
+    pool = concurrent.futures.ThreadPoolExecutor(_READERS)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _progress(label: str, total: int) -> tqdm.tqdm:

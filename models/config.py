@@ -130,8 +130,12 @@ class DecoderConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("query_scalar", "score_cap", "logit_cap"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+            if getattr(self, name) is not None:
+                _check_above(0, name, getattr(self, name))
+        _check_above(0, "norm_eps", self.norm_eps)
+        for window in self.windows:
+            if window is not None:
+                _check_above(0, "sliding_window", window)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"{self.num_heads} query heads cannot share {self.num_kv_heads} key/value heads"
@@ -144,6 +148,11 @@ class DecoderConfig:
             self._check_rotary(rotary)
 
     def _check_rotary(self, rotary: Rotary) -> None:
+        _check_above(0, "rope_theta", rotary.theta)
+        if rotary.factor is not None:
+            _check_above(0, "factor of the rotary embedding", rotary.factor)
+        if rotary.kind == "llama3":
+            _check_above(rotary.low_freq_factor, "high_freq_factor", rotary.high_freq_factor)
         rotated = rotary.rotated(self.head_dim)
         if rotated % 2 or not 0 < rotated <= self.head_dim:
             raise ValueError(
@@ -158,11 +167,19 @@ class DecoderConfig:
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
+
+def _check_above(bound: float, name: str, value: object) -> None:
+    # Written so that NaN fails.
+    if not isinstance(value, int | float) or not value > bound:
+        raise ValueError(f"{name} is {value!r}; it must be a number above {bound}")
+
+
 # Hugging Face's names of what an MLP may use. Those of the tanh approximation (arXiv 1606.08415)
 # differ in how they round.
 _GELU_TANH = functools.partial(jax.nn.gelu, approximate=True)
 ACTIVATIONS = {
     "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_new": _GELU_TANH,
     "gelu_fast": _GELU_TANH,
@@ -204,7 +221,9 @@ UNSUPPORTED = {
 # removed by transformers itself.)
 HARMLESS = {
     "_attn_implementation_autoset",
+    "_flash_attn_2_enabled",
     "_name_or_path",
+    "_num_labels",
     "architectures",
     "attention_dropout",
     "attn_pdrop",
@@ -214,6 +233,7 @@ HARMLESS = {
     "classifier_dropout",
     "embd_pdrop",
     "eos_token_id",
+    "gradient_checkpointing",
     "hidden_dropout",
     "id2label",
     "initializer_range",
@@ -222,6 +242,7 @@ HARMLESS = {
     "model_type",
     "output_attentions",
     "output_hidden_states",
+    "output_past",
     "pad_token_id",
     "partial_rotary_factor",
     "pretraining_tp",
@@ -239,7 +260,13 @@ HARMLESS = {
 
 # Attributes that transformers neither declares nor reads, but which published checkpoints carry;
 # they tell other programs how the model is computed. This is the value for which it is as here.
-STRAY = {"is_llama_config": True, "rope_interleaved": False, "use_mrope": False}
+STRAY = {
+    "add_cross_attention": False,
+    "is_llama_config": True,
+    "rope_interleaved": False,
+    "use_bidirectional_attention": False,
+    "use_mrope": False,
+}
 
 
 def from_hf(hf_config: transformers.PreTrainedConfig) -> DecoderConfig:
@@ -256,6 +283,7 @@ def from_hf(hf_config: transformers.PreTrainedConfig) -> DecoderConfig:
 
     fields = {field: attributes.get(name) for field, name in family.fields.items()}
     heads, width = fields["num_heads"], fields["hidden_size"]
+    _check_above(0, family.fields["num_heads"], heads)
     usual = {
         "num_kv_heads": heads,
         "head_dim": width // heads,
@@ -331,10 +359,10 @@ def _refuse_unknown(
     understood = {*family.fields.values(), *family.windows.attributes, "rope_parameters", "dtype"}
     declared = {f.name: f.default for f in dataclasses.fields(hf_config)}
     # At its default, an attribute that transformers declares is how the family is computed.
-    expected = STRAY | declared | family.stray
+    expected = [STRAY | family.stray, declared]
     for name in sorted(attributes.keys() - understood - HARMLESS - family.harmless):
         value = attributes[name]
-        if name not in expected or value != expected[name]:
+        if not any(name in values and value == values[name] for values in expected):
             raise ValueError(
                 f"attribute {name} = {value!r} is not understood for model_type "
                 f"{family.model_type!r}; remove it from config.json only if it does not change "

@@ -81,7 +81,7 @@ def traits(config: DecoderConfig, dtype) -> Traits:
     scale = (config.query_scalar or config.head_dim) ** -0.5
     share = np.arange(1, config.num_layers + 1) if config.inverse_layer_scale else 1
     return Traits(
-        window=jnp.array([w or jnp.iinfo(jnp.int32).max for w in windows], jnp.int32),
+        window=jnp.array([w or np.iinfo(np.int32).max for w in windows], jnp.int32),
         rotary=jnp.array([bool(w and config.window_rotary) for w in windows], jnp.int32),
         score_scale=jnp.asarray(np.full(config.num_layers, scale) / share, dtype),
     )

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxmed import capture, definition, effects, metrics, planning
+from jaxmed import capture, data, definition, effects, metrics, planning
 from jaxmed.alignment import Align, Positions
 from models.edits import Edit, Site
 from models.errors import InputError

@@ -16,7 +16,6 @@ from models import checkpoint
 from models.checkpoint import Source
 from tests import tiny, words
 from tests.launch import process
-from tests.models.test_checkpoint import assert_equal
 
 needs_torch = pytest.mark.skipif(
     importlib.util.find_spec("torch") is None, reason="needs torch: make parity"
@@ -72,9 +71,7 @@ def test_converts_a_damaged_entry_anew(folder):
 def test_verify(folder):
     ran = run(folder, "--verify")
     assert ran.returncode == 0, ran.stderr
-    assert (
-        "Verified: logits of 2 random prompts of 32 tokens differ from transformers'" in ran.stdout
-    )
+    assert "Verified: logits of a random prompt of 64 tokens differ from" in ran.stdout
 
 
 @needs_torch
@@ -85,7 +82,7 @@ def test_verify_notices(folder):
     entry = Source.examine(folder).cached(folder.parent / "cache")
     chunk = next(f for f in entry.folder.rglob("embedding/c/*/*") if f.is_file())
     content = bytearray(chunk.read_bytes())
-    content[0] ^= 8
+    content[1] ^= 64
     chunk.write_bytes(content)
     manifest = json.loads((entry.folder / "entry.json").read_text())
     name = chunk.relative_to(entry.folder).as_posix()
@@ -94,7 +91,7 @@ def test_verify_notices(folder):
     ran = run(folder, "--verify")
     assert ran.returncode == 1
     assert "differ from transformers' by at most" in ran.stderr
-    assert "rounding explains 1e-05" in ran.stderr
+    assert "rounding rarely explains more than 1e-04" in ran.stderr
 
 
 def test_nan_weights(folder):
@@ -113,8 +110,6 @@ def test_nan_weights(folder):
     ("flags", "message"),
     [
         (["--dtype=float32"], "--dtype is the type of what --out writes"),
-        (["--out=/"], "/: is there already"),
-        (["--model=/nowhere"], "/nowhere: no such folder"),
         (["--cache_dir=/dev/null"], "/dev/null: cannot be written to"),
     ],
 )
@@ -142,6 +137,6 @@ def test_stopped(tmp_path):
     started.send_signal(signal.SIGINT)
     _, said = started.communicate(timeout=60)
     assert started.returncode == 130
-    assert said.strip().endswith("the same command goes on.")
+    assert "the same command goes on." in said
     time.sleep(0.2)
     assert not list((tmp_path / "cache" / "weights").iterdir())

@@ -1,9 +1,11 @@
 """Converted weights are the checkpoint's own, or are not used."""
 
+import hashlib
 import json
 import logging
 import os
 import shutil
+import subprocess
 
 import jax
 import jax.numpy as jnp
@@ -87,6 +89,25 @@ def test_it_is_an_orbax_checkpoint(entry):
         np.testing.assert_array_equal(restored[".".join(path)], parameter[...])
 
 
+def test_zeros_are_stored(cache_dir):
+    """Zarr leaves out chunks of zeros unless told otherwise; here what is gone is damage."""
+    zeros = {("zeros",): jnp.zeros((3, 5)), ("negative",): -jnp.zeros((3, 5))}
+    entry = cache.write(cache_dir, "entry", zeros, {})
+    for path, values in zeros.items():
+        out = np.ones((3, 5), np.float32)
+        entry.read_into(path, (slice(0, 3), slice(0, 5)), out)
+        np.testing.assert_array_equal(np.signbit(out), np.signbit(values))
+        assert not out.any()
+
+
+def test_arrays_beyond_a_gigabyte(cache_dir):
+    """Stacked parameters of large models; Orbax has a limit, which must grow with them."""
+    size = 10**9 + 10**6
+    entry = cache.write(cache_dir, "entry", {("large",): jnp.ones(size, jnp.int8)}, {})
+    assert entry.size > size
+    shutil.rmtree(cache_dir)
+
+
 def test_mesh(entry, folder, cache_dir, files_unread):
     axes = (jax.sharding.AxisType.Auto,) * 2
     mesh = jax.make_mesh((1, 1), ("sweep", "model"), axis_types=axes)
@@ -106,6 +127,21 @@ def test_other_weights_are_another_entry(entry, folder, cache_dir):
     assert Source.examine(folder).cached(cache_dir) is None
     changed = load(folder, cache_dir)
     assert not np.array_equal(changed.blocks.mlp.up.kernel[...], decoder.blocks.mlp.up.kernel[...])
+
+
+def test_weights_that_change_while_they_are_read_are_not_kept(folder, cache_dir, monkeypatch):
+    source, read = Source.examine(folder), Source.read
+
+    def read_and_change(self, mesh=None):
+        decoder = read(self, mesh)
+        name = source.rows[0].name
+        rewrite(folder, **{name: np.zeros(source.rows[0].shape, np.float32)})
+        return decoder
+
+    monkeypatch.setattr(Source, "read", read_and_change)
+    with pytest.raises(checkpoint.CheckpointError, match="changed while it was read"):
+        source.write_cache(cache_dir)
+    assert not list(cache_dir.glob("weights/*"))
 
 
 def test_the_same_weights_elsewhere_are_the_same_entry(entry, folder, cache_dir, tmp_path):
@@ -190,6 +226,13 @@ def test_half_an_entry_is_none(error, folder, cache_dir, monkeypatch):
     assert not list((cache_dir / "weights").iterdir())
 
 
+def test_no_room(folder, cache_dir, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 90, 10))
+    with pytest.raises(OSError, match="GB are needed, 1e-08 GB are free"):
+        Source.examine(folder).write_cache(cache_dir)
+    assert not list((cache_dir / "weights").iterdir())
+
+
 def test_two_at_once(folder, cache_dir, monkeypatch):
     """Who comes second finds the entry of who was first."""
     whole = cache._write_arrays
@@ -207,6 +250,19 @@ def test_two_at_once(folder, cache_dir, monkeypatch):
     assert Source.examine(folder).write_cache(cache_dir) == first[0]
     assert [file.name for file in (cache_dir / "weights").iterdir()] == [first[0].folder.name]
     assert_equal(load(folder, cache_dir), tiny.decoder())
+
+
+def test_what_a_killed_process_left_is_removed(folder, cache_dir):
+    """But not what another process is writing, or another machine that shares the folder."""
+    name = Source.examine(folder)._entry_name(cache_dir)
+    prefix = cache._partial_prefix(cache_dir / "weights" / name)
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    kept = [f"{prefix}{os.getppid()}", f".{name}.partial-elsewhere-{ended.pid}"]
+    for unfinished in (*kept, f"{prefix}{ended.pid}"):
+        (cache_dir / "weights" / unfinished).mkdir(parents=True)
+    Source.examine(folder).write_cache(cache_dir)
+    assert {file.name for file in (cache_dir / "weights").iterdir()} == {name, *kept}
 
 
 def test_default_folder(monkeypatch, tmp_path):
@@ -229,26 +285,39 @@ def weights(tmp_path, monkeypatch):
     return file
 
 
+def digest(content):
+    return hashlib.blake2b(content, digest_size=32).hexdigest()
+
+
 def hashed(weights, cache_dir):
     """The hash, and whether it was computed."""
     computed = []
 
     def compute():
         computed.append(True)
-        return weights.read_text()
+        return digest(weights.read_bytes())
 
     return cache.remembered_hash(cache_dir, [weights], compute), bool(computed)
 
 
 def test_a_hash_is_remembered(weights, cache_dir):
-    assert hashed(weights, cache_dir) == ("one", True)
-    assert hashed(weights, cache_dir) == ("one", False)
+    assert hashed(weights, cache_dir) == (digest(b"one"), True)
+    assert hashed(weights, cache_dir) == (digest(b"one"), False)
     weights.write_bytes(b"two")
-    assert hashed(weights, cache_dir) == ("two", True)
+    assert hashed(weights, cache_dir) == (digest(b"two"), True)
     stat = weights.stat()
     weights.write_bytes(b"six")
     os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert hashed(weights, cache_dir) == ("six", True)
+    assert hashed(weights, cache_dir) == (digest(b"six"), True)
+
+
+@pytest.mark.parametrize("torn", ["", "0" * 63])
+def test_a_torn_note_is_not_believed(weights, cache_dir, torn):
+    first = hashed(weights, cache_dir)
+    (note,) = (cache_dir / "hashes").iterdir()
+    note.write_text(torn)
+    assert hashed(weights, cache_dir) == first
+    assert hashed(weights, cache_dir) == (first[0], False)
 
 
 def test_a_hash_of_what_changes_meanwhile_is_not_remembered(weights, cache_dir):
@@ -257,7 +326,7 @@ def test_a_hash_of_what_changes_meanwhile_is_not_remembered(weights, cache_dir):
         return "one"
 
     assert cache.remembered_hash(cache_dir, [weights], compute) == "one"
-    assert hashed(weights, cache_dir) == ("three", True)
+    assert hashed(weights, cache_dir) == (digest(b"three"), True)
 
 
 def test_small_files_are_hashed_anew(weights, cache_dir, monkeypatch):
@@ -268,4 +337,4 @@ def test_small_files_are_hashed_anew(weights, cache_dir, monkeypatch):
 
 def test_no_place_for_notes(weights, tmp_path):
     (tmp_path / "file").touch()
-    assert hashed(weights, tmp_path / "file") == ("one", True)
+    assert hashed(weights, tmp_path / "file") == (digest(b"one"), True)

@@ -340,7 +340,7 @@ def test_remote_code_that_transformers_took_over(folder):
         ({"model_type": "mamba"}, "model_type 'mamba' is not supported; supported: llama, "),
         ({"model_type": "not_even_known"}, "model_type 'not_even_known' is not supported"),
         ({"model_type": "mixtral", "num_local_experts": 8}, "is a mixture of experts"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "is a quantised model"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "the weights are quantised (gptq"),
         ({"logit_scale": 0.5}, "attribute logit_scale = 0.5 is not understood"),
         ({"hidden_size": "wide"}, "hidden_size"),
         ({"rope_parameters": {"rope_type": "linear"}}, "factor"),

@@ -248,6 +248,28 @@ def test_harmless_attributes():
 # The attributes of published config.json files that differ from the defaults of transformers'
 # classes, or that these do not declare.
 PUBLISHED = {
+    "Llama-2-7b-hf": {"model_type": "llama", "pretraining_tp": 1, "rope_scaling": None},
+    "Llama-3.1-8B-Instruct": {
+        "model_type": "llama",
+        "eos_token_id": [128001, 128008, 128009],
+        "mlp_bias": False,
+        "num_key_value_heads": 8,
+        "rope_scaling": {
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+            "rope_type": "llama3",
+        },
+        "rope_theta": 500000.0,
+    },
+    "Qwen2.5-7B-Instruct": {
+        "model_type": "qwen2",
+        "max_window_layers": 28,
+        "sliding_window": 131072,
+        "use_mrope": False,
+        "use_sliding_window": False,
+    },
     "Mistral-7B-v0.1": {"model_type": "mistral", "sliding_window": 4096, "rope_theta": 10000.0},
     "Mistral-7B-Instruct-v0.3": {
         "model_type": "mistral",
@@ -340,6 +362,16 @@ PUBLISHED = {
         "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
         "summary_type": "cls_index",
     },
+    "gpt2-medium": {"model_type": "gpt2", "n_special": 0, "predict_special_tokens": True},
+    "gpt2-xl": {"model_type": "gpt2", "output_past": True, "n_layer": 48, "n_embd": 1600},
+    "gpt-neox-20b": {
+        "model_type": "gpt_neox",
+        "attention_probs_dropout_prob": 0,
+        "hidden_act": "gelu_fast",
+        "hidden_dropout_prob": 0,
+        "rotary_emb_base": 10000,
+        "rotary_pct": 0.25,
+    },
     "pythia-70m": {
         "model_type": "gpt_neox",
         "hidden_size": 512,
@@ -352,11 +384,41 @@ PUBLISHED = {
 }
 
 
+ROTARY_10K = Rotary(10000.0)
+# What of it is easily misread.
+MEANT = {
+    "Llama-2-7b-hf": {"tie_embeddings": False, "rotary": ROTARY_10K},
+    "Llama-3.1-8B-Instruct": {
+        "rotary": Rotary(500000.0, "llama3", factor=8.0, original_max_positions=8192)
+    },
+    "Mistral-7B-v0.1": {"windows": (4096,) * 32, "qkv_bias": False},
+    "Mistral-7B-Instruct-v0.3": {"windows": (None,) * 32, "rotary": Rotary(1e6)},
+    "Qwen2.5-7B-Instruct": {"windows": (None,) * 32, "qkv_bias": True},
+    "Qwen3-0.6B": {"head_dim": 128, "query_key_norm": "head", "tie_embeddings": True},
+    "gemma-2b": {"activation": "gelu_pytorch_tanh", "scale_embedding": True, "logit_cap": None},
+    "gemma-2-2b": {"windows": (4096, None) * 13, "score_cap": 50.0, "query_scalar": 256},
+    "gemma-3-1b-it": {
+        "windows": tuple(None if layer % 6 == 5 else 512 for layer in range(26)),
+        "rotary": Rotary(1000000),
+        "window_rotary": Rotary(10000),
+        "logit_cap": None,
+    },
+    "Phi-3-mini-4k-instruct": {"windows": (2047,) * 32, "max_positions": 4096},
+    "Phi-4-mini-instruct": {"max_positions": 4096, "num_kv_heads": 8, "head_dim": 128},
+    "OLMo-2-1124-7B": {"pre_norm": False, "post_norm": True, "query_key_norm": "all"},
+    "gpt2": {"num_kv_heads": 12, "head_dim": 64, "intermediate_size": 3072, "rotary": None},
+    "gpt2-medium": {"tie_embeddings": True},
+    "gpt2-xl": {"intermediate_size": 6400, "num_layers": 48},
+    "gpt-neox-20b": {"activation": "gelu_fast", "rotary": Rotary(10000, fraction=0.25)},
+    "pythia-70m": {"parallel": True, "qkv_bias": True, "rotary": Rotary(10000, fraction=0.25)},
+}
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_configs_are_understood(name, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(PUBLISHED[name]))
-    hf_config = transformers.AutoConfig.from_pretrained(tmp_path)
-    config = config_lib.from_hf(hf_config)
+    config = config_lib.from_hf(transformers.AutoConfig.from_pretrained(tmp_path))
+    assert {field: getattr(config, field) for field in MEANT[name]} == MEANT[name]
     assert config_lib.from_hf(config_lib.to_hf(config)) == config
 
 
@@ -411,7 +473,17 @@ def test_other_kinds_refused(name, value, message):
         ("head_dim", 7, "7 of the 7 channels of a head would be rotated"),
         ("rotary", Rotary(7.0, fraction=0.4), "3 of the 8 channels"),
         ("activation", "tanh", "activation 'tanh' is not one of silu"),
-        ("score_cap", 0.0, "score_cap is 0.0; it must be above 0"),
+        ("score_cap", 0.0, "score_cap is 0.0; it must be a number above 0"),
+        ("windows", (None, 0, None), "sliding_window is 0; it must be a number above 0"),
+        ("windows", (-1, None, None), "sliding_window is -1"),
+        ("norm_eps", -1e-5, "norm_eps is -1e-05"),
+        ("rotary", Rotary("x"), "rope_theta is 'x'; it must be a number above 0"),
+        ("rotary", Rotary(7.0, "linear", factor=0), "factor of the rotary embedding is 0"),
+        (
+            "rotary",
+            Rotary(7.0, "llama3", factor=8.0, low_freq_factor=4.0),
+            "high_freq_factor is 4.0; it must be a number above 4.0",
+        ),
     ],
 )
 def test_impossible_shape_refused(field, value, message):
