@@ -3,8 +3,7 @@
 An entry is a folder: `arrays`, an Orbax checkpoint (Zarr 3, not compressed) that holds each
 parameter under its dotted name, and `entry.json`, which says what it is and lists its files. Orbax
 writes it. It is read by TensorStore, on which Orbax stands: straight into the buffers that become
-the parameters, and only the parts that are asked for. Orbax itself needs twice the memory for that,
-and six times the time (docs/performance.md).
+the parameters, and only the parts that are asked for; Orbax makes copies on the way.
 
 An entry appears only once it is complete, and is never changed.
 """
