@@ -2,7 +2,6 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Iterable
 
 import numpy as np
 import pyarrow as pa
@@ -52,6 +51,8 @@ ROW = pa.schema(
         ("discoveries", pa.int32()),
         ("false_discoveries", pa.int32()),
         ("units", pa.int32()),
+        ("uncomputed", pa.int32()),
+        ("missed_bound", pa.int32()),
         ("seconds", pa.float64()),
     ]
 )
@@ -100,6 +101,8 @@ class Certificate:
                 those above their random controls too (`controls.discoveries`), and those of them
                 that are not planted.
             units: that have an exact effect.
+            uncomputed, missed_bound: of "max" with a screen, the neurons that have none, and the
+                95% bound on how many of these belong to the strongest (`attribution.Audit`).
             seconds: that the method took on all pairs, compilation included where it was the first
                 to need it; of a run, loading too. "nie", "tie" and "max" are one run, of both
                 directions; "joint" is that run and the search.
@@ -108,21 +111,26 @@ class Certificate:
         organisms: `organisms.parquet`, a row per organism and seed: accuracy, leak and carried, the
             worst of both contrasts (`organisms.truth`); seconds that building took; or why it is
             unfit, and has no part in the tables.
+        settings: by which the methods were run, by name.
         folder: where all this was written.
     """
 
     table: pa.Table
     curves: pa.Table
     organisms: pa.Table
+    settings: dict
     folder: pathlib.Path
 
     @classmethod
-    def of(cls, rows: list[dict], curves: list[dict], about: list[dict], folder) -> "Certificate":
+    def of(
+        cls, rows: list[dict], curves: list[dict], about: list[dict], settings: dict, folder
+    ) -> "Certificate":
         """A certificate of rows; what a row does not have is null."""
         return cls(
             table_of(rows),
             pa.Table.from_pylist(curves, CURVE),
             pa.Table.from_pylist(about, ORGANISM),
+            settings,
             pathlib.Path(folder),
         )
 
@@ -253,26 +261,41 @@ def _by_seed(rows: list[dict], column: str) -> list[float]:
 def lines(certificate: Certificate) -> list[str]:
     """The certificate as Markdown tables, and what they say."""
     about = certificate.organisms.to_pylist()
-    return [
-        *_organism_lines([row for row in about if row["unfit"] is None]),
-        "",
-        *method_lines(certificate.table),
-        "",
-        *_joint_lines(certificate.table),
-        "",
-        *_discovery_lines(certificate.table),
-        "",
-        *_worst_lines(certificate.table),
-        *(
-            f"Not certified: {row['organism']} {row['seed']}: {row['unfit']}"
-            for row in about
-            if row["unfit"] is not None
-        ),
-        f"Results: {certificate.folder} ({TABLE}, {CURVES}, {ORGANISMS}, and figures)",
+    parts = [
+        [_settings_line(certificate.settings)],
+        _organism_lines([row for row in about if row["unfit"] is None]),
+        method_lines(certificate.table),
+        _joint_lines(certificate.table),
+        _discovery_lines(certificate.table),
+        [
+            *_worst_lines(certificate.table),
+            *_screen_lines(certificate.table),
+            *(
+                f"Not certified: {row['organism']} {row['seed']}: {row['unfit']}"
+                for row in about
+                if row["unfit"] is not None
+            ),
+            _files_line(certificate.folder),
+        ],
     ]
+    return [line for part in parts if part for line in (*part, "")][:-1]
 
 
-def _markdown(header: list[str], rows: Iterable[Iterable]) -> list[str]:
+def _settings_line(settings: dict) -> str:
+    """What was certified, as the flags that ask for it."""
+    given = (f"--{name}={value}" for name, value in settings.items() if value not in ("", [], None))
+    return f"By the settings {' '.join(given)}:"
+
+
+def _files_line(folder: pathlib.Path) -> str:
+    files = (TABLE, CURVES, ORGANISMS, SCORES_FIGURE, CURVES_FIGURE)
+    return f"Results: {folder} ({', '.join(name for name in files if (folder / name).exists())})"
+
+
+def _markdown(header: list[str], rows: list[list]) -> list[str]:
+    """A table; nothing where it would have no rows."""
+    if not rows:
+        return []
     cells = [
         header,
         ["---"] * len(header),
@@ -373,12 +396,10 @@ def _worst_lines(table: pa.Table) -> list[str]:
     planted = [row for row in rows if row["auroc"] is not None]
     said = []
     for granularity in ("module", "head"):
-        of = [r for r in planted if (r["granularity"], r["method"]) == (granularity, "max")]
-        if of:
-            worst = min(of, key=lambda row: row["auroc"])
+        if of := [r for r in planted if (r["granularity"], r["method"]) == (granularity, "max")]:
+            least, where = _extreme(min, of, lambda row: row["auroc"])
             said.append(
-                f"Least {granularity} AUROC by the larger effect: {worst['auroc']:.3f} "
-                f"({_at(worst)})."
+                f"Least {granularity} AUROC by the larger effect: {least['auroc']:.3f} ({where})."
             )
     causal = [r for r in planted if r["granularity"] == "neuron" and r["method"] in CAUSAL]
     if causal:
@@ -386,22 +407,22 @@ def _worst_lines(table: pa.Table) -> list[str]:
             max(of, key=lambda row: row["precision_at_k"])
             for _, of in _grouped(causal, "organism", "seed", "contrast")
         ]
-        worst = min(best, key=lambda row: row["precision_at_k"])
+        least, where = _extreme(min, best, lambda row: row["precision_at_k"])
         said.append(
             "Least neuron precision@k of the best causal method: "
-            f"{worst['precision_at_k']:.3f} ({_at(worst)})."
+            f"{least['precision_at_k']:.3f} ({where})."
         )
     if joint := [row for row in rows if row["joint_size"] is not None]:
-        largest = max(joint, key=lambda row: row["joint_size"] / row["true_size"])
+        largest, where = _extreme(max, joint, lambda row: row["joint_size"] / row["true_size"])
         said.append(
             f"Largest joint set for its truth: {largest['joint_size']} neurons for "
-            f"{largest['true_size']} ({_at(largest)})."
+            f"{largest['true_size']} ({where})."
         )
     if shared := [row for row in rows if row["joint_share"] is not None]:
-        least = min(shared, key=lambda row: row["joint_share"])
+        least, where = _extreme(min, shared, lambda row: row["joint_share"])
         said.append(
             "Least joint share of TE, on pairs that were not searched: "
-            f"{least['joint_share']:.3f} ({_at(least)})."
+            f"{least['joint_share']:.3f} ({where})."
         )
     null = [
         row
@@ -416,5 +437,23 @@ def _worst_lines(table: pa.Table) -> list[str]:
     return said
 
 
-def _at(row: dict) -> str:
-    return f"{row['organism']} {row['seed']}, {row['contrast']}"
+def _extreme(choose, rows: list[dict], value) -> tuple[dict, str]:
+    """The first row of the least or largest value, and which rows have it."""
+    found = choose(rows, key=value)
+    ties = sum(value(row) == value(found) for row in rows)
+    if ties == len(rows) > 1:
+        return found, "everywhere"
+    others = f", and {ties - 1} more" if ties > 1 else ""
+    return found, f"{found['organism']} {found['seed']}, {found['contrast']}{others}"
+
+
+def _screen_lines(table: pa.Table) -> list[str]:
+    """How many of the strongest neurons a screen may have missed."""
+    screened = [row for row in table.to_pylist() if row["uncomputed"] is not None]
+    if not screened:
+        return []
+    worst, where = _extreme(max, screened, lambda row: row["missed_bound"])
+    return [
+        "Of the strongest neurons, missed by the screen: at most "
+        f"{worst['missed_bound']} among {worst['uncomputed']} that were not computed ({where})."
+    ]

@@ -27,6 +27,7 @@ from jaxmed import (
     sweep,
 )
 from jaxmed import results as results_lib
+from jaxmed.alignment import Align, Positions
 from jaxmed.certificate import GROUP_SIZE, Certificate
 from jaxmed.results import Results
 from jaxmed.sweep import Asked, Settings
@@ -37,6 +38,7 @@ from models.organisms import Organism
 GRADIENT_STEPS = 8  # of integrated gradients
 
 _SCORES = "scores.json"
+_METHOD = "settings.json"
 _METRIC = "logit_diff"  # which the planted truth, and the walls, are about
 # What, beside the settings, scores follow from.
 _CONSTANTS = {
@@ -61,7 +63,7 @@ def certify(
 ) -> Certificate:
     """Builds or loads organisms, runs every method on them, and writes tables and figures.
 
-    What was scored is kept under `settings.out`, and not run again by the same settings.
+    What was scored is kept under `settings.out`, and not run again.
 
     Args:
         settings: how the methods are run; its out is the folder for the results. Its model, pairs
@@ -72,21 +74,25 @@ def certify(
         progress: show a progress bar.
 
     Raises:
-        InputError: a setting or a folder cannot be used, or not one organism was fit.
+        InputError: a setting or a folder cannot be used, the folder holds scores of other settings
+            (which `settings.overwrite` replaces), or not one organism was fit.
     """
     names = list(dict.fromkeys(names))
     _check(settings, names)
-    for flag, folder in (("out", settings.out), ("organisms", kept)):
+    for flag, folder in (("organisms", kept), ("out", settings.out)):
         try:
             pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"--{flag}={folder}: cannot be made ({error.strerror})") from error
+    method = _method(settings)
+    _write_method(pathlib.Path(settings.out) / _METHOD, method, settings.overwrite)
     rows, curves, about = [], [], []
     todo = list(itertools.product(seeds, names))
     with tqdm.tqdm(todo, unit="organism", disable=not progress) as bar:
         for seed, name in bar:
-            bar.set_description(f"{name} {seed}: building")
             folder, recipe = pathlib.Path(kept) / f"{name}-{seed}", organisms.RECIPES[name]
+            verb = "loading" if folder.exists() else "training"
+            bar.set_description(f"{name} {seed}: {verb}")
             try:
                 organism = organisms.build(folder, seed, recipe=recipe, progress=False)
             except organisms.UnfitError as error:
@@ -100,7 +106,7 @@ def certify(
                 curves += found["curves"]
     if not rows:
         raise InputError(f"no organism is fit: {'; '.join(row['unfit'] for row in about)}")
-    found = Certificate.of(rows, curves, about, settings.out)
+    found = Certificate.of(rows, curves, about, method["settings"], settings.out)
     certificate.write(found)
     return found
 
@@ -111,10 +117,25 @@ def _check(settings: Settings, names: list[str]) -> None:
         raise InputError(f"--organism: name any of {', '.join(organisms.RECIPES)}")
     if settings.metric != _METRIC:
         raise InputError(f"--metric={settings.metric}: the planted truth is that of {_METRIC}")
+    if settings.positions == Positions.RESPONSE:
+        raise InputError(
+            "--positions=response: what is planted decides the first token of the answer, which no "
+            "position of the answer can change"
+        )
+    if settings.align == Align.SPAN:
+        raise InputError("--align=span: the organisms' pairs name no spans")
     asked = _settings_of(settings, "neuron")
     sweep.check(asked)
+    computed = attribution.MARGIN * settings.screen + settings.screen_audit
     for name in names:
-        sweep.check_counts(asked, organisms.RECIPES[name].config)
+        config = organisms.RECIPES[name].config
+        sweep.check_counts(asked, config)
+        neurons = config.num_layers * config.intermediate_size
+        if settings.screen and computed >= neurons:
+            raise InputError(
+                f"--screen={settings.screen} --screen_audit={settings.screen_audit}: computes "
+                f"{computed} neurons exactly, and {name} has {neurons}; make one of them smaller"
+            )
 
 
 def measure(organism: Organism, contrast: str, settings: Settings) -> dict[str, list[dict]]:
@@ -157,22 +178,48 @@ def measure(organism: Organism, contrast: str, settings: Settings) -> dict[str, 
 
 def _identity(organism: Organism, contrast: str, settings: Settings) -> dict:
     """All that scores follow from, as JSON has it."""
+    truth = organism.truth
+    made = {"files": truth["files"], "truth": truth["contrasts"][contrast]}
+    return json.loads(json.dumps({"organism": made} | _method(settings)))
+
+
+def _method(settings: Settings) -> dict:
+    """The part of it that is the same for all organisms."""
     elsewhere = ("model", "pairs", "out", "granularity", "overwrite", "show_text", "memory_gb")
     asked = {
         name: value for name, value in dataclasses.asdict(settings).items() if name not in elsewhere
     }
-    truth = organism.truth
-    made = {"files": truth["files"], "truth": truth["contrasts"][contrast]}
-    return json.loads(json.dumps({"organism": made, "settings": asked, "constants": _CONSTANTS}))
+    return json.loads(json.dumps({"settings": asked, "constants": _CONSTANTS}))
+
+
+def _write_method(file: pathlib.Path, method: dict, overwrite: bool) -> None:
+    """Notes by which settings the folder's scores are made; one folder has those of one method."""
+    if (earlier := _read_object(file)) and not overwrite:
+        for part, values in method.items():
+            for name, value in values.items():
+                before = earlier.get(part, {}).get(name)
+                if before != value:
+                    raise InputError(
+                        f"{file.parent} holds scores of another setting: {name} was {before}, is "
+                        f"now {value}: choose another --out, or --overwrite"
+                    )
+    content = json.dumps(method, indent=2) + "\n"
+    results_lib.replace_file(file, lambda path: path.write_text(content, encoding="utf-8"))
 
 
 def _kept_scores(file: pathlib.Path, identity: dict) -> dict[str, list[dict]] | None:
     """Scores of an earlier run of the same; None if there are none, or no whole ones."""
+    scored = _read_object(file)
+    return scored if scored.pop("identity", None) == identity else None
+
+
+def _read_object(file: pathlib.Path) -> dict:
+    """The JSON object of a file; empty where it holds none that is whole."""
     try:
-        scored = json.loads(file.read_text(encoding="utf-8"))
-        return scored if scored.pop("identity") == identity else None
-    except (OSError, ValueError, KeyError, AttributeError):
-        return None
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _settings_of(settings: Settings, granularity: str, group_size: int = 1) -> Settings:
@@ -218,6 +265,11 @@ def _scored(settings: Settings, folder: pathlib.Path) -> dict[str, list[dict]]:
         }
         strength = ranked["max"].scores
         by_method["max"] |= _discovered(asked, granularity, strength, planted, truth)
+        if audit := results.run.get("audit"):
+            by_method["max"] |= {
+                "uncomputed": audit["uncomputed"],
+                "missed_bound": audit["bound"],
+            }
         if granularity == "neuron" and truth["joint"]:
             joint = by_method.setdefault("joint", {})
             joint |= _joint_row(results.run.get("joint"), planted, truth)

@@ -59,6 +59,8 @@ LEAST = {
     "screen_steps": 1,
     "memory_gb": 1e-3,
 }
+# The largest.
+MOST = {"joint_share": 1}
 SCREEN_SEED = 0  # of the audit sample
 # Settings that only one metric reads.
 _OF_ONE_METRIC = {
@@ -260,6 +262,9 @@ def check(settings: Settings) -> None:
         value = getattr(settings, name)
         if value is not None and not least <= value < math.inf:
             raise InputError(f"--{name}={value}: must be a number, and at least {least}")
+    for name, most in MOST.items():
+        if getattr(settings, name) > most:
+            raise InputError(f"--{name}={getattr(settings, name)}: must be {most} at most")
     unknown = set(settings.granularity) - set(planning.SITES)
     if unknown or not settings.granularity:
         raise InputError(

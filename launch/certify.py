@@ -23,15 +23,15 @@ _KEPT = flags.DEFINE_string(
 _OUT = flags.DEFINE_string(
     "out",
     "out/certify",
-    "Folder for the results; what was scored there is not run again. Tables and figures hold what "
-    "the last command asked for.",
+    "Folder for the results; what was scored there is not run again. Tables and figures hold the "
+    "organisms and seeds that the last command asked for.",
 )
 # How the methods are run. Detectors read the middle of the prompt: at the last token they have no
 # effect. What is found should be no larger than what was planted, up to seven neurons.
 settings.define(
     *("positions", "align"),
     *("screen", "screen_audit", "screen_steps", "joint_size", "joint_share", "joint_pairs"),
-    *("dtype", "matmul_precision", "memory_gb"),
+    *("dtype", "matmul_precision", "memory_gb", "overwrite"),
     positions="prompt",
     joint_size=14,
 )

@@ -4,7 +4,7 @@ from absl import flags
 
 from jaxmed import attribution, estimands
 from jaxmed.planning import SITES
-from jaxmed.sweep import CHOICES, LEAST, Settings
+from jaxmed.sweep import CHOICES, LEAST, MOST, Settings
 
 _HELP = {
     "model": "Folder or Hugging Face hub id of a checkpoint.",
@@ -82,7 +82,11 @@ def define(*names: str, **defaults) -> None:
             flags.DEFINE_enum(name, default, CHOICES[name], _HELP[name])
         elif name in LEAST:
             kind = flags.DEFINE_integer if isinstance(default, int) else flags.DEFINE_float
-            kind(name, default, _HELP[name], lower_bound=LEAST[name])
+            kind(
+                *(name, default, _HELP[name]),
+                lower_bound=LEAST[name],
+                upper_bound=MOST.get(name),
+            )
         elif isinstance(default, bool):
             flags.DEFINE_bool(name, default, _HELP[name])
         elif isinstance(default, tuple):

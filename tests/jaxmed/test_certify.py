@@ -136,19 +136,54 @@ def test_lines_are_tables_and_sentences(found):
     lines = certificate.lines(found)
     assert any(line.startswith("| decoys | groups of 8 neurons |  |  | ") for line in lines)
     text = "\n".join(lines)
-    assert "Least module AUROC by the larger effect: 1.000 (decoys 0, " in text
+    assert "Least module AUROC by the larger effect: 1.000 (decoys 0, topic)." in text
     assert f"Discoveries where nothing is planted: 0 of {8 + 16 + 640} units (0.0%)." in text
+    assert lines[0].startswith("By the settings --metric=logit_diff --positions=prompt ")
+    assert lines[-1].endswith(
+        "(certify.parquet, faithfulness.parquet, organisms.parquet, certify.png, faithfulness.png)"
+    )
 
 
-def test_what_was_scored_is_not_run_again_unless_something_changed(found, settings, monkeypatch):
+def test_an_extreme_says_which_rows_have_it():
+    def row(seed, value):
+        return {"organism": "o", "seed": seed, "contrast": "c", "value": value}
+
+    def of(*values):
+        return certificate._extreme(min, list(map(row, range(4), values)), lambda r: r["value"])[1]
+
+    assert of(2, 1, 3) == "o 1, c"
+    assert of(2, 1, 1) == "o 1, c, and 1 more"
+    assert of(1, 1) == "everywhere"
+    assert of(1) == "o 0, c"
+
+
+def test_where_nothing_is_planted_there_are_no_empty_tables(found, tmp_path):
+    null = [row for row in found.table.to_pylist() if row["organism"] == "null"]
+    about = [row for row in found.organisms.to_pylist() if row["organism"] == "null"]
+    alone = certificate.Certificate.of(null, [], about, {"positions": "prompt"}, tmp_path)
+    certificate.write(alone)
+    lines = certificate.lines(alone)
+    assert sum(line.startswith("| ---") for line in lines) == 2  # organisms and discoveries
+    assert lines[-1].endswith("(certify.parquet, faithfulness.parquet, organisms.parquet)")
+
+
+def test_what_was_scored_is_not_run_again_unless_something_changed(
+    found, settings, tmp_path, monkeypatch
+):
     monkeypatch.setattr(sweep, "measure", refuse_to_run)
     again = run(settings)
     assert again.table == found.table and again.curves == found.curves
     assert again.organisms == found.organisms
+    other = dataclasses.replace(settings, joint_share=0.5)
+    with pytest.raises(InputError, match="joint_share was 0.95, is now 0.5: choose another --out"):
+        run(other)
+    kept = f"{settings.out}-organisms"
+    folder = shutil.copytree(settings.out, tmp_path / "out")
+    other = dataclasses.replace(other, out=str(folder), overwrite=True)
     with pytest.raises(Ran):
-        run(dataclasses.replace(settings, joint_share=0.5))
+        certify.certify(other, names=FAST, seeds=[0], kept=kept, progress=False)
     monkeypatch.setitem(certify._CONSTANTS, "draws", 1)
-    with pytest.raises(Ran):
+    with pytest.raises(InputError, match="draws was 19, is now 1"):
         run(settings)
     monkeypatch.undo()
 
@@ -168,9 +203,10 @@ def test_a_truth_that_changed_or_damaged_scores_are_scored_again(
         certify.measure(made, CONTRAST, settings)
     truth["contrasts"][CONTRAST] = organisms.truth(folder)["contrasts"][CONTRAST]
     assert certify.measure(made, CONTRAST, settings)["rows"]
-    (kept / "runs" / f"decoys-0-{CONTRAST}" / "scores.json").write_text('{"rows": [')
-    with pytest.raises(Ran):
-        certify.measure(made, CONTRAST, settings)
+    for damaged in ('{"rows": [', "[1]"):
+        (kept / "runs" / f"decoys-0-{CONTRAST}" / "scores.json").write_text(damaged)
+        with pytest.raises(Ran):
+            certify.measure(made, CONTRAST, settings)
 
 
 def test_a_screen_and_no_joint_set(found, settings, tmp_path):
@@ -183,6 +219,12 @@ def test_a_screen_and_no_joint_set(found, settings, tmp_path):
     rows = certify.measure(made, CONTRAST, asked)["rows"]
     of_neurons = {row["method"]: row for row in rows if row["granularity"] == "neuron"}
     assert of_neurons["max"]["units"] == 2 * 90 + 10
+    assert of_neurons["max"]["uncomputed"] == 640 - 2 * 90 - 10
+    assert 0 < of_neurons["max"]["missed_bound"] <= 450
+    assert certificate._screen_lines(certificate.table_of(rows)) == [
+        f"Of the strongest neurons, missed by the screen: at most "
+        f"{of_neurons['max']['missed_bound']} among 450 that were not computed (decoys 0, topic)."
+    ]
     assert of_neurons["max"]["precision_at_k"] == 1
     assert of_neurons["max"]["weakest_planted"] > of_neurons["max"]["strongest_other"]
     assert of_neurons["joint"] == {
@@ -208,7 +250,10 @@ def refuse_to_run(*_, **__):
     "changes, message",
     [
         ({"metric": "response_logprob_diff"}, "--metric=response_logprob_diff: the planted truth"),
-        ({"positions": "response"}, "--positions=response: logit_diff reads"),
+        ({"positions": "response"}, "--positions=response: what is planted"),
+        ({"align": "span"}, "--align=span: the organisms' pairs name no spans"),
+        ({"joint_share": 1.5}, "--joint_share=1.5: must be 1 at most"),
+        ({"screen": 100}, "--screen=100 --screen_audit=1000: computes 1200 neurons exactly"),
         ({"joint_size": 0, "joint_share": 0.5}, "--joint_share needs --joint_size"),
         ({"joint_size": 641}, "--joint_size=641: the model has 640 neurons"),
         ({"screen_audit": 3}, "--screen_audit needs --screen"),
@@ -223,8 +268,14 @@ def test_settings_are_checked_before_anything_is_trained(settings, changes, mess
 def test_folders_are_made_before_anything_is_trained(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(organisms, "build", refuse_to_run)
     (tmp_path / "file").write_text("")
+    below_a_file = str(tmp_path / "file" / "out")
     with pytest.raises(InputError, match="--out=.*file/out: cannot be made"):
-        run(dataclasses.replace(settings, out=str(tmp_path / "file" / "out")))
+        elsewhere = dataclasses.replace(settings, out=below_a_file)
+        certify.certify(elsewhere, names=FAST, seeds=[0], kept=str(tmp_path / "kept"))
+    with pytest.raises(InputError, match="--organisms=.*file/out: cannot be made"):
+        elsewhere = dataclasses.replace(settings, out=str(tmp_path / "out"))
+        certify.certify(elsewhere, names=FAST, seeds=[0], kept=below_a_file)
+    assert not (tmp_path / "out").exists()
     with pytest.raises(InputError, match="--organism: name any of late-mlp, "):
         certify.certify(settings, names=[], seeds=[0], kept=str(tmp_path))
 
@@ -264,6 +315,6 @@ def test_the_mean_over_contrasts_comes_before_seeds():
         {"organism": "o", "seed": seed, "granularity": "neuron", "method": "nie", "auroc": auroc}
         for seed, auroc in ((0, 0.0), (0, 1.0), (1, 0.5), (1, None))
     ]
-    table = certificate.Certificate.of(rows, [], [], ".").table
+    table = certificate.Certificate.of(rows, [], [], {}, ".").table
     mean = certificate.over_seeds(table, "neuron")["o", "nie"]["auroc"]
     assert mean.mean == mean.low == mean.high == 0.5

@@ -704,7 +704,8 @@ def test_a_neuron_that_failed_leaves_the_bound_valid(screened, monkeypatch):
 # The joint set.
 
 
-def test_a_joint_set_is_searched_confirmed_and_reported(asked, tmp_path):
+def test_a_joint_set_is_searched_confirmed_and_reported(asked, tmp_path, monkeypatch):
+    monkeypatch.setitem(sweep.MOST, "joint_share", 2)  # which is never reached
     # A single differing token: the total effect is large.
     answers = {"harmful_ids": [7], "safe_ids": [10]}
     pairs = write(
@@ -717,7 +718,7 @@ def test_a_joint_set_is_searched_confirmed_and_reported(asked, tmp_path):
         pairs=str(pairs),
         granularity=("neuron",),
         joint_size=2,
-        joint_share=2.0,  # never reached
+        joint_share=2.0,
         joint_pairs=1,
     )
     run = sweep.run(settings)

@@ -20,5 +20,5 @@ def test_bad_flags(tmp_path):
     assert unknown.returncode == 1
     assert unknown.stderr.endswith(f"Error: --organism=early-mlp: not one of {names}\n")
     assert response.returncode == 1
-    assert "Error: --positions=response: logit_diff reads the last prompt token" in response.stderr
+    assert "Error: --positions=response: what is planted decides the first token" in response.stderr
     assert not list(tmp_path.iterdir())
