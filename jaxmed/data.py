@@ -1,10 +1,11 @@
 """Prompt pairs: what is asked of the model."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import jinja2
 
@@ -14,7 +15,7 @@ SPLITS = ("A", "B", "C")
 
 
 class DataError(InputError):
-    """Something is wrong with a file of pairs; the message names the file and line."""
+    """Something is wrong with a file of pairs or prompts; the message names the file and line."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Pair:
         where: file and line that it was read from, for messages.
         prompt_text, counterfactual_text: what was tokenised; None for tokenised pairs.
         is_chat: whether the prompt went through the tokenizer's chat template.
+        base: the base prompt's name, which several pairs share where it has several
+            counterfactuals; the pair's own id unless given.
     """
 
     id: str
@@ -49,15 +52,16 @@ class Pair:
     prompt_text: str | None = None
     counterfactual_text: str | None = None
     is_chat: bool = False
+    base: str = ""
+
+    def __post_init__(self):
+        if not self.base:
+            object.__setattr__(self, "base", self.id)
 
 
-_TEXT_FIELDS = {
-    "prompt": "prompt_ids",
-    "counterfactual": "counterfactual_ids",
-    "harmful_response": "harmful_ids",
-    "safe_response": "safe_ids",
-}
-_PLAIN_FIELDS = ("label", "category", "source", "split")
+_PROMPTS = {"prompt": "prompt_ids", "counterfactual": "counterfactual_ids"}
+_ANSWERS = {"harmful_response": "harmful_ids", "safe_response": "safe_ids"}
+_PLAIN_FIELDS = ("label", "category", "source", "split", "base")
 _SPANS = ("prompt_span", "counterfactual_span")
 
 
@@ -77,65 +81,122 @@ def read(
     Raises:
         DataError: a line that is no JSON object, lacks a field or has a bad one, with its number.
     """
+    path = existing_file(path)
+    return collect(
+        path,
+        json_lines(path),
+        lambda fields, number, where: _pair(fields, number, where, tokenizer, chat),
+        "pairs",
+        on_bad,
+    )
+
+
+def existing_file(path) -> pathlib.Path:
+    """The path, of a file that is there; `DataError` if it is not."""
     path = pathlib.Path(path)
     if not path.is_file():
         raise DataError(f"{path}: {'is a folder' if path.is_dir() else 'there is no such file'}")
-    pairs, lines = [], {}
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        if not line.strip():
-            continue
+    return path
+
+
+def collect(
+    path: pathlib.Path,
+    rows: Iterable[tuple[int, dict | DataError]],
+    make: Callable,
+    what: str,
+    on_bad: Callable[[DataError], None] | None,
+) -> list:
+    """Makes an object with an `id` of every row of a file.
+
+    Args:
+        path: the file.
+        rows: the line that each row begins at, and its fields, or why they cannot be read. A field
+            that is None is as good as absent.
+        make: called with the fields, the line and "file:line", makes the object or raises.
+        what: name of what is made, for messages.
+        on_bad: told of a bad row, which is then left out; by default a bad row is an error.
+
+    Raises:
+        DataError: a bad row, an id that was used before, or nothing is left.
+    """
+    made, places = [], {}
+    for number, fields in rows:
         where = f"{path}:{number}"
         try:
-            pair = _parse(line, where, tokenizer, chat)
-            if pair.id in lines:
-                raise DataError(f"{where}: id '{pair.id}' was used before, by {lines[pair.id]}")
+            if isinstance(fields, DataError):
+                raise fields
+            fields = {name: value for name, value in fields.items() if value is not None}
+            one = make(fields, number, where)
+            if one.id in places:
+                raise DataError(f"{where}: id '{one.id}' was used before, by {places[one.id]}")
         except DataError as error:
             if on_bad is None:
                 raise
             on_bad(error)
             continue
-        lines[pair.id] = where
-        pairs.append(pair)
-    if not pairs:
-        raise DataError(f"{path}: holds no pairs")
-    return pairs
+        places[one.id] = where
+        made.append(one)
+    if not made:
+        raise DataError(f"{path}: holds no {what}")
+    return made
 
 
-def _parse(line: bytes, where: str, tokenizer, chat: bool) -> Pair:
+def json_lines(path: pathlib.Path) -> Iterator[tuple[int, dict | DataError]]:
+    """The number and the fields of each line of a JSONL file; blank lines are passed over."""
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        if line.strip():
+            where = f"{path}:{number}"
+            try:
+                yield number, json_object(parse_json(line, where), where)
+            except DataError as error:
+                yield number, error
+
+
+def parse_json(encoded: bytes, where: str):
+    """The value of UTF-8 JSON; `DataError`, beginning with `where`, if it is not."""
     try:
-        fields = json.loads(line.decode("utf-8-sig"))
-        json.dumps(fields, ensure_ascii=False).encode()  # fails where an escape is no character
+        return json.loads(encoded.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        raise DataError(f"{where}: not JSON ({error.msg} at {line}column {error.colno})") from None
     except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 text (byte {error.start} of the line)") from None
-    except UnicodeEncodeError:
-        raise DataError(f"{where}: has half of a surrogate pair, which is no character") from None
+        raise DataError(f"{where}: not UTF-8 text (byte {error.start})") from None
     except (ValueError, RecursionError) as error:  # numbers too long, brackets too deep
         raise DataError(f"{where}: not to be read as JSON ({error})") from None
-    if not isinstance(fields, dict):
-        raise DataError(f"{where}: expected one JSON object a line, found {type(fields).__name__}")
-    fields = {name: value for name, value in fields.items() if value is not None}
-    identity = str(fields.get("id", where.rpartition(":")[2]))
+
+
+def json_object(value, where: str) -> dict:
+    """The fields of a JSON object; `DataError` if it is none, or has text that is no text."""
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: expected a JSON object, found {type(value).__name__}")
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{where}: has half of a surrogate pair, which is no character") from None
+    return value
+
+
+def _pair(fields: dict, number: int, where: str, tokenizer, chat: bool) -> Pair:
+    identity = str(fields.get("id", number))
+    as_prompt = functools.partial(prompt_tokens, where=where, tokenizer=tokenizer, chat=chat)
+    as_answer = functools.partial(answer_tokens, where=where, tokenizer=tokenizer)
     tokens = {
-        ids: _tokens(fields, text, ids, where, tokenizer, chat)
-        for text, ids in _TEXT_FIELDS.items()
+        ids: _tokens(fields, text, ids, where, as_prompt if text in _PROMPTS else as_answer)
+        for text, ids in (_PROMPTS | _ANSWERS).items()
     }
-    for text, ids in (("prompt", "prompt_ids"), ("counterfactual", "counterfactual_ids")):
+    for text, ids in _PROMPTS.items():
         if not tokens[ids]:
             given = text in fields or ids in fields
             what = f"an empty {text}" if given else f"no {text}"
             raise DataError(f"{where}: pair '{identity}' has {what} (field '{text}' or '{ids}')")
     plain = {name: str(fields[name]) for name in _PLAIN_FIELDS if name in fields}
-    plain.setdefault("split", _split(identity))
-    if plain["split"] not in SPLITS:
-        raise DataError(f"{where}: split is '{plain['split']}', not one of {', '.join(SPLITS)}")
+    plain["split"] = split_of(plain.get("split"), identity, where)
     spans = {name: _span(fields[name], name, where) for name in _SPANS if name in fields}
     return Pair(
         id=identity,
         where=where,
-        prompt_text=_as_text(fields.get("prompt")),
-        counterfactual_text=_as_text(fields.get("counterfactual")),
+        prompt_text=as_text(fields.get("prompt")),
+        counterfactual_text=as_text(fields.get("counterfactual")),
         is_chat=chat or isinstance(fields.get("prompt"), list),
         **tokens,
         **plain,
@@ -143,54 +204,112 @@ def _parse(line: bytes, where: str, tokenizer, chat: bool) -> Pair:
     )
 
 
-def _tokens(fields, text_name, ids_name, where, tokenizer, chat) -> tuple[int, ...]:
+def _tokens(fields: dict, text_name: str, ids_name: str, where: str, tokenise) -> tuple[int, ...]:
     """Token ids of one field, given as ids or as text; empty where the line has neither."""
-    ids, text = fields.get(ids_name), fields.get(text_name)
-    if ids is not None:
-        if text is not None:
-            raise DataError(f"{where}: both '{text_name}' and '{ids_name}' are given; keep one")
-        if not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids):
-            raise DataError(f"{where}: '{ids_name}' must be a list of token ids (integers >= 0)")
-        return tuple(ids)
-    if text is None:
-        return ()
+    check_one_given(fields, text_name, ids_name, where)
+    if ids_name in fields:
+        return token_ids(fields[ids_name], ids_name, where)
+    return tokenise(fields[text_name], text_name) if text_name in fields else ()
+
+
+def check_one_given(fields: dict, text_name: str, ids_name: str, where: str) -> None:
+    """Raises `DataError` where the fields have both a text and its token ids."""
+    if text_name in fields and ids_name in fields:
+        raise DataError(f"{where}: both '{text_name}' and '{ids_name}' are given; keep one")
+
+
+def token_ids(value, name: str, where: str) -> tuple[int, ...]:
+    """Token ids that a field gives; `DataError` unless it is a list of integers from 0."""
+    if not isinstance(value, list) or not all(type(i) is int and i >= 0 for i in value):
+        raise DataError(f"{where}: '{name}' must be a list of token ids (integers >= 0)")
+    return tuple(value)
+
+
+def answer_tokens(text, name: str, where: str, tokenizer) -> tuple[int, ...]:
+    """Tokens of an answer: of text as it stands, without special tokens.
+
+    Args:
+        text: the field's value.
+        name: the field's, for messages; so `where`.
+        where: file and line.
+        tokenizer: a Hugging Face tokenizer, or None.
+
+    Raises:
+        DataError: it is no text, or there is no tokenizer.
+    """
+    _check_tokenizer(tokenizer, name, _ANSWERS[name], where)
+    if not isinstance(text, str):
+        raise DataError(f"{where}: '{name}' must be text")
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def prompt_tokens(text, name: str, where: str, tokenizer, *, chat: bool) -> tuple[int, ...]:
+    """Tokens of a prompt: of text, or of chat messages through the chat template.
+
+    Args:
+        text: text, or a list or tuple of messages.
+        name: of the field, for messages; so `where`.
+        where: file and line.
+        tokenizer: a Hugging Face tokenizer, or None.
+        chat: text is one user message; without it, it gets the tokenizer's special tokens.
+
+    Returns:
+        Token ids; none of an empty prompt.
+
+    Raises:
+        DataError: it is neither text nor messages, there is no tokenizer, or its template refuses.
+    """
+    _check_tokenizer(tokenizer, name, _PROMPTS[name], where)
+    if not text and isinstance(text, (str, list, tuple)):
+        return ()  # of which the tokenizer would make a BOS, and the template a conversation
+    if isinstance(text, str) and not chat:
+        return tuple(tokenizer(text)["input_ids"])
+    messages = [{"role": "user", "content": text}] if isinstance(text, str) else text
+    check_messages(messages, name, where)
+    if not tokenizer.chat_template:
+        raise DataError(f"{where}: '{name}' is a chat, but the tokenizer has no chat template")
+    try:
+        rendered = tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, tokenize=False
+        )
+    except jinja2.TemplateError as error:  # many templates refuse a system role, or two in a row
+        raise DataError(
+            f"{where}: the tokenizer's chat template refuses '{name}': {error}"
+        ) from None
+    return tuple(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+
+
+def check_messages(value, name: str, where: str) -> None:
+    """Raises `DataError` unless the value of a field is a list of chat messages."""
+    if not isinstance(value, (list, tuple)) or not all(
+        isinstance(m, dict) and all(isinstance(m.get(key), str) for key in ("role", "content"))
+        for m in value
+    ):
+        raise DataError(
+            f"{where}: '{name}' must be text or a list of messages with 'role' and 'content', "
+            "both text"
+        )
+
+
+def _check_tokenizer(tokenizer, text_name: str, ids_name: str, where: str) -> None:
     if tokenizer is None:
         raise DataError(
             f"{where}: '{text_name}' is text, but the checkpoint has no tokenizer; "
             f"give '{ids_name}' instead"
         )
-    is_prompt = ids_name in ("prompt_ids", "counterfactual_ids")
-    if is_prompt and text in ("", []):
-        return ()  # of which the tokenizer would make a BOS, and the template a conversation
-    if isinstance(text, str) and not (is_prompt and chat):
-        return tuple(tokenizer(text, add_special_tokens=is_prompt)["input_ids"])
-    if not is_prompt:
-        raise DataError(f"{where}: '{text_name}' must be text")
-    messages = [{"role": "user", "content": text}] if isinstance(text, str) else text
-    if not isinstance(messages, list) or not all(
-        isinstance(m, dict) and all(isinstance(m.get(key), str) for key in ("role", "content"))
-        for m in messages
-    ):
-        raise DataError(
-            f"{where}: '{text_name}' must be text or a list of messages with 'role' and 'content', "
-            "both text"
-        )
-    if not tokenizer.chat_template:
-        raise DataError(f"{where}: '{text_name}' is a chat, but the tokenizer has no chat template")
-    try:
-        rendered = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=False
-        )
-    except jinja2.TemplateError as error:  # many templates refuse a system role, or two in a row
-        raise DataError(
-            f"{where}: the tokenizer's chat template refuses '{text_name}': {error}"
-        ) from None
-    return tuple(tokenizer(rendered, add_special_tokens=False)["input_ids"])
 
 
-def _split(identity: str) -> str:
-    """The split of a pair that names none: a hash of its id, so that it never moves."""
-    return SPLITS[hashlib.sha256(identity.encode()).digest()[0] % len(SPLITS)]
+def split_of(given: str | None, key: str, where: str) -> str:
+    """The split that a file gives, or else a hash of the key, so that it never moves.
+
+    Raises:
+        DataError: what the file gives is no split.
+    """
+    if given is None:
+        return SPLITS[hashlib.sha256(key.encode()).digest()[0] % len(SPLITS)]
+    if given not in SPLITS:
+        raise DataError(f"{where}: split is '{given}', not one of {', '.join(SPLITS)}")
+    return given
 
 
 def _span(value, name: str, where: str) -> tuple[int, int]:
@@ -204,5 +323,6 @@ def _span(value, name: str, where: str) -> tuple[int, int]:
     return tuple(value)
 
 
-def _as_text(prompt) -> str | None:
+def as_text(prompt) -> str | None:
+    """A prompt as it is shown: text as it stands, messages as JSON; None for no prompt."""
     return prompt if prompt is None or isinstance(prompt, str) else json.dumps(prompt)

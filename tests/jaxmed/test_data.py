@@ -56,6 +56,7 @@ def test_token_ids_and_every_field_are_read(write):
         category="c",
         source="s",
         split="B",
+        base="b",
     )
     file = write(everything)
     (pair,) = data.read(file)
@@ -72,7 +73,14 @@ def test_token_ids_and_every_field_are_read(write):
         source="s",
         split="B",
         where=f"{file}:1",
+        base="b",
     )
+
+
+def test_a_pair_is_its_own_base_unless_it_names_another(write):
+    pairs = data.read(write(in_ids(id="x"), in_ids(id="y", base="x"), in_ids(base="")))
+    assert [pair.base for pair in pairs] == ["x", "x", "3"]
+    assert data.Pair("z", (1,), (2,)).base == "z"
 
 
 def test_text_is_tokenised_with_special_tokens_and_answers_without(write, tokenizer):
@@ -149,7 +157,7 @@ def test_a_split_is_the_hash_of_the_id_and_never_moves(write):
 
 BAD_LINES = {
     "not JSON": ('{"prompt_ids": [1', "not JSON", "column 18"),
-    "not an object": ("[1, 2]", "one JSON object a line", "list"),
+    "not an object": ("[1, 2]", "expected a JSON object", "list"),
     "not UTF-8": (b'{"id": "\xff"}', "not UTF-8", "byte 8"),
     "half a surrogate pair": ('{"id": "\\ud800"}', "surrogate"),
     "a number that is too long": ("1" * 5000, "JSON"),
