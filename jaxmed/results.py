@@ -84,6 +84,7 @@ class Results:
         run: what `run.json` holds: the settings, and what `finish` added.
         sizes: the `Sizes` of the arrays.
         pair_ids: the pairs' ids, in the order of every array's first axis.
+        bases: the base prompt of each pair; its own id where the run does not say.
         granularities: those that the run was asked for, coarse to fine.
     """
 
@@ -92,6 +93,7 @@ class Results:
         self.run = run
         self.sizes = Sizes.of(run)
         self.pair_ids = tuple(run["pair_ids"])
+        self.bases = tuple(run.get("pair_bases", self.pair_ids))
         self.granularities = tuple(run["granularities"])
         self._group = group
 
@@ -102,7 +104,8 @@ class Results:
         Args:
             folder: a path; made if it is missing, and must be empty.
             run: what was asked, as JSON values; "positions", "metric" and "precision" are needed.
-                Where its "screen" is not 0 there is room for estimates of the neurons.
+                Where its "screen" is not 0 there is room for estimates of the neurons. Its
+                "pair_bases" are the base prompts of the pairs.
             sizes: the sizes of the arrays.
             pair_ids: one distinct id per pair.
             granularities: those to make arrays for, out of `GRANULARITIES`.
@@ -311,6 +314,8 @@ def _described(run: dict, sizes: Sizes, pair_ids, granularities) -> dict:
             f"--granularity: {', '.join(unknown) or 'nothing'} is none of"
             f" {', '.join(GRANULARITIES)}"
         )
+    if len(run.get("pair_bases", pair_ids)) != len(pair_ids):
+        raise ValueError("the run has not one of 'pair_bases' for each pair")
     for key in _RECORDED_ON_ARRAYS:
         if key not in run:
             raise ValueError(f"the run does not say its {key!r}")

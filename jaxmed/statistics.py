@@ -5,6 +5,7 @@ intervals and tests of a unit are over the pairs that have it.
 """
 
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +31,25 @@ def pair_mean(values: np.ndarray) -> np.ndarray:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Mean of empty slice", RuntimeWarning)
         return np.nanmean(values, axis=0, dtype=np.float64)
+
+
+def by_base(values: np.ndarray, bases: Sequence[str]) -> np.ndarray:
+    """Mean over the pairs of each base prompt, which are no independent samples.
+
+    Args:
+        values: [pair, unit...].
+        bases: the base prompt of each pair.
+
+    Returns:
+        [base, unit...], in the order in which the bases first occur; a unit's mean is over the
+        pairs that have it. The values as they are where all bases differ.
+    """
+    pairs_of = {}
+    for pair, base in enumerate(bases):
+        pairs_of.setdefault(base, []).append(pair)
+    if len(pairs_of) == len(values):
+        return values
+    return np.stack([pair_mean(values[pairs]) for pairs in pairs_of.values()])
 
 
 def mean_interval(
@@ -189,7 +209,8 @@ def precision_at_k(scores: np.ndarray, truth_mask: np.ndarray) -> float:
 def summarise(results: results_lib.Results) -> pa.Table:
     """The statistics of every unit that any pair has.
 
-    NDE = TE - TIE and INT = TIE - NIE are formed per pair. q-values hold within one family: all
+    NDE = TE - TIE and INT = TIE - NIE are formed per pair. Pairs of one base prompt are averaged
+    first: means, intervals and tests are over base prompts. q-values hold within one family: all
     units of one granularity and one estimand. Units that a screen has only estimated are not
     tested, as the pairs say nothing of a gradient's error: their interval, p and q are null. They
     belong to the family all the same, as if their p were 1.
@@ -200,10 +221,11 @@ def summarise(results: results_lib.Results) -> pa.Table:
     Returns:
         A table with one row per granularity, estimand and unit, in this order, then in that of the
         arrays. Columns: granularity, layer, site, unit, position, estimand, mean, ci_low, ci_high
-        (a 95% interval, in units of the metric), p_value, q_value, n_pairs, exact (false for an
-        estimate); null where one does not apply. `unit` is a head, (the first of its group) a
-        neuron, or a direction's number within its array; `position` counts backwards from the last
-        prompt token, 0. Three rows of granularity "total" hold te, y_base, y_source.
+        (a 95% interval, in units of the metric), p_value, q_value, n_pairs (base prompts that have
+        the unit), exact (false for an estimate); null where one does not apply. `unit` is a head,
+        (the first of its group) a neuron, or a direction's number within its array; `position`
+        counts backwards from the last prompt token, 0. Three rows of granularity "total" hold te,
+        y_base, y_source.
     """
     te = results.te
     tables = [_total_rows(results)]
@@ -218,7 +240,8 @@ def summarise(results: results_lib.Results) -> pa.Table:
             "int": estimands.interaction(nie, tie),
         }
         for estimand in ESTIMANDS:
-            tables.append(_rows(granularity, estimand, values[estimand], places, exact))
+            over_bases = by_base(values[estimand], results.bases)
+            tables.append(_rows(granularity, estimand, over_bases, places, exact))
     return pa.concat_tables(tables)
 
 
@@ -327,6 +350,6 @@ def _total_rows(results: results_lib.Results) -> pa.Table:
     places = {**nowhere, "site": np.array([None])}
     totals = {"te": results.te, "y_base": results.y_base, "y_source": results.y_source}
     return pa.concat_tables(
-        _rows("total", name, values[:, None], places, np.array([True]))
+        _rows("total", name, by_base(values, results.bases)[:, None], places, np.array([True]))
         for name, values in totals.items()
     )

@@ -416,6 +416,7 @@ def _description(
         "device": f"{jax.device_count()} x {device.device_kind}",
         "weights_hash": checkpoint.weights_hash(folder),
         "pairs_hash": _pairs_hash(pairs),
+        "pair_bases": [pair.base for pair in pairs],
         "directions_hash": question.directions and question.directions.hash,
         "skipped": skipped,
         "truth": _truth(folder, pairs),

@@ -174,6 +174,12 @@ def test_a_run_goes_on_where_it_stopped(tmp_path):
     assert again.missing("layer") == [1]
 
 
+def test_a_pair_is_its_own_base_unless_the_run_says_otherwise(tmp_path):
+    assert start(tmp_path / "plain").bases == ("a", "b")
+    start(tmp_path / "shared", run={**RUN, "pair_bases": ["c", "c"]})
+    assert results.Results.open(tmp_path / "shared").bases == ("c", "c")
+
+
 def test_a_finished_run_with_measured_extras_can_be_opened_again(tmp_path):
     run = start(tmp_path)
     run.record({"joint": {"picked": [(0, 1)], "auroc": np.float32("nan")}})
@@ -249,6 +255,7 @@ def test_damage_is_named(tmp_path):
         ({"pair_ids": ["a", "a"]}, "differ"),
         ({"run": {"metric": "logit_diff", "positions": "last"}}, "does not say its 'precision'"),
         ({"run": {**RUN, "finished": True}}, "finished: run.json keeps"),
+        ({"run": {**RUN, "pair_bases": ["a"]}}, "not one of 'pair_bases' for each pair"),
     ],
 )
 def test_an_incomplete_request_is_refused(tmp_path, changes, message):

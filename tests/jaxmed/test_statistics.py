@@ -140,6 +140,14 @@ def test_precision_at_k_is_the_mean_over_all_orders_of_ties(seed):
     assert statistics.precision_at_k(scores, truth) == pytest.approx(np.mean(precisions))
 
 
+def test_pairs_of_one_base_count_as_one():
+    values = np.array([[1.0, NAN], [5.0, 2.0], [3.0, NAN], [2.0, 4.0]], np.float32)
+    averaged = statistics.by_base(values, ["x", "y", "x", "y"])
+    np.testing.assert_array_equal(averaged, [[2.0, NAN], [3.5, 3.0]])
+    np.testing.assert_array_equal(statistics.by_base(values[:, 0], "xyxy"), [2.0, 3.5])
+    assert statistics.by_base(values, "abcd") is values
+
+
 def test_scores_of_a_model_with_nothing_planted():
     nothing = np.zeros(3, bool)
     assert np.isnan(statistics.auroc(np.arange(3), nothing))
@@ -271,3 +279,38 @@ def test_the_summary_file_is_read_while_it_is_newer_than_the_effects(run):
     assert row_of(table, granularity="layer", layer=0, estimand="nie")["mean"] == pytest.approx(
         mean
     )
+
+
+def twice(folder, run, bases):
+    """A run in which every pair of another occurs twice, under the bases given."""
+    double = results.Results.create(
+        folder, RUN | {"pair_bases": bases}, SIZES, "abcdef", results.GRANULARITIES
+    )
+    for pair in range(6):
+        double.write_totals(pair, run.y_base[pair // 2], run.y_source[pair // 2])
+        for granularity in results.GRANULARITIES:
+            nie, tie = (side[pair // 2] for side in run.effects(granularity))
+            double.write(pair, granularity, nie, tie)
+    return double
+
+
+def test_repeating_a_base_prompt_adds_no_certainty(run, tmp_path):
+    once = statistics.summarise(run)
+    repeated = twice(tmp_path / "repeated", run, list("aabbcc"))
+    assert repeated.bases == tuple("aabbcc")
+    assert statistics.summarise(repeated).equals(once)
+    apart = statistics.summarise(twice(tmp_path / "apart", run, list("abcdef")))
+    assert apart["n_pairs"].to_pylist() == [2 * count for count in once["n_pairs"].to_pylist()]
+    assert apart["mean"].to_pylist() == pytest.approx(once["mean"].to_pylist(), abs=1e-12)
+    assert np.mean(apart["p_value"].to_pylist()) < np.mean(once["p_value"].to_pylist())
+
+
+def test_bases_that_all_differ_change_nothing(run, tmp_path):
+    named = results.Results.create(
+        tmp_path / "named", RUN | {"pair_bases": list("zyx")}, SIZES, "abc", results.GRANULARITIES
+    )
+    for pair in range(3):
+        named.write_totals(pair, run.y_base[pair], run.y_source[pair])
+        for granularity in results.GRANULARITIES:
+            named.write(pair, granularity, *(side[pair] for side in run.effects(granularity)))
+    assert statistics.summarise(named).equals(statistics.summarise(run))

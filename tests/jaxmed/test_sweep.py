@@ -170,7 +170,7 @@ def test_run_json_says_what_was_asked_and_how_it_was_computed(asked, finished):
     run = described(finished.folder)
     flags = json.loads(json.dumps(dataclasses.asdict(asked)))
     assert {name: run[name] for name in flags} == flags
-    assert run["pair_ids"] == ["even", "longer", "short"]
+    assert run["pair_bases"] == run["pair_ids"] == ["even", "longer", "short"]
     assert run["finished"] is True and run["skipped"] == 0 and run["seconds"] > 0
     assert run["device"] == f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     assert run["precision"] == run["matmul_precision"] == "float32"
