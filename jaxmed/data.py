@@ -85,7 +85,7 @@ def read(
     return collect(
         path,
         json_lines(path),
-        lambda fields, number, where: _pair(fields, number, where, tokenizer, chat),
+        lambda fields, place, where: _pair(fields, where, tokenizer, chat),
         "pairs",
         on_bad,
     )
@@ -112,29 +112,30 @@ def collect(
         path: the file.
         rows: the line that each row begins at, and its fields, or why they cannot be read. A field
             that is None is as good as absent.
-        make: called with the fields, the line and "file:line", makes the object or raises.
+        make: called with the fields, the row's place in the file, from 1, and "file:line"; makes
+            the object or raises.
         what: name of what is made, for messages.
         on_bad: told of a bad row, which is then left out; by default a bad row is an error.
 
     Raises:
         DataError: a bad row, an id that was used before, or nothing is left.
     """
-    made, places = [], {}
-    for number, fields in rows:
+    made, used = [], {}
+    for place, (number, fields) in enumerate(rows, start=1):
         where = f"{path}:{number}"
         try:
             if isinstance(fields, DataError):
                 raise fields
             fields = {name: value for name, value in fields.items() if value is not None}
-            one = make(fields, number, where)
-            if one.id in places:
-                raise DataError(f"{where}: id '{one.id}' was used before, by {places[one.id]}")
+            one = make(fields, place, where)
+            if one.id in used:
+                raise DataError(f"{where}: id '{one.id}' was used before, by {used[one.id]}")
         except DataError as error:
             if on_bad is None:
                 raise
             on_bad(error)
             continue
-        places[one.id] = where
+        used[one.id] = where
         made.append(one)
     if not made:
         raise DataError(f"{path}: holds no {what}")
@@ -176,8 +177,8 @@ def json_object(value, where: str) -> dict:
     return value
 
 
-def _pair(fields: dict, number: int, where: str, tokenizer, chat: bool) -> Pair:
-    identity = str(fields.get("id", number))
+def _pair(fields: dict, where: str, tokenizer, chat: bool) -> Pair:
+    identity = str(fields.get("id", where.rpartition(":")[2]))
     as_prompt = functools.partial(prompt_tokens, where=where, tokenizer=tokenizer, chat=chat)
     as_answer = functools.partial(answer_tokens, where=where, tokenizer=tokenizer)
     tokens = {
