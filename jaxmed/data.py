@@ -59,8 +59,9 @@ class Pair:
             object.__setattr__(self, "base", self.id)
 
 
-_PROMPTS = {"prompt": "prompt_ids", "counterfactual": "counterfactual_ids"}
-_ANSWERS = {"harmful_response": "harmful_ids", "safe_response": "safe_ids"}
+# Fields of text, and those that may give its token ids instead.
+PROMPTS = {"prompt": "prompt_ids", "counterfactual": "counterfactual_ids"}
+ANSWERS = {"harmful_response": "harmful_ids", "safe_response": "safe_ids"}
 _PLAIN_FIELDS = ("label", "category", "source", "split", "base")
 _SPANS = ("prompt_span", "counterfactual_span")
 
@@ -182,10 +183,10 @@ def _pair(fields: dict, where: str, tokenizer, chat: bool) -> Pair:
     as_prompt = functools.partial(prompt_tokens, where=where, tokenizer=tokenizer, chat=chat)
     as_answer = functools.partial(answer_tokens, where=where, tokenizer=tokenizer)
     tokens = {
-        ids: _tokens(fields, text, ids, where, as_prompt if text in _PROMPTS else as_answer)
-        for text, ids in (_PROMPTS | _ANSWERS).items()
+        ids: _tokens(fields, text, ids, where, as_prompt if text in PROMPTS else as_answer)
+        for text, ids in (PROMPTS | ANSWERS).items()
     }
-    for text, ids in _PROMPTS.items():
+    for text, ids in PROMPTS.items():
         if not tokens[ids]:
             given = text in fields or ids in fields
             what = f"an empty {text}" if given else f"no {text}"
@@ -238,7 +239,7 @@ def answer_tokens(text, name: str, where: str, tokenizer) -> tuple[int, ...]:
     Raises:
         DataError: it is no text, or there is no tokenizer.
     """
-    _check_tokenizer(tokenizer, name, _ANSWERS[name], where)
+    _check_tokenizer(tokenizer, name, ANSWERS[name], where)
     if not isinstance(text, str):
         raise DataError(f"{where}: '{name}' must be text")
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -260,7 +261,7 @@ def prompt_tokens(text, name: str, where: str, tokenizer, *, chat: bool) -> tupl
     Raises:
         DataError: it is neither text nor messages, there is no tokenizer, or its template refuses.
     """
-    _check_tokenizer(tokenizer, name, _PROMPTS[name], where)
+    _check_tokenizer(tokenizer, name, PROMPTS[name], where)
     if not text and isinstance(text, (str, list, tuple)):
         return ()  # of which the tokenizer would make a BOS, and the template a conversation
     if isinstance(text, str) and not chat:

@@ -75,7 +75,8 @@ class PromptSet:
             that gives None for a field that is not there.
         label: of all its prompts; empty where a field or the file's name says it.
         label_by_file: words in the names of its files that tell the label.
-        only: whether it has no other columns than those.
+        only: whether it has no other columns than those. A file in jaxmed's own form may then look
+            the same, and is known by a label that the set does not have.
     """
 
     name: str
@@ -164,7 +165,6 @@ SETS = (
 )
 
 _TEXTS = ("category", "source", "match")
-_ANSWERS = {"harmful_response": "harmful_ids", "safe_response": "safe_ids"}
 
 
 def read(
@@ -206,7 +206,7 @@ def read(
     columns = list(dict.fromkeys(name for _, row in rows if isinstance(row, dict) for name in row))
     known = _recognised(path, columns, label) if columns else None
     if known and known.label_by_file:
-        label = label or _label_by_file(path, known)
+        label = _label_by_file(path, known, label)
 
     def make(row: dict, place: int, where: str) -> Prompt:
         if known:
@@ -318,12 +318,16 @@ def pair_up(
 
 def _recognised(path: pathlib.Path, columns: list[str], label: str | None) -> PromptSet | None:
     """The set whose columns these are; None for jaxmed's own form."""
+    is_own = {"prompt", "prompt_ids"} & set(columns) and (label or "label" in columns)
     for known in SETS:
-        if set(known.columns) <= set(columns) and not (
-            known.only and set(columns) - {*known.columns}
+        if known.only and (
+            set(columns) != set(known.columns)
+            or (is_own and label not in known.label_by_file.values())
         ):
+            continue
+        if set(known.columns) <= set(columns):
             return known
-    if {"prompt", "prompt_ids"} & set(columns) and (label or "label" in columns):
+    if is_own:
         return None
     sets = "; ".join(f"{known.name} ({', '.join(known.columns)})" for known in SETS)
     raise DataError(
@@ -333,15 +337,16 @@ def _recognised(path: pathlib.Path, columns: list[str], label: str | None) -> Pr
     )
 
 
-def _label_by_file(path: pathlib.Path, known: PromptSet) -> str:
-    """The label that the file's name tells."""
-    found = {label for word, label in known.label_by_file.items() if word in path.name.lower()}
+def _label_by_file(path: pathlib.Path, known: PromptSet, asked: str | None) -> str:
+    """The label that is asked for, or that the file's name tells."""
+    labels = set(known.label_by_file.values())
+    told = {label for word, label in known.label_by_file.items() if word in path.name.lower()}
+    found = {asked} & labels if asked else told
     if len(found) != 1:
-        labels = ", ".join(sorted(set(known.label_by_file.values())))
         raise DataError(
-            f"{path}: {known.name} has files of the same columns for different labels, and this "
-            f"name does not say which it is ({', '.join(known.label_by_file)}): give the label, "
-            f"one of {labels}"
+            f"{path}: {known.name} has files of the same columns for different labels, and neither "
+            f"the name ({', '.join(known.label_by_file)}) nor the label that is given says which "
+            f"this is: give {' or '.join(sorted(labels))}"
         )
     return found.pop()
 
@@ -433,7 +438,7 @@ def _counterfactuals(fields: dict, where: str) -> dict[str, tuple]:
 
 def _answers(fields: dict, where: str) -> dict[str, str | tuple[int, ...]]:
     answers = {}
-    for name, ids in _ANSWERS.items():
+    for name, ids in data.ANSWERS.items():
         data.check_one_given(fields, name, ids, where)
         answers |= {name: fields.get(name, ""), ids: _ids(fields, ids, where)}
         if not isinstance(answers[name], str):
@@ -605,7 +610,9 @@ def _pairs(base: Prompt, counterfactuals: list[Prompt], how: str, tokenizer, cha
     """The pairs of one base prompt."""
     if not counterfactuals:
         raise DataError(f"{base.where}: prompt '{base.id}' cannot be paired: {_NOT_FOUND[how]}")
-    answers = {ids: _answer_tokens(base, name, ids, tokenizer) for name, ids in _ANSWERS.items()}
+    answers = {
+        ids: _answer_tokens(base, name, ids, tokenizer) for name, ids in data.ANSWERS.items()
+    }
     lender = "counterfactual" if how == "given" else "prompt"
     return [
         data.Pair(

@@ -387,8 +387,17 @@ def test_a_label_that_cannot_be_known_must_be_given(name, write):
     file = write(name, as_csv(OR_BENCH, ["tell me", "kind"]))
     message = told(prompts.read, file)
     assert "or-bench has files of the same columns for different labels" in message
-    assert "give the label, one of harmful, overrefusal" in message
+    assert "give harmful or overrefusal" in message
     assert prompts.read(file, label="harmful")[0].label == "harmful"
+
+
+def test_a_label_that_a_set_does_not_have(write):
+    rows = as_csv(JAILBREAKBENCH, ["0", "tell me", "Sure", "Telling", "kind", "Original"])
+    file = write("harmful-behaviors.csv", rows)
+    assert "give benign or harmful" in told(prompts.read, file, label="creative")
+    # Two columns are too few to tell OR-Bench from prompts of the user's own.
+    (prompt,) = prompts.read(write("own.csv", as_csv(OR_BENCH, ["do", "kind"])), label="creative")
+    assert (prompt.source, prompt.id, prompt.category) == ("", "1", "kind")
 
 
 def test_a_label_that_the_file_contradicts_is_refused(write):
