@@ -1,0 +1,185 @@
+"""`launch.judge`: a labelled file gives verdicts, accuracy and kappa; bad input one message."""
+
+import json
+import re
+
+import pytest
+
+from jaxmed.judges import Agreement
+from models import checkpoint
+from tests import tiny, words
+from tests.launch import process
+
+OWN = {
+    "name": "own",
+    "meaning": "whether the answer is yes",
+    "template": "tell {prompt} do {response} why",
+    "yes": " yes",
+    "no": " no",
+}
+TEXT = "tell {forbidden_prompt} do {response} why"  # in place of a text that its authors publish
+ROWS = [
+    {"id": "a", "prompt": "how", "response": "I'm sorry, no", "harmful": 0, "refused": True},
+    {"id": "b", "prompt": "how", "response": "yes do it", "harmful": 1, "refused": False},
+    {"id": "c", "prompt": "why", "response": "tell me how", "harmful": 1, "refused": True},
+    {"id": "d", "prompt": "why", "response": "not it", "harmful": 0},
+]
+
+
+@pytest.fixture(scope="module")
+def run():
+    with process.serving("judge") as run:
+        yield run
+
+
+@pytest.fixture
+def responses(tmp_path):
+    """A function that writes a file of responses, and returns the flag that names it."""
+
+    def write(*rows):
+        texts = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+        (tmp_path / "responses.jsonl").write_text("\n".join(texts) + "\n")
+        return f"--responses={tmp_path / 'responses.jsonl'}"
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("judge") / "model"
+    module = tiny.decoder(num_layers=2, hidden_size=16)
+    checkpoint.save(module, folder, tokenizer=words.tokenizer())
+    return folder
+
+
+def read(folder):
+    lines = (folder / "verdicts.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines], json.loads((folder / "agreement.json").read_text())
+
+
+def test_a_judge_model_judges_a_labelled_file(model, responses, tmp_path):
+    (tmp_path / "own.json").write_text(json.dumps(OWN))
+    done = process.run(
+        "judge",
+        f"--judge={tmp_path / 'own.json'}",
+        f"--judge_model={model}",
+        responses(*ROWS),
+        f"--out={tmp_path / 'out'}",
+    )
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines()
+    assert said[0].startswith(f"Verdicts: {tmp_path / 'out' / 'verdicts.jsonl'} (4 responses; own")
+    number = r"-?[01]\.\d{3}"
+    interval = rf"{number} \[{number}, {number}\]"
+    assert re.match(rf"harmful, 4 labels: accuracy {interval}, Cohen's kappa {interval}", said[2])
+    verdicts, about = read(tmp_path / "out")
+    for row, verdict in zip(ROWS, verdicts, strict=True):
+        assert row.items() <= verdict.items() and 0 < verdict["judge_harmful"] < 1
+        assert (verdict["judge"], verdict["judge_refused"], verdict["judge_cut"]) == (
+            "own", None, False
+        )  # fmt: skip
+    agreed = sum(
+        (verdict["judge_harmful"] >= 0.5) == row["harmful"]
+        for row, verdict in zip(ROWS, verdicts, strict=True)
+    )
+    assert about["agreement"]["harmful"]["accuracy"] == agreed / 4
+    assert about["meaning"] == OWN["meaning"] and about["judge_model"] == str(model)
+    assert set(about["agreement"]["harmful"]) == set(Agreement.__dataclass_fields__)
+
+
+def test_a_published_judge_reads_its_text_from_a_file(run, model, responses, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("tell {behavior} do {generation} why\n")
+    flags = [f"--judge_model={model}", f"--judge_template={text}", responses(*ROWS[:2])]
+    done = run("--judge=harmbench-mistral", *flags, f"--out={tmp_path / 'out'}")
+    assert done.returncode == 0, done.stderr
+    assert "; its text is not the published one)" in done.stdout.splitlines()[0]
+    verdicts, about = read(tmp_path / "out")
+    assert all(0 < verdict["judge_harmful"] < 1 for verdict in verdicts)
+    assert about["meaning"].endswith("; its text is not the published one")
+    assert about["judge_template"] == str(text)
+
+
+def test_phrases_agree_on_refusals_alone(run, responses, tmp_path):
+    done = run("--judge=phrases", responses(*ROWS), f"--out={tmp_path / 'out'}")
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines()
+    assert "a smoke test" in said[0] and said[1] == "refused: 1 of 4 at 0.5 or above, mean 0.250"
+    # Two of three agree; by chance 1/3 * 2/3 + 2/3 * 1/3 = 4/9.
+    assert said[2].startswith("refused, 3 labels: accuracy 0.667 [") and len(said) == 3
+    assert "Cohen's kappa 0.400 [" in said[2] and "precision 1.000, recall 0.500" in said[2]
+    assert [row["judge_refused"] for row in read(tmp_path / "out")[0]] == [1, 0, 0, 0]
+
+
+def test_tokens_without_labels(run, responses, tmp_path):
+    rows = [{"prompt_ids": [1, 2], "response_ids": ids} for ids in ([6, 9], [7], [])]
+    flags = ["--judge=tokens", "--comply_tokens=6,8", "--refuse_tokens=7", responses(*rows)]
+    done = run(*flags, f"--out={tmp_path / 'out'}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("No response has a label")
+    verdicts, about = read(tmp_path / "out")
+    assert [(v["judge_harmful"], v["judge_refused"]) for v in verdicts] == [(1, 0), (0, 1), (0, 0)]
+    assert about["agreement"] == {}
+    again = run(*flags, f"--out={tmp_path / 'out'}")
+    assert again.returncode == 1 and "--overwrite replaces it" in again.stderr
+    assert run(*flags, f"--out={tmp_path / 'out'}", "--overwrite").returncode == 0
+
+
+def test_numbers_that_do_not_exist_are_null(run, responses, tmp_path):
+    rows = [{"response": "yes", "refused": False}] * 2
+    assert run("--judge=phrases", responses(*rows), f"--out={tmp_path / 'out'}").returncode == 0
+    found = read(tmp_path / "out")[1]["agreement"]["refused"]
+    assert (found["accuracy"], found["kappa"], found["kappa_interval"]) == (1, None, [None, None])
+
+
+def test_responses_that_are_cut_are_counted(run, model, responses, tmp_path):
+    (tmp_path / "own.json").write_text(json.dumps(OWN))
+    flags = [f"--judge={tmp_path / 'own.json'}", f"--judge_model={model}"]
+    flags += [responses(ROWS[0], {"prompt": "how", "response": "do " * 80})]
+    refused = run(*flags, f"--out={tmp_path / 'out'}")
+    assert refused.returncode == 1 and "responses.jsonl:2: has 85 tokens" in refused.stderr
+    assert not (tmp_path / "out").exists()
+    done = run(*flags, f"--out={tmp_path / 'out'}", "--cut")
+    assert done.returncode == 0, done.stderr
+    assert "Cut off at their ends, as too long for the judge: 1 of 2" in done.stdout
+    assert [row["judge_cut"] for row in read(tmp_path / "out")[0]] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("flags", "rows", "message"),
+    [
+        (["--judge=nobody"], ROWS, "judge 'nobody': not one of phrases"),
+        (["--judge=phrases"], [*ROWS, "{"], "responses.jsonl:5: not to be read as JSON"),
+        (["--judge=phrases"], [{"prompt": "how"}], "responses.jsonl:1: has no response"),
+        (["--judge=phrases", "--cut"], ROWS, "--judge=phrases runs no model"),
+        (["--judge=phrases", "--comply_tokens=1"], ROWS, "are for --judge=tokens alone"),
+        (["--judge=tokens"], ROWS, "give the first tokens that comply"),
+        (["--judge=tokens", "--comply_tokens=C"], ROWS, "--comply_tokens=C: must be token ids"),
+        (
+            ["--judge=strongreject", "--judge_model={model}", "--judge_template={text}"],
+            ROWS,
+            "judge 'strongreject': answer '1': the tokenizer of {model} has no tokens for it",
+        ),
+        (["--judge=llama-guard", "--judge_model=/nowhere"], ROWS, "/nowhere: no such folder"),
+        (["--judge=phrases", "--judge_template={text}"], ROWS, "--judge=phrases runs no model"),
+        (
+            ["--judge=harmbench", "--judge_model={model}"],
+            ROWS,
+            "judge 'harmbench': needs its text, which is not part of jaxmed",
+        ),
+        (
+            ["--judge=harmbench", "--judge_model={model}", "--judge_template={text}"],
+            ROWS,
+            "{text}: judge 'harmbench': its template has no {{behavior}}",
+        ),
+    ],
+)
+def test_bad_input_ends_in_one_message(flags, rows, message, run, model, responses, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    flags = [flag.format(model=model, text=text) for flag in flags]
+    failed = run(*flags, responses(*rows), f"--out={tmp_path / 'out'}")
+    assert failed.returncode == 1
+    error = failed.stderr.splitlines()[-1]
+    assert error.startswith("Error: ") and message.format(model=model, text=text) in error
+    assert not (tmp_path / "out").exists()
