@@ -175,6 +175,16 @@ class Decoder(nnx.Module):
             embedding = embedding + learned.astype(self.compute_dtype)
         return embedding
 
+    def tap(self, change: Tap) -> Tap:
+        """A tap that replaces sites' values; a change to the same value then changes no bit."""
+
+        def tap(site, value):
+            if self.config.post_norm and site in (Site.ATTENTION, Site.MLP):
+                value = _kept_apart(value)
+            return change(site, value)
+
+        return tap
+
     def __call__(
         self,
         tokens: Int[Array, "*B T"],
@@ -251,13 +261,11 @@ class Decoder(nnx.Module):
             prefix = None if cache is None else Cache(keys, values, cache.positions, cache.valid)
             seen = {}
 
-            def tap(site, value):
-                if self.config.post_norm and site in (Site.ATTENTION, Site.MLP):
-                    value = _kept_apart(value)
+            def change(site, value):
                 seen[site.value] = editing.apply(edits, site, layer, value)
                 return seen[site.value]
 
-            x, key, value = block.run(x, at, traits, prefix, tap)
+            x, key, value = block.run(x, at, traits, prefix, self.tap(change))
             return x, seen | {"keys": key, "values": value}
 
         layer = jnp.arange(self.config.num_layers)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -83,9 +84,71 @@ class Edit:
 
     def apply(self, value: Float[Array, "T ..."]) -> Float[Array, "T ..."]:
         """The edited value of the site, for a run in this edit's layer."""
-        scale, shift = self.scale.astype(value.dtype), self.shift.astype(value.dtype)
-        edited = jnp.where(scale == 0, shift, scale * value + shift)
-        return jnp.where(self.mask(value), edited, value)
+        return jnp.where(self.mask(value), _affine(value, self.scale, self.shift), value)
+
+
+class Part(enum.IntEnum):
+    """Of a run that generates text, the part that a position belongs to."""
+
+    PROMPT = 0  # the prompt's positions before its last
+    LAST = 1  # the prompt's last position, whose logits choose the first generated token
+    GENERATED = 2  # the positions of generated tokens
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Hold:
+    """An intervention that lasts through generation: ``y <- scale * y + shift`` on a site of every
+    layer, at prompt and generated positions. No intervention in a layer is (1, 0) there.
+
+    Every field but `site` is an array, so that one compiled program serves all holds of a site.
+    ``scale = 0`` selects the shift and never multiplies; (1, 0) changes no bit.
+
+    Attributes:
+        site: any but `embedding`.
+        scale: [L, ...], broadcastable to the site's values [L, d], [L, H, h] or [L, I].
+        shift: as scale; or [B, L, ...], for each of B prompts its own.
+        at_prompt: whether it is made at prompt positions before the last.
+        at_last: whether at the last prompt position, whose logits choose the first token.
+        at_generated: whether at generated positions.
+    """
+
+    site: Site = dataclasses.field(metadata={"static": True})
+    scale: Float[Array, "L ..."]
+    shift: Float[Array, "..."]
+    at_prompt: Bool[Array, ""]
+    at_last: Bool[Array, ""]
+    at_generated: Bool[Array, ""]
+
+    @classmethod
+    def affine(
+        cls, site, scale, shift, *, at_prompt=True, at_last=True, at_generated=True
+    ) -> "Hold":
+        """Any scale and shift; at all positions by default."""
+        return cls(
+            Site(site),
+            jnp.asarray(scale),
+            jnp.asarray(shift),
+            *(jnp.asarray(where, bool) for where in (at_prompt, at_last, at_generated)),
+        )
+
+    @property
+    def of_each_prompt(self) -> bool:
+        """Whether each prompt has a shift of its own."""
+        return self.shift.ndim > self.scale.ndim
+
+    def apply(
+        self, layer: Int[Array, ""], parts: Int[Array, "T"], value: Float[Array, "T ..."]
+    ) -> Float[Array, "T ..."]:
+        """The site's value in a layer of one prompt's run, whose positions are of these Parts."""
+        where = jnp.stack([self.at_prompt, self.at_last, self.at_generated])[parts]
+        where = jnp.expand_dims(where, tuple(range(1, value.ndim)))
+        return jnp.where(where, _affine(value, self.scale[layer], self.shift[layer]), value)
+
+
+def _affine(value, scale, shift):
+    scale, shift = scale.astype(value.dtype), shift.astype(value.dtype)
+    return jnp.where(scale == 0, shift, scale * value + shift)
 
 
 def apply(
@@ -96,4 +159,18 @@ def apply(
         if edit.site == site:
             here = True if site == Site.EMBEDDING else layer == edit.layer
             value = jnp.where(here, edit.apply(value), value)
+    return value
+
+
+def hold(
+    holds: Sequence[Hold],
+    site: Site,
+    layer: Int[Array, ""],
+    parts: Int[Array, "T"],
+    value: Float[Array, "T ..."],
+) -> Float[Array, "T ..."]:
+    """The value of a site after the holds that concern it, in their order."""
+    for each in holds:
+        if each.site == site:
+            value = each.apply(layer, parts, value)
     return value

@@ -1,0 +1,445 @@
+"""Text that a model generates, plain or under interventions that last through generation.
+
+Prompts are padded on the left, so that all rows of a batch write their next key and value in the
+same slot of the cache; each row keeps its own rotary positions. A batch takes two compiled
+functions: one runs the prompts, one is the loop over generated tokens. Both are the same for all
+prompts of a bucket of lengths, all sampling settings and all holds of a site.
+
+What a prompt is answered depends on the prompt, its own seed and its own holds: batches are of one
+size, rows that no prompt fills hold a dummy, and a prompt is padded to the bucket of its own length
+and not of its neighbours'. So the same program computes it in any company and order. Another
+`batch_size` (or bucket of `max_tokens`) is another program, which may round otherwise in the last
+bits: its tokens are the same unless two tokens tie within that rounding.
+
+Shapes are named in `models.layers`; B are the rows of a batch, N the padded length of a prompt, M
+the generated tokens that there is room for, C = N + M the slots of the cache, V the vocabulary.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from jaxmed import capture
+from jaxmed import memory as memory_lib
+from models import edits as editing
+from models.config import DecoderConfig
+from models.decoder import Block, Decoder
+from models.edits import Hold, Part, Site
+from models.errors import InputError
+from models.layers import Cache
+
+# Rows of a batch, if they fit the memory.
+_ROWS = {"cpu": 16}
+_ROWS_ON_ACCELERATORS = 64
+# Lengths of up to this many generated tokens share their compilations.
+_FEWEST = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen; by default the likeliest, up to 128.
+
+    Attributes:
+        max_tokens: generated tokens at most, the stop token included.
+        temperature: what logits are divided by; 0 takes the likeliest token.
+        top_p: only the likeliest tokens are drawn which together have this probability
+            (arXiv 1904.09751); 1 for all.
+        top_k: only the so many likeliest tokens are drawn; 0 for all.
+    """
+
+    max_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Response:
+    """What was generated.
+
+    Attributes:
+        tokens: without the stop token.
+        stopped: whether the model ended it by a stop token; if not, the limit did.
+    """
+
+    tokens: tuple[int, ...]
+    stopped: bool
+
+
+def generate(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    *,
+    stop: Collection[int],
+    sampling: Sampling = Sampling(),  # noqa: B008
+    seeds: Sequence[int] | None = None,
+    holds: Sequence[Hold] = (),
+    batch_size: int | None = None,
+    memory: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[Response]:
+    """One response to each prompt.
+
+    Args:
+        decoder: the model.
+        prompts: token ids.
+        stop: tokens that end a response; if there are none, all go on to the limit.
+        sampling: how tokens are chosen.
+        seeds: one for each prompt, in [0, 2^32); which number it is by default.
+        holds: interventions, made together; a shift of each prompt's own has them in their order.
+        batch_size: rows of a batch; by default as many as fit the memory, up to a constant.
+        memory: bytes for all but the decoder; `memory.free()` by default.
+        progress: told after each batch how many prompts it has answered.
+
+    Raises:
+        InputError: a prompt is empty, too long for the model or has a token outside the
+            vocabulary, a setting or a seed is out of range, or the memory does not suffice.
+        ValueError: a hold does not fit the model or the prompts.
+    """
+    config = decoder.config
+    seeds = range(len(prompts)) if seeds is None else seeds
+    _check(config, prompts, stop, sampling, seeds)
+    holds = fitted(config, holds, len(prompts))
+    room = capture.bucket(sampling.max_tokens, _FEWEST)
+    longest = max(map(_padded_length, prompts), default=1)
+    fits = _batch_size(decoder, holds, longest, room, memory)
+    rows = batch_size or fits
+    blocks = _unstacked(decoder)
+    is_stop = np.zeros(config.vocab_size, bool)
+    is_stop[list(stop)] = True
+    responses = [None] * len(prompts)
+    for members in _batches(prompts, rows):
+        batch = [prompts[member] for member in members]
+        padding = rows - len(batch)
+        found = _answer(
+            *(decoder, blocks, batch + [(0,)] * padding, room, is_stop, sampling),
+            np.array([seeds[member] for member in members] + [0] * padding, np.uint32),
+            _of_rows(holds, members + members[:1] * padding),
+            len(batch),
+        )
+        for member, response in zip(members, found, strict=False):
+            responses[member] = response
+        if progress is not None:
+            progress(len(batch))
+    return responses
+
+
+def _answer(decoder, blocks, prompts, room, is_stop, sampling, seeds, holds, filled):
+    """The responses to the first `filled` rows of a batch."""
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    tokens = np.zeros((len(prompts), _padded_length(prompts[0])), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[-len(prompt) :] = prompt
+    choice = Choice(
+        keys=jax.vmap(jax.random.key)(seeds),
+        temperature=np.float32(sampling.temperature),
+        top_p=np.float32(sampling.top_p),
+        top_k=np.int32(sampling.top_k),
+    )
+    logits, cache = _prefill(decoder, holds, tokens, lengths, room)
+    generated = _decode(
+        *(decoder, blocks, holds, cache, logits, lengths, choice, is_stop),
+        np.arange(len(prompts)) < filled,
+        np.int32(sampling.max_tokens),
+        room,
+    )
+    return [
+        Response(tuple(row[:count].tolist()), bool(stopped))
+        for row, count, stopped in zip(*map(np.asarray, generated), strict=True)
+    ]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """How the tokens of a batch are chosen; arrays, so that one program serves all settings.
+
+    Attributes:
+        keys: of each row, from its seed.
+        temperature, top_p, top_k: as in `Sampling`.
+    """
+
+    keys: Key[Array, "B"]
+    temperature: Float[Array, ""]
+    top_p: Float[Array, ""]
+    top_k: Int[Array, ""]
+
+    def __call__(self, logits: Float[Array, "B V"], step: Int[Array, ""]) -> Int[Array, "B"]:
+        """The tokens of a step; where nothing is drawn, nothing is sorted."""
+
+        def draw():
+            scores = logits.astype(jnp.float32) / self.temperature
+            restricted = (self.top_k > 0) | (self.top_p < 1)
+            scores = jax.lax.cond(restricted, jax.vmap(self.restrict), lambda x: x, scores)
+            keys = jax.vmap(lambda key: jax.random.fold_in(key, step))(self.keys)
+            return jax.vmap(jax.random.categorical)(keys, scores).astype(jnp.int32)
+
+        def likeliest():
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+        return jax.lax.cond(self.temperature > 0, draw, likeliest)
+
+    def restrict(self, scores: Float[Array, "V"]) -> Float[Array, "V"]:
+        """Log-probabilities, up to a constant, with -inf where a token is not to be drawn.
+
+        First the top k, ties with the last of them included; then, of what is left, the fewest
+        tokens that reach the probability top p. That order, and which of equals go, are those of
+        transformers.
+        """
+        size = len(scores)
+        ascending = jnp.argsort(scores)
+        last = scores[ascending[size - jnp.clip(self.top_k, 1, size)]]
+        scores = jnp.where((self.top_k > 0) & (scores < last), -jnp.inf, scores)
+        below = jnp.cumsum(jax.nn.softmax(scores[ascending]))
+        dropped = (below <= 1 - self.top_p) & (jnp.arange(size) < size - 1) & (self.top_p < 1)
+        return jnp.where(jnp.zeros(size, bool).at[ascending].set(dropped), -jnp.inf, scores)
+
+
+@functools.partial(jax.jit, static_argnames="room")
+def _prefill(decoder: Decoder, holds, tokens: Int[Array, "B N"], lengths: Int[Array, "B"], room):
+    """Logits [B, V] at the last position of prompts padded on the left, and the cache: keys and
+    values of each layer, [B, K, C, h], with room for those of generated tokens."""
+    size = tokens.shape[1]
+    parts = jnp.where(jnp.arange(size) == size - 1, Part.LAST, Part.PROMPT)
+
+    def run(tokens, length, holds):
+        valid = jnp.arange(size) >= size - length
+        x, *cache = run_blocks(decoder, holds, tokens, valid, parts)
+        return x[-1], cache
+
+    x, cache = _over_rows(run, holds)(tokens, lengths, holds)
+
+    def layer(stacked, index):
+        return jnp.pad(stacked[:, index].swapaxes(1, 2), [(0, 0), (0, 0), (0, room), (0, 0)])
+
+    layers = [[layer(part, index) for part in cache] for index in range(decoder.config.num_layers)]
+    return decoder.unembed(x), layers
+
+
+def run_blocks(
+    decoder: Decoder,
+    holds: Sequence[Hold],
+    tokens: Int[Array, "T"],
+    valid: Bool[Array, "T"],
+    parts: Int[Array, "T"],
+) -> tuple[Float[Array, "T d"], Float[Array, "L T K h"], Float[Array, "L T K h"]]:
+    """The last block's output for one sequence under holds; and its keys and values."""
+    at = decoder.span(jnp.maximum(jnp.cumsum(valid) - 1, 0), valid)
+
+    def run_layer(x, inputs):
+        layer, block, traits = inputs
+        tap = decoder.tap(lambda site, value: editing.hold(holds, site, layer, parts, value))
+        x, key, value = block.run(x, at, traits, None, tap)
+        return x, (key, value)
+
+    layers = jnp.arange(decoder.config.num_layers)
+    inputs = layers, decoder.blocks, decoder.traits
+    x, (keys, values) = jax.lax.scan(run_layer, decoder.embed(tokens, at), inputs)
+    return x, keys, values
+
+
+@functools.partial(jax.jit, static_argnames="room")
+def _decode(
+    decoder: Decoder,
+    blocks: tuple[Block, ...],
+    holds,
+    cache,
+    logits: Float[Array, "B V"],
+    lengths: Int[Array, "B"],
+    choice: Choice,
+    is_stop: Bool[Array, "V"],
+    going: Bool[Array, "B"],
+    max_tokens: Int[Array, ""],
+    room: int,
+) -> tuple[Int[Array, "B M"], Int[Array, "B"], Bool[Array, "B"]]:
+    """Tokens of each row, how many they are without the stop token, and whether there was one."""
+    rows = len(lengths)
+
+    def write(step, logits, tokens, going):
+        """The step's tokens, written where a row still goes on."""
+        chosen = choice(logits, step)
+        written = jnp.where(going, chosen, 0)
+        tokens = jax.lax.dynamic_update_slice(tokens, written[:, None], (0, step))
+        return chosen, tokens, going & ~is_stop[chosen]
+
+    def goes_on(state):
+        step, _, _, going, _, _ = state
+        return (step < max_tokens) & jnp.any(going)
+
+    def advance(state):
+        step, chosen, tokens, going, counts, cache = state
+        logits, cache = _step(decoder, blocks, holds, cache, chosen, lengths, step - 1, room)
+        chosen, tokens, still = write(step, logits, tokens, going)
+        return step + 1, chosen, tokens, still, counts + still, cache
+
+    chosen, tokens, still = write(0, logits, jnp.zeros((rows, room), jnp.int32), going)
+    state = 1, chosen, tokens, still, still.astype(jnp.int32), cache
+    _, _, tokens, unfinished, counts, _ = jax.lax.while_loop(goes_on, advance, state)
+    return tokens, counts, ~unfinished
+
+
+def _step(decoder, blocks, holds, cache, tokens, lengths, step, room):
+    """Logits [B, V] after the generated tokens [B] of a step, and the cache with them in it."""
+    slots = cache[0][0].shape[2]
+    slot = slots - room + step
+    at = jax.vmap(decoder.span)((lengths + step)[:, None], jnp.ones((len(tokens), 1), bool))
+    x = jax.vmap(decoder.embed)(tokens[:, None], at)
+    positions = jnp.arange(slots) - (slots - room - lengths)[:, None]
+    valid = (positions >= 0) & (jnp.arange(slots) < slot)
+    parts = jnp.full(1, Part.GENERATED)
+    after = []
+    for layer, (block, kept) in enumerate(zip(blocks, cache, strict=True)):
+
+        def run(x, at, positions, valid, keys, values, holds, layer=layer, block=block):
+            prefix = Cache(keys.swapaxes(0, 1), values.swapaxes(0, 1), positions, valid)
+            tap = decoder.tap(lambda site, value: editing.hold(holds, site, layer, parts, value))
+            return block.run(x, at, decoder.traits.at(layer), prefix, tap)
+
+        x, *new = _over_rows(run, holds)(x, at, positions, valid, *kept, holds)
+        after.append(
+            [
+                jax.lax.dynamic_update_slice(old, part.swapaxes(1, 2), (0, 0, slot, 0))
+                for old, part in zip(kept, new, strict=True)
+            ]
+        )
+    return decoder.unembed(x[:, 0]), after
+
+
+def _over_rows(run: Callable, holds: Sequence[Hold]) -> Callable:
+    """`run` for all rows of a batch; its last argument are the holds."""
+
+    def mapped(*arguments):
+        axes = [
+            Hold(hold.site, None, 0 if hold.of_each_prompt else None, None, None, None)
+            for hold in holds
+        ]
+        return jax.vmap(run, in_axes=(*(0,) * (len(arguments) - 1), axes))(*arguments)
+
+    return mapped
+
+
+@jax.jit
+def _unstacked(decoder: Decoder) -> tuple[Block, ...]:
+    """The blocks, each with weights of its own: a loop over stacked ones would copy each layer's
+    out of the stack for every token, which takes longer than multiplying with them."""
+    return tuple(decoder.block(layer) for layer in range(decoder.config.num_layers))
+
+
+def _padded_length(prompt: Sequence[int]) -> int:
+    return capture.bucket(len(prompt), capture.SHORTEST)
+
+
+def _batches(prompts: Sequence[Sequence[int]], rows: int) -> Iterator[list[int]]:
+    """Indices of at most so many prompts whose lengths are in the same bucket."""
+    lengths = [_padded_length(prompt) for prompt in prompts]
+    for length in sorted(set(lengths)):
+        members = [index for index, own in enumerate(lengths) if own == length]
+        for first in range(0, len(members), rows):
+            yield members[first : first + rows]
+
+
+def fitted(config: DecoderConfig, holds: Sequence[Hold], prompts: int) -> list[Hold]:
+    """The holds with scale and shift of the site's full shape, so that all compile to one program.
+
+    Raises:
+        ValueError: a hold does not fit the model or the number of prompts.
+    """
+    heads = config.num_heads, config.head_dim
+    inside = {Site.HEAD: heads, Site.NEURON: (config.intermediate_size,)}
+    found = []
+    for hold in holds:
+        if hold.site == Site.EMBEDDING:
+            raise ValueError("a hold is on a site of the layers, not on embedding")
+        shape = (config.num_layers, *inside.get(hold.site, (config.hidden_size,)))
+        own = (prompts, *shape) if hold.of_each_prompt else shape
+        parts = []
+        for name, part, whole in (("scale", hold.scale, shape), ("shift", hold.shift, own)):
+            if part.ndim != len(whole) or any(
+                size not in (1, full) for size, full in zip(part.shape, whole, strict=True)
+            ):
+                raise ValueError(
+                    f"the hold of {hold.site} has a {name} of {part.shape}; it must be {whole}, or "
+                    "1 where all are the same"
+                )
+            parts.append(jnp.broadcast_to(part, whole))
+        found.append(dataclasses.replace(hold, scale=parts[0], shift=parts[1]))
+    return found
+
+
+def _of_rows(holds: Sequence[Hold], prompts: list[int]) -> list[Hold]:
+    """The holds of a batch whose rows are these prompts."""
+    return [
+        dataclasses.replace(hold, shift=hold.shift[np.array(prompts)])
+        if hold.of_each_prompt
+        else hold
+        for hold in holds
+    ]
+
+
+def _check(config: DecoderConfig, prompts, stop, sampling: Sampling, seeds) -> None:
+    """Raises `InputError` where something cannot be used."""
+    if sampling.max_tokens < 1:
+        raise InputError(f"max_tokens = {sampling.max_tokens}: must be at least 1")
+    if not 0 <= sampling.temperature < math.inf:
+        raise InputError(f"temperature = {sampling.temperature}: must be a number from 0 on")
+    if not 0 < sampling.top_p <= 1:
+        raise InputError(f"top_p = {sampling.top_p}: must be above 0 and at most 1")
+    if sampling.top_k < 0:
+        raise InputError(f"top_k = {sampling.top_k}: must be at least 0")
+    if len(seeds) != len(prompts):
+        raise InputError(f"{len(seeds)} seeds for {len(prompts)} prompts")
+    if bad := [seed for seed in seeds if not 0 <= seed < 2**32]:
+        raise InputError(f"seed {bad[0]}: must be in [0, 2^32)")
+    if bad := [token for token in stop if not 0 <= token < config.vocab_size]:
+        raise InputError(
+            f"stop token {bad[0]} is outside the vocabulary of {config.vocab_size}: the tokenizer "
+            "is not that of the model"
+        )
+    check_sequences(config, prompts, sampling.max_tokens)
+
+
+def check_sequences(config: DecoderConfig, prompts, more: int) -> None:
+    """Raises `InputError` for the first prompt that cannot be run with so many more tokens."""
+    for number, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise InputError(f"prompt {number} is empty: a response needs a token to follow")
+        if bad := [token for token in prompt if not 0 <= token < config.vocab_size]:
+            raise InputError(
+                f"prompt {number} has the token {bad[0]}, outside the vocabulary of "
+                f"{config.vocab_size}"
+            )
+        if len(prompt) + more > config.max_positions:
+            raise InputError(
+                f"prompt {number} has {len(prompt)} tokens, and {more} more are to follow: the "
+                f"model has {config.max_positions} positions; shorten it, or ask for fewer"
+            )
+
+
+def _batch_size(decoder: Decoder, holds, length: int, room: int, memory: int | None) -> int:
+    """Rows of a batch that fit the memory beside the unstacked weights: a power of two."""
+    config = decoder.config
+    number = decoder.compute_dtype.itemsize
+    width, hidden = config.hidden_size, config.intermediate_size
+    heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(decoder.blocks))
+    # The prompt's keys and values are there twice while the cache is made of them.
+    cache = 2 * config.num_layers * kv * (2 * length + room)
+    run = length * (10 * width + 4 * hidden + 3 * heads) + 3 * config.num_heads * length**2
+    held = sum(hold.shift[0].size for hold in holds if hold.of_each_prompt)
+    row = number * (cache + run + held + 6 * config.vocab_size)
+    left = (memory_lib.free() if memory is None else memory) - weights
+    fits = left // row
+    if fits < 1:
+        raise InputError(
+            f"the memory that is left, {left / 2**30:.2f} GiB once the weights of the blocks are "
+            f"laid out for generation, is too little for one prompt of {length} tokens, "
+            f"{row / 2**30:.2f} GiB: take a larger device, shorter prompts or fewer tokens"
+        )
+    most = _ROWS.get(jax.default_backend(), _ROWS_ON_ACCELERATORS)
+    return min(most, 1 << (int(fits).bit_length() - 1))
