@@ -132,19 +132,20 @@ def generate(
 
 def _answer(decoder, blocks, prompts, room, is_stop, sampling, seeds, holds, filled):
     """The responses to the first `filled` rows of a batch."""
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    lengths = np.array([len(prompt) - 1 for prompt in prompts], np.int32)
     tokens = np.zeros((len(prompts), _padded_length(prompts[0])), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
-        row[-len(prompt) :] = prompt
+        row[len(row) - len(prompt) + 1 :] = prompt[:-1]
+    last = np.array([prompt[-1] for prompt in prompts], np.int32)
     choice = Choice(
         keys=jax.vmap(jax.random.key)(seeds),
         temperature=np.float32(sampling.temperature),
         top_p=np.float32(sampling.top_p),
         top_k=np.int32(sampling.top_k),
     )
-    logits, cache = _prefill(decoder, holds, tokens, lengths, room)
+    cache = _prefill(decoder, holds, tokens, lengths, room)
     generated = _decode(
-        *(decoder, blocks, holds, cache, logits, lengths, choice, is_stop),
+        *(decoder, blocks, holds, cache, last, lengths, choice, is_stop),
         np.arange(len(prompts)) < filled,
         np.int32(sampling.max_tokens),
         room,
@@ -153,6 +154,37 @@ def _answer(decoder, blocks, prompts, room, is_stop, sampling, seeds, holds, fil
         Response(tuple(row[:count].tolist()), bool(stopped))
         for row, count, stopped in zip(*map(np.asarray, generated), strict=True)
     ]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """A layer's keys and values, laid out as the products with them read them.
+
+    The newest ones are written at the start of the next step, before what is kept is read: written
+    after it was read, all that is kept would be copied in every step.
+
+    Attributes:
+        keys, values: of the slots, [B, K, C, h].
+        newest_key, newest_value: of the last position that was run, [B, 1, K, h].
+    """
+
+    keys: Float[Array, "B K C h"]
+    values: Float[Array, "B K C h"]
+    newest_key: Float[Array, "B 1 K h"]
+    newest_value: Float[Array, "B 1 K h"]
+
+    def with_newest_at(self, slot: Int[Array, ""]) -> "Kept":
+        """With the newest ones in their slot."""
+
+        def write(kept, newest):
+            return jax.lax.dynamic_update_slice(kept, newest.swapaxes(1, 2), (0, 0, slot, 0))
+
+        return dataclasses.replace(
+            self,
+            keys=write(self.keys, self.newest_key),
+            values=write(self.values, self.newest_value),
+        )
 
 
 @jax.tree_util.register_dataclass
@@ -202,24 +234,27 @@ class Choice:
 
 
 @functools.partial(jax.jit, static_argnames="room")
-def _prefill(decoder: Decoder, holds, tokens: Int[Array, "B N"], lengths: Int[Array, "B"], room):
-    """Logits [B, V] at the last position of prompts padded on the left, and the cache: keys and
-    values of each layer, [B, K, C, h], with room for those of generated tokens."""
+def _prefill(
+    decoder: Decoder, holds, tokens: Int[Array, "B N"], lengths: Int[Array, "B"], room: int
+) -> list[Kept]:
+    """What is kept of prompts padded on the left, with room for the tokens that follow."""
     size = tokens.shape[1]
-    parts = jnp.where(jnp.arange(size) == size - 1, Part.LAST, Part.PROMPT)
 
     def run(tokens, length, holds):
         valid = jnp.arange(size) >= size - length
-        x, *cache = run_blocks(decoder, holds, tokens, valid, parts)
-        return x[-1], cache
+        return run_blocks(decoder, holds, tokens, valid, jnp.full(size, Part.PROMPT))[1:]
 
-    x, cache = _over_rows(run, holds)(tokens, lengths, holds)
+    def kept(stacked, layer):
+        return jnp.pad(stacked[:, layer].swapaxes(1, 2), [(0, 0), (0, 0), (0, room), (0, 0)])
 
-    def layer(stacked, index):
-        return jnp.pad(stacked[:, index].swapaxes(1, 2), [(0, 0), (0, 0), (0, room), (0, 0)])
-
-    layers = [[layer(part, index) for part in cache] for index in range(decoder.config.num_layers)]
-    return decoder.unembed(x), layers
+    found = _over_rows(run, holds)(tokens, lengths, holds)
+    return [
+        Kept(
+            *(kept(stacked, layer) for stacked in found),
+            *(stacked[:, layer, -1:] for stacked in found),
+        )
+        for layer in range(decoder.config.num_layers)
+    ]
 
 
 def run_blocks(
@@ -249,8 +284,8 @@ def _decode(
     decoder: Decoder,
     blocks: tuple[Block, ...],
     holds,
-    cache,
-    logits: Float[Array, "B V"],
+    cache: list[Kept],
+    last: Int[Array, "B"],
     lengths: Int[Array, "B"],
     choice: Choice,
     is_stop: Bool[Array, "V"],
@@ -258,56 +293,55 @@ def _decode(
     max_tokens: Int[Array, ""],
     room: int,
 ) -> tuple[Int[Array, "B M"], Int[Array, "B"], Bool[Array, "B"]]:
-    """Tokens of each row, how many they are without the stop token, and whether there was one."""
-    rows = len(lengths)
-
-    def write(step, logits, tokens, going):
-        """The step's tokens, written where a row still goes on."""
-        chosen = choice(logits, step)
-        written = jnp.where(going, chosen, 0)
-        tokens = jax.lax.dynamic_update_slice(tokens, written[:, None], (0, step))
-        return chosen, tokens, going & ~is_stop[chosen]
+    """Tokens that follow the prompts' last ones, how many they are without the stop token, and
+    whether there was one. Rows go on until they stop; those that are not going never start."""
 
     def goes_on(state):
         step, _, _, going, _, _ = state
         return (step < max_tokens) & jnp.any(going)
 
     def advance(state):
-        step, chosen, tokens, going, counts, cache = state
-        logits, cache = _step(decoder, blocks, holds, cache, chosen, lengths, step - 1, room)
-        chosen, tokens, still = write(step, logits, tokens, going)
-        return step + 1, chosen, tokens, still, counts + still, cache
+        step, token, tokens, going, counts, cache = state
+        logits, cache = _step(decoder, blocks, holds, cache, token, lengths, step, room)
+        token = choice(logits, step)
+        going &= ~is_stop[token]
+        written = jnp.where(going, token, 0)[:, None]
+        tokens = jax.lax.dynamic_update_slice(tokens, written, (0, step))
+        return step + 1, token, tokens, going, counts + going, cache
 
-    chosen, tokens, still = write(0, logits, jnp.zeros((rows, room), jnp.int32), going)
-    state = 1, chosen, tokens, still, still.astype(jnp.int32), cache
-    _, _, tokens, unfinished, counts, _ = jax.lax.while_loop(goes_on, advance, state)
+    rows = len(last)
+    nothing = jnp.zeros((rows, room), jnp.int32), going, jnp.zeros(rows, jnp.int32)
+    _, _, tokens, unfinished, counts, _ = jax.lax.while_loop(
+        goes_on, advance, (0, last, *nothing, cache)
+    )
     return tokens, counts, ~unfinished
 
 
 def _step(decoder, blocks, holds, cache, tokens, lengths, step, room):
-    """Logits [B, V] after the generated tokens [B] of a step, and the cache with them in it."""
-    slots = cache[0][0].shape[2]
-    slot = slots - room + step
+    """Logits [B, V] that follow the tokens [B] of a step, and the cache with them.
+
+    Step 0 runs the prompt's last token. `lengths` are of what stands before it.
+    """
+    slots = jnp.arange(cache[0].keys.shape[2])
+    filled = len(slots) - room + step
     at = jax.vmap(decoder.span)((lengths + step)[:, None], jnp.ones((len(tokens), 1), bool))
     x = jax.vmap(decoder.embed)(tokens[:, None], at)
-    positions = jnp.arange(slots) - (slots - room - lengths)[:, None]
-    valid = (positions >= 0) & (jnp.arange(slots) < slot)
-    parts = jnp.full(1, Part.GENERATED)
+    positions = slots - (len(slots) - room - lengths)[:, None]
+    valid = (positions >= 0) & (slots < filled)
+    parts = jnp.where(step == 0, Part.LAST, Part.GENERATED)[None]
     after = []
     for layer, (block, kept) in enumerate(zip(blocks, cache, strict=True)):
+        kept = kept.with_newest_at(filled - 1)
 
         def run(x, at, positions, valid, keys, values, holds, layer=layer, block=block):
             prefix = Cache(keys.swapaxes(0, 1), values.swapaxes(0, 1), positions, valid)
             tap = decoder.tap(lambda site, value: editing.hold(holds, site, layer, parts, value))
             return block.run(x, at, decoder.traits.at(layer), prefix, tap)
 
-        x, *new = _over_rows(run, holds)(x, at, positions, valid, *kept, holds)
-        after.append(
-            [
-                jax.lax.dynamic_update_slice(old, part.swapaxes(1, 2), (0, 0, slot, 0))
-                for old, part in zip(kept, new, strict=True)
-            ]
+        x, key, value = _over_rows(run, holds)(
+            x, at, positions, valid, kept.keys, kept.values, holds
         )
+        after.append(dataclasses.replace(kept, newest_key=key, newest_value=value))
     return decoder.unembed(x[:, 0]), after
 
 
@@ -332,7 +366,8 @@ def _unstacked(decoder: Decoder) -> tuple[Block, ...]:
 
 
 def _padded_length(prompt: Sequence[int]) -> int:
-    return capture.bucket(len(prompt), capture.SHORTEST)
+    """Of what stands before a prompt's last token, which the first decoding step runs."""
+    return capture.bucket(max(1, len(prompt) - 1), capture.SHORTEST)
 
 
 def _batches(prompts: Sequence[Sequence[int]], rows: int) -> Iterator[list[int]]:
