@@ -17,7 +17,10 @@ the generated tokens that there is room for, C = N + M the slots of the cache, V
 
 import dataclasses
 import functools
+import json
 import math
+import os
+import pathlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 
 import jax
@@ -32,13 +35,15 @@ from models.config import DecoderConfig
 from models.decoder import Block, Decoder
 from models.edits import Hold, Part, Site
 from models.errors import InputError
-from models.layers import Cache
+from models.layers import Cache, Tap
 
 # Rows of a batch, if they fit the memory.
 _ROWS = {"cpu": 16}
 _ROWS_ON_ACCELERATORS = 64
 # Lengths of up to this many generated tokens share their compilations.
 _FEWEST = 16
+# Logits of teacher-forced positions that are in memory at once.
+_LOGITS = 2**22
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,11 +110,12 @@ def generate(
     config = decoder.config
     seeds = range(len(prompts)) if seeds is None else seeds
     _check(config, prompts, stop, sampling, seeds)
+    check_batch_size(batch_size)
     holds = fitted(config, holds, len(prompts))
     room = capture.bucket(sampling.max_tokens, _FEWEST)
     longest = max(map(_padded_length, prompts), default=1)
-    fits = _batch_size(decoder, holds, longest, room, memory)
-    rows = batch_size or fits
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(decoder.blocks))
+    rows = batch_size or _batch_size(decoder, holds, longest, room, 1, weights, memory)
     blocks = _unstacked(decoder)
     is_stop = np.zeros(config.vocab_size, bool)
     is_stop[list(stop)] = True
@@ -128,6 +134,152 @@ def generate(
         if progress is not None:
             progress(len(batch))
     return responses
+
+
+@dataclasses.dataclass(frozen=True)
+class PerToken:
+    """A number for every token of every response.
+
+    Attributes:
+        values: [token] of each sequence.
+    """
+
+    values: tuple[np.ndarray, ...]
+
+    @property
+    def means(self) -> np.ndarray:
+        """Of each sequence, float64."""
+        return np.array([np.mean(values, dtype=float) for values in self.values])
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Tokens of each response."""
+        return np.array([len(values) for values in self.values])
+
+
+# Prompt and response.
+Sequences = Sequence[tuple[Sequence[int], Sequence[int]]]
+
+
+def logprobs(
+    decoder: Decoder,
+    sequences: Sequences,
+    *,
+    holds: Sequence[Hold] = (),
+    batch_size: int | None = None,
+    memory: int | None = None,
+) -> PerToken:
+    """Log-probability (natural) of each response token, given what stands before it.
+
+    The perplexity of a response is exp(-mean). Holds act as in `generate`: on the positions of
+    response tokens as on those of generated ones.
+
+    Args:
+        decoder: the model.
+        sequences: prompt and response of each, token ids.
+        holds, batch_size, memory: as in `generate`.
+
+    Raises:
+        InputError, ValueError: as in `generate`; or a response is empty.
+    """
+    return _forced(_logprobs, decoder, sequences, holds, batch_size, memory)
+
+
+def kl(
+    decoder: Decoder,
+    sequences: Sequences,
+    holds: Sequence[Hold],
+    *,
+    batch_size: int | None = None,
+    memory: int | None = None,
+) -> PerToken:
+    """KL(plain || edited) in nats, of the distributions that each response token is drawn from.
+
+    Holds of nothing give exactly 0. Arguments and errors are those of `logprobs`.
+    """
+    return _forced(_divergences, decoder, sequences, holds, batch_size, memory)
+
+
+def _forced(read: Callable, decoder, sequences, holds, batch_size, memory) -> PerToken:
+    """What `read` reads of teacher-forced responses, in batches."""
+    for number, (_, response) in enumerate(sequences):
+        if not len(response):
+            raise InputError(f"response {number} is empty: there is nothing to read")
+    check_batch_size(batch_size)
+    runs = [(*prompt, *response) for prompt, response in sequences]
+    check_prompts(decoder.config, [prompt for prompt, _ in sequences], 0)
+    check_prompts(decoder.config, runs, 0)
+    holds = fitted(decoder.config, holds, len(sequences))
+    longest = max(map(_padded_length, runs), default=1)
+    rows = batch_size or _batch_size(decoder, holds, longest, 0, 2, 0, memory)
+    room = capture.bucket(max((len(response) for _, response in sequences), default=1), _FEWEST)
+    found = [None] * len(sequences)
+    for members in _batches(runs, rows):
+        filled = members + members[:1] * (rows - len(members))
+        tokens = np.zeros((rows, _padded_length(runs[members[0]])), np.int32)
+        targets = np.zeros((rows, room), np.int32)
+        for row, member in enumerate(filled):
+            tokens[row, : len(runs[member]) - 1] = runs[member][:-1]
+            targets[row, : len(sequences[member][1])] = sequences[member][1]
+        lengths = np.array([len(sequences[member][0]) for member in filled], np.int32)
+        ends = np.array([len(runs[member]) - 1 for member in filled], np.int32)
+        values = np.asarray(read(decoder, _of_rows(holds, filled), tokens, lengths, ends, targets))
+        for member, row in zip(members, values, strict=False):
+            found[member] = row[: len(sequences[member][1])]
+    return PerToken(tuple(found))
+
+
+@jax.jit
+def _logprobs(decoder: Decoder, holds, tokens, lengths, ends, targets) -> Float[Array, "B R"]:
+    """Log-probabilities of the targets [B, R] that follow the prompts."""
+    x = _response_rows(decoder, holds, tokens, lengths, ends, targets.shape[1])
+
+    def read(row):
+        x, target = row
+        return jax.nn.log_softmax(decoder.unembed(x[None])[0])[target]
+
+    return _by_position(decoder, read, (x, targets))
+
+
+@jax.jit
+def _divergences(decoder: Decoder, holds, tokens, lengths, ends, targets) -> Float[Array, "B R"]:
+    """KL(plain || edited) where the targets [B, R] are predicted."""
+    runs = tuple(
+        _response_rows(decoder, chosen, tokens, lengths, ends, targets.shape[1])
+        for chosen in ([], holds)
+    )
+
+    def read(rows):
+        plain, edited = (jax.nn.log_softmax(decoder.unembed(x[None])[0]) for x in rows)
+        # p (d + e^-d - 1) sums to p d, but a rounded normaliser changes it in second order only.
+        change = plain - edited
+        near = jnp.abs(change) < 1
+        small = jnp.exp(plain) * (jnp.expm1(-jnp.where(near, change, 0)) + change)
+        large = jnp.exp(plain) * (change - 1) + jnp.exp(edited)
+        return jnp.sum(jnp.where(near, small, large))
+
+    return _by_position(decoder, read, runs)
+
+
+def _response_rows(decoder, holds, tokens, lengths, ends, room: int) -> Float[Array, "B R d"]:
+    """The last block's output at the positions that predict response tokens."""
+    positions = jnp.arange(tokens.shape[1])
+
+    def run(tokens, length, end, holds):
+        parts = jnp.where(positions < length, Part.LAST, Part.GENERATED)
+        parts = jnp.where(positions < length - 1, Part.PROMPT, parts)
+        x = run_blocks(decoder, holds, tokens, positions < end, parts)[0]
+        return jnp.take(x, length - 1 + jnp.arange(room), axis=0, mode="clip")
+
+    return _over_rows(run, holds)(tokens, lengths, ends, holds)
+
+
+def _by_position(decoder: Decoder, read: Callable, rows) -> Float[Array, "B R"]:
+    """`read` of each position; the whole vocabulary's logits are there for a few at a time."""
+    shape = jax.tree.leaves(rows)[0].shape[:2]
+    flat = jax.tree.map(lambda part: part.reshape(-1, *part.shape[2:]), rows)
+    together = max(1, _LOGITS // decoder.config.vocab_size)
+    return jax.lax.map(read, flat, batch_size=together).reshape(shape)
 
 
 def _answer(decoder, blocks, prompts, room, is_stop, sampling, seeds, holds, filled):
@@ -269,8 +421,7 @@ def run_blocks(
 
     def run_layer(x, inputs):
         layer, block, traits = inputs
-        tap = decoder.tap(lambda site, value: editing.hold(holds, site, layer, parts, value))
-        x, key, value = block.run(x, at, traits, None, tap)
+        x, key, value = block.run(x, at, traits, None, _tap(decoder, holds, layer, parts))
         return x, (key, value)
 
     layers = jnp.arange(decoder.config.num_layers)
@@ -335,7 +486,7 @@ def _step(decoder, blocks, holds, cache, tokens, lengths, step, room):
 
         def run(x, at, positions, valid, keys, values, holds, layer=layer, block=block):
             prefix = Cache(keys.swapaxes(0, 1), values.swapaxes(0, 1), positions, valid)
-            tap = decoder.tap(lambda site, value: editing.hold(holds, site, layer, parts, value))
+            tap = _tap(decoder, holds, layer, parts)
             return block.run(x, at, decoder.traits.at(layer), prefix, tap)
 
         x, key, value = _over_rows(run, holds)(
@@ -343,6 +494,10 @@ def _step(decoder, blocks, holds, cache, tokens, lengths, step, room):
         )
         after.append(dataclasses.replace(kept, newest_key=key, newest_value=value))
     return decoder.unembed(x[:, 0]), after
+
+
+def _tap(decoder: Decoder, holds: Sequence[Hold], layer, parts: Int[Array, "T"]) -> Tap:
+    return decoder.tap(lambda site, value: editing.hold(holds, site, layer, parts, value))
 
 
 def _over_rows(run: Callable, holds: Sequence[Hold]) -> Callable:
@@ -436,10 +591,10 @@ def _check(config: DecoderConfig, prompts, stop, sampling: Sampling, seeds) -> N
             f"stop token {bad[0]} is outside the vocabulary of {config.vocab_size}: the tokenizer "
             "is not that of the model"
         )
-    check_sequences(config, prompts, sampling.max_tokens)
+    check_prompts(config, prompts, sampling.max_tokens)
 
 
-def check_sequences(config: DecoderConfig, prompts, more: int) -> None:
+def check_prompts(config: DecoderConfig, prompts, more: int) -> None:
     """Raises `InputError` for the first prompt that cannot be run with so many more tokens."""
     for number, prompt in enumerate(prompts):
         if not len(prompt):
@@ -456,25 +611,69 @@ def check_sequences(config: DecoderConfig, prompts, more: int) -> None:
             )
 
 
-def _batch_size(decoder: Decoder, holds, length: int, room: int, memory: int | None) -> int:
-    """Rows of a batch that fit the memory beside the unstacked weights: a power of two."""
+def check_batch_size(batch_size: int | None) -> None:
+    """Raises `InputError` if it is no number of rows."""
+    if batch_size is not None and batch_size < 1:
+        raise InputError(f"batch_size = {batch_size}: must be at least 1")
+
+
+def _batch_size(
+    decoder: Decoder, holds, length: int, room: int, runs: int, weights: int, memory: int | None
+) -> int:
+    """Rows of a batch, a power of two, that fit the memory.
+
+    Args:
+        decoder, holds: what is run.
+        length: of the longest padded prompt.
+        room: slots of the cache for generated tokens.
+        runs: how many there are of each prompt.
+        weights: bytes of weights that are there a second time.
+        memory: bytes; `memory.free()` by default.
+    """
     config = decoder.config
-    number = decoder.compute_dtype.itemsize
     width, hidden = config.hidden_size, config.intermediate_size
     heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(decoder.blocks))
     # The prompt's keys and values are there twice while the cache is made of them.
     cache = 2 * config.num_layers * kv * (2 * length + room)
     run = length * (10 * width + 4 * hidden + 3 * heads) + 3 * config.num_heads * length**2
     held = sum(hold.shift[0].size for hold in holds if hold.of_each_prompt)
-    row = number * (cache + run + held + 6 * config.vocab_size)
+    row = runs * cache + run + held + 6 * config.vocab_size
+    row *= decoder.compute_dtype.itemsize
     left = (memory_lib.free() if memory is None else memory) - weights
-    fits = left // row
-    if fits < 1:
+    if left < row:
         raise InputError(
-            f"the memory that is left, {left / 2**30:.2f} GiB once the weights of the blocks are "
-            f"laid out for generation, is too little for one prompt of {length} tokens, "
-            f"{row / 2**30:.2f} GiB: take a larger device, shorter prompts or fewer tokens"
+            f"the memory that is left, {left / 2**30:.4f} GiB, is too little for a single prompt "
+            f"of {length} tokens, {row / 2**30:.4f} GiB: take a larger device, shorter prompts or "
+            "fewer tokens"
         )
     most = _ROWS.get(jax.default_backend(), _ROWS_ON_ACCELERATORS)
-    return min(most, 1 << (int(fits).bit_length() - 1))
+    return min(most, 1 << ((left // row).bit_length() - 1))
+
+
+def stop_tokens(folder: str | os.PathLike, tokenizer) -> frozenset[int]:
+    """Tokens that end a checkpoint's responses.
+
+    Those of its generation_config.json (which names the end of a turn, where a chat has one) and
+    config.json, and the tokenizer's own end of sequence.
+
+    Args:
+        folder: the checkpoint's.
+        tokenizer: its tokenizer; None if it has none.
+
+    Raises:
+        InputError: a file is not JSON, or what it names are not token ids.
+    """
+    found = set() if tokenizer is None else {tokenizer.eos_token_id}
+    for name in ("generation_config.json", "config.json"):
+        file = pathlib.Path(folder) / name
+        if not file.is_file():
+            continue
+        try:
+            named = json.loads(file.read_text()).get("eos_token_id")
+        except (ValueError, AttributeError) as error:
+            raise InputError(f"{file}: not a JSON object ({error})") from None
+        named = named if isinstance(named, list) else [named]
+        if bad := [token for token in named if type(token) not in (int, type(None))]:
+            raise InputError(f"{file}: eos_token_id is {bad[0]!r}, which is no token id")
+        found.update(named)
+    return frozenset(found - {None})
