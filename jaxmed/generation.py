@@ -284,20 +284,19 @@ def _by_position(decoder: Decoder, read: Callable, rows) -> Float[Array, "B R"]:
 
 def _answer(decoder, blocks, prompts, room, is_stop, sampling, seeds, holds, filled):
     """The responses to the first `filled` rows of a batch."""
-    lengths = np.array([len(prompt) - 1 for prompt in prompts], np.int32)
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     tokens = np.zeros((len(prompts), _padded_length(prompts[0])), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
-        row[len(row) - len(prompt) + 1 :] = prompt[:-1]
-    last = np.array([prompt[-1] for prompt in prompts], np.int32)
+        row[-len(prompt) :] = prompt
     choice = Choice(
         keys=jax.vmap(jax.random.key)(seeds),
         temperature=np.float32(sampling.temperature),
         top_p=np.float32(sampling.top_p),
         top_k=np.int32(sampling.top_k),
     )
-    cache = _prefill(decoder, holds, tokens, lengths, room)
+    x, cache = _prefill(decoder, holds, tokens, lengths, room)
     generated = _decode(
-        *(decoder, blocks, holds, cache, last, lengths, choice, is_stop),
+        *(decoder, blocks, holds, x, cache, lengths, choice, is_stop),
         np.arange(len(prompts)) < filled,
         np.int32(sampling.max_tokens),
         room,
@@ -388,25 +387,25 @@ class Choice:
 @functools.partial(jax.jit, static_argnames="room")
 def _prefill(
     decoder: Decoder, holds, tokens: Int[Array, "B N"], lengths: Int[Array, "B"], room: int
-) -> list[Kept]:
-    """What is kept of prompts padded on the left, with room for the tokens that follow."""
+) -> tuple[Float[Array, "B d"], list[Kept]]:
+    """The last block's output at the last position of prompts padded on the left, and what is kept
+    of all positions, with room for the tokens that follow."""
     size = tokens.shape[1]
+    parts = jnp.where(jnp.arange(size) == size - 1, Part.LAST, Part.PROMPT)
 
     def run(tokens, length, holds):
-        valid = jnp.arange(size) >= size - length
-        return run_blocks(decoder, holds, tokens, valid, jnp.full(size, Part.PROMPT))[1:]
-
-    def kept(stacked, layer):
-        return jnp.pad(stacked[:, layer].swapaxes(1, 2), [(0, 0), (0, 0), (0, room), (0, 0)])
-
-    found = _over_rows(run, holds)(tokens, lengths, holds)
-    return [
-        Kept(
-            *(kept(stacked, layer) for stacked in found),
-            *(stacked[:, layer, -1:] for stacked in found),
+        x, keys, values = run_blocks(
+            decoder, holds, tokens, jnp.arange(size) >= size - length, parts
         )
-        for layer in range(decoder.config.num_layers)
-    ]
+        return x[-1], keys, values
+
+    def padded(stacked):
+        return jnp.pad(stacked.swapaxes(1, 2), [(0, 0), (0, 0), (0, room), (0, 0)])
+
+    x, *stacked = _over_rows(run, holds)(tokens, lengths, holds)
+    layers = [[part[:, layer] for part in stacked] for layer in range(decoder.config.num_layers)]
+    cache = [Kept(*map(padded, layer), *(part[:, -1:] for part in layer)) for layer in layers]
+    return x, cache
 
 
 def run_blocks(
@@ -435,8 +434,8 @@ def _decode(
     decoder: Decoder,
     blocks: tuple[Block, ...],
     holds,
+    x: Float[Array, "B d"],
     cache: list[Kept],
-    last: Int[Array, "B"],
     lengths: Int[Array, "B"],
     choice: Choice,
     is_stop: Bool[Array, "V"],
@@ -444,42 +443,43 @@ def _decode(
     max_tokens: Int[Array, ""],
     room: int,
 ) -> tuple[Int[Array, "B M"], Int[Array, "B"], Bool[Array, "B"]]:
-    """Tokens that follow the prompts' last ones, how many they are without the stop token, and
-    whether there was one. Rows go on until they stop; those that are not going never start."""
+    """Tokens that follow the prompts, how many they are without the stop token, and whether there
+    was one. Rows go on until they stop; those that are not going never start.
+
+    What one step's blocks write, the next step reads: the two are not fused, and so round the same
+    whatever edits there are.
+    """
 
     def goes_on(state):
-        step, _, _, going, _, _ = state
+        step, _, _, _, going, _ = state
         return (step < max_tokens) & jnp.any(going)
 
     def advance(state):
-        step, token, tokens, going, counts, cache = state
-        logits, cache = _step(decoder, blocks, holds, cache, token, lengths, step, room)
-        token = choice(logits, step)
+        step, x, cache, tokens, going, counts = state
+        token = choice(decoder.unembed(x), step)
         going &= ~is_stop[token]
         written = jnp.where(going, token, 0)[:, None]
         tokens = jax.lax.dynamic_update_slice(tokens, written, (0, step))
-        return step + 1, token, tokens, going, counts + going, cache
+        x, cache = _step(decoder, blocks, holds, cache, token, lengths, step, room)
+        return step + 1, x, cache, tokens, going, counts + going
 
-    rows = len(last)
+    rows = len(lengths)
     nothing = jnp.zeros((rows, room), jnp.int32), going, jnp.zeros(rows, jnp.int32)
-    _, _, tokens, unfinished, counts, _ = jax.lax.while_loop(
-        goes_on, advance, (0, last, *nothing, cache)
-    )
+    state = jax.lax.while_loop(goes_on, advance, (0, x, cache, *nothing))
+    _, _, _, tokens, unfinished, counts = state
     return tokens, counts, ~unfinished
 
 
 def _step(decoder, blocks, holds, cache, tokens, lengths, step, room):
-    """Logits [B, V] that follow the tokens [B] of a step, and the cache with them.
-
-    Step 0 runs the prompt's last token. `lengths` are of what stands before it.
-    """
+    """The last block's output [B, d] at the generated tokens [B] of a step, and the cache with
+    them."""
     slots = jnp.arange(cache[0].keys.shape[2])
     filled = len(slots) - room + step
     at = jax.vmap(decoder.span)((lengths + step)[:, None], jnp.ones((len(tokens), 1), bool))
     x = jax.vmap(decoder.embed)(tokens[:, None], at)
     positions = slots - (len(slots) - room - lengths)[:, None]
     valid = (positions >= 0) & (slots < filled)
-    parts = jnp.where(step == 0, Part.LAST, Part.GENERATED)[None]
+    parts = jnp.full(1, Part.GENERATED)
     after = []
     for layer, (block, kept) in enumerate(zip(blocks, cache, strict=True)):
         kept = kept.with_newest_at(filled - 1)
@@ -489,11 +489,9 @@ def _step(decoder, blocks, holds, cache, tokens, lengths, step, room):
             tap = _tap(decoder, holds, layer, parts)
             return block.run(x, at, decoder.traits.at(layer), prefix, tap)
 
-        x, key, value = _over_rows(run, holds)(
-            x, at, positions, valid, kept.keys, kept.values, holds
-        )
-        after.append(dataclasses.replace(kept, newest_key=key, newest_value=value))
-    return decoder.unembed(x[:, 0]), after
+        x, *newest = _over_rows(run, holds)(x, at, positions, valid, kept.keys, kept.values, holds)
+        after.append(Kept(kept.keys, kept.values, *newest))
+    return x[:, 0], after
 
 
 def _tap(decoder: Decoder, holds: Sequence[Hold], layer, parts: Int[Array, "T"]) -> Tap:
@@ -521,8 +519,7 @@ def _unstacked(decoder: Decoder) -> tuple[Block, ...]:
 
 
 def _padded_length(prompt: Sequence[int]) -> int:
-    """Of what stands before a prompt's last token, which the first decoding step runs."""
-    return capture.bucket(max(1, len(prompt) - 1), capture.SHORTEST)
+    return capture.bucket(len(prompt), capture.SHORTEST)
 
 
 def _batches(prompts: Sequence[Sequence[int]], rows: int) -> Iterator[list[int]]:
