@@ -18,13 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxmed import attribution, effects, memory, metrics, planning
+from jaxmed import attribution, effects, generation, memory, metrics, planning
 from jaxmed.data import Pair
 from models.config import DecoderConfig, Rotary
 from models.decoder import Decoder
+from models.edits import Hold
 from models.errors import InputError
 
 RIVALS = ("hooks", "prefix")
+GENERATION_RIVALS = ("transformers",)
 # Neurons that the rivals are timed on, spread evenly over all that are scanned.
 HOOKS_SAMPLE = 256
 PREFIX_SAMPLE = 9216
@@ -159,6 +161,139 @@ class Figures:
     rivals: dict[str, dict] = dataclasses.field(default_factory=dict)
     screen_seconds: float | None = None
     speedup_screen: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationFigures:
+    """How fast text is generated; rates are medians over rounds in which all took their turn.
+
+    Attributes:
+        preset, device, dtype: what ran on what; dtype is that of the weights.
+        layers: blocks of the model.
+        batch, prompt_tokens, new_tokens: prompts of a batch, tokens of each, and of each response.
+        tokens_per_second: generated tokens of all rows, the prompts' run included.
+        held_tokens_per_second: the same with a hold on every neuron of every layer.
+        hold_cost: how much longer that takes, as a share; median over rounds.
+        peak_memory_bytes: as in `Figures`, before the rivals.
+        rivals: of all that were timed: `what`, `tokens_per_second`, `speedup` of plain generation,
+            and `held_speedup`.
+    """
+
+    preset: str
+    device: str
+    dtype: str
+    layers: int
+    batch: int
+    prompt_tokens: int
+    new_tokens: int
+    tokens_per_second: float
+    held_tokens_per_second: float
+    hold_cost: float
+    peak_memory_bytes: int
+    rivals: dict[str, dict] = dataclasses.field(default_factory=dict)
+
+
+def measure_generation(
+    preset: str,
+    *,
+    against: tuple[str, ...] = (),
+    layers: int = 0,
+    rounds: int = 5,
+    batch: int = 8,
+    prompt_tokens: int = 128,
+    new_tokens: int = 64,
+    memory_gb: float | None = None,
+    say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
+) -> GenerationFigures:
+    """Times greedy generation, plain and with a hold, and the rivals' (no holds), in turn.
+
+    Args:
+        preset, layers, memory_gb, say: as in `measure`.
+        against: any of `GENERATION_RIVALS`; they need torch, and run in float32 on a CPU.
+        rounds: runs of each after the first, which compiles.
+        batch, prompt_tokens, new_tokens: prompts, and the lengths of all prompts and responses.
+
+    Raises:
+        InputError: what is asked cannot be compared.
+    """
+    config = PRESETS[preset].config
+    if against and (jax.default_backend() != "cpu" or config.dtype != "float32"):
+        raise InputError(
+            f"--against: the rivals are timed in float32 on a CPU, generation here in "
+            f"{config.dtype} on {jax.devices()[0].device_kind}: no comparison"
+        )
+    if layers:
+        config = dataclasses.replace(config, num_layers=layers, windows=(None,) * layers)
+    say(f"{preset}: making {config.num_layers} layers of random weights")
+    decoder = random_decoder(config)
+    prompts = np.random.default_rng(0).integers(0, config.vocab_size, (batch, prompt_tokens))
+    damped = np.linspace(0.5, 1, config.intermediate_size, dtype=np.float32)
+    hold = Hold.affine("neuron", damped[None], np.zeros((1, 1), np.float32))
+    memory_left = memory.free(memory_gb)
+
+    def ours(*holds):
+        generation.generate(
+            *(decoder, prompts.tolist()),
+            stop=(),
+            sampling=generation.Sampling(new_tokens),
+            holds=holds,
+            batch_size=batch,
+            memory=memory_left,
+        )
+
+    what = {"plain": "plain", "held": "with a hold on every neuron"}
+    runs = {"plain": ours, "held": lambda: ours(hold)}
+    for run in runs.values():
+        run()
+    peak = _peak_memory()
+    if against:
+        from jaxmed import rivals  # torch, which only a comparison needs
+
+        for name, onednn in (("transformers", False), ("transformers_onednn", True)):
+            what[name] = "transformers' generate" + (", with oneDNN for MKL" if onednn else "")
+            runs[name] = rivals.Generate(rivals.torch_model(decoder, onednn), prompts, new_tokens)
+            runs[name]()
+    seconds = _in_turn(runs, rounds, say)
+    rates = {name: batch * new_tokens / statistics.median(seconds[name]) for name in runs}
+
+    def times_longer(name, than):
+        return statistics.median(a / b for a, b in zip(seconds[name], seconds[than], strict=True))
+
+    return GenerationFigures(
+        preset=preset,
+        device=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        dtype=config.dtype,
+        layers=config.num_layers,
+        batch=batch,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        tokens_per_second=rates["plain"],
+        held_tokens_per_second=rates["held"],
+        hold_cost=times_longer("held", "plain") - 1,
+        peak_memory_bytes=peak,
+        rivals={
+            name: {
+                "what": what[name],
+                "tokens_per_second": rates[name],
+                "speedup": times_longer(name, "plain"),
+                "held_speedup": times_longer(name, "held"),
+            }
+            for name in runs.keys() - {"plain", "held"}
+        },
+    )
+
+
+def _in_turn(runs: dict[str, Callable], rounds: int, say) -> dict[str, list[float]]:
+    """Seconds of each run in each round."""
+    seconds = {name: [] for name in runs}
+    for number in range(rounds):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+        taken = ", ".join(f"{name} {times[-1]:.2f} s" for name, times in seconds.items())
+        say(f"round {number + 1} of {rounds}: {taken}")
+    return seconds
 
 
 def measure(
@@ -460,5 +595,37 @@ def table(figures: Figures) -> list[str]:
         (rival["what"], f"{rival['neurons_per_second']:,.1f} a second: x {rival['speedup']:.2f}")
         for rival in figures.rivals.values()
     ]
+    return _aligned(rows)
+
+
+def generation_table(figures: GenerationFigures) -> list[str]:
+    """The figures for people."""
+    rows = [
+        ("model", f"{figures.preset}, {figures.layers} layers, {figures.dtype}"),
+        ("device", figures.device),
+        (
+            "generated",
+            f"{figures.new_tokens} tokens to each of {figures.batch} prompts of "
+            f"{figures.prompt_tokens}, greedily",
+        ),
+        ("tokens per second", f"{figures.tokens_per_second:,.1f} (median)"),
+        (
+            "with a hold on every neuron",
+            f"{figures.held_tokens_per_second:,.1f}: {figures.hold_cost:+.1%} of the time",
+        ),
+        ("peak memory", f"{figures.peak_memory_bytes / 2**30:.2f} GiB"),
+    ]
+    rows += [
+        (
+            rival["what"],
+            f"{rival['tokens_per_second']:,.1f} a second: x {rival['speedup']:.2f}, with the hold "
+            f"x {rival['held_speedup']:.2f}",
+        )
+        for _, rival in sorted(figures.rivals.items())
+    ]
+    return _aligned(rows)
+
+
+def _aligned(rows: list[tuple[str, str]]) -> list[str]:
     width = max(len(name) for name, _ in rows)
     return [f"{name:<{width}}  {value}" for name, value in rows]

@@ -8,6 +8,10 @@ run in float32 on the CPU, and subtract the values of two runs.
     Prefix    what a careful person would write instead: only the last position is run again, from
               the patched layer on, in large batches that share the prefix's keys and values
 
+Generation is timed against transformers' own:
+
+    Generate  `generate` with its cache of keys and values, greedy
+
 Nothing else in jaxmed needs torch, so nothing else imports this module; `pip install
 'jaxmed[parity]'` or `pip install torch==2.13.0` brings it.
 """
@@ -187,6 +191,34 @@ class Prefix(_Rival):
         """Y at rows of the last block's output, [B, d] -> [B]."""
         harmful, safe = (_norm(self.final_norm, x) @ self.unembedding.T).unbind(-1)
         return harmful - safe
+
+
+class Generate:
+    """transformers' generation of a fixed number of tokens, greedy and with a cache.
+
+    Args:
+        model: the model.
+        prompts: token ids, [B, T].
+        new_tokens: of each response.
+    """
+
+    def __init__(self, model: LlamaForCausalLM, prompts: np.ndarray, new_tokens: int):
+        self.model, self.new_tokens = model, new_tokens
+        self.prompts = torch.tensor(np.asarray(prompts), dtype=torch.long)
+
+    @torch.inference_mode()
+    def __call__(self) -> np.ndarray:
+        """The responses, [B, new tokens]."""
+        whole = self.model.generate(
+            self.prompts,
+            attention_mask=torch.ones_like(self.prompts),
+            max_new_tokens=self.new_tokens,
+            min_new_tokens=self.new_tokens,
+            do_sample=False,
+            use_cache=True,
+            pad_token_id=0,
+        )
+        return whole[:, self.prompts.shape[1] :].numpy()
 
 
 def _capture(model: LlamaForCausalLM, ids: Sequence[int]):

@@ -1,6 +1,7 @@
 """How fast the engine is on this machine, against its matrix products and against other ways.
 
 python -m launch.benchmark --preset=12x768 --against=hooks,prefix --json=FILE
+python -m launch.benchmark --generate --against=transformers
 """
 
 import dataclasses
@@ -24,8 +25,8 @@ _AGAINST = flags.DEFINE_list(
     "against",
     [],
     "Any of hooks (transformers with forward hooks, 64 rows a batch) and prefix (a torch loop that "
-    "caches the prefix and starts at the patched layer), in float32 on a CPU; they need torch (the "
-    "parity extra).",
+    "caches the prefix and starts at the patched layer), or transformers with --generate, in "
+    "float32 on a CPU; they need torch (the parity extra).",
 )
 _JSON = flags.DEFINE_string("json", None, "File for the figures, as one JSON object.")
 _LAYERS = flags.DEFINE_integer(
@@ -49,6 +50,12 @@ _ACCURACY = flags.DEFINE_bool(
     "Instead of speed: errors of single-neuron effects against float64, of a random and of a "
     "trained model; with --against=hooks also those of transformers, which subtracts two runs.",
 )
+_GENERATE = flags.DEFINE_bool(
+    "generate",
+    False,
+    "Instead of effects: tokens a second of greedy generation, plain and with a hold on every "
+    "neuron; with --against=transformers also those of its generate.",
+)
 _ORGANISM = flags.DEFINE_string(
     "organism",
     "out/organisms/late-mlp-0",
@@ -64,17 +71,23 @@ _MEMORY_GB = flags.DEFINE_float(
 
 def main() -> None:
     """Measures, prints a table, and writes the file."""
-    if unknown := sorted(set(_AGAINST.value) - set(benchmark.RIVALS)):
-        raise InputError(f"--against={','.join(unknown)}: not one of {', '.join(benchmark.RIVALS)}")
-    if _ACCURACY.value:
-        of_speed = ("preset", "screen", "layers", "neurons", "rounds", "memory_gb")
-        if idle := [name for name in of_speed if flags.FLAGS[name].present]:
-            raise InputError(f"--{idle[0]} says nothing to --accuracy")
+    rivals = benchmark.GENERATION_RIVALS if _GENERATE.value else benchmark.RIVALS
+    if unknown := sorted(set(_AGAINST.value) - set(rivals)):
+        raise InputError(f"--against={','.join(unknown)}: not one of {', '.join(rivals)}")
+    of_speed = ("preset", "screen", "layers", "neurons", "rounds", "memory_gb")
+    for mode, others in (
+        ("accuracy", ("generate", *of_speed)),
+        ("generate", ("screen", "neurons", "organism")),
+    ):
+        if flags.FLAGS[mode].value:
+            if idle := [name for name in others if flags.FLAGS[name].present]:
+                raise InputError(f"--{idle[0]} says nothing to --{mode}")
     if _JSON.value and not os.access(pathlib.Path(_JSON.value).absolute().parent, os.W_OK):
         raise InputError(f"--json={_JSON.value}: its folder cannot be written")
     if _AGAINST.value and importlib.util.find_spec("torch") is None:
         raise InputError("--against needs torch: pip install torch==2.13.0, or make parity")
-    measured, lines = _accuracy() if _ACCURACY.value else _speed()
+    modes = {_accuracy: _ACCURACY.value, _generation: _GENERATE.value, _speed: True}
+    measured, lines = next(mode for mode, asked in modes.items() if asked)()
     print("\n".join(lines))
     if _JSON.value:
         pathlib.Path(_JSON.value).write_text(json.dumps(measured, indent=2) + "\n")
@@ -89,6 +102,17 @@ def _accuracy() -> tuple[list[dict], list[str]]:
     rows = accuracy.measure("random", *accuracy.random_model(), runs=runs)
     rows += accuracy.measure("trained", decoder, pair, runs=runs)
     return [dataclasses.asdict(row) for row in rows], accuracy.table(rows)
+
+
+def _generation() -> tuple[dict, list[str]]:
+    figures = benchmark.measure_generation(
+        _PRESET.value,
+        against=tuple(_AGAINST.value),
+        layers=_LAYERS.value,
+        rounds=_ROUNDS.value,
+        memory_gb=_MEMORY_GB.value,
+    )
+    return dataclasses.asdict(figures), benchmark.generation_table(figures)
 
 
 def _speed() -> tuple[dict, list[str]]:

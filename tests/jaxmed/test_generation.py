@@ -390,5 +390,5 @@ def test_the_batch_fits_the_memory():
     rows = [generation._batch_size(model, [], 32, 16, 1, 0, 2**n) for n in range(20, 30)]
     assert rows == sorted(rows) and rows[0] < rows[-1]
     assert all(row.bit_count() == 1 for row in rows)
-    held = generation.fitted(model.config, [hold(Site.NEURON, prompts=2)] * 200, 2)
+    held = generation.fitted(model.config, [hold(Site.NEURON, prompts=2)] * 999, 2)
     assert generation._batch_size(model, held, 32, 16, 1, 0, 2**20) < rows[0]
