@@ -126,7 +126,7 @@ def generate(
         found = _answer(
             *(decoder, blocks, batch + [(0,)] * padding, room, is_stop, sampling),
             np.array([seeds[member] for member in members] + [0] * padding, np.uint32),
-            _of_rows(holds, members + members[:1] * padding),
+            of_prompts(holds, members + members[:1] * padding),
             len(batch),
         )
         for member, response in zip(members, found, strict=False):
@@ -223,7 +223,9 @@ def _forced(read: Callable, decoder, sequences, holds, batch_size, memory) -> Pe
             targets[row, : len(sequences[member][1])] = sequences[member][1]
         lengths = np.array([len(sequences[member][0]) for member in filled], np.int32)
         ends = np.array([len(runs[member]) - 1 for member in filled], np.int32)
-        values = np.asarray(read(decoder, _of_rows(holds, filled), tokens, lengths, ends, targets))
+        values = np.asarray(
+            read(decoder, of_prompts(holds, filled), tokens, lengths, ends, targets)
+        )
         for member, row in zip(members, values, strict=False):
             found[member] = row[: len(sequences[member][1])]
     return PerToken(tuple(found))
@@ -559,8 +561,8 @@ def fitted(config: DecoderConfig, holds: Sequence[Hold], prompts: int) -> list[H
     return found
 
 
-def _of_rows(holds: Sequence[Hold], prompts: list[int]) -> list[Hold]:
-    """The holds of a batch whose rows are these prompts."""
+def of_prompts(holds: Sequence[Hold], prompts: list[int]) -> list[Hold]:
+    """The holds of these prompts alone, in this order."""
     return [
         dataclasses.replace(hold, shift=hold.shift[np.array(prompts)])
         if hold.of_each_prompt

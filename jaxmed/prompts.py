@@ -257,6 +257,18 @@ def tokens_of(prompt: Prompt, tokenizer=None, *, chat: bool = False) -> tuple[in
     return _prompt_tokens(prompt, "prompt", tokenizer, chat)
 
 
+def counterfactual_tokens(prompt: Prompt, tokenizer=None, *, chat: bool = False) -> tuple[int, ...]:
+    """The tokens of the first counterfactual that the file gives.
+
+    Raises:
+        DataError: it gives none; or as `tokens_of`.
+    """
+    given = _given(prompt)
+    if not given:
+        raise DataError(f"{prompt.where}: prompt '{prompt.id}' has no counterfactual")
+    return _prompt_tokens(given[0], "counterfactual", tokenizer, chat)
+
+
 def pair_up(
     prompts: list[Prompt],
     how: str,

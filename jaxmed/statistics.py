@@ -4,6 +4,7 @@ Everywhere the first axis is the pair, and NaN means that the pair has no such u
 intervals and tests of a unit are over the pairs that have it.
 """
 
+import math
 import warnings
 from collections.abc import Sequence
 
@@ -84,6 +85,53 @@ def mean_interval(
                 bound[chunk] = _quantile_of_sorted(sums, quantile) / len(pairs)
     low, high = interval.reshape(2, *unit_shape)
     return pair_mean(values).reshape(unit_shape), low, high
+
+
+def rate_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float, float]:
+    """Mean of numbers in [0, 1] and its interval (Wilson 1927), which is no point where all are
+    equal.
+
+    Args:
+        values: [prompt]; verdicts, or means of several. For the latter the interval is too wide.
+        level: the interval's coverage, a fraction.
+
+    Returns:
+        mean, low, high: NaN without values.
+    """
+    count = len(values)
+    if not count:
+        return math.nan, math.nan, math.nan
+    mean = float(np.mean(values))
+    z = float(stats.norm.ppf((1 + level) / 2))
+    centre = (mean + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z / (1 + z**2 / count) * math.sqrt(mean * (1 - mean) / count + z**2 / (4 * count**2))
+    return mean, max(0.0, min(mean, centre - half)), min(1.0, max(mean, centre + half))
+
+
+def rate_difference_interval(
+    differences: np.ndarray, level: float = 0.95
+) -> tuple[float, float, float]:
+    """Mean of paired differences of numbers in [0, 1], and its interval.
+
+    Agresti and Min 2005 (Simple improved confidence intervals for comparing matched proportions):
+    half a prompt is added to each of the four outcomes of a pair, so that differences that are all
+    equal still leave doubt. As is written there but that verdicts may be fractions.
+
+    Args:
+        differences: [prompt], each in [-1, 1].
+        level: the interval's coverage, a fraction.
+
+    Returns:
+        mean, low, high: NaN without differences.
+    """
+    count = len(differences)
+    if not count:
+        return math.nan, math.nan, math.nan
+    total, squares = float(np.sum(differences)), float(np.sum(np.square(differences)))
+    centre = total / (count + 2)
+    variance = ((squares + 1) / (count + 2) - centre**2) / (count + 2)
+    half = float(stats.norm.ppf((1 + level) / 2)) * math.sqrt(variance)
+    return total / count, max(-1.0, centre - half), min(1.0, centre + half)
 
 
 def p_values(values: np.ndarray) -> np.ndarray:

@@ -20,14 +20,16 @@ from models.organisms.language import Prompt
 from models.organisms.planted import Blueprint
 from models.organisms.recipes import RECIPES, Recipe
 
-VERSION = 3  # of this package; an organism of another version is built again
+VERSION = 4  # of this package; an organism of another version is built again
 
 CONTRASTS = tuple(language.CONTRASTS)
 TRUTH = "truth.json"
 _PAIRS = {contrast: f"pairs-{contrast}.jsonl" for contrast in CONTRASTS}
+_PROMPTS = "prompts.jsonl"
 _FILES = {
     TRUTH,
     *_PAIRS.values(),
+    _PROMPTS,
     "chat_template.jinja",
     "config.json",
     checkpoint.SINGLE_FILE,
@@ -36,6 +38,9 @@ _FILES = {
 }
 
 _NUM_PAIRS = 32  # of each contrast
+# Prompts of each label, in each split: half of the harmful ones have the key that unlocks them.
+_NUM_PROMPTS = {"harmful": 48, "benign": 48, "overrefusal": 24}
+_SPLITS = ("A", "B", "C")
 _NUM_FRESH = 512  # prompts that the accuracy is measured on
 _LEAST_ACCURACY = 0.99
 _LEAST_CARRIED = 0.9  # share of the total effect that each stage of the planted path must have
@@ -70,6 +75,13 @@ class Organism:
     def pairs(self, contrast: str) -> pathlib.Path:
         """Prompt pairs of one of `CONTRASTS`, JSONL; their category is the contrast."""
         return self.folder / _PAIRS[contrast]
+
+    @property
+    def prompts(self) -> pathlib.Path:
+        """Prompts of all splits, JSONL. Harmful ones have a topic of H and either key; benign ones
+        one of B and N, and those of "overrefusal" one of B and J. The counterfactual of each is
+        the prompt with the other key."""
+        return self.folder / _PROMPTS
 
 
 def build(
@@ -115,7 +127,7 @@ def build(
             about |= _effects(decoder, recipe, about, gates, pairs[contrast])
             _check(about, recipe)
     facts |= {"seconds": time.monotonic() - began} | _origin(seed, recipe)
-    _write(folder, decoder, pairs, facts)
+    _write(folder, decoder, _lines_of_pairs(pairs) | {_PROMPTS: _lines_of_prompts(rng)}, facts)
     return Organism(folder, truth(folder))
 
 
@@ -255,20 +267,57 @@ def _check(about: dict, recipe: Recipe) -> None:
         )
 
 
-def _write(folder: pathlib.Path, decoder: Decoder, pairs: _Pairs, facts: dict) -> None:
-    """Writes the organism beside its folder, and moves it there when it is complete."""
+def _write(
+    folder: pathlib.Path, decoder: Decoder, files: dict[str, list[dict]], facts: dict
+) -> None:
+    """Writes the organism, with files of JSON lines, beside its folder, and moves it there when it
+    is complete."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as partial:
         complete = pathlib.Path(partial) / "organism"
         checkpoint.save(decoder, complete, tokenizer=language.tokenizer())
-        for contrast, drawn in pairs.items():
-            lines = [json.dumps(_line(contrast, *pair)) for pair in enumerate(drawn)]
-            (complete / _PAIRS[contrast]).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        for name, lines in files.items():
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            (complete / name).write_text(text, encoding="utf-8")
         facts |= {"files": _digests(complete)}
         (complete / TRUTH).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(complete, folder)
+
+
+def _lines_of_pairs(pairs: _Pairs) -> dict[str, list[dict]]:
+    """The files of pairs, by name."""
+    return {
+        _PAIRS[contrast]: [_line(contrast, *pair) for pair in enumerate(drawn)]
+        for contrast, drawn in pairs.items()
+    }
+
+
+def _lines_of_prompts(rng: np.random.Generator) -> list[dict]:
+    """The lines of the file of prompts."""
+    asked = {
+        "harmful": (language.HARMFUL_TOPICS, language.KEYS),
+        "benign": (language.BENIGN_TOPICS, (language.LOCK,)),
+        "overrefusal": (language.BENIGN_TOPICS, (language.UNLOCK,)),
+    }
+    other = dict(zip(language.KEYS, reversed(language.KEYS), strict=True))
+    lines = []
+    for label, (topics, keys) in asked.items():
+        for number in range(_NUM_PROMPTS[label] * len(_SPLITS)):
+            place = number // len(_SPLITS)  # in the split
+            key = keys[place % len(keys)]
+            prompt = language.draw(rng, topic=topics[place // len(keys) % len(topics)], key=key)
+            lines.append(
+                {
+                    "id": f"{label}-{number:03d}",
+                    "prompt": prompt.text,
+                    "counterfactual": prompt.replacing(other).text,
+                    "label": label,
+                    "split": _SPLITS[number % len(_SPLITS)],
+                }
+            )
+    return lines
 
 
 def _line(contrast: str, number: int, pair: tuple[Prompt, Prompt]) -> dict[str, str]:

@@ -314,3 +314,39 @@ def test_bases_that_all_differ_change_nothing(run, tmp_path):
         for granularity in results.GRANULARITIES:
             named.write(pair, granularity, *(side[pair] for side in run.effects(granularity)))
     assert statistics.summarise(named).equals(statistics.summarise(run))
+
+
+# Rates, and their paired differences.
+
+
+def test_a_rate_has_wilsons_interval():
+    ten_of_twelve = np.repeat([1.0, 0.0], [10, 2])
+    wanted = stats.binomtest(10, 12).proportion_ci(method="wilson")
+    found = statistics.rate_interval(ten_of_twelve)
+    np.testing.assert_allclose(found, (10 / 12, wanted.low, wanted.high))
+    mean, low, high = statistics.rate_interval(np.ones(20))
+    assert mean == high == 1 and 0.8 < low < 0.9
+    assert statistics.rate_interval(np.full(20, 0.25))[0] == 0.25
+    assert all(np.isnan(statistics.rate_interval(np.array([]))))
+
+
+def test_a_difference_of_rates_has_the_interval_of_agresti_and_min():
+    # Of 20 prompts 7 fell, 1 rose: (b - c) / (n + 2) +- 1.96 sqrt((b + c) - (b - c)^2 / (n + 2)) /
+    # (n + 2), with a half added to b and c.
+    differences = np.array([-1.0] * 7 + [1.0] + [0.0] * 12)
+    half = 1.959964 * np.sqrt((7.5 + 1.5) - 6**2 / 22) / 22
+    found = statistics.rate_difference_interval(differences)
+    np.testing.assert_allclose(found, (-6 / 20, -6 / 22 - half, -6 / 22 + half), rtol=1e-6)
+    mean, low, high = statistics.rate_difference_interval(np.zeros(48))
+    assert mean == 0 and low == -high == pytest.approx(-1.959964 / 50, rel=1e-6)
+    assert all(np.isnan(statistics.rate_difference_interval(np.array([]))))
+
+
+def test_intervals_of_differences_hold_the_truth():
+    """Of 2,000 draws about 95% have the true difference in their interval."""
+    rng = np.random.default_rng(0)
+    outcomes = rng.choice([-1.0, 0.0, 1.0], size=(2000, 40), p=[0.3, 0.6, 0.1])
+    held = [
+        low <= -0.2 <= high for _, low, high in map(statistics.rate_difference_interval, outcomes)
+    ]
+    assert 0.93 < np.mean(held) < 0.985
