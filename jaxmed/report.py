@@ -4,20 +4,16 @@ Everything shown comes from a results folder; nothing is computed here that `sta
 compute. The page carries its figures, has no scripts, and escapes all text.
 """
 
-import base64
 import dataclasses
-import io
-import json
 import math
 import pathlib
 
-import jinja2
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from matplotlib import figure
 
-from jaxmed import figures, scoring, statistics
+from jaxmed import figures, pages, scoring, statistics
 from jaxmed import results as results_lib
 from models.errors import InputError
 
@@ -69,21 +65,17 @@ def write(folder, show_text: bool = False, pairs=None) -> pathlib.Path:
     drawn = {}
     for granularity, units in found.items():
         drawing = figures.DRAWINGS[granularity](units, te, unit, _planted(units, truth))
-        drawn[granularity] = _save(drawing, results.folder, granularity)
+        drawn[granularity] = pages.save(drawing, results.folder, granularity)
     if joint:
-        drawn["joint"] = _save(figures.draw_joint(joint), results.folder, "joint")
+        drawn["joint"] = pages.save(figures.draw_joint(joint), results.folder, "joint")
     if audit:
-        drawn["screen"] = _save(_screen_figure(results, audit), results.folder, "screen")
+        drawn["screen"] = pages.save(_screen_figure(results, audit), results.folder, "screen")
 
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    page = environment.get_template("report.html.j2").render(
-        title=f"Causal mediation in {_model_name(results.run['model'])}",
+    return pages.write(
+        results.folder,
+        "report.html.j2",
+        run=results.run,
+        title=f"Causal mediation in {pages.model_name(results.run['model'])}",
         # The page is one of the files that a run writes before it is finished.
         finished=not any(results.missing(name) for name in results.granularities),
         facts=_facts(results, te),
@@ -114,11 +106,7 @@ def write(folder, show_text: bool = False, pairs=None) -> pathlib.Path:
         totals=_totals_by_pair(results, pairs if show_text else None),
         show_text=show_text,
         files=_files(drawn),
-        settings=json.dumps(results.run, indent=2, ensure_ascii=False),
     )
-    path = results.folder / "report.html"
-    results_lib.replace_file(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
-    return path
 
 
 def closing_lines(results: results_lib.Results) -> list[str]:
@@ -239,8 +227,8 @@ def _score_rows(results: results_lib.Results) -> list[dict]:
             "granularity": _TITLES[granularity],
             "planted": int(scoring.truth_mask(results, granularity).sum()),
             "ranking": scoring.RANKINGS[direction],
-            "auroc": _fixed(values["auroc"], 3),
-            "precision_at_k": _fixed(values["precision_at_k"], 3),
+            "auroc": pages.fixed(values["auroc"], 3),
+            "precision_at_k": pages.fixed(values["precision_at_k"], 3),
         }
         for granularity, by_direction in scoring.score(results).items()
         for direction, values in by_direction.items()
@@ -262,8 +250,8 @@ def _joint(results: results_lib.Results) -> dict | None:
                 "planted": (layer, neuron) in planted,
                 "nie": nie,
                 "tie": tie,
-                "share_nie": _percent(nie),
-                "share_tie": _percent(tie),
+                "share_nie": pages.percent(nie),
+                "share_tie": pages.percent(tie),
             }
             for (layer, neuron), nie, tie in zip(
                 joint.picked, joint.share_nie, joint.share_tie, strict=True
@@ -277,16 +265,16 @@ def _joint_sentence(joint: dict) -> str:
     confirmed, count = joint["confirmed"], len(joint["picked"])
     sentence = (
         f"{count} {'neuron has' if count == 1 else 'neurons together have'}"
-        f" {_percent(joint['share_nie'][-1])} of TE by NIE and"
-        f" {_percent(joint['share_tie'][-1])} by TIE on the pairs that they were searched on"
+        f" {pages.percent(joint['share_nie'][-1])} of TE by NIE and"
+        f" {pages.percent(joint['share_tie'][-1])} by TIE on the pairs that they were searched on"
     )
     if min(joint["share_nie"][-1], joint["share_tie"][-1]) < joint["share"]:
-        sentence += f", less than the {_percent(joint['share'])} that were sought"
+        sentence += f", less than the {pages.percent(joint['share'])} that were sought"
     if confirmed is None:
         return f"{sentence}; no other pairs confirm it."
     return (
-        f"{sentence}, and {_percent(confirmed['share_nie'])} and"
-        f" {_percent(confirmed['share_tie'])} on {confirmed['pairs']} other pairs."
+        f"{sentence}, and {pages.percent(confirmed['share_nie'])} and"
+        f" {pages.percent(confirmed['share_tie'])} on {confirmed['pairs']} other pairs."
     )
 
 
@@ -308,11 +296,6 @@ def _facts(results: results_lib.Results, te: dict | None) -> list[tuple]:
         ("Pairs", str(len(results.pair_ids))),
         ("Mean total effect", f"{_with_interval(te)} {unit}"),
     ]
-
-
-def _model_name(model: str) -> str:
-    """A hub id as it is, a folder by its last name."""
-    return model if model.count("/") == 1 else pathlib.PurePath(model).name
 
 
 def _neurons_of_layer(results: results_lib.Results) -> str:
@@ -347,14 +330,14 @@ def _screen_sentences(results: results_lib.Results) -> list[str]:
         ]
     sentences.append(
         f"At most {audit['bound']:,} {units} stronger than the {_ordinal(top)} strongest of the"
-        f" candidates ({_number(audit['threshold'])} {run['unit']}) are missing, at"
-        f" {_percent(audit['confidence'])} confidence; the audit found {audit['hits']:,} of"
+        f" candidates ({pages.number(audit['threshold'])} {run['unit']}) are missing, at"
+        f" {pages.percent(audit['confidence'])} confidence; the audit found {audit['hits']:,} of"
         f" {sampled:,}."
     )
     if audit["spearman"] is not None:
         sentences.append(
             "Over the audit sample, estimated and exact strengths have a rank correlation of"
-            f" {_fixed(audit['spearman'], 3)}."
+            f" {pages.fixed(audit['spearman'], 3)}."
         )
     return sentences
 
@@ -392,9 +375,9 @@ def _largest_sentence(units: figures.Units, unit: str) -> str:
     measured = []
     for index, name in zip(best, figures.DIRECTIONS, strict=True):
         direction = getattr(units, name)
-        text = f"{_number(direction.mean[index])} {unit}"
+        text = f"{pages.number(direction.mean[index])} {unit}"
         if not np.isnan(direction.share[index]):
-            text += f", {_percent(direction.share[index])} of TE"
+            text += f", {pages.percent(direction.share[index])} of TE"
         measured.append(text)
     if best[0] == best[1]:
         return (
@@ -424,7 +407,7 @@ def _spread_sentence(units: figures.Units, count: str) -> str:
 
 def _table(units: figures.Units, planted: np.ndarray) -> list[dict]:
     chosen = figures.largest(units.size(), _UNITS_IN_TABLE)
-    decimals = _decimals(units.size()[chosen].max())
+    decimals = pages.decimals(units.size()[chosen].max())
     return [
         {
             "name": units.name(index),
@@ -432,10 +415,12 @@ def _table(units: figures.Units, planted: np.ndarray) -> list[dict]:
             "n_pairs": int(units.n_pairs[index]),
             "directions": [
                 {
-                    "mean": _fixed(direction.mean[index], decimals),
-                    "interval": _interval(direction.low[index], direction.high[index], decimals),
+                    "mean": pages.fixed(direction.mean[index], decimals),
+                    "interval": pages.interval(
+                        direction.low[index], direction.high[index], decimals
+                    ),
                     "q": _q(direction.q[index]),
-                    "share": _percent(direction.share[index]),
+                    "share": pages.percent(direction.share[index]),
                 }
                 for direction in (units.nie, units.tie)
             ],
@@ -476,9 +461,9 @@ def _totals_by_pair(results: results_lib.Results, pairs) -> list[dict]:
         rows.append(
             {
                 "id": pair_id,
-                "y_base": _number(y_base),
-                "y_source": _number(y_source),
-                "te": _number(te),
+                "y_base": pages.number(y_base),
+                "y_source": pages.number(y_source),
+                "te": pages.number(te),
                 "prompt": (pair and pair.prompt_text) or "–",
                 "counterfactual": (pair and pair.counterfactual_text) or "–",
             }
@@ -504,49 +489,18 @@ def _files(figures: dict) -> list[tuple[str, str]]:
     ]
 
 
-def _fixed(value: float | None, decimals: int) -> str:
-    if value is None or math.isnan(value):
-        return "–"
-    # A small number is not shown as 0, which it is not.
-    shown = f"{value:.{decimals}f}" if round(value, decimals) or not value else f"{value:.1g}"
-    return shown.replace("-", "−")
-
-
-def _decimals(value: float) -> int:
-    """How many decimals show three digits of a value."""
-    if not value or not math.isfinite(value):
-        return 2
-    return max(0, 2 - math.floor(math.log10(abs(value))))
-
-
-def _number(value: float) -> str:
-    return _fixed(value, _decimals(value))
-
-
-def _interval(low: float | None, high: float | None, decimals: int) -> str:
-    if low is None or math.isnan(low):
-        return "–"
-    return f"[{_fixed(low, decimals)}, {_fixed(high, decimals)}]"
-
-
 def _with_interval(row: dict | None) -> str:
     if row is None:
         return "–"
     if row["ci_low"] is None:
-        return _number(row["mean"])
-    decimals = _decimals(row["mean"])
-    interval = _interval(row["ci_low"], row["ci_high"], decimals)
-    return f"{_fixed(row['mean'], decimals)} {interval}"
-
-
-def _percent(fraction: float | None) -> str:
-    if fraction is None or math.isnan(fraction):
-        return "–"
-    return f"{round(100 * fraction)}%".replace("-", "−")
+        return pages.number(row["mean"])
+    decimals = pages.decimals(row["mean"])
+    interval = pages.interval(row["ci_low"], row["ci_high"], decimals)
+    return f"{pages.fixed(row['mean'], decimals)} {interval}"
 
 
 def _q(value: float) -> str:
-    return "< 0.001" if value < 0.001 else _fixed(value, 3)
+    return "< 0.001" if value < 0.001 else pages.fixed(value, 3)
 
 
 _FIGURES = {
@@ -588,13 +542,3 @@ def _caption(units: figures.Units) -> str:
             f" Each is a group of {units.group_size} adjacent neurons, named by its first one."
         )
     return caption
-
-
-def _save(drawing: figure.Figure, folder: pathlib.Path, name: str) -> str:
-    """Writes `figures/name.png`, and returns it as a data URI."""
-    picture = io.BytesIO()
-    drawing.savefig(picture, format="png", dpi=200)
-    path = folder / "figures" / f"{name}.png"
-    path.parent.mkdir(exist_ok=True)
-    path.write_bytes(picture.getvalue())
-    return "data:image/png;base64," + base64.b64encode(picture.getvalue()).decode()

@@ -242,18 +242,3 @@ def test_no_share_where_the_total_effect_may_be_0(tmp_path):
     for pair in range(PAIRS):
         made.write_totals(pair, y_base=3.0, y_source=3.0 + (-1) ** pair * (5.0 + pair))
     assert "% of TE" not in "".join(report.closing_lines(made))
-
-
-@pytest.mark.parametrize(
-    "value, text",
-    [
-        (-6.108, "−6.11"),
-        (12345.6, "12346"),
-        (-0.00001234, "−0.0000123"),
-        (math.nan, "–"),
-        (0, "0.00"),
-    ],
-)
-def test_numbers_are_shown_with_three_digits(value, text):
-    assert report._number(value) == text
-    assert report._percent(-0.001) == "0%"
