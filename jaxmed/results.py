@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import shutil
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import zarr
@@ -167,7 +168,8 @@ class Results:
             for name in _OWN_FILES:
                 _delete(folder / name)
             return _start(folder, wanted)
-        _check_same_settings(folder, earlier, wanted)
+        written_later = (*earlier["measured"], "measured", "finished")
+        _check_same_settings(folder, earlier, wanted, (*CIRCUMSTANCES, *written_later))
         return cls.open(folder)
 
     def write(self, pair_index: int, granularity: str, nie, tie, status=EXACT) -> None:
@@ -293,6 +295,56 @@ class Results:
         return self._group[granularity]
 
 
+def claim(
+    folder,
+    run: dict,
+    own_files: Sequence[str],
+    overwrite: bool = False,
+    may_change: Collection[str] = (),
+) -> dict:
+    """Takes a folder for a run that is no sweep: starts it, or goes on with one of the same
+    settings.
+
+    Args:
+        folder: made if it is not there.
+        run: what `run.json` is to say; "program" names the kind of run.
+        own_files: what such a run writes beside `run.json`; `overwrite` deletes that and no more.
+        overwrite: start again.
+        may_change: settings that a run which goes on may have otherwise, since what was written
+            under them is as good under others.
+
+    Returns:
+        The content of `run.json`.
+
+    Raises:
+        InputError: the folder cannot be made, holds a run with another setting, or files but no
+            run.
+    """
+    folder, run = pathlib.Path(folder), _plain(run)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out={folder}: cannot be made ({error.strerror})") from error
+    if not (folder / _RUN_FILE).exists():
+        if any(folder.iterdir()):
+            raise InputError(f"{folder} holds files of something else: choose another --out")
+        _write_run(folder, run)
+        return run
+    earlier = _read_object(folder / _RUN_FILE)
+    if earlier.get("program") != run["program"]:
+        raise InputError(f"{folder} holds another kind of run: choose another --out")
+    if overwrite:
+        for name in own_files:
+            _delete(folder / name)
+        _write_run(folder, run)
+        return run
+    _check_same_settings(folder, earlier, run, (*CIRCUMSTANCES, *may_change))
+    current = earlier | {name: run[name] for name in may_change}
+    if current != earlier:
+        _write_run(folder, current)
+    return current
+
+
 def replace_file(path: pathlib.Path, write) -> None:
     """Calls `write(temporary path)` and moves the file into place, so that no half file is seen."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -362,8 +414,9 @@ def _array_names(run: dict) -> list[str]:
     ]
 
 
-def _check_same_settings(folder: pathlib.Path, earlier: dict, wanted: dict) -> None:
-    ignored = {*CIRCUMSTANCES, *earlier["measured"], "measured", "finished"}
+def _check_same_settings(
+    folder: pathlib.Path, earlier: dict, wanted: dict, ignored: Collection[str]
+) -> None:
     for key in dict.fromkeys((*wanted, *earlier)):
         if key not in ignored and earlier.get(key) != wanted.get(key):
             raise InputError(
@@ -383,13 +436,20 @@ def _read_run(folder: pathlib.Path) -> dict:
     path = folder / _RUN_FILE
     if not path.is_file():
         raise InputError(f"{folder} is not a results folder: it has no {_RUN_FILE}")
-    try:
-        run = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is damaged ({error}): choose another --out") from error
-    if not isinstance(run, dict) or not set(_WRITTEN_HERE) <= set(run):
+    run = _read_object(path)
+    if not set(_WRITTEN_HERE) <= set(run):
         raise InputError(f"{path} was not written by a run of jaxmed: choose another --out")
     return run
+
+
+def _read_object(path: pathlib.Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error}): choose another --out") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} was not written by a run of jaxmed: choose another --out")
+    return content
 
 
 def _write_run(folder: pathlib.Path, run: dict) -> None:

@@ -70,6 +70,10 @@ _OF_ONE_METRIC = {
 # Settings that say nothing without a screen, or without a joint set.
 OF_THE_SCREEN = ("screen_audit", "screen_steps")
 OF_THE_JOINT_SET = ("joint_share", "joint_pairs")
+AS_IT_STANDS = (
+    "Prompts are text and are used as they stand; --chat wraps them in the tokenizer's chat "
+    "template"
+)
 _BAR = "{desc}{percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} to go"
 _PACKAGES = ("jax", "jaxlib", "flax", "transformers", "numpy", "scipy", "zarr")
 
@@ -199,7 +203,7 @@ def measure(settings: Settings, *, progress: bool = True) -> tuple[Results, Aske
     say = _say if progress else _keep_silent
     say(f"Loading {settings.model}")
     folder = checkpoint.resolve(settings.model)
-    decoder, tokenizer = models.load(folder, dtype=_parameter_type(settings, folder))
+    decoder, tokenizer = models.load(folder, dtype=parameter_type(settings.dtype, folder))
     check_counts(settings, decoder.config)
     budget = memory.free(settings.memory_gb)
     question = planning.Question(
@@ -302,10 +306,11 @@ def check_counts(settings: Settings, config: DecoderConfig) -> None:
             raise InputError(f"--{name}={getattr(settings, name)}: the model has {most} {units}")
 
 
-def _parameter_type(settings: Settings, folder) -> str | None:
-    """The type that the parameters are loaded in; None for the checkpoint's own."""
-    if settings.dtype or jax.default_backend() != "cpu":
-        return settings.dtype or None
+def parameter_type(asked: str, folder) -> str | None:
+    """The type that parameters are loaded in, given what `Settings.dtype` asks; None for the
+    checkpoint's own."""
+    if asked or jax.default_backend() != "cpu":
+        return asked or None
     # XLA's CPU backend slices no 16-bit floats: it would convert all layers for every chunk.
     return str(jnp.promote_types(checkpoint.stored_dtype(folder), jnp.float32))
 
@@ -315,13 +320,13 @@ def _metric(settings: Settings, decoder: Decoder, tokenizer) -> metrics.Metric:
         return metrics.ResponseLogprobDifference(settings.response_part, settings.decision_tokens)
     return metrics.LogitDifference(
         *(
-            _first_tokens(name, getattr(settings, name), decoder.config.vocab_size, tokenizer)
+            first_tokens(name, getattr(settings, name), decoder.config.vocab_size, tokenizer)
             for name in ("harmful_tokens", "safe_tokens")
         )
     )
 
 
-def _first_tokens(flag: str, given: tuple[str, ...], vocab_size: int, tokenizer) -> tuple[int, ...]:
+def first_tokens(flag: str, given: tuple[str, ...], vocab_size: int, tokenizer) -> tuple[int, ...]:
     """Token ids, given as numbers or as texts whose first token counts."""
     found = []
     for text in given:
@@ -378,10 +383,7 @@ def _read_pairs(
         say(f"{same} of {len(usable)} pairs have identical prompts: all their effects are 0")
     is_text = usable[0].prompt_text is not None and not usable[0].is_chat
     if is_text and tokenizer.chat_template:
-        say(
-            "Prompts are text and are used as they stand; --chat wraps them in the tokenizer's "
-            "chat template"
-        )
+        say(AS_IT_STANDS)
     return usable, len(bad)
 
 
@@ -403,17 +405,11 @@ def _description(
     settings: Settings, question: planning.Question, folder, pairs: list[Pair], skipped: int
 ) -> dict:
     """What `run.json` says of the run."""
-    flags = dataclasses.asdict(settings)
-    device = jax.devices()[0]
-    return flags | {
+    return (dataclasses.asdict(settings) | circumstances()) | {
         "unit": question.metric.unit,
         "meaning": question.metric.meaning,
         # The name under which the results' arrays record it.
         "precision": settings.matmul_precision,
-        "command": sys.argv,
-        "versions": {name: metadata.version(name) for name in _PACKAGES}
-        | {"jaxmed": jaxmed.__version__, "python": sys.version.split()[0]},
-        "device": f"{jax.device_count()} x {device.device_kind}",
         "weights_hash": checkpoint.weights_hash(folder),
         "pairs_hash": _pairs_hash(pairs),
         "pair_bases": [pair.base for pair in pairs],
@@ -421,6 +417,17 @@ def _description(
         "skipped": skipped,
         "truth": _truth(folder, pairs),
         "seeds": {"bootstrap": statistics.SEED, "screen": SCREEN_SEED},
+    }
+
+
+def circumstances() -> dict:
+    """When, where and by which versions a run is made, for `run.json`."""
+    device = jax.devices()[0]
+    return {
+        "command": sys.argv,
+        "versions": {name: metadata.version(name) for name in _PACKAGES}
+        | {"jaxmed": jaxmed.__version__, "python": sys.version.split()[0]},
+        "device": f"{jax.device_count()} x {device.device_kind}",
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 

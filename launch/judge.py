@@ -1,6 +1,6 @@
 """Judges responses in a file; says how the judge agrees with the labels there.
 
-python -m launch.judge --judge=NAME --judge_model=DIR_OR_HUB_ID --responses=FILE.jsonl --out=DIR
+python -m launch.judge --judge=NAME --responses=FILE.jsonl --out=DIR
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ import pathlib
 
 from absl import flags
 
-from jaxmed import judges, results
+from jaxmed import asking, judges, results
 from launch import program
 from models.errors import InputError
 
@@ -19,21 +19,17 @@ VERDICTS, AGREEMENT = "verdicts.jsonl", "agreement.json"
 _JUDGE = flags.DEFINE_string(
     "judge",
     None,
-    f"One of {', '.join(judges.NAMES)}; or a JSON file with a judge of your own: name, meaning, "
-    "template (a text with {prompt} and {response}), yes, no.",
+    f"NAME or NAME=CHECKPOINT: one of {', '.join(judges.NAMES)}, or a JSON file with a judge of "
+    "your own (name, meaning, template: a text with {prompt} and {response}, yes, no); and the "
+    "folder or Hugging Face hub id of its checkpoint, by default the published one, where it can "
+    "be used as it is (docs/judges.md).",
     required=True,
 )
-_MODEL = flags.DEFINE_string(
-    "judge_model",
-    None,
-    "Folder or Hugging Face hub id of the judge's checkpoint; by default the published one, where "
-    "it can be used as it is (docs/judges.md).",
-)
-_TEMPLATE = flags.DEFINE_string(
+_TEMPLATE = flags.DEFINE_multi_string(
     "judge_template",
-    None,
-    "File with the judge's text as its authors publish it, for those judges whose text is "
-    "published (docs/judges.md says where).",
+    [],
+    "NAME=FILE: file with the judge's text as its authors publish it, for those judges whose text "
+    "is published (docs/judges.md says where).",
 )
 _RESPONSES = flags.DEFINE_string(
     "responses",
@@ -56,10 +52,13 @@ _CUT = flags.DEFINE_bool(
     False,
     "Cut the end of a response off where it is too long for the judge; by default it is an error.",
 )
-_COMPLY = flags.DEFINE_list(
-    "comply_tokens", [], "--judge=tokens: token ids that a response begins with if it complies."
+_COMPLY = flags.DEFINE_multi_string(
+    "comply_tokens",
+    [],
+    "--judge=tokens: a token id that a response begins with if it complies; may be given several "
+    "times.",
 )
-_REFUSE = flags.DEFINE_list("refuse_tokens", [], "--judge=tokens: likewise, if it refuses.")
+_REFUSE = flags.DEFINE_multi_string("refuse_tokens", [], "--judge=tokens: likewise, if it refuses.")
 
 
 def main() -> None:
@@ -69,9 +68,8 @@ def main() -> None:
         raise InputError(f"--out={out}: is a file; give a folder")
     if (out / VERDICTS).exists() and not _OVERWRITE.value:
         raise InputError(f"{out / VERDICTS}: is there already; --overwrite replaces it")
-    options = _options()
     lines = judges.read(pathlib.Path(_RESPONSES.value).expanduser())
-    judge = judges.named(_JUDGE.value, **options)
+    judge = _judge()
     verdicts = judge([line.exchange for line in lines])
     found = {
         says: judges.agreement(
@@ -88,23 +86,20 @@ def main() -> None:
     print("\n".join(_means(verdicts) + _agreements(found)))
 
 
-def _options() -> dict:
-    """What the judge is made with."""
-    if _JUDGE.value == judges.FirstTokens.name:
-        if _MODEL.value or _TEMPLATE.value or _CUT.value:
-            raise InputError(
-                "--judge=tokens runs no model: leave --judge_model, --judge_template and --cut out"
-            )
-        return {"comply": _ids(_COMPLY), "refuse": _ids(_REFUSE)}
-    if _COMPLY.value or _REFUSE.value:
+def _judge() -> judges.Judge:
+    """The judge that is asked for."""
+    name, _ = asking.judge_and_checkpoint(_JUDGE.value)
+    if name in asking.WITHOUT_MODEL and _CUT.value:
+        raise InputError(f"--judge={name} runs no model: leave --cut out")
+    if name != judges.FirstTokens.name and (_COMPLY.value or _REFUSE.value):
         raise InputError("--comply_tokens and --refuse_tokens are for --judge=tokens alone")
-    if _JUDGE.value == judges.RefusalPhrases.name:
-        if _MODEL.value or _TEMPLATE.value or _CUT.value:
-            raise InputError(
-                "--judge=phrases runs no model: leave --judge_model, --judge_template and --cut out"
-            )
-        return {}
-    return {"model": _MODEL.value, "template": _TEMPLATE.value, "cut": _CUT.value}
+    return asking.read_judge(
+        _JUDGE.value,
+        cut=_CUT.value,
+        templates=asking.template_files(_TEMPLATE.value, [_JUDGE.value]),
+        comply=_ids(_COMPLY),
+        refuse=_ids(_REFUSE),
+    )
 
 
 def _ids(flag: flags.FlagHolder) -> tuple[int, ...]:
@@ -121,7 +116,7 @@ def _write(out: pathlib.Path, judge, lines, verdicts, found) -> None:
     about = {
         "judge": judge.name,
         "meaning": judge.meaning,
-        "judge_model": _MODEL.value,
+        "judge_model": asking.judge_and_checkpoint(_JUDGE.value)[1] or None,
         "judge_template": _TEMPLATE.value,
         "responses": _RESPONSES.value,
         "threshold": _THRESHOLD.value,

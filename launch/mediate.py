@@ -9,7 +9,7 @@ from jaxmed import report, sweep
 from jaxmed.sweep import Settings
 from launch import program, settings
 
-settings.define(*(field.name for field in dataclasses.fields(Settings)))
+settings.define(sweep, *(field.name for field in dataclasses.fields(Settings)))
 
 
 def main() -> None:

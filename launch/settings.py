@@ -1,17 +1,28 @@
-"""The settings of a sweep as flags, for the programs that run sweeps."""
+"""Settings as flags: those of a sweep, and of the programs that have a model answer prompts."""
+
+import dataclasses
+import types
+import typing
 
 from absl import flags
 
-from jaxmed import attribution, estimands
+from jaxmed import attribution, estimands, judges, prompts
 from jaxmed.planning import SITES
-from jaxmed.sweep import CHOICES, LEAST, MOST, Settings
 
-_HELP = {
+_COMMON = {
     "model": "Folder or Hugging Face hub id of a checkpoint.",
+    "chat": "Wrap text prompts in the tokenizer's chat template.",
+    "dtype": "Type of the parameters in memory; by default the checkpoint's own, but at least "
+    "float32 on a CPU. Activations are float32 at least.",
+    "memory_gb": "Memory that the run may take on its device, weights and program included, in "
+    "GiB; by default most of what is free.",
+    "overwrite": "Start again in a folder that holds an earlier run.",
+    "out": "Folder for the results; a stopped run goes on.",
+}
+_SWEEP = {
     "pairs": "JSONL file, one pair a line: id, prompt (text or chat messages; the run that "
     "complies), counterfactual, harmful_response, safe_response; or prompt_ids, "
     "counterfactual_ids, harmful_ids, safe_ids.",
-    "out": "Folder for the results; a stopped run goes on.",
     "granularity": f"Any of {', '.join(SITES)}. token edits each aligned prompt position alone, "
     "whatever --positions says. direction needs --directions, and --directions alone is enough to "
     "ask for it.",
@@ -42,22 +53,82 @@ _HELP = {
     "takes out the neurons that it does not need.",
     "joint_pairs": "--joint_size: pairs that the set is searched on, from the first; the others "
     "confirm it.",
-    "chat": "Wrap text prompts in the tokenizer's chat template.",
     "harmful_tokens": "logit_diff: a harmful first token, as a token id or as a text whose first "
     "token counts; may be given several times. By default each pair's own harmful response.",
     "safe_tokens": "logit_diff: a safe first token, likewise.",
     "response_part": "response_logprob_diff: the part of the response that is read.",
     "decision_tokens": "response_logprob_diff: tokens of the decision.",
-    "dtype": "Type of the parameters in memory; by default the checkpoint's own, but at least "
-    "float32 on a CPU. Activations are float32 at least.",
     "matmul_precision": "Operands of the matrix products that act on differences; plain runs and "
     "all else are float32. bfloat16 is faster on accelerators; the median effect of a neuron is "
     "then off by a quarter of a percent, one in six by more than 1%.",
-    "memory_gb": "Memory that the run may take on its device, weights and program included, in "
-    "GiB; by default most of what is free.",
     "skip_bad_pairs": "Leave out, and count, pairs that cannot be used.",
-    "overwrite": "Start again in a folder that holds an earlier run.",
     "show_text": "Show prompts in the report, escaped.",
+}
+_ASKING = {
+    "prompts": "File of prompts: CSV, JSON, JSONL or parquet, a published set or jaxmed's own form "
+    "(id, prompt or prompt_ids, label). LABEL=FILE gives the label of a file that does not say it: "
+    f"{', '.join(prompts.LABELS)}. May be given several times.",
+    "samples": "Responses of each prompt; more than one need a --temperature.",
+    "temperature": "What logits are divided by before a token is drawn; 0 takes the likeliest.",
+    "top_p": "Draws from the fewest likeliest tokens that have this probability together; 1 for "
+    "all.",
+    "top_k": "Draws from so many of the likeliest tokens; 0 for all.",
+    "max_tokens": "Tokens of a response at most, the one that ends it included.",
+    "seed": "Of all samples: a response depends on it, its prompt's id and its number.",
+    "judge": f"NAME or NAME=CHECKPOINT: one of {', '.join(judges.NAMES)}, or a JSON file with a "
+    "judge of your own (docs/judges.md); and a folder or hub id, for a copy of the judge's model. "
+    "May be given several times: each says what those before it do not say.",
+    "judge_template": "NAME=FILE: file with a judge's text as its authors publish it, for those "
+    "whose text is published (docs/judges.md says where). May be given several times.",
+    "comply_tokens": "--judge=tokens: first token of a response that complies, as a token id or as "
+    "a text whose first token counts; may be given several times.",
+    "refuse_tokens": "--judge=tokens: first token of a response that refuses, likewise.",
+    "cut": "Let a judge read the beginning of a response that is too long for it; by default it is "
+    "an error.",
+    "skip_bad_prompts": "Leave out, and count, prompts that cannot be used.",
+    "show_text": "Show prompts and responses in the report, escaped.",
+}
+_RESPOND = {
+    "counterfactual": "Where the counterfactuals of harmful prompts are found. given: in the file. "
+    "matched: benign prompts of the same source that correspond to them. length: benign prompts of "
+    "as many tokens. A counterfactual is of the same split.",
+    "count": "--counterfactual=matched or length: how many a prompt has at most.",
+    "safe_template": "A text that is the safe response of prompts which were never refused; by "
+    "default these make no pair.",
+    "threshold": "A verdict of at least this counts as yes.",
+}
+_CLAMP = {
+    "results": "Folder of a run of launch.mediate, which ranks the units that are held.",
+    "granularity": "--results: of the units.",
+    "by": "--results: what the units are ranked by: the size of the mean NIE or TIE, the larger of "
+    "both (max), or as the greedy joint set has them.",
+    "top": "--results: how many of the strongest are held; 0 for the whole joint set.",
+    "units": "A unit that is held, instead of --results: neuron:LAYER.INDEX, head:LAYER.INDEX, "
+    "attention:LAYER or mlp:LAYER; may be given several times.",
+    "edit": "What units are held at: their mean over harmful prompts that the plain model refuses, "
+    "or over benign prompts; zero; or their values at each prompt's own counterfactual (source).",
+    "strength": "Share of the way there: y <- (1 - strength) y + strength value. With --edit=zero "
+    "it is damping by the factor 1 - strength.",
+    "positions": "Where units are held: at all positions, at the prompt's, or at those that the "
+    "answer is read from (the prompt's last and the generated ones).",
+    "split": "The prompts that are answered: split A, B or C (a hash of the id, where the file "
+    "gives none). What units are held at is measured on the others. Empty for all, which then do "
+    "both jobs.",
+    "random": "How often random units are held instead: as many in the same layers, alike in how "
+    "much they differ between answered and refused prompts and in their output norm.",
+    "module": "Also hold the whole modules that the units are in.",
+    "top_doses": "Also hold only so many of the strongest; may be given several times.",
+    "strength_doses": "Also hold with this strength; may be given several times.",
+    "alone": "Also hold each of so many of the strongest units alone.",
+    "export": "Folder for a checkpoint with the edit in its weights (--edit=zero, heads or "
+    "neurons, all positions), written only if harm fell and benign compliance stayed.",
+    "margin": "--export: how far benign compliance may fall, its interval included.",
+}
+# By module.
+_HELP = {
+    "clamp": _COMMON | _ASKING | _CLAMP,
+    "sweep": _COMMON | _SWEEP,
+    "respond": _COMMON | _ASKING | _RESPOND,
 }
 _WITH_COMMAS = ("granularity",)
 
@@ -67,33 +138,38 @@ _defined: list[str] = []
 flags.disclaim_key_flags()
 
 
-def define(*names: str, **defaults) -> None:
-    """Defines flags for these fields of `Settings`; one without a default must be given.
+def define(module: types.ModuleType, *names: str, **defaults) -> None:
+    """Defines flags for fields of a module's `Settings`; one without a default must be given.
 
     Args:
+        module: `sweep` or another with `Settings`, and with `CHOICES`, `LEAST` and `MOST`, the
+            values that a field may have.
         names: of the fields.
         defaults: those that differ from the fields' own.
     """
+    texts = _HELP[module.__name__.rpartition(".")[2]]
+    fields = {field.name: field for field in dataclasses.fields(module.Settings)}
     _defined.extend(names)
     for name in names:
-        default = defaults.get(name, getattr(Settings, name, None))
-        required = default is None and name != "memory_gb"
-        if name in CHOICES:
-            flags.DEFINE_enum(name, default, CHOICES[name], _HELP[name])
-        elif name in LEAST:
-            kind = flags.DEFINE_integer if isinstance(default, int) else flags.DEFINE_float
+        default = defaults.get(name, fields[name].default)
+        if required := default is dataclasses.MISSING:
+            default = None
+        if name in module.CHOICES:
+            flags.DEFINE_enum(name, default, module.CHOICES[name], texts[name])
+        elif name in module.LEAST:
+            kind = flags.DEFINE_integer if fields[name].type is int else flags.DEFINE_float
             kind(
-                *(name, default, _HELP[name]),
-                lower_bound=LEAST[name],
-                upper_bound=MOST.get(name),
+                *(name, default, texts[name]),
+                lower_bound=module.LEAST[name],
+                upper_bound=module.MOST.get(name),
             )
-        elif isinstance(default, bool):
-            flags.DEFINE_bool(name, default, _HELP[name])
-        elif isinstance(default, tuple):
+        elif fields[name].type is bool:
+            flags.DEFINE_bool(name, default, texts[name])
+        elif typing.get_origin(fields[name].type) is tuple:
             kind = flags.DEFINE_list if name in _WITH_COMMAS else flags.DEFINE_multi_string
-            kind(name, list(default), _HELP[name])
+            kind(name, None if required else list(default), texts[name], required=required)
         else:
-            flags.DEFINE_string(name, default, _HELP[name], required=required)
+            flags.DEFINE_string(name, default, texts[name], required=required)
 
 
 def given() -> dict:

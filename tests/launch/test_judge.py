@@ -61,8 +61,7 @@ def test_a_judge_model_judges_a_labelled_file(model, responses, tmp_path):
     (tmp_path / "own.json").write_text(json.dumps(OWN))
     done = process.run(
         "judge",
-        f"--judge={tmp_path / 'own.json'}",
-        f"--judge_model={model}",
+        f"--judge={tmp_path / 'own.json'}={model}",
         responses(*ROWS),
         f"--out={tmp_path / 'out'}",
     )
@@ -90,14 +89,14 @@ def test_a_judge_model_judges_a_labelled_file(model, responses, tmp_path):
 def test_a_published_judge_reads_its_text_from_a_file(run, model, responses, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("tell {behavior} do {generation} why\n")
-    flags = [f"--judge_model={model}", f"--judge_template={text}", responses(*ROWS[:2])]
-    done = run("--judge=harmbench-mistral", *flags, f"--out={tmp_path / 'out'}")
+    flags = [f"--judge_template=harmbench-mistral={text}", responses(*ROWS[:2])]
+    done = run(f"--judge=harmbench-mistral={model}", *flags, f"--out={tmp_path / 'out'}")
     assert done.returncode == 0, done.stderr
     assert "; its text is not the published one)" in done.stdout.splitlines()[0]
     verdicts, about = read(tmp_path / "out")
     assert all(0 < verdict["judge_harmful"] < 1 for verdict in verdicts)
     assert about["meaning"].endswith("; its text is not the published one")
-    assert about["judge_template"] == str(text)
+    assert about["judge_template"] == [f"harmbench-mistral={text}"]
 
 
 def test_phrases_agree_on_refusals_alone(run, responses, tmp_path):
@@ -113,7 +112,13 @@ def test_phrases_agree_on_refusals_alone(run, responses, tmp_path):
 
 def test_tokens_without_labels(run, responses, tmp_path):
     rows = [{"prompt_ids": [1, 2], "response_ids": ids} for ids in ([6, 9], [7], [])]
-    flags = ["--judge=tokens", "--comply_tokens=6,8", "--refuse_tokens=7", responses(*rows)]
+    flags = [
+        "--judge=tokens",
+        "--comply_tokens=6",
+        "--comply_tokens=8",
+        "--refuse_tokens=7",
+        responses(*rows),
+    ]
     done = run(*flags, f"--out={tmp_path / 'out'}")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith("No response has a label")
@@ -134,7 +139,7 @@ def test_numbers_that_do_not_exist_are_null(run, responses, tmp_path):
 
 def test_responses_that_are_cut_are_counted(run, model, responses, tmp_path):
     (tmp_path / "own.json").write_text(json.dumps(OWN))
-    flags = [f"--judge={tmp_path / 'own.json'}", f"--judge_model={model}"]
+    flags = [f"--judge={tmp_path / 'own.json'}={model}"]
     flags += [responses(ROWS[0], {"prompt": "how", "response": "do " * 80})]
     refused = run(*flags, f"--out={tmp_path / 'out'}")
     assert refused.returncode == 1 and "responses.jsonl:2: has 85 tokens" in refused.stderr
@@ -152,25 +157,36 @@ def test_responses_that_are_cut_are_counted(run, model, responses, tmp_path):
         (["--judge=phrases"], [*ROWS, "{"], "responses.jsonl:5: not to be read as JSON"),
         (["--judge=phrases"], [{"prompt": "how"}], "responses.jsonl:1: has no response"),
         (["--judge=phrases", "--cut"], ROWS, "--judge=phrases runs no model"),
+        (["--judge=phrases={model}"], ROWS, "phrases runs no model: leave ={model} out"),
+        (["--judge=harmbench="], ROWS, "--judge=harmbench=: names no checkpoint after the ="),
         (["--judge=phrases", "--comply_tokens=1"], ROWS, "are for --judge=tokens alone"),
         (["--judge=tokens"], ROWS, "give the first tokens that comply"),
         (["--judge=tokens", "--comply_tokens=C"], ROWS, "--comply_tokens=C: must be token ids"),
         (
-            ["--judge=strongreject", "--judge_model={model}", "--judge_template={text}"],
+            ["--judge=strongreject={model}", "--judge_template=strongreject={text}"],
             ROWS,
             "judge 'strongreject': answer '1': the tokenizer of {model} has no tokens for it",
         ),
-        (["--judge=llama-guard", "--judge_model=/nowhere"], ROWS, "/nowhere: no such folder"),
-        (["--judge=phrases", "--judge_template={text}"], ROWS, "--judge=phrases runs no model"),
+        (["--judge=llama-guard=/nowhere"], ROWS, "/nowhere: no such folder"),
         (
-            ["--judge=harmbench", "--judge_model={model}"],
+            ["--judge=phrases", "--judge_template=phrases={text}"],
+            ROWS,
+            "judge 'phrases': takes no text from a file",
+        ),
+        (
+            ["--judge=harmbench={model}"],
             ROWS,
             "judge 'harmbench': needs its text, which is not part of jaxmed",
         ),
         (
-            ["--judge=harmbench", "--judge_model={model}", "--judge_template={text}"],
+            ["--judge=harmbench={model}", "--judge_template=harmbench={text}"],
             ROWS,
             "{text}: judge 'harmbench': its template has no {{behavior}}",
+        ),
+        (
+            ["--judge=harmbench={model}", "--judge_template=wildguard={text}"],
+            ROWS,
+            "--judge_template=wildguard={text}: --judge names no wildguard",
         ),
     ],
 )

@@ -1,0 +1,408 @@
+"""What every program shares that has a model answer prompts: settings, prompts, judges."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import pathlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+
+import tqdm
+
+import models
+from jaxmed import generation, judges, memory, prompts, responses, sweep
+from jaxmed.data import SPLITS, DataError
+from jaxmed.generation import Sampling
+from jaxmed.judges import Judge, Verdict
+from jaxmed.responses import Asked, Condition, Log, Response
+from models import checkpoint
+from models.decoder import Decoder
+from models.errors import InputError
+
+CHOICES = {"dtype": sweep.CHOICES["dtype"]}
+# The least value of a number, and the largest.
+LEAST = {
+    "samples": 1,
+    "max_tokens": 1,
+    "temperature": 0,
+    "top_p": 0,
+    "top_k": 0,
+    "seed": 0,
+    "memory_gb": sweep.LEAST["memory_gb"],
+}
+MOST = {"top_p": 1, "top_k": 2**31 - 1, "seed": 2**32 - 1}
+
+LEAVE_OUT = "(or leave such prompts out: --skip_bad_prompts)"
+
+# Judges that are no model of their own.
+WITHOUT_MODEL = (judges.RefusalPhrases.name, judges.FirstTokens.name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Which model answers which prompts, how, and who judges; one field per flag.
+
+    Attributes:
+        model: folder or Hugging Face hub id.
+        prompts: files of prompts (`prompts.read`); LABEL=FILE labels those that do not say it.
+        out: folder for the results.
+        chat: wrap text prompts in the tokenizer's chat template.
+        samples: responses of each prompt.
+        temperature, top_p, top_k, max_tokens: as in `generation.Sampling`.
+        seed: of all samples.
+        judge: judges, by the names of `judges.named`; NAME=CHECKPOINT for one's own copy of a
+            judge model. Each says what those before it do not say.
+        judge_template: NAME=FILE, the published text of a judge that needs it
+            (`judges.with_text`).
+        comply_tokens, refuse_tokens: of the judge "tokens": token ids, or texts whose first token
+            counts.
+        cut: let judges read the beginning of a response that is too long for them.
+        dtype: of the parameters, as in `sweep.Settings`.
+        memory_gb: memory that the run may take on its device, in GiB; by default most of what is
+            free.
+        skip_bad_prompts: leave out, and count, prompts that cannot be used.
+        overwrite: start again in a folder that holds an earlier run.
+        show_text: show prompts and responses in the report.
+    """
+
+    model: str
+    prompts: tuple[str, ...]
+    out: str
+    chat: bool = False
+    samples: int = 1
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_tokens: int = 128
+    seed: int = 0
+    judge: tuple[str, ...] = ("phrases",)
+    judge_template: tuple[str, ...] = ()
+    comply_tokens: tuple[str, ...] = ()
+    refuse_tokens: tuple[str, ...] = ()
+    cut: bool = False
+    dtype: str = ""
+    memory_gb: float | None = None
+    skip_bad_prompts: bool = False
+    overwrite: bool = False
+    show_text: bool = False
+
+    @property
+    def sampling(self) -> Sampling:
+        """How tokens are chosen."""
+        return Sampling(self.max_tokens, self.temperature, self.top_p, self.top_k)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model that answers.
+
+    Attributes:
+        folder: of its checkpoint.
+        decoder, tokenizer: as `models.load` gives them.
+        stop: the tokens that end a response.
+        memory_gb: as in `Settings`.
+    """
+
+    folder: pathlib.Path
+    decoder: Decoder
+    tokenizer: object
+    stop: frozenset[int]
+    memory_gb: float | None = None
+
+    @property
+    def budget(self) -> int:
+        """Bytes that a run may take beside all that is loaded by now, the judges' weights too."""
+        return memory.free(self.memory_gb)
+
+
+def check(settings: Settings, choices=CHOICES, least=LEAST, most=MOST) -> None:
+    """Raises `InputError` where a setting is out of range or contradicts another."""
+    for name, known in choices.items():
+        if getattr(settings, name) not in known:
+            raise InputError(f"--{name}={getattr(settings, name)}: not one of {', '.join(known)}")
+    for bounds, fits, word in (
+        (least, lambda value, bound: bound <= value < math.inf, "least"),
+        (most, lambda value, bound: value <= bound, "most"),
+    ):
+        for name, bound in bounds.items():
+            value = getattr(settings, name)
+            if value is not None and not fits(value, bound):
+                raise InputError(f"--{name}={value}: must be a number, and at {word} {bound}")
+    if not settings.top_p:
+        raise InputError("--top_p=0: must be above 0")
+    if not settings.prompts:
+        raise InputError("--prompts=FILE: name at least one file of prompts")
+    if not settings.judge:
+        raise InputError(f"--judge: name at least one of {', '.join(judges.NAMES)}")
+    if settings.samples > 1 and not settings.temperature:
+        raise InputError(
+            f"--samples={settings.samples} --temperature=0: the likeliest tokens are the same each "
+            "time; give a --temperature above 0"
+        )
+    for name in ("comply_tokens", "refuse_tokens"):
+        if bool(getattr(settings, name)) != ("tokens" in settings.judge):
+            raise InputError(f"--{name} and --judge=tokens need each other")
+    named = [judge_and_checkpoint(given)[0] for given in settings.judge]
+    if settings.cut and set(named) <= set(WITHOUT_MODEL):
+        raise InputError(f"--cut: --judge={','.join(named)} reads responses of any length")
+
+
+def load(settings: Settings) -> Model:
+    """Loads the model.
+
+    Raises:
+        InputError: as `models.load`.
+    """
+    folder = checkpoint.resolve(settings.model)
+    dtype = sweep.parameter_type(settings.dtype, folder)
+    decoder, tokenizer = models.load(folder, dtype=dtype)
+    stop = generation.stop_tokens(folder, tokenizer)
+    return Model(folder, decoder, tokenizer, stop, settings.memory_gb)
+
+
+def say(text: str) -> None:
+    """Tells people what goes on."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def read_prompts(settings: Settings, model: Model, say: Callable[[str], None] = say) -> list[Asked]:
+    """The prompts of all files, as the model gets them.
+
+    Args:
+        settings: which files, and what is done with bad prompts.
+        model: gets the prompts.
+        say: told of what is skipped, and if a chat template is not used.
+
+    Raises:
+        InputError: a file or prompt cannot be used (or is left out, where that is asked), or ids
+            are used twice.
+    """
+    bad = []
+
+    def skip(error: DataError) -> None:
+        bad.append(error)
+        say(f"Skipped: {error}")
+
+    on_bad = skip if settings.skip_bad_prompts else None
+    reads_text = any(
+        judge_and_checkpoint(given)[0] not in WITHOUT_MODEL for given in settings.judge
+    )
+    found, files = [], {}
+    for given in settings.prompts:
+        label, path = _labelled(given)
+        for prompt in prompts.read(path, label=label, on_bad=on_bad):
+            try:
+                if prompt.id in files:
+                    raise DataError(
+                        f"{prompt.where}: id '{prompt.id}' was used before, by "
+                        f"{files[prompt.id]}; give one of them another id"
+                    )
+                tokens = prompts.tokens_of(prompt, model.tokenizer, chat=settings.chat)
+                check_tokens(f"{prompt.where}: prompt '{prompt.id}'", tokens, settings, model)
+                if reads_text or prompt.prompt is not None:
+                    prompts.text(prompt)
+            except DataError as error:
+                if on_bad is None:
+                    raise DataError(f"{error} {LEAVE_OUT}") from None
+                on_bad(error)
+                continue
+            files[prompt.id] = prompt.where
+            found.append(Asked(prompt, tokens))
+    if bad:
+        say(f"Skipped {len(bad)} of {len(bad) + len(found)} prompts")
+    if not found:
+        raise DataError(f"{', '.join(settings.prompts)}: not one prompt can be used")
+    is_text = any(isinstance(one.prompt.prompt, str) for one in found)
+    if is_text and not settings.chat and model.tokenizer.chat_template:
+        say(sweep.AS_IT_STANDS)
+    return found
+
+
+def _labelled(given: str) -> tuple[str | None, str]:
+    """What LABEL=FILE says; a file's name may have a = of its own."""
+    label, equals, path = given.partition("=")
+    return (label, path) if equals and label in prompts.LABELS else (None, given)
+
+
+def check_tokens(what: str, tokens: Sequence[int], settings: Settings, model: Model) -> None:
+    """Raises `DataError`, about `what`, where the model cannot answer a prompt of these tokens."""
+    config = model.decoder.config
+    if not tokens:
+        raise DataError(f"{what} has no tokens: a response needs one to follow")
+    if bad := [token for token in tokens if token >= config.vocab_size]:
+        raise DataError(
+            f"{what} has the token {bad[0]}, outside the vocabulary of {config.vocab_size}"
+        )
+    if len(tokens) + settings.max_tokens > config.max_positions:
+        raise DataError(
+            f"{what} has {len(tokens)} tokens, which with --max_tokens={settings.max_tokens} are "
+            f"more than the model's {config.max_positions} positions"
+        )
+
+
+def judge_and_checkpoint(given: str) -> tuple[str, str]:
+    """What NAME=CHECKPOINT says; "" for the judge's own checkpoint. Files of templates, and
+    checkpoints, may have a = in their names.
+
+    Raises:
+        InputError: the checkpoint is empty, or of a judge that runs no model.
+    """
+    if given.endswith(".json"):
+        return given, ""
+    name, equals, folder = given.partition(".json=" if ".json=" in given else "=")
+    name += equals.removesuffix("=")
+    if equals and not folder:
+        raise InputError(f"--judge={given}: names no checkpoint after the =")
+    if equals and name in WITHOUT_MODEL:
+        raise InputError(f"--judge={given}: {name} runs no model: leave ={folder} out")
+    return name, folder
+
+
+def template_files(given: Sequence[str], judges_given: Sequence[str]) -> dict[str, str]:
+    """The file of each judge's text, as NAME=FILE says.
+
+    Raises:
+        InputError: one names no file, or a judge that is not given.
+    """
+    known = {judge_and_checkpoint(judge)[0] for judge in judges_given}
+    found = {}
+    for each in given:
+        name, _, file = each.partition("=")
+        if not file:
+            raise InputError(f"--judge_template={each}: must be NAME=FILE")
+        if name not in known:
+            raise InputError(f"--judge_template={each}: --judge names no {name}")
+        found[name] = file
+    return found
+
+
+def read_judge(
+    given: str, *, cut: bool, templates: Mapping[str, str], **first_tokens: Sequence[int]
+) -> Judge:
+    """The judge NAME or NAME=CHECKPOINT.
+
+    Args:
+        given: the name, as `judges.named` knows it, and the checkpoint.
+        cut: as in `Settings`.
+        templates: the files of judges' texts, by name.
+        first_tokens: `comply` and `refuse`, for the judge "tokens".
+
+    Raises:
+        InputError: it is unknown, or its checkpoint cannot be used.
+    """
+    name, folder = judge_and_checkpoint(given)
+    if name == judges.FirstTokens.name:
+        options = first_tokens
+    elif name in judges.JUDGES or name.endswith(".json"):
+        options = {"model": folder, "cut": cut}
+    else:
+        options = {}
+    return judges.named(name, template=templates.get(name), **options)
+
+
+def read_judges(settings: Settings, model: Model) -> list[Judge]:
+    """The judges that are asked for.
+
+    Raises:
+        InputError: one is unknown, its checkpoint cannot be used, the model gives no text that it
+            could read, or they leave no memory.
+    """
+    first_tokens = {
+        side: sweep.first_tokens(
+            f"{side}_tokens",
+            getattr(settings, f"{side}_tokens"),
+            model.decoder.config.vocab_size,
+            model.tokenizer,
+        )
+        for side in ("comply", "refuse")
+    }
+    for given in settings.judge:
+        if model.tokenizer is None and given != judges.FirstTokens.name:
+            raise InputError(
+                f"--judge={given}: reads text, but {settings.model} has no tokenizer; give "
+                "--judge=tokens"
+            )
+    files = template_files(settings.judge_template, settings.judge)
+    found = [
+        read_judge(given, cut=settings.cut, templates=files, **first_tokens)
+        for given in settings.judge
+    ]
+    memory.free(settings.memory_gb)  # raises where nothing is left
+    return found
+
+
+def answer(
+    settings: Settings,
+    model: Model,
+    asked: Sequence[Asked],
+    conditions: Sequence[Condition],
+    given: Sequence[Judge],
+    answered: Log[Response],
+    verdicts: Log[Verdict],
+    *,
+    label: str = "",
+    progress: bool = True,
+) -> None:
+    """Adds to the logs what they lack: responses to prompts under conditions, and verdicts.
+
+    Args:
+        settings: how.
+        model: answers.
+        asked: the prompts.
+        conditions: under each of these.
+        given: the judges.
+        answered, verdicts: the logs.
+        label: before the names of the progress bars.
+        progress: show these.
+
+    Raises:
+        InputError: the memory does not suffice, or a judge cannot read a response.
+    """
+    wanted = responses.keys([each.name for each in conditions], asked, settings.samples)
+    budget = model.budget
+
+    def bar(what: str, log: Log) -> tqdm.tqdm:
+        # What an earlier run did says nothing of the time that the rest takes.
+        done = sum(key in log.values for key in wanted)
+        name = f"{label}: {what}" if label else what
+        return tqdm.tqdm(
+            total=len(wanted), initial=done, desc=name, unit="response", disable=not progress
+        )
+
+    with bar("responses", answered) as shown:
+        for condition in conditions:
+            shown.set_postfix_str(condition.name)
+            responses.generate(
+                *(model.decoder, model.tokenizer, condition, asked, answered),
+                stop=model.stop,
+                sampling=settings.sampling,
+                samples=settings.samples,
+                seed=settings.seed,
+                memory=budget,
+                progress=shown.update,
+            )
+    with bar("verdicts", verdicts) as shown:
+        responses.judge(asked, given, wanted, answered, verdicts, progress=shown.update)
+
+
+def of_split(
+    asked: Sequence[Asked], splits: Sequence[str] = SPLITS, label: str = ""
+) -> list[Asked]:
+    """The prompts of splits, and of a label if one is given."""
+    return [one for one in asked if one.prompt.split in splits and label in ("", one.prompt.label)]
+
+
+def described(
+    settings: Settings, program: str, model: Model, asked: Sequence[Asked], given: Sequence[Judge]
+) -> dict:
+    """What `run.json` says of a run."""
+    seen = [(one.prompt.id, one.prompt.label, one.prompt.split, one.tokens) for one in asked]
+    return dataclasses.asdict(settings) | {
+        "program": program,
+        "judges": {judge.name: judge.meaning for judge in given},
+        "stop_tokens": sorted(model.stop),
+        "weights_hash": checkpoint.weights_hash(model.folder),
+        "prompts_hash": hashlib.sha256(json.dumps(seen).encode()).hexdigest(),
+        **sweep.circumstances(),
+    }
