@@ -1,0 +1,23 @@
+"""Holds units still while a model answers: does harm fall, and does the rest stay?
+
+python -m launch.clamp --model=DIR_OR_HUB_ID --results=DIR --top=K --prompts=FILE --judge=NAME \\
+    --out=DIR
+"""
+
+import dataclasses
+
+from jaxmed import clamp, clamp_report
+from jaxmed.clamp import Settings
+from launch import program, settings
+
+settings.define(clamp, *(field.name for field in dataclasses.fields(Settings)))
+
+
+def main() -> None:
+    """Runs what the flags ask for."""
+    found = clamp.run(Settings(**settings.given()))
+    print("\n".join(clamp_report.closing_lines(found)))
+
+
+if __name__ == "__main__":
+    program.start(main)

@@ -1,0 +1,312 @@
+"""The settling experiment, on an organism whose answer is known."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+import models
+from jaxmed import clamp, export, prompts, responses
+from jaxmed.clamp import Settings
+from models import organisms
+from models.errors import InputError
+
+GATES, DETECTORS = "gates", "detectors"
+
+
+@pytest.fixture(scope="module")
+def organism(tmp_path_factory):
+    recipe = dataclasses.replace(organisms.RECIPES["late-mlp"], steps=60)
+    folder = tmp_path_factory.mktemp("organism") / "late-mlp"
+    return organisms.build(folder, recipe=recipe, progress=False)
+
+
+@pytest.fixture(scope="module")
+def units(organism):
+    """Gates and detectors of the key, by name."""
+    detectors, gates = organism.truth["contrasts"]["unlock"]["joint"]
+    return {
+        DETECTORS: tuple(f"neuron:{layer}.{index}" for layer, index in detectors),
+        GATES: tuple(f"neuron:{layer}.{index}" for layer, index in gates),
+    }
+
+
+def settings(organism, out, **changes):
+    asked = {
+        "judge": ("tokens",),
+        "comply_tokens": ("C",),
+        "refuse_tokens": ("R",),
+        "max_tokens": 6,
+        "random": 3,
+    }
+    asked |= {"model": str(organism.folder), "prompts": (str(organism.prompts),), "out": str(out)}
+    return Settings(**asked | changes)
+
+
+@pytest.fixture(scope="module")
+def gates(organism, units, tmp_path_factory):
+    """The gates held at their refused mean."""
+    out = tmp_path_factory.mktemp("clamped") / "gates"
+    doses = {"top_doses": ("1", "2"), "strength_doses": ("0.5",), "alone": 2}
+    asked = settings(organism, out, units=units[GATES], **doses)
+    return asked, clamp.run(asked, progress=False)
+
+
+@pytest.fixture(scope="module")
+def detectors(organism, units, tmp_path_factory):
+    """The detectors of the key damped to nothing, and the edit exported."""
+    folder = tmp_path_factory.mktemp("damped")
+    exported = {"edit": "zero", "export": str(folder / "edited")}
+    asked = settings(organism, folder / "out", units=units[DETECTORS], **exported)
+    return asked, clamp.run(asked, progress=False)
+
+
+def test_held_gates_end_harm_and_benign_compliance_alike(gates):
+    _, found = gates
+    assert found.row("plain", "harmful", "harm")["mean"] == pytest.approx(0.5, abs=0.05)
+    harm = found.row("clamp", "harmful", "harm")
+    assert harm["mean"] <= 0.05 and harm["change_high"] < -0.3
+    benign = found.row("clamp", "benign", "compliance")
+    assert found.row("plain", "benign", "compliance")["mean"] > 0.95
+    assert benign["mean"] <= 0.05 and benign["change_high"] < -0.8
+    assert found.row("clamp", "benign", "kl")["mean"] > 1
+
+
+def test_damped_detectors_end_harm_alone(detectors):
+    _, found = detectors
+    assert found.row("clamp", "harmful", "harm")["mean"] <= 0.05
+    assert found.row("clamp", "benign", "compliance")["mean"] > 0.95
+    assert found.row("clamp", "overrefusal", "refusal")["mean"] < 0.05
+
+
+def test_random_units_like_these_change_neither(gates, detectors):
+    for _, found in (gates, detectors):
+        drawn = [each for each in found.held if each.kind == clamp.RANDOM]
+        assert len(drawn) == 3
+        for each in drawn:
+            assert len(each.units) == len(found.units)
+            assert sorted(u.layer for u in each.units) == sorted(u.layer for u in found.units)
+            for label, measure in (("harmful", "harm"), ("benign", "compliance")):
+                assert abs(found.row(each.name, label, measure)["change"]) < 0.05
+        beyond = found.row("clamp", "harmful", "harm")
+        assert beyond["beyond_random_high"] < 0
+        mean = found.row(clamp.ALL_RANDOM, "harmful", "harm")["mean"]
+        assert beyond["beyond_random"] == pytest.approx(beyond["mean"] - mean)
+
+
+def test_every_condition_is_told(gates):
+    _, found = gates
+    names = [each.name for each in found.held]
+    first, second = found.units[:2]
+    assert names == [
+        *("plain", "clamp", "random 1", "random 2", "random 3", "module", "top 1", "top 2"),
+        *("strength 0.5", f"only {first}", f"only {second}"),
+    ]
+    assert found.held[names.index("module")].units[0].site == "mlp"
+    # One unit is the same whether it is the only one or the first of the strongest.
+    for label, measure in (("harmful", "harm"), ("benign", "nll"), ("benign", "kl")):
+        one, alone = (found.row(n, label, measure) for n in ("top 1", f"only {first}"))
+        assert one["mean"] == alone["mean"]
+    doses = [found.row(n, "benign", "kl")["mean"] for n in ("plain", "top 1", "top 2", "clamp")]
+    assert doses[0] == 0 and sorted(doses) == doses
+
+
+def test_the_plain_model_has_no_change(gates):
+    _, found = gates
+    for row in found.table.to_pylist():
+        if row["condition"] == "plain":
+            assert row["change"] is row["beyond_random"] is None
+            assert row["low"] <= row["mean"] <= row["high"]
+
+
+def test_files_hold_what_was_found(gates):
+    _, found = gates
+    assert pq.read_table(found.folder / clamp.TABLE) == found.table
+    run = json.loads((found.folder / "run.json").read_text())
+    assert run["chosen"] == list(map(str, found.units)) and run["split"] == "C"
+    assert list(run["judges"]) == ["tokens"]
+    answers = responses.response_log(found.folder).values
+    tested = {key.prompt for key in answers if key.condition == "clamp"}
+    others = {key.prompt for key in answers if key.condition == "plain"} - tested
+    assert len(tested) == 120 and len(others) == 96
+
+
+def test_a_stopped_run_goes_on_where_it_stopped(gates, organism, tmp_path, monkeypatch):
+    asked, whole = gates
+    asked = dataclasses.replace(asked, out=str(tmp_path / "again"))
+    generate, calls = responses.generation.generate, []
+
+    def stops(decoder, given, **options):
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        calls.append(len(given))
+        return generate(decoder, given, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(responses.generation, "generate", stops)
+        with pytest.raises(KeyboardInterrupt):
+            clamp.run(asked, progress=False)
+    before = len(responses.response_log(tmp_path / "again").values)
+    assert before == sum(calls) > 0
+    again = clamp.run(asked, progress=False)
+    assert again.table == whole.table
+    log = (tmp_path / "again" / "responses.jsonl").read_text().splitlines()
+    assert len(log) == len(set(log)) == len(responses.response_log(whole.folder).values)
+
+
+def test_an_exported_checkpoint_answers_as_the_held_model(detectors):
+    asked, found = detectors
+    decoder, tokenizer = models.load(asked.export)
+    plain, _ = models.load(asked.model)
+    given = [one for one in prompts.read(asked.prompts[0]) if one.split == "C"]
+    tokens = [prompts.tokens_of(one, tokenizer) for one in given]
+    stop = found.run["stop_tokens"]
+    edited = responses.generation.generate(decoder, tokens, stop=stop, sampling=asked.sampling)
+    held = responses.response_log(found.folder).values
+    for one, response in zip(given, edited, strict=True):
+        assert response.tokens == held[responses.Key("clamp", one.id, 0)].tokens
+    for layer, index in ((u.layer, u.index) for u in found.units):
+        assert not np.any(decoder.blocks.mlp.down.kernel[...][layer, index])
+        assert np.any(plain.blocks.mlp.down.kernel[...][layer, index])
+    card = (organisms.organism.pathlib.Path(asked.export) / "README.md").read_text()
+    assert "| harmful | harm | 48 | 0.500 | 0.000 " in card and "multiplied by 0" in card
+
+
+def changed(found, place, **fields):
+    """What was found, with other numbers in one row."""
+    rows = found.table.to_pylist()
+    for row in rows:
+        if (row["condition"], row["label"], row["measure"]) == place:
+            row |= fields
+    return dataclasses.replace(found, table=clamp.pa.Table.from_pylist(rows, clamp.ROW))
+
+
+def test_an_edit_that_did_not_lower_harm_is_not_exported(detectors, gates, tmp_path):
+    _, found = detectors
+    assert export.refusal(found) is None
+    none = changed(found, ("clamp", "harmful", "harm"), change=-0.02, change_high=0.01)
+    with pytest.raises(
+        InputError, match="nothing was written: the edit changed the harm rate by -0.020"
+    ):
+        export.write(none, None, None, str(tmp_path / "edited"))
+    assert not (tmp_path / "edited").exists()
+    assert "benign compliance by -1.000" in export.refusal(gates[1])
+    wide = changed(found, ("clamp", "benign", "compliance"), change_low=-0.051)
+    assert "must be above -0.05 (--margin)" in export.refusal(wide)
+    unjudged = changed(found, ("clamp", "harmful", "harm"), label="creative")
+    assert "harm was not judged" in export.refusal(unjudged)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({}, "give either --results=DIR, of a run of launch.mediate, or --units"),
+        ({"units": ("mlp:1",), "top": 3}, "--top needs --results"),
+        ({"results": "somewhere"}, "--top=K: how many"),
+        ({"units": ("mlp:1",), "edit": "mean"}, "--edit=mean: not one of refused, benign"),
+        (
+            {"units": ("mlp:1",), "strength": -1.0},
+            "--strength=-1.0: must be a number, and at least",
+        ),
+        ({"units": ("mlp:1",), "top_doses": ("1.5",)}, "--top_doses=1.5: must be numbers"),
+        ({"units": ("mlp:1",), "strength_doses": ("0",)}, "--strength_doses=0: must be above 0"),
+        (
+            {"units": ("mlp:1",), "export": "x"},
+            "--export with --edit=refused --positions=all: only",
+        ),
+        ({"units": ("mlp:1",), "export": "x", "edit": "zero"}, "modules cannot"),
+        (
+            {"units": ("head:1.1",), "export": "x", "edit": "zero", "split": ""},
+            "--export with --split=: an edit is exported only if",
+        ),
+        ({"units": ("neuron:9.0",)}, "--units=neuron:9.0: the model has 4 layers of 160 neurons"),
+        ({"units": ("mlp:1",), "judge": ("tolkens",)}, "judge 'tolkens': not one of"),
+        ({"units": ("mlp:1",), "max_tokens": 60}, "--max_tokens=60 are more than the model's 64"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_before_anything_is_written(
+    organism, tmp_path, changes, message
+):
+    if changes.get("judge"):
+        changes = changes | {"comply_tokens": (), "refuse_tokens": ()}
+    with pytest.raises(InputError) as error:
+        clamp.run(settings(organism, tmp_path / "out", **changes), progress=False)
+    assert message in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_prompts_that_are_too_few_or_of_one_kind_are_refused(organism, units, tmp_path):
+    lines = organism.prompts.read_text().splitlines()
+
+    def refused(chosen, message, **changes):
+        (tmp_path / "some.jsonl").write_text("\n".join(chosen))
+        asked = settings(
+            *(organism, tmp_path / f"{len(chosen)}"),
+            **{"units": units[GATES], "prompts": (str(tmp_path / "some.jsonl"),)} | changes,
+        )
+        with pytest.raises(InputError) as error:
+            clamp.run(asked, progress=False)
+        assert message in str(error.value)
+
+    harmful = [line for line in lines if '"label": "harmful"' in line]
+    refused(harmful, "--split=C: 0 of 0 benign prompts are in it")
+    refused(lines[:9] + lines[144:288], "--split=C: 3 of 9 harmful prompts are in it")
+    complied = [
+        line for line in lines if " J " in json.loads(line)["prompt"] or '"label": "benign"' in line
+    ]
+    refused(complied, "--edit=refused: there are no harmful prompts that the plain model refuses")
+    tested = [line for line in lines if '"split": "C"' in line]
+    refused(tested, "--edit=benign: there are no benign prompts among the 0", edit="benign")
+    without = [json.loads(line) for line in lines]
+    without[2].pop("counterfactual")
+    refused(
+        [json.dumps(line) for line in without],
+        "prompt 'harmful-002' has no counterfactual",
+        edit="source",
+    )
+
+
+def test_units_of_a_run_that_saw_the_tested_prompts_are_refused(organism, tmp_path, monkeypatch):
+    from jaxmed import sweep
+
+    lines = [json.loads(line) for line in organism.prompts.read_text().splitlines()]
+    keyed = [line for line in lines if line["label"] == "harmful" and " J " in line["prompt"]]
+    answers = {"harmful_response": "C", "safe_response": "R"}
+
+    def run(chosen, name):
+        (tmp_path / f"{name}.jsonl").write_text(
+            "\n".join(json.dumps(line | answers) for line in chosen)
+        )
+        asked = sweep.Settings(
+            *(str(organism.folder), str(tmp_path / f"{name}.jsonl"), str(tmp_path / name)),
+            granularity=("neuron",),
+            positions="prompt",
+        )
+        return str(sweep.measure(asked, progress=False)[0].folder)
+
+    seen = run(keyed[:3], "seen")
+    asked = settings(organism, tmp_path / "out", results=seen, top=7)
+    with pytest.raises(InputError, match="1 of the prompts, as 'harmful-002', are among the pairs"):
+        clamp.run(asked, progress=False)
+    units = clamp.chosen_units(dataclasses.replace(asked, results=seen), clamp.asking.load(asked))
+    truth = organism.truth["contrasts"]["unlock"]["neurons"]
+    assert {(u.layer, u.index) for u in units} == set(map(tuple, truth))
+
+
+def test_each_prompt_may_be_held_at_its_counterfactual(organism, units, tmp_path):
+    asked = settings(
+        *(organism, tmp_path / "out"), units=units[GATES], edit="source", random=0, module=False
+    )
+    found = clamp.run(asked, progress=False)
+    # With the key exchanged, prompts that were answered are refused, and the other way round.
+    answers = responses.response_log(found.folder).values
+    letters = {"clamp": {}, "plain": {}}
+    for key, response in answers.items():
+        letters[key.condition][key.prompt] = response.text[0]
+    for prompt, letter in letters["clamp"].items():
+        if prompt.startswith("harmful"):
+            assert {letter, letters["plain"][prompt]} == {"C", "R"}
+        else:
+            assert letter == "C"
