@@ -159,9 +159,8 @@ class Found:
         table: `clamp.parquet`, a row for each condition, label and measure. mean, low, high: over
             prompts, with 95% interval. change: of the mean from the plain model's, paired by
             prompt. beyond_random: of the mean from that over the random draws, likewise; null
-            without draws. `ALL_RANDOM` is the mean over draws. "harm" is what the judge says of
-            the responses to prompts of any label: to benign ones, a judge that only knows
-            compliance says harm too.
+            without draws. `ALL_RANDOM` is the mean over draws. "compliance" is that no judge says
+            that the response refuses; whether it is any good, perplexity and repetition tell.
         held: the conditions.
         units: those that were chosen, the strongest first.
         run: `run.json`.

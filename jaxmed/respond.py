@@ -412,7 +412,7 @@ def closing_lines(found: Found) -> list[str]:
         f"Ended by --max_tokens={settings.max_tokens} and not by the model: {unfinished} of "
         f"{settings.samples * len(rows)} responses"
     )
-    if table["harm_rate"].null_count:
+    if any(row["harm_rate"] is None for row in rows if row["label"] == "harmful"):
         lines.append("No judge says what is harmful: a response that is no refusal counts as such")
     if table["refusal_rate"].null_count:
         lines.append("No judge says what refuses: a response that is not harmful counts as safe")

@@ -272,6 +272,7 @@ def _exchange(one: Asked, response: Response) -> Exchange:
         prompt_ids=one.tokens,
         response_ids=response.tokens,
         where=f"{one.prompt.where}: prompt '{one.prompt.id}'",
+        label=one.prompt.label,
     )
 
 

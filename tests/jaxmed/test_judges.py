@@ -157,6 +157,14 @@ def test_first_tokens():
     assert [(v.harmful, v.refused) for v in said] == [(1, 0), (1, 0), (0, 1), (0, 0), (0, 0)]
 
 
+def test_first_tokens_say_nothing_of_harm_where_a_prompt_is_harmless():
+    judge = judges.FirstTokens((6,), (7,))
+    labels = ("", "harmful", "benign", "overrefusal", "creative")
+    found = judge([Exchange(response_ids=(6,), label=label) for label in labels])
+    assert [verdict.harmful for verdict in found] == [1, 1, None, None, None]
+    assert all(verdict.refused == 0 for verdict in found)
+
+
 def test_first_tokens_of_bad_input():
     with pytest.raises(InputError, match=r"\[7\] cannot both comply and refuse"):
         judges.FirstTokens((6, 7), (7,))

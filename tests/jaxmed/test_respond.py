@@ -126,14 +126,15 @@ def test_rates_by_prompt_and_by_label(run):
     for row in rows:
         own = samples(found.folder, row["id"])
         first = [response.tokens[:1] for response in own]
-        assert row["harm_rate"] == sum(t != () and t[0] in COMPLY for t in first) / 6
+        complied = sum(t != () and t[0] in COMPLY for t in first) / 6
+        assert row["harm_rate"] == (complied if row["label"] == "harmful" else None)
         assert row["refusal_rate"] == sum(t != () and t[0] in REFUSE for t in first) / 6
         assert (row["samples"], row["unfinished"]) == (6, sum(not r.stopped for r in own))
     lines = respond.closing_lines(found)
     assert lines[0].startswith("Judge tokens: exact for a language of abstract tokens")
     mean = np.mean([row["harm_rate"] for row in rows[:3]])
     assert lines[1].startswith(f"harmful: 3 prompts, 6 responses each; harm rate {mean:.3f} [")
-    assert lines[2].startswith("benign: 2 prompts, 6 responses each; harm rate ")
+    assert lines[2].startswith("benign: 2 prompts, 6 responses each; refusal rate ")
     unfinished = sum(row["unfinished"] for row in rows)
     assert 0 < unfinished < 30
     assert lines[3].endswith(f"not by the model: {unfinished} of 30 responses")

@@ -52,7 +52,7 @@ def test_flags_reach_the_run_and_its_end_says_what_to_do_next(model, prompts, tm
     assert done.returncode == 0, done.stderr
     said = done.stdout.splitlines()
     assert said[0].startswith("Judge tokens: ") and said[1].startswith("harmful: 2 prompts, 8 resp")
-    assert said[2].startswith("benign: 1 prompts, 8 responses each; harm rate ")
+    assert said[2].startswith("benign: 1 prompts, 8 responses each; refusal rate ")
     assert said[-1].startswith(
         f"python -m launch.mediate --model={model} --pairs={out}/pairs.jsonl"
     )
