@@ -5,7 +5,6 @@ import types
 import numpy as np
 import pytest
 
-import models
 from jaxmed import export, interventions
 from jaxmed.interventions import Unit
 from models.edits import Edit, Site
@@ -40,23 +39,6 @@ def test_damped_weights_are_the_edit(family, strength):
     np.testing.assert_allclose(found, wanted, atol=2e-6 * np.abs(wanted).max())
     assert np.abs(wanted - before).max() > 1e-3 * np.abs(before).max()
     assert (np.asarray(decoder(TOKENS)[0]) == before).all()  # the model itself is as it was
-
-
-@pytest.mark.parity
-@pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_transformers_reads_the_edit_from_the_checkpoint(family, tmp_path):
-    import torch
-    import transformers
-
-    decoder = tiny.decoder(family)
-    wanted = np.asarray(decoder(TOKENS, edits=damping(decoder, 0.7))[0])
-    models.checkpoint.save(export.damped(decoder, UNITS, 0.7), tmp_path / "edited")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "edited", attn_implementation="eager", dtype=torch.float32
-    ).eval()
-    with torch.no_grad():
-        found = theirs(torch.tensor(TOKENS)[None]).logits[0].numpy()
-    np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
 
 
 def test_modules_other_edits_and_taken_folders_are_refused(tmp_path):
