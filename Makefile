@@ -9,7 +9,7 @@ demo: $(VENV)/installed  ## Train a model with a planted answer, find it, and wr
 	$(BIN)/python -m launch.demo --out=out/demo
 
 test: $(VENV)/installed-test  ## All tests but those that need torch.
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not parity"
 
 parity: $(VENV)/installed-parity  ## The tests against transformers' torch models and TransformerLens.
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m parity

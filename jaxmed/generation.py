@@ -8,8 +8,10 @@ prompts of a bucket of lengths, all sampling settings and all holds of a site.
 What a prompt is answered depends on the prompt, its own seed and its own holds: batches are of one
 size, rows that no prompt fills hold a dummy, and a prompt is padded to the bucket of its own length
 and not of its neighbours'. So the same program computes it in any company and order. Another
-`batch_size` (or bucket of `max_tokens`) is another program, which may round otherwise in the last
-bits: its tokens are the same unless two tokens tie within that rounding.
+`batch_size` (as another `memory` may bring) or bucket of `max_tokens` is another program, which may
+round otherwise in the last bits: its tokens are the same unless two tokens tie within that rounding.
+
+Products are float32 on every device (see `jax.default_matmul_precision`).
 
 Shapes are named in `models.layers`; B are the rows of a batch, N the padded length of a prompt, M
 the generated tokens that there is room for, C = N + M the slots of the cache, V the vocabulary.
@@ -21,7 +23,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +46,8 @@ _ROWS_ON_ACCELERATORS = 64
 _FEWEST = 16
 # Logits of teacher-forced positions that are in memory at once.
 _LOGITS = 2**22
+
+PRECISION = "float32"  # of matrix products
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +81,7 @@ class Response:
     stopped: bool
 
 
+@jax.default_matmul_precision(PRECISION)
 def generate(
     decoder: Decoder,
     prompts: Sequence[Sequence[int]],
@@ -104,7 +109,8 @@ def generate(
 
     Raises:
         InputError: a prompt is empty, too long for the model or has a token outside the
-            vocabulary, a setting or a seed is out of range, or the memory does not suffice.
+            vocabulary, a setting or a seed is out of range, the memory does not suffice, or the
+            holds drive the logits out of the range of their type.
         ValueError: a hold does not fit the model or the prompts.
     """
     config = decoder.config
@@ -113,14 +119,13 @@ def generate(
     check_batch_size(batch_size)
     holds = fitted(config, holds, len(prompts))
     room = capture.bucket(sampling.max_tokens, _FEWEST)
-    longest = max(map(_padded_length, prompts), default=1)
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(decoder.blocks))
-    rows = batch_size or _batch_size(decoder, holds, longest, room, 1, weights, memory)
+    sizes = _batch_sizes(decoder, holds, prompts, room, 1, weights, memory, batch_size)
     blocks = _unstacked(decoder)
     is_stop = np.zeros(config.vocab_size, bool)
     is_stop[list(stop)] = True
     responses = [None] * len(prompts)
-    for members in _batches(prompts, rows):
+    for members, rows in _batches(prompts, sizes):
         batch = [prompts[member] for member in members]
         padding = rows - len(batch)
         found = _answer(
@@ -130,6 +135,8 @@ def generate(
             len(batch),
         )
         for member, response in zip(members, found, strict=False):
+            if response is None:
+                raise InputError(_not_finite(f"of the response to prompt {member}", holds))
             responses[member] = response
         if progress is not None:
             progress(len(batch))
@@ -200,6 +207,7 @@ def kl(
     return _forced(_divergences, decoder, sequences, holds, batch_size, memory)
 
 
+@jax.default_matmul_precision(PRECISION)
 def _forced(read: Callable, decoder, sequences, holds, batch_size, memory) -> PerToken:
     """What `read` reads of teacher-forced responses, in batches."""
     for number, (_, response) in enumerate(sequences):
@@ -210,11 +218,10 @@ def _forced(read: Callable, decoder, sequences, holds, batch_size, memory) -> Pe
     check_prompts(decoder.config, [prompt for prompt, _ in sequences], 0)
     check_prompts(decoder.config, runs, 0)
     holds = fitted(decoder.config, holds, len(sequences))
-    longest = max(map(_padded_length, runs), default=1)
-    rows = batch_size or _batch_size(decoder, holds, longest, 0, 2, 0, memory)
+    sizes = _batch_sizes(decoder, holds, runs, 0, 2, 0, memory, batch_size)
     room = capture.bucket(max((len(response) for _, response in sequences), default=1), _FEWEST)
     found = [None] * len(sequences)
-    for members in _batches(runs, rows):
+    for members, rows in _batches(runs, sizes):
         filled = members + members[:1] * (rows - len(members))
         tokens = np.zeros((rows, _padded_length(runs[members[0]])), np.int32)
         targets = np.zeros((rows, room), np.int32)
@@ -228,6 +235,8 @@ def _forced(read: Callable, decoder, sequences, holds, batch_size, memory) -> Pe
         )
         for member, row in zip(members, values, strict=False):
             found[member] = row[: len(sequences[member][1])]
+            if not np.isfinite(found[member]).all():
+                raise InputError(_not_finite(f"at response {member}", holds))
     return PerToken(tuple(found))
 
 
@@ -285,7 +294,7 @@ def _by_position(decoder: Decoder, read: Callable, rows) -> Float[Array, "B R"]:
 
 
 def _answer(decoder, blocks, prompts, room, is_stop, sampling, seeds, holds, filled):
-    """The responses to the first `filled` rows of a batch."""
+    """The responses to the first `filled` rows of a batch; None where logits were not finite."""
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     tokens = np.zeros((len(prompts), _padded_length(prompts[0])), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
@@ -304,8 +313,8 @@ def _answer(decoder, blocks, prompts, room, is_stop, sampling, seeds, holds, fil
         room,
     )
     return [
-        Response(tuple(row[:count].tolist()), bool(stopped))
-        for row, count, stopped in zip(*map(np.asarray, generated), strict=True)
+        Response(tuple(row[:count].tolist()), bool(stopped)) if finite else None
+        for row, count, stopped, finite in zip(*map(np.asarray, generated), strict=True)
     ]
 
 
@@ -444,32 +453,36 @@ def _decode(
     going: Bool[Array, "B"],
     max_tokens: Int[Array, ""],
     room: int,
-) -> tuple[Int[Array, "B M"], Int[Array, "B"], Bool[Array, "B"]]:
-    """Tokens that follow the prompts, how many they are without the stop token, and whether there
-    was one. Rows go on until they stop; those that are not going never start.
+) -> tuple[Int[Array, "B M"], Int[Array, "B"], Bool[Array, "B"], Bool[Array, "B"]]:
+    """Tokens that follow the prompts, how many they are without the stop token, whether there was
+    one, and whether all logits were finite. Rows go on until they stop, or have others; those that
+    are not going never start.
 
     What one step's blocks write, the next step reads: the two are not fused, and so round the same
     whatever edits there are.
     """
 
     def goes_on(state):
-        step, _, _, _, going, _ = state
+        step, _, _, _, going, *_ = state
         return (step < max_tokens) & jnp.any(going)
 
     def advance(state):
-        step, x, cache, tokens, going, counts = state
-        token = choice(decoder.unembed(x), step)
-        going &= ~is_stop[token]
+        step, x, cache, tokens, going, counts, finite = state
+        logits = decoder.unembed(x)
+        finite &= ~going | jnp.all(jnp.isfinite(logits), axis=-1)
+        token = choice(logits, step)
+        going &= finite & ~is_stop[token]
         written = jnp.where(going, token, 0)[:, None]
         tokens = jax.lax.dynamic_update_slice(tokens, written, (0, step))
         x, cache = _step(decoder, blocks, holds, cache, token, lengths, step, room)
-        return step + 1, x, cache, tokens, going, counts + going
+        return step + 1, x, cache, tokens, going, counts + going, finite
 
     rows = len(lengths)
     nothing = jnp.zeros((rows, room), jnp.int32), going, jnp.zeros(rows, jnp.int32)
-    state = jax.lax.while_loop(goes_on, advance, (0, x, cache, *nothing))
-    _, _, _, tokens, unfinished, counts = state
-    return tokens, counts, ~unfinished
+    all_finite = jnp.ones(rows, bool)
+    state = jax.lax.while_loop(goes_on, advance, (0, x, cache, *nothing, all_finite))
+    _, _, _, tokens, unfinished, counts, finite = state
+    return tokens, counts, ~unfinished, finite
 
 
 def _step(decoder, blocks, holds, cache, tokens, lengths, step, room):
@@ -524,13 +537,26 @@ def _padded_length(prompt: Sequence[int]) -> int:
     return capture.bucket(len(prompt), capture.SHORTEST)
 
 
-def _batches(prompts: Sequence[Sequence[int]], rows: int) -> Iterator[list[int]]:
-    """Indices of at most so many prompts whose lengths are in the same bucket."""
+def _not_finite(where: str, holds: Sequence[Hold]) -> str:
+    cause = "what is held is too far from its own values" if holds else "so are its weights"
+    return f"the model's logits {where} are not finite: {cause}"
+
+
+def _batches(
+    prompts: Sequence[Sequence[int]], sizes: Mapping[int, int]
+) -> Iterator[tuple[list[int], int]]:
+    """Indices of prompts whose lengths are in the same bucket, and how many rows their batch has,
+    which they may not fill.
+
+    Args:
+        prompts: token ids.
+        sizes: of a batch, by the padded length of its prompts.
+    """
     lengths = [_padded_length(prompt) for prompt in prompts]
-    for length in sorted(set(lengths)):
+    for length, rows in sizes.items():
         members = [index for index, own in enumerate(lengths) if own == length]
         for first in range(0, len(members), rows):
-            yield members[first : first + rows]
+            yield members[first : first + rows], rows
 
 
 def fitted(config: DecoderConfig, holds: Sequence[Hold], prompts: int) -> list[Hold]:
@@ -616,19 +642,37 @@ def check_batch_size(batch_size: int | None) -> None:
         raise InputError(f"batch_size = {batch_size}: must be at least 1")
 
 
-def _batch_size(
-    decoder: Decoder, holds, length: int, room: int, runs: int, weights: int, memory: int | None
-) -> int:
-    """Rows of a batch, a power of two, that fit the memory.
+def _batch_sizes(
+    decoder: Decoder,
+    holds: Sequence[Hold],
+    prompts: Sequence[Sequence[int]],
+    room: int,
+    runs: int,
+    weights: int,
+    memory: int | None,
+    batch_size: int | None,
+) -> dict[int, int]:
+    """Rows of a batch by the padded length of its prompts, the longest first.
 
     Args:
-        decoder, holds: what is run.
-        length: of the longest padded prompt.
+        decoder, holds, prompts: what is run.
         room: slots of the cache for generated tokens.
         runs: how many there are of each prompt.
         weights: bytes of weights that are there a second time.
         memory: bytes; `memory.free()` by default.
+        batch_size: rows of all batches; by default a power of two that fits the memory.
+
+    Raises:
+        InputError: the longest prompt does not fit.
     """
+    lengths = sorted(set(map(_padded_length, prompts)), reverse=True)
+    if batch_size:
+        return dict.fromkeys(lengths, batch_size)
+    left = (memory_lib.free() if memory is None else memory) - weights
+    return {length: _most_rows(decoder, holds, length, room, runs, left) for length in lengths}
+
+
+def _most_rows(decoder: Decoder, holds, length: int, room: int, runs: int, left: int) -> int:
     config = decoder.config
     width, hidden = config.hidden_size, config.intermediate_size
     heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
@@ -638,7 +682,6 @@ def _batch_size(
     held = sum(hold.shift[0].size for hold in holds if hold.of_each_prompt)
     row = runs * cache + run + held + 6 * config.vocab_size
     row *= decoder.compute_dtype.itemsize
-    left = (memory_lib.free() if memory is None else memory) - weights
     if left < row:
         raise InputError(
             f"the memory that is left, {left / 2**30:.4f} GiB, is too little for a single prompt "

@@ -221,7 +221,7 @@ def test_a_stop_token_ends_a_response_and_a_limit_cuts_it():
 def test_progress_counts_the_prompts():
     counts = []
     assert len(answers(PROMPTS + LONG, progress=counts.append)) == 7
-    assert counts == [4, 1, 2]
+    assert counts == [2, 4, 1]
     assert answers([]) == []
 
 
@@ -275,7 +275,7 @@ def test_tokens_are_drawn_with_their_probabilities():
 def test_steps_draw_from_keys_of_their_own():
     scores = np.zeros((1, 61), np.float32)
     key = jax.random.key(7)
-    choice = _choice(1.0, seeds=[7])
+    choice = jax.jit(_choice(1.0, seeds=[7]).__call__)
     found = [int(choice(scores, step)[0]) for step in range(20)]
     want = [int(jax.random.categorical(jax.random.fold_in(key, s), scores[0])) for s in range(20)]
     assert found == want and len(set(found)) > 10
@@ -385,10 +385,52 @@ def test_stop_tokens_are_of_all_files(tmp_path):
 
 
 def test_the_batch_fits_the_memory():
-    """With more of it rows are more, up to a constant; a shift of each prompt's own takes some."""
-    model = decoder()
-    rows = [generation._batch_size(model, [], 32, 16, 1, 0, 2**n) for n in range(20, 30)]
-    assert rows == sorted(rows) and rows[0] < rows[-1]
-    assert all(row.bit_count() == 1 for row in rows)
+    """With more of it rows are more, up to a constant; long prompts, and a shift of each prompt's
+    own, take some."""
+    model, prompts = decoder(), [[1], [1] * 60]
+
+    def rows(memory, holds=()):
+        found = generation._batch_sizes(model, holds, prompts, 16, 1, 0, memory, None)
+        assert list(found) == [64, 32]  # the longest first: if it does not fit, that shows at once
+        return [found[32], found[64]]
+
+    sizes = np.array([rows(2**n) for n in range(20, 30)])
+    assert (np.diff(sizes, axis=0) >= 0).all() and (sizes[0] < sizes[-1]).all()
+    assert (sizes[:, 0] >= sizes[:, 1]).all() and (sizes[0, 0] > sizes[0, 1])
+    assert all(row.bit_count() == 1 for row in sizes.ravel().tolist())
     held = generation.fitted(model.config, [hold(Site.NEURON, prompts=2)] * 999, 2)
-    assert generation._batch_size(model, held, 32, 16, 1, 0, 2**20) < rows[0]
+    assert rows(2**20, held)[0] < sizes[0, 0]
+
+
+def test_products_are_float32(monkeypatch):
+    """On accelerators the default is less; a product's precision is settled where it is traced."""
+    seen = []
+
+    def watched(original):
+        def run(*arguments):
+            seen.append(jax.config.jax_default_matmul_precision)
+            return original(*arguments)
+
+        return run
+
+    for name in ("_prefill", "_decode", "_logprobs", "_divergences"):
+        monkeypatch.setattr(generation, name, watched(getattr(generation, name)))
+    answers([[1, 2]])
+    generation.logprobs(decoder(), [([1], [2])])
+    generation.kl(decoder(), [([1], [2])], [])
+    assert seen == [generation.PRECISION] * 4 == ["float32"] * 4
+
+
+def test_logits_that_are_not_finite_are_an_error():
+    """Of which the likeliest would be any, and whose prompts would drop out of every mean."""
+    far = Hold.affine("layer", np.ones((3, 1)), np.full((3, 1), 3e38, np.float32))
+    with pytest.raises(InputError, match="of the response to prompt 1 are not finite: what is held"):
+        answers([[1, 2], [3, 4]], holds=[own_shift(far, [0.0, 1.0])])
+    for read in (generation.logprobs, generation.kl):
+        with pytest.raises(InputError, match="at response 0 are not finite"):
+            read(decoder(), [([1], [2])], holds=[far])
+
+
+def own_shift(held, factors):
+    """The hold with these multiples of its shift, of each prompt its own."""
+    return Hold.affine(held.site, held.scale, np.stack([held.shift * f for f in factors]))
