@@ -5,7 +5,7 @@ import functools
 import hashlib
 import json
 import pathlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jinja2
 
@@ -29,7 +29,8 @@ class Pair:
         harmful_ids, safe_ids: tokens of the harmful and of the safe answer; may be empty.
         prompt_span, counterfactual_span: [start, stop) of the tokens that correspond, for
             alignment by span.
-        label, category, source, split: as in the file; the split is A, B or C.
+        label, category, source, split: as in the file; the split is A, B or C, and where the file
+            gives none a hash of the base's name.
         where: file and line that it was read from, for messages.
         prompt_text, counterfactual_text: what was tokenised; None for tokenised pairs.
         is_chat: whether the prompt went through the tokenizer's chat template.
@@ -192,7 +193,7 @@ def _pair(fields: dict, where: str, tokenizer, chat: bool) -> Pair:
             what = f"an empty {text}" if given else f"no {text}"
             raise DataError(f"{where}: pair '{identity}' has {what} (field '{text}' or '{ids}')")
     plain = {name: str(fields[name]) for name in _PLAIN_FIELDS if name in fields}
-    plain["split"] = split_of(plain.get("split"), identity, where)
+    plain["split"] = split_of(plain.get("split"), plain.get("base", identity), where)
     spans = {name: _span(fields[name], name, where) for name in _SPANS if name in fields}
     return Pair(
         id=identity,
@@ -259,7 +260,8 @@ def prompt_tokens(text, name: str, where: str, tokenizer, *, chat: bool) -> tupl
         Token ids; none of an empty prompt.
 
     Raises:
-        DataError: it is neither text nor messages, there is no tokenizer, or its template refuses.
+        DataError: it is neither text nor messages, there is no tokenizer, or its template cannot
+            write them, or drops or alters what the user says.
     """
     _check_tokenizer(tokenizer, name, PROMPTS[name], where)
     if not text and isinstance(text, (str, list, tuple)):
@@ -268,29 +270,87 @@ def prompt_tokens(text, name: str, where: str, tokenizer, *, chat: bool) -> tupl
         return tuple(tokenizer(text)["input_ids"])
     messages = [{"role": "user", "content": text}] if isinstance(text, str) else text
     check_messages(messages, name, where)
-    if not tokenizer.chat_template:
-        raise DataError(f"{where}: '{name}' is a chat, but the tokenizer has no chat template")
-    try:
-        rendered = tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, tokenize=False
-        )
-    except jinja2.TemplateError as error:  # many templates refuse a system role, or two in a row
-        raise DataError(
-            f"{where}: the tokenizer's chat template refuses '{name}': {error}"
-        ) from None
+    asked = [message["content"] for message in messages if message["role"] == "user"]
+    rendered = chat_text(tokenizer, messages, asked, what=f"'{name}'", where=where)
     return tuple(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+
+
+# Many templates refuse a system role, or two messages in a row, by a TemplateError; the others come
+# of operations on what is not there.
+_TEMPLATE_ERRORS = (
+    *(jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError),
+)
+
+
+def chat_text(
+    tokenizer,
+    messages: Sequence[dict],
+    needed: Sequence[str],
+    *,
+    what: str,
+    where: str,
+    owner: str = "the tokenizer",
+) -> str:
+    """Messages as a chat template writes them, up to where the answer begins.
+
+    Templates of models that also read images may render contents only as lists of parts: where they
+    lose those that are text, they get lists.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        messages: each with `role` and `content`, both text.
+        needed: contents that must be there one after the other, but for white space at their ends,
+            which many templates strip.
+        what: what the messages are, for errors; so `where`, and `owner`, who has the template.
+
+    Raises:
+        DataError: there is no template, it fails, or it drops or alters what is needed.
+    """
+    if not tokenizer.chat_template:
+        raise DataError(f"{where}: {what} cannot be shown as a chat: {owner} has no chat template")
+    problems = []
+    for as_content in (str, lambda text: [{"type": "text", "text": text}]):
+        given = [message | {"content": as_content(message["content"])} for message in messages]
+        try:
+            rendered = tokenizer.apply_chat_template(
+                given, add_generation_prompt=True, tokenize=False
+            )
+        except _TEMPLATE_ERRORS as error:
+            problems.append(f"refuses {what}: {error}")
+            continue
+        # Where a template for text gets a list, it writes brackets and all.
+        as_list = as_content is not str and any(str(m["content"]) in rendered for m in given)
+        if _has_in_order(rendered, needed) and not as_list:
+            return rendered
+        problems.append(f"drops or alters {what}")
+    raise DataError(f"{where}: the chat template of {owner} {problems[0]}")
+
+
+def _has_in_order(rendered: str, texts: Iterable[str]) -> bool:
+    end = 0
+    for text in map(str.strip, texts):
+        start = rendered.find(text, end)
+        if start < 0:
+            return False
+        end = start + len(text)
+    return True
 
 
 def check_messages(value, name: str, where: str) -> None:
     """Raises `DataError` unless the value of a field is a list of chat messages."""
-    if not isinstance(value, (list, tuple)) or not all(
-        isinstance(m, dict) and all(isinstance(m.get(key), str) for key in ("role", "content"))
-        for m in value
-    ):
+    if not are_messages(value):
         raise DataError(
             f"{where}: '{name}' must be text or a list of messages with 'role' and 'content', "
             "both text"
         )
+
+
+def are_messages(value) -> bool:
+    """Whether it is a list or tuple of objects with `role` and `content`, both text."""
+    return isinstance(value, (list, tuple)) and all(
+        isinstance(m, dict) and all(isinstance(m.get(key), str) for key in ("role", "content"))
+        for m in value
+    )
 
 
 def _check_tokenizer(tokenizer, text_name: str, ids_name: str, where: str) -> None:
@@ -323,6 +383,18 @@ def _span(value, name: str, where: str) -> tuple[int, int]:
     ):
         raise DataError(f"{where}: '{name}' must be [start, stop] with 0 <= start < stop")
     return tuple(value)
+
+
+def normalised(text: str) -> str:
+    """The text without what does not make another prompt of it: white space and letter case."""
+    return " ".join(text.split()).casefold()
+
+
+def fingerprint(text: str | None, tokens: tuple[int, ...]) -> str:
+    """Tells prompts apart, whatever ids they have: a hash of what `as_text` shows, whatever its
+    white space and letter case, or where that is None of the tokens."""
+    content = json.dumps(tokens if text is None else normalised(text))
+    return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
 def as_text(prompt) -> str | None:

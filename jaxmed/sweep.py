@@ -90,6 +90,7 @@ class Settings:
         directions: npz file of the directions to patch, as `directions.read` reads it; it adds the
             granularity direction. "" for none.
         metric: "logit_diff" or "response_logprob_diff".
+        split: the splits whose pairs are used, of A, B and C; () for all.
         positions: which positions are edited.
         align: how base and source prompt are laid against each other.
         group_size: adjacent neurons that are edited together.
@@ -121,6 +122,7 @@ class Settings:
     out: str
     granularity: tuple[str, ...] = ("layer", "module", "head", "token", "neuron")
     metric: str = "logit_diff"
+    split: tuple[str, ...] = ()
     positions: str = "last"
     align: str = "end"
     directions: str = ""
@@ -274,6 +276,8 @@ def check(settings: Settings) -> None:
         raise InputError(
             f"--granularity={','.join(sorted(unknown))}: not one of {', '.join(planning.SITES)}"
         )
+    if unknown := sorted(set(settings.split) - set(data.SPLITS)):
+        raise InputError(f"--split={','.join(unknown)}: not one of {', '.join(data.SPLITS)}")
     if "direction" in settings.granularity and not settings.directions:
         raise InputError("--granularity=direction needs --directions=FILE.npz")
     if settings.positions == Positions.RESPONSE and settings.metric == "logit_diff":
@@ -365,6 +369,15 @@ def _read_pairs(
 
     on_bad = skip if settings.skip_bad_pairs else None
     pairs = data.read(settings.pairs, tokenizer, chat=settings.chat, on_bad=on_bad)
+    if settings.split:
+        everywhere = len(pairs)
+        pairs = [pair for pair in pairs if pair.split in settings.split]
+        if not pairs:
+            raise DataError(
+                f"--split={','.join(settings.split)}: none of the {everywhere} pairs of "
+                f"{settings.pairs} is in it"
+            )
+        say(f"{len(pairs)} of {everywhere} pairs are in split {' or '.join(settings.split)}")
     usable = []
     for pair in pairs:
         try:
@@ -413,6 +426,7 @@ def _description(
         "weights_hash": checkpoint.weights_hash(folder),
         "pairs_hash": _pairs_hash(pairs),
         "pair_bases": [pair.base for pair in pairs],
+        "prompt_hashes": _prompt_hashes(pairs),
         "directions_hash": question.directions and question.directions.hash,
         "skipped": skipped,
         "truth": _truth(folder, pairs),
@@ -440,6 +454,20 @@ def _pairs_hash(pairs: list[Pair]) -> str:
         for pair in pairs
     ]
     return hashlib.sha256(json.dumps(fields).encode()).hexdigest()
+
+
+def _prompt_hashes(pairs: list[Pair]) -> list[str]:
+    """Of all base and source prompts: what is tested later must not be among them."""
+    return sorted(
+        {
+            data.fingerprint(*prompt)
+            for pair in pairs
+            for prompt in (
+                (pair.prompt_text, pair.prompt_ids),
+                (pair.counterfactual_text, pair.counterfactual_ids),
+            )
+        }
+    )
 
 
 def _screen(asked: Asked, results: Results) -> attribution.Selection:

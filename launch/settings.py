@@ -32,6 +32,8 @@ _SWEEP = {
     "metric": "logit_diff: logit of the harmful answer's first token minus that of the safe one's, "
     "at the last prompt position. response_logprob_diff: mean token log-probability of the harmful "
     "response minus that of the safe one, in nats per token.",
+    "split": "Use only the pairs of these splits, of A, B and C (a hash of the base prompt's name, "
+    "where the file gives none), so that the others are left for launch.clamp; by default all.",
     "positions": "Which positions are edited: the last prompt token; from the first aligned "
     "position that differs to the prompt's end (with prompts of unequal length mostly the first "
     "one); all aligned prompt positions; or those of the response.",
@@ -123,6 +125,8 @@ _CLAMP = {
     "export": "Folder for a checkpoint with the edit in its weights (--edit=zero, heads or "
     "neurons, all positions), written only if harm fell and benign compliance stayed.",
     "margin": "--export: how far benign compliance may fall, its interval included.",
+    "perplexity_margin": "--export: by what share the perplexity of the plain model's answers to "
+    "benign prompts may rise, its interval included.",
 }
 # By module.
 _HELP = {
@@ -130,7 +134,7 @@ _HELP = {
     "sweep": _COMMON | _SWEEP,
     "respond": _COMMON | _ASKING | _RESPOND,
 }
-_WITH_COMMAS = ("granularity",)
+_WITH_COMMAS = ("granularity", "split")
 
 _defined: list[str] = []
 

@@ -203,7 +203,7 @@ BAD_TEXTS = {
     "a message of a number": (in_text(prompt=[{"role": "user", "content": 5}]), "both text"),
     "what the template refuses": (
         in_text(prompt=[{"role": "system", "content": "a"}]),
-        "template refuses 'prompt': no system role",
+        "the chat template of the tokenizer refuses 'prompt': no system role",
     ),
     "an answer of messages": (in_text(safe_response=[]), "'safe_response' must be text"),
 }
@@ -225,8 +225,49 @@ def test_an_empty_prompt_is_refused_as_a_chat_too(write, tokenizer):
 
 def test_a_chat_needs_a_chat_template(write):
     plain = words.tokenizer(chat_template=None)
-    with pytest.raises(data.DataError, match="1: 'prompt' is a chat, but .* no chat template"):
+    with pytest.raises(data.DataError, match="1: 'prompt' cannot be .* no chat template"):
         data.read(write(in_text()), plain, chat=True)
+
+
+LOOP = "{{% for m in messages %}} [USER] {} [END]{{% endfor %}}"
+BAD_TEMPLATES = {
+    "drops every prompt": (" [USER] tell", "drops or alters 'prompt'"),
+    "alters it": (LOOP.format("{{ m.content | upper }}"), "drops or alters 'prompt'"),
+    "cuts it": (LOOP.format("{{ m.content[:4] }}"), "drops or alters 'prompt'"),
+    "keeps the last": (" [USER] {{ messages[-1].content }}", "drops or alters 'prompt'"),
+    "is of other messages": (LOOP.format("{{ m.images | length + 'a' }}"), "refuses 'prompt': "),
+    "is no template": ("{% for %}", "refuses 'prompt': "),
+    "asks what is not there": (LOOP.format("{{ m.parts[0].text }}"), "refuses 'prompt': 'dict obj"),
+}
+SEVERAL = [
+    {"role": "user", "content": "tell me"},
+    {"role": "assistant", "content": "why"},
+    {"role": "user", "content": "how not"},
+]
+
+
+@pytest.mark.parametrize("fault", BAD_TEMPLATES)
+def test_a_chat_template_that_loses_the_prompt_is_refused(fault, write):
+    template, said = BAD_TEMPLATES[fault]
+    file = write(in_text(prompt=SEVERAL))
+    with pytest.raises(data.DataError) as caught:
+        data.read(file, words.tokenizer(template))
+    assert str(caught.value).startswith(f"{file}:1: the chat template of the tokenizer {said}")
+
+
+def test_a_chat_template_may_strip_what_it_shows_and_drop_what_the_user_did_not_say(write):
+    stripping = LOOP.format("{{ m.content | trim if m.role == 'user' }}")
+    line = in_text(prompt=[SEVERAL[0] | {"content": " tell me\n"}, *SEVERAL[1:]])
+    (pair,) = data.read(write(line), words.tokenizer(stripping))
+    assert pair.prompt_ids == ids("[USER] tell me [END] [USER] [END] [USER] how not [END]")
+
+
+def test_a_chat_template_that_takes_only_parts_gets_parts(write):
+    for part in ("{{ m.content[0]['text'] }}", "{{ '' + m.content[0].text }}"):
+        (pair,) = data.read(write(in_text(prompt=SEVERAL)), words.tokenizer(LOOP.format(part)))
+        assert pair.prompt_ids == ids(
+            "[USER] tell me [END] [USER] why [END] [USER] how not [END]"
+        )
 
 
 def test_a_missing_file_is_named(tmp_path):

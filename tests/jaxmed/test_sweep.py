@@ -166,6 +166,22 @@ def test_a_run_writes_the_files_of_the_contract(finished):
         assert (finished.folder / name).stat().st_size > 0
 
 
+def test_pairs_of_the_asked_splits_alone_are_used(asked, tmp_path, capsys):
+    lines = [pair | {"split": split} for pair, split in zip(PAIRS, "ABC", strict=True)]
+    file = str(write(tmp_path / "pairs.jsonl", *lines))
+    some = to(asked, tmp_path, pairs=file, granularity=("layer",), split=("C", "A"))
+    found = sweep.measure(some)[0]
+    assert found.pair_ids == ("even", "short") and found.run["split"] == ["C", "A"]
+    assert "2 of 3 pairs are in split C or A" in capsys.readouterr().err
+    used = [(3, 4, 1), (3, 4, 2), (1, 2, 3, 4, 5), (1, 2, 9, 4, 5)]
+    assert found.run["prompt_hashes"] == sorted(data.fingerprint(None, ids) for ids in used)
+    with pytest.raises(InputError, match="--split=D: not one of A, B, C"):
+        sweep.run(dataclasses.replace(some, split=("D",)))
+    write(tmp_path / "pairs.jsonl", *lines[:1])
+    with pytest.raises(InputError, match="--split=B: none of the 1 pairs of"):
+        sweep.run(dataclasses.replace(some, split=("B",)))
+
+
 def test_run_json_says_what_was_asked_and_how_it_was_computed(asked, finished):
     run = described(finished.folder)
     flags = json.loads(json.dumps(dataclasses.asdict(asked)))
