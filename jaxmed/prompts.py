@@ -30,11 +30,14 @@ class Prompt:
         id: its name, unique in its file.
         prompt: text, or a tuple of chat messages; None where only token ids are given.
         label: one of `LABELS`.
-        split: A, B or C. Where the file gives none it is a hash: of the id or, for prompts that
-            correspond to others, of source and match, so that these share a split.
+        split: A, B or C. Where the file gives none it is a hash: for prompts that correspond to
+            others of source and match, so that these share a split; for others of published sets
+            of the text, whatever its letter case and white space, so that a prompt that is in
+            several sets does one job; else of the id.
         prompt_ids: its tokens where the file gives these instead, for checkpoints without a
             tokenizer; else empty.
-        category: the kind of harm, in the words of the set.
+        category: the kind of harm, in the words of the set; of HarmBench's behaviours also whether
+            they are standard, contextual or copyright.
         source: name of the set.
         counterfactuals: prompts that the file gives to be contrasted with this one, each text or a
             tuple of chat messages.
@@ -74,23 +77,45 @@ class PromptSet:
         fields: where each field of jaxmed's own form is found: a column, or a function of the row
             that gives None for a field that is not there.
         label: of all its prompts; empty where a field or the file's name says it.
+        default_label: of all its prompts, unless one is given for the file.
         label_by_file: words in the names of its files that tell the label.
-        only: whether it has no other columns than those. A file in jaxmed's own form may then look
-            the same, and is known by a label that the set does not have.
+        only: whether it has no other columns than those, and one of these words in its file's name:
+            for columns that are too few to tell it from jaxmed's own form.
     """
 
     name: str
     columns: tuple[str, ...]
     fields: Mapping[str, str | Callable[[dict], object]]
     label: str = ""
+    default_label: str = ""
     label_by_file: Mapping[str, str] = dataclasses.field(default_factory=dict)
     only: bool = False
+
+    def claims(self, path: pathlib.Path, columns: list[str], label: str | None) -> bool:
+        """Whether a file of these columns is one of this set's; a label may be given for it."""
+        if not self.only:
+            return set(self.columns) <= set(columns)
+        return (
+            set(self.columns) == set(columns)
+            and bool(self.words(path))
+            and label in (None, *self.label_by_file.values())
+        )
+
+    def words(self, path: pathlib.Path) -> list[str]:
+        """Those of `label_by_file` that the file's name has."""
+        return [word for word in self.label_by_file if word in path.name.lower()]
 
 
 def _after_context(row: dict):
     """A HarmBench behaviour behind its context, as HarmBench's own attacks put it."""
     context, behavior = row.get("ContextString"), row.get("Behavior")
     return f"{context}\n\n---\n\n{behavior}" if context and behavior else behavior
+
+
+def _kind_of_behavior(row: dict):
+    """What a HarmBench behaviour is about, and whether it is standard, contextual or copyright."""
+    category, functional = row.get("SemanticCategory"), row.get("FunctionalCategory")
+    return f"{category} ({functional})" if category and functional else category or functional
 
 
 def _with_input(row: dict):
@@ -121,7 +146,7 @@ SETS = (
     PromptSet(  # Mazeika et al. 2024; centerforaisafety/HarmBench, data/behavior_datasets
         "harmbench",
         ("Behavior", "FunctionalCategory", "SemanticCategory", "ContextString", "BehaviorID"),
-        {"id": "BehaviorID", "prompt": _after_context, "category": "SemanticCategory"},
+        {"id": "BehaviorID", "prompt": _after_context, "category": _kind_of_behavior},
         label="harmful",
     ),
     PromptSet(  # Chao et al. 2024; JailbreakBench/JBB-Behaviors, harmful- and benign-behaviors.csv
@@ -159,12 +184,18 @@ SETS = (
         label_by_file={"80k": "overrefusal", "hard": "overrefusal", "toxic": "harmful"},
         only=True,
     ),
-    PromptSet(  # Taori et al. 2023; tatsu-lab/stanford_alpaca, alpaca_data.json
-        "alpaca", ("instruction", "output"), {"prompt": _with_input}, label="benign"
+    # Taori et al. 2023; tatsu-lab/stanford_alpaca, alpaca_data.json. The harmful and the harmless
+    # splits of Arditi et al. 2024 (refusal_direction, dataset/splits) look alike.
+    PromptSet(
+        "alpaca",
+        ("instruction",),
+        {"prompt": _with_input, "category": "category"},
+        default_label="benign",
     ),
 )
 
 _TEXTS = ("category", "source", "match")
+_SHOWN = 30  # characters of a column's name, in an error
 
 
 def read(
@@ -182,13 +213,18 @@ def read(
     or `counterfactual_ids` (one, or a list of several), `harmful_response` or `harmful_ids`,
     `safe_response` or `safe_ids`; other fields are passed over. In CSV, token ids are JSON lists.
 
+    A file that has `prompt` (or `prompt_ids`) and says or gets a label is in jaxmed's own form,
+    whatever columns of a published set, whose prompts are in another, it also has.
+
     Where the file gives no id it is the row's number, from 1. Ids of published sets have the source
-    and the label before it: `advbench-harmful-17`.
+    before it, and the label, or where the file's name tells that its word: `advbench-harmful-17`,
+    `or-bench-80k-17`.
 
     Args:
         path: the file.
         label: one of `LABELS`, for a file that does not say it. One that says another is refused,
-            save that it goes before the file's name.
+            save that it goes before the file's name, and before what Alpaca-like sets are by
+            default (benign).
         source: a name for the set, instead of its own.
         on_bad: told of a bad row, which is then left out; by default a bad row is an error.
 
@@ -204,16 +240,18 @@ def read(
         raise DataError(f"{path}: its name must end in one of {', '.join(_READERS)}")
     rows = list(reader(path))
     columns = list(dict.fromkeys(name for _, row in rows if isinstance(row, dict) for name in row))
-    known = _recognised(path, columns, label) if columns else None
+    labels = [row["label"] for _, row in rows if isinstance(row, dict) and "label" in row]
+    known = _recognised(path, columns, labels, label) if columns else None
+    kind = ""
     if known and known.label_by_file:
-        label = _label_by_file(path, known, label)
+        label, kind = _label_by_file(path, known, label)
 
     def make(row: dict, place: int, where: str) -> Prompt:
         if known:
             row = _translated(row, known, label)
-            named = (source or known.name, row.get("label"), row.get("id", place))
+            named = (source or known.name, kind or row.get("label"), row.get("id", place))
             row["id"] = "-".join(map(str, named))
-        return _prompt({"id": place} | row, label, source, where)
+        return _prompt({"id": place} | row, label, source, where, by_text=known is not None)
 
     return data.collect(path, rows, make, "prompts", on_bad)
 
@@ -257,8 +295,13 @@ def tokens_of(prompt: Prompt, tokenizer=None, *, chat: bool = False) -> tuple[in
     return _prompt_tokens(prompt, "prompt", tokenizer, chat)
 
 
-def counterfactual_tokens(prompt: Prompt, tokenizer=None, *, chat: bool = False) -> tuple[int, ...]:
-    """The tokens of the first counterfactual that the file gives.
+def all_counterfactual_tokens(
+    prompt: Prompt, tokenizer=None, *, chat: bool = False
+) -> tuple[tuple[int, ...], ...]:
+    """The tokens of each counterfactual that the file gives, in its order.
+
+    Args:
+        prompt, tokenizer, chat: as in `tokens_of`.
 
     Raises:
         DataError: it gives none; or as `tokens_of`.
@@ -266,7 +309,7 @@ def counterfactual_tokens(prompt: Prompt, tokenizer=None, *, chat: bool = False)
     given = _given(prompt)
     if not given:
         raise DataError(f"{prompt.where}: prompt '{prompt.id}' has no counterfactual")
-    return _prompt_tokens(given[0], "counterfactual", tokenizer, chat)
+    return tuple(_prompt_tokens(one, "counterfactual", tokenizer, chat) for one in given)
 
 
 def pair_up(
@@ -328,47 +371,72 @@ def pair_up(
     return pairs
 
 
-def _recognised(path: pathlib.Path, columns: list[str], label: str | None) -> PromptSet | None:
-    """The set whose columns these are; None for jaxmed's own form."""
-    is_own = {"prompt", "prompt_ids"} & set(columns) and (label or "label" in columns)
-    for known in SETS:
-        if known.only and (
-            set(columns) != set(known.columns)
-            or (is_own and label not in known.label_by_file.values())
-        ):
-            continue
-        if set(known.columns) <= set(columns):
-            return known
-    if is_own:
-        return None
+def _recognised(
+    path: pathlib.Path, columns: list[str], labels: list, label: str | None
+) -> PromptSet | None:
+    """The set that a file is of; None for jaxmed's own form.
+
+    Args:
+        path: the file.
+        columns: of its rows.
+        labels: what its rows have as label.
+        label: given for all of them.
+    """
+    known = next((known for known in SETS if known.claims(path, columns, label)), None)
+    if {"prompt", "prompt_ids"} & set(columns):
+        says_label = any(one in LABELS for one in labels)  # XSTest has labels of its own
+        elsewhere = known is None or "prompt" not in known.columns
+        if says_label or (elsewhere and label):
+            return None
+        if known is None:
+            if "label" in columns:
+                return None  # each of whose rows is told what its label lacks
+            raise DataError(_no_label(path, columns))
+    if known is not None:
+        return known
     sets = "; ".join(f"{known.name} ({', '.join(known.columns)})" for known in SETS)
+    # In a file without a header, these are a prompt.
+    shown = ", ".join(map(_shortened, columns))
     raise DataError(
-        f"{path}: its columns ({', '.join(columns)}) are of no known set of prompts. Known are "
-        f"{sets}; and jaxmed's own form, which has 'prompt' or 'prompt_ids', and a 'label' unless "
-        "one is given for the whole file"
+        f"{path}: its columns ({shown}) are of no known set of prompts. Known are {sets}; and "
+        "jaxmed's own form, which has 'prompt' or 'prompt_ids', and a 'label' unless one is given "
+        "for the whole file"
     )
 
 
-def _label_by_file(path: pathlib.Path, known: PromptSet, asked: str | None) -> str:
-    """The label that is asked for, or that the file's name tells."""
-    labels = set(known.label_by_file.values())
-    told = {label for word, label in known.label_by_file.items() if word in path.name.lower()}
-    found = {asked} & labels if asked else told
+def _shortened(column: str) -> str:
+    return column if len(column) <= _SHOWN else column[:_SHOWN] + "..."
+
+
+def _no_label(path: pathlib.Path, columns: list[str]) -> str:
+    alike = [known for known in SETS if known.only and set(known.columns) == set(columns)]
+    return (
+        f"{path}: is of no known set of prompts, and says no label: give one of "
+        f"{', '.join(LABELS)} for the whole file (--prompts=LABEL=FILE), or in a column 'label'"
+    ) + "".join(
+        f"; files of {known.name} have {' or '.join(known.label_by_file)} in their names"
+        for known in alike
+    )
+
+
+def _label_by_file(path: pathlib.Path, known: PromptSet, asked: str | None) -> tuple[str, str]:
+    """The label that is asked for, or that the file's name tells; and the word that tells it, or
+    the label where the name does not."""
+    labels, words = set(known.label_by_file.values()), known.words(path)
+    found = {asked} & labels if asked else {known.label_by_file[word] for word in words}
     if len(found) != 1:
         raise DataError(
             f"{path}: {known.name} has files of the same columns for different labels, and neither "
             f"the name ({', '.join(known.label_by_file)}) nor the label that is given says which "
             f"this is: give {' or '.join(sorted(labels))}"
         )
-    return found.pop()
+    (label,) = found
+    return label, next((word for word in words if known.label_by_file[word] == label), label)
 
 
 def _translated(row: dict, known: PromptSet, label: str | None) -> dict:
     """The row of a published set in jaxmed's own form."""
-    fields = {
-        "source": known.name,
-        "label": known.label or (label if known.label_by_file else None),
-    }
+    fields = {"source": known.name, "label": known.label or label or known.default_label or None}
     for name, place in known.fields.items():
         fields[name] = place(row) if callable(place) else row.get(place)
     if fields["label"] != "harmful":
@@ -376,7 +444,17 @@ def _translated(row: dict, known: PromptSet, label: str | None) -> dict:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def _prompt(fields: dict, label: str | None, source: str | None, where: str) -> Prompt:
+def _prompt(
+    fields: dict, label: str | None, source: str | None, where: str, *, by_text: bool
+) -> Prompt:
+    """A prompt of the fields of jaxmed's own form.
+
+    Args:
+        fields: these, with an id.
+        label, source: as in `read`.
+        where: file and line.
+        by_text: whether a hash of the text, and not of the id, says the split.
+    """
     identity = str(fields["id"])
     texts = {name: str(fields[name]) for name in _TEXTS if name in fields}
     if source is not None:
@@ -388,19 +466,24 @@ def _prompt(fields: dict, label: str | None, source: str | None, where: str) -> 
     data.check_one_given(fields, "prompt", "prompt_ids", where)
     if not any(asked.values()):
         raise DataError(f"{where}: prompt '{identity}' has no prompt, or an empty one")
-    corresponding = (
-        f"{texts.get('source', '')} {texts['match']}" if texts.get("match") else identity
-    )
+    if texts.get("match"):
+        split_key = f"{texts.get('source', '')} {texts['match']}"
+    else:
+        split_key = _normal(data.as_text(asked["prompt"])) if by_text else identity
     return Prompt(
         id=identity,
         label=_label(fields, label, where),
-        split=data.split_of(fields.get("split"), corresponding, where),
+        split=data.split_of(fields.get("split"), split_key, where),
         where=where,
         **asked,
         **texts,
         **_counterfactuals(fields, where),
         **_answers(fields, where),
     )
+
+
+def _normal(text: str) -> str:
+    return " ".join(text.split()).casefold()
 
 
 def _label(fields: dict, asked: str | None, where: str) -> str:

@@ -4,17 +4,23 @@ python -m launch.judge --judge=NAME --responses=FILE.jsonl --out=DIR
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 import pathlib
 
+import tqdm
 from absl import flags
 
-from jaxmed import asking, judges, results
+from jaxmed import asking, judges, responses, results, sweep
 from launch import program
 from models.errors import InputError
 
-VERDICTS, AGREEMENT = "verdicts.jsonl", "agreement.json"
+VERDICTS, JUDGED, AGREEMENT = "verdicts.jsonl", "judged.jsonl", "agreement.json"
+_OWN_FILES = (VERDICTS, JUDGED, AGREEMENT)
+# Settings that change no verdict; where text and weights of a judge are does not matter either.
+_MAY_CHANGE = ("judge_model", "judge_template", "responses", "threshold", "cut")
+_AT_ONCE = 64  # responses that are judged before their verdicts are kept
 
 _JUDGE = flags.DEFINE_string(
     "judge",
@@ -34,12 +40,20 @@ _TEMPLATE = flags.DEFINE_multi_string(
 _RESPONSES = flags.DEFINE_string(
     "responses",
     None,
-    "JSONL file, one response a line: prompt and response (or prompt_ids and response_ids), and as "
-    "labels, where there are any, harmful (or label) and refused: true or false, or 1 or 0.",
+    "JSONL file, one response a line: prompt and response (or prompt_ids and response_ids), as in "
+    "exchanges.jsonl of launch.respond; and as labels, where there are any, harmful (or label) and "
+    "refused: true or false, or 1 or 0.",
     required=True,
 )
-_OUT = flags.DEFINE_string("out", None, "Folder for the verdicts.", required=True)
-_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace the verdicts of an earlier run.")
+_OUT = flags.DEFINE_string(
+    "out",
+    None,
+    "Folder for the verdicts. Where it has some of the same judge, only what is missing is judged.",
+    required=True,
+)
+_OVERWRITE = flags.DEFINE_bool(
+    "overwrite", False, "Start again in a folder with verdicts of an earlier run."
+)
 _THRESHOLD = flags.DEFINE_float(
     "threshold",
     0.5,
@@ -62,27 +76,23 @@ _REFUSE = flags.DEFINE_multi_string("refuse_tokens", [], "--judge=tokens: likewi
 
 
 def main() -> None:
-    """Judges, writes the verdicts, and prints how they agree with the labels."""
+    """Judges, keeps the verdicts as they come, and prints how they agree with the labels."""
     out = pathlib.Path(_OUT.value).expanduser()
-    if out.exists() and not out.is_dir():
-        raise InputError(f"--out={out}: is a file; give a folder")
-    if (out / VERDICTS).exists() and not _OVERWRITE.value:
-        raise InputError(f"{out / VERDICTS}: is there already; --overwrite replaces it")
     lines = judges.read(pathlib.Path(_RESPONSES.value).expanduser())
     judge = _judge()
-    verdicts = judge([line.exchange for line in lines])
-    found = {
-        says: judges.agreement(
-            verdicts, [line.labels.get(says) for line in lines], _THRESHOLD.value, says
-        )
-        for says in judges.SAYS
-        if any(
-            says in line.labels and getattr(verdict, says) is not None
-            for line, verdict in zip(lines, verdicts, strict=True)
-        )
-    }
-    _write(out, judge, lines, verdicts, found)
-    print(f"Verdicts: {out / VERDICTS} ({len(lines)} responses; {judge.name}: {judge.meaning})")
+    described = _described(judge)
+    try:
+        run = described | sweep.circumstances()
+        results.claim(out, run, _OWN_FILES, _OVERWRITE.value, _MAY_CHANGE)
+        verdicts = _verdicts(judge, lines, responses.Log(out / VERDICTS, judges.Verdict))
+        found = _agreement(lines, verdicts)
+        rows = [judges.judged(judge, *each) for each in zip(lines, verdicts, strict=True)]
+        _write(out / JUDGED, rows)
+        agreed = {says: _without_nan(dataclasses.asdict(one)) for says, one in found.items()}
+        _write(out / AGREEMENT, [described | {"agreement": agreed}], indent=2)
+    except OSError as error:
+        raise InputError(f"--out={out}: cannot be written to ({error})") from error
+    print(f"Verdicts: {out / JUDGED} ({len(lines)} responses; {judge.name}: {judge.meaning})")
     print("\n".join(_means(verdicts) + _agreements(found)))
 
 
@@ -108,29 +118,72 @@ def _ids(flag: flags.FlagHolder) -> tuple[int, ...]:
     return tuple(int(text) for text in flag.value)
 
 
-def _write(out: pathlib.Path, judge, lines, verdicts, found) -> None:
-    rows = [
-        json.dumps(judges.judged(judge, line, verdict), ensure_ascii=False)
-        for line, verdict in zip(lines, verdicts, strict=True)
-    ]
-    about = {
+def _described(judge: judges.Judge) -> dict:
+    """What `run.json` and `agreement.json` say of a run."""
+    return {
+        "program": "judge",
         "judge": judge.name,
-        "meaning": judge.meaning,
+        "comply_tokens": _ids(_COMPLY),
+        "refuse_tokens": _ids(_REFUSE),
+        "judge_text_and_weights": judges.fingerprint(judge),
         "judge_model": asking.judge_and_checkpoint(_JUDGE.value)[1] or None,
         "judge_template": _TEMPLATE.value,
+        "meaning": judge.meaning,
         "responses": _RESPONSES.value,
         "threshold": _THRESHOLD.value,
-        "agreement": {says: _without_nan(dataclasses.asdict(a)) for says, a in found.items()},
+        "cut": _CUT.value,
     }
-    texts = {AGREEMENT: json.dumps(about, indent=2), VERDICTS: "\n".join(rows)}
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for name, text in texts.items():
-            results.replace_file(
-                out / name, lambda path, text=text: path.write_text(text + "\n", encoding="utf-8")
-            )
-    except OSError as error:
-        raise InputError(f"--out={out}: cannot be written to ({error})") from error
+
+
+def _verdicts(
+    judge: judges.Judge, lines: list[judges.Line], log: responses.Log[judges.Verdict]
+) -> list[judges.Verdict]:
+    """The verdict on each line; those that the log lacks are added to it. Equal exchanges are
+    judged once, wherever they stand, so that lines and labels may be added."""
+    keys = [_key(line.exchange) for line in lines]
+    by_key = {key: line.exchange for key, line in zip(keys, lines, strict=True)}
+    # The longest come first: one that is too long for the judge shows at once.
+    todo = [key for key in by_key if key not in log.values]
+    todo.sort(key=lambda key: -_length(by_key[key]))
+    with tqdm.tqdm(total=len(todo), unit="response", desc=judge.name, disable=not todo) as bar:
+        for first in range(0, len(todo), _AT_ONCE):
+            part = todo[first : first + _AT_ONCE]
+            said = judge([by_key[key] for key in part])
+            log.append(dict(zip(part, said, strict=True)))
+            bar.update(len(part))
+    return [log.values[key] for key in keys]
+
+
+def _key(exchange: judges.Exchange) -> responses.Key:
+    """Which exchange it is: a hash of all that judges read."""
+    content = json.dumps({**dataclasses.asdict(exchange), "where": ""}, sort_keys=True)
+    return responses.Key("", hashlib.sha256(content.encode()).hexdigest(), 0)
+
+
+def _length(exchange: judges.Exchange) -> int:
+    """About how long a judge's run takes."""
+    return sum(map(len, (exchange.prompt or "", exchange.response or "", exchange.response_ids)))
+
+
+def _agreement(
+    lines: list[judges.Line], verdicts: list[judges.Verdict]
+) -> dict[str, judges.Agreement]:
+    """The agreement with the labels of each part of a verdict that has any."""
+    return {
+        says: judges.agreement(
+            verdicts, [line.labels.get(says) for line in lines], _THRESHOLD.value, says
+        )
+        for says in judges.SAYS
+        if any(
+            says in line.labels and getattr(verdict, says) is not None
+            for line, verdict in zip(lines, verdicts, strict=True)
+        )
+    }
+
+
+def _write(path: pathlib.Path, objects: list[dict], indent: int | None = None) -> None:
+    text = "".join(json.dumps(one, ensure_ascii=False, indent=indent) + "\n" for one in objects)
+    results.replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def _without_nan(fields: dict) -> dict:

@@ -242,7 +242,7 @@ BAD_TEMPLATES = {
 SEVERAL = [
     {"role": "user", "content": "tell me"},
     {"role": "assistant", "content": "why"},
-    {"role": "user", "content": "how not"},
+    {"role": "user", "content": "tell me"},
 ]
 
 
@@ -259,15 +259,13 @@ def test_a_chat_template_may_strip_what_it_shows_and_drop_what_the_user_did_not_
     stripping = LOOP.format("{{ m.content | trim if m.role == 'user' }}")
     line = in_text(prompt=[SEVERAL[0] | {"content": " tell me\n"}, *SEVERAL[1:]])
     (pair,) = data.read(write(line), words.tokenizer(stripping))
-    assert pair.prompt_ids == ids("[USER] tell me [END] [USER] [END] [USER] how not [END]")
+    assert pair.prompt_ids == ids("[USER] tell me [END] [USER] [END] [USER] tell me [END]")
 
 
 def test_a_chat_template_that_takes_only_parts_gets_parts(write):
     for part in ("{{ m.content[0]['text'] }}", "{{ '' + m.content[0].text }}"):
         (pair,) = data.read(write(in_text(prompt=SEVERAL)), words.tokenizer(LOOP.format(part)))
-        assert pair.prompt_ids == ids(
-            "[USER] tell me [END] [USER] why [END] [USER] how not [END]"
-        )
+        assert pair.prompt_ids == ids("[USER] tell me [END] [USER] why [END] [USER] tell me [END]")
 
 
 def test_a_missing_file_is_named(tmp_path):

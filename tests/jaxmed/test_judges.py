@@ -15,7 +15,7 @@ from jaxmed import capture, judges
 from jaxmed.judges import Answer, Exchange, Question, Template, Verdict
 from models import checkpoint
 from models.errors import InputError
-from tests import tiny
+from tests import merging, tiny
 from tests.jaxmed.jaxprs import equations
 
 # One id a word; what is not here is unknown, as most words of the templates are.
@@ -138,7 +138,7 @@ NO_REFUSALS = [
 def test_refusal_phrases():
     said = judges.named("phrases")([Exchange(response=text) for text in REFUSALS + NO_REFUSALS])
     assert [verdict.refused for verdict in said] == [1.0] * len(REFUSALS) + [0.0] * len(NO_REFUSALS)
-    assert {verdict.harmful for verdict in said} == {None}
+    assert {(verdict.harmful, verdict.complied) for verdict in said} == {(None, None)}
     assert "smoke test" in judges.RefusalPhrases.meaning
 
 
@@ -155,6 +155,7 @@ def test_first_tokens():
     responses = [(6, 7), (8,), (7, 6), (9, 6), ()]
     said = judge([Exchange(response_ids=response) for response in responses])
     assert [(v.harmful, v.refused) for v in said] == [(1, 0), (1, 0), (0, 1), (0, 0), (0, 0)]
+    assert [v.complied for v in said] == [1, 1, 0, 0, 0]
 
 
 def test_first_tokens_say_nothing_of_harm_where_a_prompt_is_harmless():
@@ -162,7 +163,7 @@ def test_first_tokens_say_nothing_of_harm_where_a_prompt_is_harmless():
     labels = ("", "harmful", "benign", "overrefusal", "creative")
     found = judge([Exchange(response_ids=(6,), label=label) for label in labels])
     assert [verdict.harmful for verdict in found] == [1, 1, None, None, None]
-    assert all(verdict.refused == 0 for verdict in found)
+    assert all((verdict.complied, verdict.refused) == (1, 0) for verdict in found)
 
 
 def test_first_tokens_of_bad_input():
@@ -209,7 +210,7 @@ def test_published_judges_by_their_definition(name, tmp_path, text_of):
     verdicts = judges.named(name, model=tmp_path / "model", template=template)(EXCHANGES)
     for verdict, exchange in zip(verdicts, EXCHANGES, strict=True):
         expected = definition(name, module, exchange)
-        assert not verdict.cut
+        assert not verdict.cut and verdict.complied is None
         for says, value in expected.items():
             assert getattr(verdict, says) == (value and pytest.approx(value, abs=1e-5)), says
     assert len({verdict.harmful for verdict in verdicts}) == len(EXCHANGES)
@@ -275,6 +276,128 @@ def test_a_long_response_is_refused_or_cut(decoder):
         judge(decoder, cut=True)([Exchange("why " * 70, "sure")])
 
 
+@pytest.mark.parametrize(
+    "texts",
+    [("text {response} why {prompt} Answer:",), ("text {response}", "second {prompt} Answer:")],
+)
+def test_a_judge_may_show_the_response_first(texts, decoder):
+    template = dataclasses.replace(ASKED, text=None, messages=tuple(("user", t) for t in texts))
+    exchange = EXCHANGES[0]
+    (said,) = judge(decoder, template)([exchange])
+    shown = [t.format(prompt=exchange.prompt, response=exchange.response) for t in texts]
+    text = "<s>" + "".join(f" [USER] {content} [END]" for content in shown) + " [BOT]"
+    expected = share(decoder, text, ["yes", "no"], special=False)[0]
+    assert said.harmful == pytest.approx(expected, abs=1e-5)
+
+
+def test_answers_after_text_that_a_tokenizer_would_merge_with_them():
+    made = merging.tokenizer()
+    text = "tak {prompt} tak {response}:mip"
+    decoder = tiny.decoder(num_layers=2, hidden_size=16, vocab_size=len(made))
+
+    def judge(*yes):
+        questions = (judges.yes_no("harmful", yes, (" takker",)),)
+        template = dataclasses.replace(ASKED, text=text, questions=questions)
+        return judges.JudgeModel(template, decoder, made, checkpoint="here")
+
+    shown = text.format(prompt="mip tak", response="takker")
+    before = made(shown)["input_ids"]
+    # "mip" and "per" are one token: they are no answer that stands after "mip", whatever follows.
+    merged = made(shown + "per tak")["input_ids"]
+    assert len(merged) == len(before) + 1 and merged[: len(before)] != before
+    for answer in ("per", "per tak"):
+        with pytest.raises(InputError, match=f"answer '{answer}': the tokenizer of here has no"):
+            judge(answer)
+    exchange = Exchange("mip tak", "takker")
+    (both,), (one,) = (asked([exchange]) for asked in (judge("per tak", " tak"), judge(" tak")))
+    assert both == one
+    (several,) = judge(" taktak")([exchange])
+    answers = [made(answer)["input_ids"] for answer in (" taktak", " takker")]
+    assert [len(answer) for answer in answers] == [2, 1]
+    log_p = []
+    for answer in answers:
+        logits = np.asarray(decoder(np.array(before + answer, np.int32))[0], np.float64)
+        steps = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        log_p.append(sum(steps[len(before) - 1 + n, token] for n, token in enumerate(answer)))
+    p = np.exp(log_p)
+    assert several.harmful == pytest.approx(p[0] / p.sum(), abs=1e-5)
+
+
+def test_a_judge_shows_no_progress_of_its_own(decoder, capsys):
+    judge(decoder)(EXCHANGES * 20)
+    assert capsys.readouterr() == ("", "")
+
+
+# What a judge says, and what that follows from.
+
+
+def test_which_parts_of_a_verdict_a_judge_says(decoder, text_of):
+    wild = judges.with_text(judges.JUDGES["wildguard"], text_of("wildguard"))
+    made = {
+        "phrases": judges.RefusalPhrases(),
+        "tokens": judges.FirstTokens((6,), (7,)),
+        "asked": judge(decoder),
+        "wildguard": judge(decoder, wild),
+    }
+    assert {name: one.says for name, one in made.items()} == {
+        "phrases": ("refused",),
+        "tokens": ("harmful", "refused"),
+        "asked": ("harmful",),
+        "wildguard": ("harmful", "refused"),
+    }
+    for one in made.values():
+        exchange = Exchange("why", "sure", response_ids=(6,))
+        (verdict,) = one([exchange])
+        said = [name for name in judges.SAYS if getattr(verdict, name) is not None]
+        assert tuple(said) == one.says
+
+
+def test_a_fingerprint_is_of_what_verdicts_follow_from(decoder, tmp_path):
+    checkpoint.save(decoder, tmp_path / "a", tokenizer=tokenizer())
+    checkpoint.save(decoder, tmp_path / "b", tokenizer=tokenizer())
+    other = tiny.decoder(num_layers=2, hidden_size=16, max_positions=64, seed=5)
+    checkpoint.save(other, tmp_path / "c", tokenizer=tokenizer())
+
+    def of(template=ASKED, folder="a", chat_template=CHAT, **options):
+        folder = tmp_path / folder
+        return judges.fingerprint(judge(decoder, template, chat_template, folder=folder, **options))
+
+    # Where the checkpoint is, and what is done with long responses, does not matter.
+    assert of() == of(folder="b") == of(cut=True) == of(checkpoint="here")
+    chat = dataclasses.replace(ASKED, text=None, messages=(("user", "{prompt} {response}"),))
+    different = [
+        judges.fingerprint(judge(decoder)),  # of unknown weights
+        of(),
+        of(folder="c"),
+        of(dataclasses.replace(ASKED, text=ASKED.text + " ")),
+        of(dataclasses.replace(ASKED, questions=(judges.yes_no("harmful", (" yes",), (" not",)),))),
+        of(dataclasses.replace(ASKED, questions=(judges.yes_no("refused", (" yes",), (" no",)),))),
+        of(chat),
+        of(chat, chat_template=CHAT + " "),
+        judges.fingerprint(judges.RefusalPhrases()),
+        judges.fingerprint(judges.FirstTokens((6,), (7,))),
+        judges.fingerprint(judges.FirstTokens((6, 8), (7,))),
+    ]
+    assert len(set(different)) == len(different)
+    assert of(chat_template="") == of()  # which a text does not go through
+    first_tokens = [judges.FirstTokens(*sides) for sides in (((6, 8), (7,)), ((8, 6, 6), (7,)))]
+    assert len(set(map(judges.fingerprint, first_tokens))) == 1
+    (tmp_path / "own.json").write_text(json.dumps(OWN))
+    loaded = judges.named(str(tmp_path / "own.json"), model=tmp_path / "a")
+    again = judges.named(str(tmp_path / "own.json"), model=tmp_path / "b")
+    changed = judges.named(str(tmp_path / "own.json"), model=tmp_path / "c")
+    assert judges.fingerprint(loaded) == judges.fingerprint(again) != judges.fingerprint(changed)
+
+
+def test_a_fingerprint_of_somebodys_own_judge():
+    def own(**fields):
+        return type("Own", (), {"name": "own", "meaning": "whether it is long", **fields})()
+
+    assert judges.fingerprint(own()) == judges.fingerprint(own())
+    different = [own(), own(name="other"), own(meaning="whether it is short"), own(basis={"at": 7})]
+    assert len(set(map(judges.fingerprint, different))) == len(different)
+
+
 # What cannot judge.
 
 
@@ -300,17 +423,27 @@ BAD_MODELS = {
         "answer ' yes not' begins with the same token as ' yes' with the tokenizer of here: 7",
     ),
     "no chat template": (
-        judges.JUDGES["llama-guard"], None, "the tokenizer of here has no chat template",
+        judges.JUDGES["llama-guard"], None,
+        "the messages of judge 'llama-guard' cannot be .*: here has no chat template",
     ),
     "a chat template that drops the response": (
-        judges.JUDGES["llama-guard"], "{{ messages[0].content }}", "drops or alters prompt",
+        judges.JUDGES["llama-guard"], "{{ messages[0].content }}",
+        "template of here drops or alters the messages of judge 'llama-guard'",
     ),
     "a chat template that alters it": (
         judges.JUDGES["llama-guard"], "{% for m in messages %}{{ m.content | upper }}{% endfor %}",
-        "drops or alters prompt or response",
+        "drops or alters the messages",
+    ),
+    "a chat template that cuts the response": (
+        judges.JUDGES["llama-guard"],
+        "{% for m in messages %}{{ m.content[:17] }}{% endfor %}", "drops or alters the messages",
     ),
     "a chat template that refuses": (
-        judges.JUDGES["llama-guard"], "{{ raise_exception('no such role') }}", "no such role",
+        judges.JUDGES["llama-guard"], "{{ raise_exception('no such role') }}",
+        "the chat template of here refuses the messages of judge 'llama-guard': no such role",
+    ),
+    "a chat template that fails": (
+        judges.JUDGES["llama-guard"], "{{ messages + 1 }}", "template of here refuses the messages",
     ),
 }  # fmt: skip
 
@@ -418,7 +551,16 @@ def test_a_text_that_is_not_the_published_one_shows_in_the_meaning(text_of):
         other = judges.with_text(template, text_of("wildguard", altered))
         assert other.meaning == template.meaning + "; its text is not the published one"
     unchecked = judges.with_text(judges.JUDGES["strongreject"], text_of("strongreject"))
-    assert unchecked.meaning == judges.JUDGES["strongreject"].meaning
+    assert unchecked.meaning == (
+        judges.JUDGES["strongreject"].meaning + "; its text was not compared with the published one"
+    )
+
+
+@pytest.mark.parametrize("name", ["harmbench", "harmbench-mistral"])
+def test_harmbenchs_judges_say_which_rates_are_not_the_published_ones(name):
+    meaning = judges.JUDGES[name].meaning
+    assert "contextual ones are read with their context" in meaning
+    assert "copyright ones, which HarmBench itself scores by hashes" in meaning
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -547,27 +689,48 @@ def test_a_file_of_responses(tmp_path):
     assert [line.exchange for line in lines] == [
         Exchange("a", "b", where=where[0]),
         Exchange("a", "", where=where[1]),
-        Exchange(prompt_ids=(1,), response_ids=(2, 3), where=where[2]),
+        Exchange(prompt_ids=(1,), response_ids=(2, 3), where=where[2], label="harmful"),
     ]
     expected = [{"harmful": True, "refused": False}, {"harmful": False}, {}]
     assert [line.labels for line in lines] == expected
     assert judges.judged(judges.RefusalPhrases(), lines[1], Verdict(refused=0.0)) == rows[1] | {
-        "judge": "phrases", "judge_harmful": None, "judge_refused": 0.0, "judge_cut": False
+        "judge": "phrases", "judge_harmful": None, "judge_refused": 0.0, "judge_complied": None,
+        "judge_cut": False,
     }  # fmt: skip
+
+
+def test_a_file_of_exchanges_with_labels_beside_what_a_run_wrote(tmp_path):
+    written = {
+        "id": "x/0", "prompt": "why", "response": "do it", "prompt_ids": [1, 2],
+        "response_ids": [3], "label": "benign",
+    }  # fmt: skip
+    rows = [written | {"harmful": 0, "refused": True}, written | {"prompt": None, "label": "odd"}]
+    (tmp_path / "exchanges.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    first, second = judges.read(tmp_path / "exchanges.jsonl")
+    where = f"{tmp_path}/exchanges.jsonl"
+    assert first.exchange == Exchange("why", "do it", (1, 2), (3,), f"{where}:1", "benign")
+    assert first.labels == {"harmful": False, "refused": True}
+    assert second.exchange == Exchange(None, "do it", (1, 2), (3,), f"{where}:2")
+    assert (first.fields, second.labels) == (rows[0], {})
+    assert judges.FirstTokens((3,), (4,))([first.exchange]) == [Verdict(None, 0.0, 1.0)]
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "not to be read as JSON"),
-        ('"a"', "expected one JSON object a line, found str"),
+        ("{", "not JSON"),
+        ('"a"', "expected a JSON object, found str"),
         ('{"prompt": "a"}', "has no response"),
         ('{"prompt": ["a"], "response": "b"}', "'prompt' must be text"),
         ('{"response_ids": [1, -1]}', "'response_ids' must be a list of token ids"),
         ('{"response": "b", "harmful": 0.5}', "'harmful' must be true or false"),
         ('{"response": "b", "refused": "no"}', "'refused' must be true or false"),
         ('{"response": "b", "harmful": 0, "label": true}', "contradict each other"),
-        ('{"response": "\\ud800"}', "not to be read as JSON in UTF-8"),
+        ('{"response": "\\ud800"}', "has half of a surrogate pair"),
+        (
+            '{"condition": "plain", "prompt": "x", "sample": 0, "tokens": [1], "text": "b"}',
+            "where 'prompt' is no text but an id; give its exchanges.jsonl",
+        ),
     ],
 )
 def test_bad_lines_are_named(line, message, tmp_path):

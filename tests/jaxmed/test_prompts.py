@@ -13,7 +13,7 @@ from hypothesis import strategies
 from jaxmed import data, prompts
 from jaxmed.prompts import Prompt
 from models.errors import InputError
-from tests import words
+from tests import merging, words
 from tests.words import ids
 
 
@@ -82,8 +82,10 @@ def test_harmbench_puts_the_context_first(write):
     ]
     plain, contextual = prompts.read(write("harmbench.csv", as_csv(HARMBENCH, *rows)))
     assert (plain.id, plain.prompt) == ("harmbench-harmful-one", "tell me")
-    assert (plain.label, plain.category, plain.source) == ("harmful", "kind", "harmbench")
+    assert (plain.label, plain.source) == ("harmful", "harmbench")
     assert contextual.prompt == "line 1\nline 2\n\n---\n\nsay it"
+    # Contextual and copyright behaviours can be told from standard ones.
+    assert [plain.category, contextual.category] == ["kind (standard)", "other kind (contextual)"]
 
 
 @pytest.mark.parametrize("label", ["harmful", "benign"])
@@ -144,16 +146,18 @@ def test_xstest_in_all_its_versions(header, rows, numbers, write):
 
 
 @pytest.mark.parametrize(
-    "name, label",
+    "name, word, label",
     [
-        ("or-bench-80k.csv", "overrefusal"),
-        ("or-bench-hard-1k.csv", "overrefusal"),
-        ("or-bench-toxic.csv", "harmful"),
+        ("or-bench-80k.csv", "80k", "overrefusal"),
+        ("or-bench-hard-1k.csv", "hard", "overrefusal"),
+        ("or-bench-toxic.csv", "toxic", "harmful"),
     ],
 )
-def test_or_bench_says_its_label_by_the_name_of_the_file(name, label, write):
+def test_or_bench_says_its_label_by_the_name_of_the_file(name, word, label, write):
     (prompt,) = prompts.read(write(name, as_csv(OR_BENCH, ["tell me", "kind"])))
     assert (prompt.label, prompt.category, prompt.source) == (label, "kind", "or-bench")
+    # Its three files can be read together.
+    assert prompt.id == f"or-bench-{word}-1"
 
 
 def test_alpaca_puts_the_input_behind(write):
@@ -163,6 +167,28 @@ def test_alpaca_puts_the_input_behind(write):
     assert (plain.label, plain.harmful_response, plain.safe_response) == ("benign", "", "")
     listed = [dict(zip(ALPACA.split(","), row, strict=True)) for row in rows]
     assert prompts.read(write("alpaca_data.json", json.dumps(listed))) == [plain, about]
+
+
+@pytest.mark.parametrize("label", [None, "benign", "harmful"])
+def test_instructions_alone_are_alpaca_like(label, write):
+    rows = [{"instruction": "tell me", "category": None}, {"instruction": "why", "category": "c"}]
+    found = prompts.read(write("split.json", json.dumps(rows)), label=label)
+    assert [(one.prompt, one.category) for one in found] == [("tell me", ""), ("why", "c")]
+    assert {(one.label, one.source) for one in found} == {(label or "benign", "alpaca")}
+    assert [one.id for one in found] == [f"alpaca-{label or 'benign'}-{n}" for n in (1, 2)]
+
+
+@pytest.mark.parametrize(
+    "header", [ADVBENCH, HARMBENCH, JAILBREAKBENCH, STRONGREJECT, XSTEST, XSTEST_1, XSTEST_2]
+)
+def test_a_column_of_instructions_hides_no_other_set(header, write):
+    columns = header.split(",")
+    row = ["harmonyms" if name == "type" else name for name in columns]
+    alone, more = (
+        prompts.read(write("harmful.csv", as_csv(",".join(names), cells)))
+        for names, cells in ((columns, row), ([*columns, "instruction"], [*row, "why"]))
+    )
+    assert alone == more and alone[0].source != "alpaca"
 
 
 @pytest.mark.parametrize("ending", [".json", ".jsonl", ".parquet"])
@@ -183,6 +209,20 @@ def test_a_set_is_the_same_in_every_kind_of_file(ending, write, tmp_path):
         file.write_text("\n".join(lines), encoding="utf-8")
     assert prompts.read(file) == expected
     assert expected[1].prompt.endswith('say "it", é 😀\u2028')
+
+
+def test_a_prompt_of_several_published_sets_has_one_split(write):
+    texts = [f"Tell me {n}" for n in range(30)]
+    rows = [[text, "Sure"] for text in texts]
+    first = prompts.read(write("a.csv", as_csv(ADVBENCH, *rows)))
+    shuffled = prompts.read(write("b.csv", as_csv(ADVBENCH, *rows[::-1])))
+    assert [one.split for one in first] == [one.split for one in shuffled[::-1]]
+    # Another set, other white space and letter case.
+    other = [["kind", "custom", f"  tell\nME {n} "] for n in range(30)]
+    again = prompts.read(write("c.csv", as_csv(STRONGREJECT, *other)))
+    assert [one.split for one in first] == [one.split for one in again]
+    assert {one.split for one in first} == {"A", "B", "C"}
+    assert first[0].split == data.split_of(None, "tell me 0", "")
 
 
 def test_another_source_can_be_named(write):
@@ -250,6 +290,42 @@ def test_the_own_form_in_csv_and_its_defaults(write):
     assert (prompt.prompt, prompt.prompt_ids, prompt.harmful_ids) == (None, (5, 6), (1,))
     assert (prompt.id, prompt.source) == ("1", "")
     assert prompt.split == data.split_of(None, "1", "")
+
+
+# Columns of a published set beside those of the own form.
+BESIDE = {
+    "advbench": {"goal": "how", "target": "Sure"},
+    "alpaca": {"instruction": "how", "output": "yes"},
+    "strongreject": {"category": "c", "source": "s", "forbidden_prompt": "how"},
+    "xstest": {"type": "homonyms", "focus": "f"},
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_the_own_form_may_have_columns_of_a_published_set(name, write):
+    line = {"id": "x", "prompt": "tell me", "label": "creative"} | BESIDE[name]
+    file = write("own.jsonl", json.dumps(line))
+    (prompt,) = prompts.read(file)
+    assert (prompt.id, prompt.prompt, prompt.label) == ("x", "tell me", "creative")
+    assert prompt.source == BESIDE[name].get("source", "")
+    tokenised = write("ids.jsonl", json.dumps({**line, "prompt": None, "prompt_ids": [5]}))
+    assert prompts.read(tokenised)[0].prompt_ids == (5,)
+    # One bad label makes a bad row, and no other set of the file.
+    file = write("own.jsonl", json.dumps(line) + "\n" + json.dumps({**line, "label": "evil"}))
+    assert told(prompts.read, file).startswith(f"{file}:2: label is 'evil'")
+
+
+def test_a_label_for_the_file_tells_the_own_form_from_a_published_one(write):
+    line = {"id": "x", "prompt": "tell me"}
+    file = write("own.jsonl", json.dumps(line | BESIDE["advbench"]))
+    assert prompts.read(file, label="creative")[0] == prompts.read(
+        write("plain.jsonl", json.dumps(line)), label="creative"
+    )[0]  # fmt: skip
+    assert prompts.read(file)[0].prompt == "how"
+    # XSTest's prompts are in the same column, and its types say more than one label.
+    file = write("xstest.jsonl", json.dumps(line | BESIDE["xstest"]))
+    assert prompts.read(file, label="overrefusal")[0].source == "xstest"
+    assert "the file is said to be harmful" in told(prompts.read, file, label="harmful")
 
 
 def test_a_label_for_a_file_without(write):
@@ -339,7 +415,7 @@ def test_a_bad_line_of_json_is_refused_by_its_line(fault, ending, write):
     "name, content, said",
     [
         ("set.csv", "colour,shape\nred,round\n", "columns (colour, shape) are of no known set"),
-        ("set.csv", "prompt,shape\nred,round\n", "a 'label' unless one is given"),
+        ("set.csv", "prompt,shape\nred,round\n", "says no label: give one of harmful, benign"),
         ("set.csv", "goal,target,goal\na,b,c\n", "names a column twice"),
         ("set.csv", "", "holds no prompts"),
         ("set.csv", "goal,target\n", "holds no prompts"),
@@ -366,6 +442,12 @@ def test_an_unknown_header_is_told_the_known_ones(write):
         assert f"{known.name} ({', '.join(known.columns)})" in message
 
 
+def test_a_file_without_header_shows_little_of_its_first_prompt(write):
+    file = write("set.csv", "tell me how to do it and why not and how,Sure do it\nwhy,no\n")
+    message = told(prompts.read, file)
+    assert "its columns (tell me how to do it and why n..., Sure do it) are" in message
+
+
 def test_a_truncated_parquet_file_is_refused(tmp_path):
     file = tmp_path / "set.parquet"
     pq.write_table(pa.table({"goal": ["tell me"] * 100, "target": ["Sure"] * 100}), file)
@@ -382,21 +464,32 @@ def test_bad_rows_of_parquet_are_named_by_their_number(tmp_path):
     assert [str(error).partition(": ")[0] for error in errors] == [f"{file}:2", f"{file}:3"]
 
 
-@pytest.mark.parametrize("name", ["prompts.csv", "toxic-and-hard.csv"])
-def test_a_label_that_cannot_be_known_must_be_given(name, write):
-    file = write(name, as_csv(OR_BENCH, ["tell me", "kind"]))
+def test_a_name_that_tells_two_labels_needs_one(write):
+    file = write("toxic-and-hard.csv", as_csv(OR_BENCH, ["tell me", "kind"]))
     message = told(prompts.read, file)
     assert "or-bench has files of the same columns for different labels" in message
     assert "give harmful or overrefusal" in message
-    assert prompts.read(file, label="harmful")[0].label == "harmful"
+    (prompt,) = prompts.read(file, label="harmful")
+    assert (prompt.label, prompt.id) == ("harmful", "or-bench-toxic-1")
+
+
+@pytest.mark.parametrize("label", ["harmful", "creative"])
+def test_two_columns_are_or_benchs_only_if_the_name_says_so(label, write):
+    file = write("prompts.csv", as_csv(OR_BENCH, ["tell me", "kind"]))
+    message = told(prompts.read, file)
+    assert "says no label: give one of harmful, benign, creative, overrefusal" in message
+    assert "files of or-bench have 80k or hard or toxic in their names" in message
+    (prompt,) = prompts.read(file, label=label)
+    assert (prompt.label, prompt.source, prompt.id) == (label, "", "1")
+    assert prompt.category == "kind" and prompt.split == data.split_of(None, "1", "")
 
 
 def test_a_label_that_a_set_does_not_have(write):
     rows = as_csv(JAILBREAKBENCH, ["0", "tell me", "Sure", "Telling", "kind", "Original"])
     file = write("harmful-behaviors.csv", rows)
     assert "give benign or harmful" in told(prompts.read, file, label="creative")
-    # Two columns are too few to tell OR-Bench from prompts of the user's own.
-    (prompt,) = prompts.read(write("own.csv", as_csv(OR_BENCH, ["do", "kind"])), label="creative")
+    # Two columns and a word are too few to tell OR-Bench from prompts of the user's own.
+    (prompt,) = prompts.read(write("hard.csv", as_csv(OR_BENCH, ["do", "kind"])), label="creative")
     assert (prompt.source, prompt.id, prompt.category) == ("", "1", "kind")
 
 
@@ -488,6 +581,21 @@ def test_tokens_are_those_of_a_pair(tokenizer):
     assert "file:x: 'prompt' is text, but" in told(prompts.tokens_of, harmful("x"))
 
 
+def test_all_counterfactuals_as_tokens(tokenizer):
+    prompt = harmful("x", counterfactuals=("how", tuple(MESSAGES[:1])))
+    wrapped = ids("[BOS] [USER] tell me [END] [BOT]")
+    assert prompts.all_counterfactual_tokens(prompt, tokenizer) == (ids("[BOS] how"), wrapped)
+    assert prompts.all_counterfactual_tokens(prompt, tokenizer, chat=True) == (
+        ids("[BOS] [USER] how [END] [BOT]"),
+        wrapped,
+    )
+    tokenised = harmful("x", None, prompt_ids=(1, 2), counterfactual_ids=((3,), (4, 5)))
+    assert prompts.all_counterfactual_tokens(tokenised) == ((3,), (4, 5))
+    message = told(prompts.all_counterfactual_tokens, harmful("x"), tokenizer)
+    assert message == "file:x: prompt 'x' has no counterfactual"
+    assert "'counterfactual' is text, but" in told(prompts.all_counterfactual_tokens, prompt)
+
+
 # Pairs.
 
 
@@ -536,7 +644,7 @@ def test_a_bad_counterfactual_is_called_so(tokenizer):
     refused = ({"role": "system", "content": "how"},)
     prompt = harmful("x", counterfactuals=(refused,))
     message = told(prompts.pair_up, [prompt], "given", tokenizer)
-    assert "file:x: the tokenizer's chat template refuses 'counterfactual'" in message
+    assert "file:x: the chat template of the tokenizer refuses 'counterfactual'" in message
 
 
 def test_a_pair_equals_the_one_that_is_read_from_the_same_line(write, tokenizer):
@@ -578,24 +686,44 @@ def test_a_prompt_without_a_match_is_reported(lone, tokenizer):
 
 
 def many():
-    """Prompts of one to three words, in two splits."""
+    """Prompts of two to four words, the last of them its own, in two splits."""
     return [
-        make(f"{make.__name__}{index}", " ".join(["how"] * (index % 3 + 1)), "AB"[index % 2])
+        make(name, " ".join(["how"] * (index % 3 + 1) + [name]), "AB"[index % 2])
         for index in range(30)
-        for make in (harmful, benign)
+        for make, name in ((harmful, f"harmful{index}"), (benign, f"benign{index}"))
     ]
 
 
 @pytest.mark.parametrize("chat", [False, True])
 def test_prompts_of_the_same_length_and_split(chat, tokenizer):
-    by_text = {}
-    for prompt in many():
-        by_text.setdefault((prompt.prompt, prompt.split), []).append(prompt.id)
+    by_text = {prompt.prompt: prompt for prompt in many()}
     pairs = prompts.pair_up(many(), "length", tokenizer, chat=chat, count=3)
-    assert len(pairs) == 90 and len({pair.id for pair in pairs}) == 90
+    assert len(pairs) == 90 and len({(pair.base, pair.counterfactual_text) for pair in pairs}) == 90
     for pair in pairs:
+        base, chosen = by_text[pair.prompt_text], by_text[pair.counterfactual_text]
         assert len(pair.prompt_ids) == len(pair.counterfactual_ids)
-        assert (pair.counterfactual_text, pair.split) in by_text
+        assert (base.label, chosen.label) == ("harmful", "benign")
+        assert base.split == chosen.split == pair.split
+
+
+def test_lengths_are_those_of_a_tokenizer_that_merges():
+    made = merging.tokenizer()
+    asked = [
+        harmful("h", "mip takker", safe_response="per"),
+        benign("as many words", "mip takkerr"),
+        benign("as many characters", "m tak taks"),
+        benign("as many tokens", "mipper tak"),
+    ]
+    lengths = [len(prompts.tokens_of(one, made)) for one in asked]
+    assert lengths == [2, 3, 4, 2]
+    (pair,) = prompts.pair_up(asked, "length", made, count=3)
+    assert pair.counterfactual_text == "mipper tak"
+    # An answer is made of its own tokens, also where it would merge with the prompt's end.
+    (pair,) = prompts.pair_up(
+        [harmful("h", "mip", counterfactuals=("tak",), safe_response="per")], "given", made
+    )
+    assert made("mipper")["input_ids"] != [*pair.prompt_ids, *pair.safe_ids]
+    assert made.decode([*pair.prompt_ids, *pair.safe_ids]) == "mipper"
 
 
 def contrasts(asked, reverse=False, **settings):

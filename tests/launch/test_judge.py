@@ -53,7 +53,7 @@ def model(tmp_path_factory):
 
 
 def read(folder):
-    lines = (folder / "verdicts.jsonl").read_text().splitlines()
+    lines = (folder / "judged.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines], json.loads((folder / "agreement.json").read_text())
 
 
@@ -67,7 +67,8 @@ def test_a_judge_model_judges_a_labelled_file(model, responses, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     said = done.stdout.splitlines()
-    assert said[0].startswith(f"Verdicts: {tmp_path / 'out' / 'verdicts.jsonl'} (4 responses; own")
+    assert said[0].startswith(f"Verdicts: {tmp_path / 'out' / 'judged.jsonl'} (4 responses; own")
+    assert "4/4" in done.stderr  # the progress bar's end
     number = r"-?[01]\.\d{3}"
     interval = rf"{number} \[{number}, {number}\]"
     assert re.match(rf"harmful, 4 labels: accuracy {interval}, Cohen's kappa {interval}", said[2])
@@ -125,9 +126,13 @@ def test_tokens_without_labels(run, responses, tmp_path):
     verdicts, about = read(tmp_path / "out")
     assert [(v["judge_harmful"], v["judge_refused"]) for v in verdicts] == [(1, 0), (0, 1), (0, 0)]
     assert about["agreement"] == {}
-    again = run(*flags, f"--out={tmp_path / 'out'}")
-    assert again.returncode == 1 and "--overwrite replaces it" in again.stderr
-    assert run(*flags, f"--out={tmp_path / 'out'}", "--overwrite").returncode == 0
+    assert [v["judge_complied"] for v in verdicts] == [1, 0, 0]
+    other = [*flags, "--comply_tokens=9", f"--out={tmp_path / 'out'}"]
+    again = run(*other)
+    assert again.returncode == 1
+    assert "another setting: comply_tokens was [6, 8], is now [6, 8, 9]" in again.stderr
+    assert run(*other, "--overwrite").returncode == 0
+    assert read(tmp_path / "out")[0] == verdicts
 
 
 def test_numbers_that_do_not_exist_are_null(run, responses, tmp_path):
@@ -140,22 +145,109 @@ def test_numbers_that_do_not_exist_are_null(run, responses, tmp_path):
 def test_responses_that_are_cut_are_counted(run, model, responses, tmp_path):
     (tmp_path / "own.json").write_text(json.dumps(OWN))
     flags = [f"--judge={tmp_path / 'own.json'}={model}"]
-    flags += [responses(ROWS[0], {"prompt": "how", "response": "do " * 80})]
+    rows = [{"prompt": "how", "response": f"do {number}"} for number in range(70)]
+    flags += [responses(*rows, {"prompt": "how", "response": "do " * 80})]
     refused = run(*flags, f"--out={tmp_path / 'out'}")
-    assert refused.returncode == 1 and "responses.jsonl:2: has 85 tokens" in refused.stderr
-    assert not (tmp_path / "out").exists()
+    # It shows at once, and not after those before it.
+    assert refused.returncode == 1 and "responses.jsonl:71: has 85 tokens" in refused.stderr
+    assert not (tmp_path / "out" / "verdicts.jsonl").exists()
+    # The same command goes on, with this allowed.
     done = run(*flags, f"--out={tmp_path / 'out'}", "--cut")
     assert done.returncode == 0, done.stderr
-    assert "Cut off at their ends, as too long for the judge: 1 of 2" in done.stdout
-    assert [row["judge_cut"] for row in read(tmp_path / "out")[0]] == [False, True]
+    assert "Cut off at their ends, as too long for the judge: 1 of 71" in done.stdout
+    assert [row["judge_cut"] for row in read(tmp_path / "out")[0]] == [False] * 70 + [True]
+
+
+def test_a_stopped_run_goes_on_and_judges_only_what_is_missing(run, model, responses, tmp_path):
+    out, own = tmp_path / "out", tmp_path / "own.json"
+    own.write_text(json.dumps(OWN))
+    flags = [f"--judge={own}={model}", f"--out={out}"]
+    assert run(*flags, responses(*ROWS)).returncode == 0
+    whole, about = read(out)
+    log = out / "verdicts.jsonl"
+    kept = log.read_text().splitlines(keepends=True)
+    assert len(kept) == 4
+    # A verdict that no judge gave shows that it was kept; the third line is not finished.
+    first = json.loads(kept[0]) | {"harmful": 0.125}
+    log.write_text(json.dumps(first) + "\n" + kept[1] + kept[2][:20])
+    # People may add responses and labels meanwhile, and move the checkpoint.
+    rows = [ROWS[3] | {"refused": True}, *ROWS[:3], ROWS[0] | {"id": "e"}]
+    (tmp_path / "moved").symlink_to(model)
+    flags[0] = f"--judge={own}={tmp_path / 'moved'}"
+    done = run(*flags, responses(*rows), "--threshold=0.25")
+    assert done.returncode == 0 and "2/2" in done.stderr, done.stderr
+    found = {row["id"]: row["judge_harmful"] for row in read(out)[0]}
+    expected = {row["id"]: row["judge_harmful"] for row in whole}
+    assert list(found) == ["d", "a", "b", "c", "e"] and found["e"] == found["a"]
+    (changed,) = [name for name in expected if found[name] == 0.125]
+    same = [name for name in expected if name != changed]
+    assert [found[name] for name in same] == pytest.approx([expected[n] for n in same], abs=1e-5)
+    assert len(log.read_text().splitlines()) == 4
+    assert read(out)[1]["judge_text_and_weights"] == about["judge_text_and_weights"]
+
+
+def test_another_text_is_another_judge(run, model, responses, tmp_path):
+    own = tmp_path / "own.json"
+    flags = [f"--judge={own}={model}", responses(*ROWS[:2]), f"--out={tmp_path / 'out'}"]
+    own.write_text(json.dumps(OWN))
+    assert run(*flags).returncode == 0
+    before = read(tmp_path / "out")
+    own.write_text(json.dumps(OWN | {"template": "why " + OWN["template"]}))
+    again = run(*flags)
+    assert again.returncode == 1 and "judge_text_and_weights was" in again.stderr
+    assert "choose another --out, or --overwrite" in again.stderr
+    assert read(tmp_path / "out") == before
+    assert run(*flags, "--overwrite").returncode == 0
+    assert read(tmp_path / "out")[0] != before[0]
+
+
+def test_a_folder_that_cannot_be_had_is_named_before_anything_is_judged(
+    run, model, responses, tmp_path
+):
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps(OWN))
+    too_long = responses({"prompt": "how", "response": "do " * 80})
+    (tmp_path / "file").write_text("")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("")
+    for out, message in (
+        ("file/out", "cannot be made (Not a directory)"),
+        ("file", "cannot be made (File exists)"),
+        ("full", "holds files of something else: choose another --out"),
+    ):
+        failed = run(f"--judge={own}={model}", too_long, f"--out={tmp_path / out}")
+        assert failed.returncode == 1 and message in failed.stderr, failed.stderr
+
+
+def test_exchanges_of_a_run_with_labels_of_people(run, responses, tmp_path):
+    rows = [
+        {
+            "id": f"x/{sample}", "prompt": "why", "response": "do", "prompt_ids": [1, 2],
+            "response_ids": [6 + sample], "label": label, "refused": bool(sample),
+        }
+        for sample, label in enumerate(("harmful", "benign"))
+    ]  # fmt: skip
+    flags = ["--judge=tokens", "--comply_tokens=6", "--refuse_tokens=7", responses(*rows)]
+    done = run(*flags, f"--out={tmp_path / 'out'}")
+    assert done.returncode == 0, done.stderr
+    assert "refused, 2 labels: accuracy 1.000" in done.stdout
+    judged = read(tmp_path / "out")[0]
+    assert all(row.items() <= one.items() for row, one in zip(rows, judged, strict=True))
+    assert [one["judge_harmful"] for one in judged] == [1, None]
 
 
 @pytest.mark.parametrize(
     ("flags", "rows", "message"),
     [
         (["--judge=nobody"], ROWS, "judge 'nobody': not one of phrases"),
-        (["--judge=phrases"], [*ROWS, "{"], "responses.jsonl:5: not to be read as JSON"),
+        (["--judge=phrases"], [*ROWS, "{"], "responses.jsonl:5: not JSON"),
         (["--judge=phrases"], [{"prompt": "how"}], "responses.jsonl:1: has no response"),
+        (
+            ["--judge=phrases"],
+            [{"condition": "plain", "prompt": "x", "sample": 0, "tokens": [1], "text": "do"}],
+            "responses.jsonl:1: is of a run's own files, where 'prompt' is no text but an id; give "
+            "its exchanges.jsonl",
+        ),
         (["--judge=phrases", "--cut"], ROWS, "--judge=phrases runs no model"),
         (["--judge=phrases={model}"], ROWS, "phrases runs no model: leave ={model} out"),
         (["--judge=harmbench="], ROWS, "--judge=harmbench=: names no checkpoint after the ="),
