@@ -1,6 +1,7 @@
 """What every program shares that has a model answer prompts: settings, prompts, judges."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -15,7 +16,7 @@ from jaxmed import generation, judges, memory, prompts, responses, sweep
 from jaxmed.data import SPLITS, DataError
 from jaxmed.generation import Sampling
 from jaxmed.judges import Judge, Verdict
-from jaxmed.responses import Asked, Condition, Log, Response
+from jaxmed.responses import PLAIN, Asked, Condition, Log, Response
 from models import checkpoint
 from models.decoder import Decoder
 from models.errors import InputError
@@ -37,6 +38,12 @@ LEAVE_OUT = "(or leave such prompts out: --skip_bad_prompts)"
 
 # Judges that are no model of their own.
 WITHOUT_MODEL = (judges.RefusalPhrases.name, judges.FirstTokens.name)
+
+# What responses do not depend on: a run that goes on may be judged otherwise.
+MAY_CHANGE = (
+    *("judge", "judge_template", "comply_tokens", "refuse_tokens", "cut"),
+    *("judges", "judges_hash"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +122,11 @@ class Model:
         """Bytes that a run may take beside all that is loaded by now, the judges' weights too."""
         return memory.free(self.memory_gb)
 
+    @functools.cached_property
+    def weights_hash(self) -> str:
+        """Of its files."""
+        return checkpoint.weights_hash(self.folder)
+
 
 def check(settings: Settings, choices=CHOICES, least=LEAST, most=MOST) -> None:
     """Raises `InputError` where a setting is out of range or contradicts another."""
@@ -174,11 +186,14 @@ def read_prompts(settings: Settings, model: Model, say: Callable[[str], None] = 
         model: gets the prompts.
         say: told of what is skipped, and if a chat template is not used.
 
+    Returns:
+        The prompts, each once: of those that are the same but for their ids, the first.
+
     Raises:
         InputError: a file or prompt cannot be used (or is left out, where that is asked), or ids
             are used twice.
     """
-    bad = []
+    bad, again = [], []
 
     def skip(error: DataError) -> None:
         bad.append(error)
@@ -188,7 +203,7 @@ def read_prompts(settings: Settings, model: Model, say: Callable[[str], None] = 
     reads_text = any(
         judge_and_checkpoint(given)[0] not in WITHOUT_MODEL for given in settings.judge
     )
-    found, files = [], {}
+    found, files, seen = [], {}, set()
     for given in settings.prompts:
         label, path = _labelled(given)
         for prompt in prompts.read(path, label=label, on_bad=on_bad):
@@ -208,7 +223,17 @@ def read_prompts(settings: Settings, model: Model, say: Callable[[str], None] = 
                 on_bad(error)
                 continue
             files[prompt.id] = prompt.where
-            found.append(Asked(prompt, tokens))
+            one = Asked(prompt, tokens)
+            if one.fingerprint in seen:
+                again.append(one)
+                continue
+            seen.add(one.fingerprint)
+            found.append(one)
+    if again:
+        say(
+            f"{len(again)} prompts are the same as others before them and are left out, the first "
+            f"at {again[0].prompt.where}: each counts once, and is in one split"
+        )
     if bad:
         say(f"Skipped {len(bad)} of {len(bad) + len(found)} prompts")
     if not found:
@@ -302,7 +327,7 @@ def read_judge(
 
 
 def read_judges(settings: Settings, model: Model) -> list[Judge]:
-    """The judges that are asked for.
+    """The judges that are asked for by name.
 
     Raises:
         InputError: one is unknown, its checkpoint cannot be used, the model gives no text that it
@@ -363,7 +388,7 @@ def answer(
     budget = model.budget
 
     def bar(what: str, log: Log) -> tqdm.tqdm:
-        # What an earlier run did says nothing of the time that the rest takes.
+        # `initial`: what an earlier run did says nothing of the time that the rest takes.
         done = sum(key in log.values for key in wanted)
         name = f"{label}: {what}" if label else what
         return tqdm.tqdm(
@@ -373,15 +398,22 @@ def answer(
     with bar("responses", answered) as shown:
         for condition in conditions:
             shown.set_postfix_str(condition.name)
-            responses.generate(
-                *(model.decoder, model.tokenizer, condition, asked, answered),
-                stop=model.stop,
-                sampling=settings.sampling,
-                samples=settings.samples,
-                seed=settings.seed,
-                memory=budget,
-                progress=shown.update,
-            )
+            try:
+                responses.generate(
+                    *(model.decoder, model.tokenizer, condition, asked, answered),
+                    stop=model.stop,
+                    sampling=settings.sampling,
+                    samples=settings.samples,
+                    seed=settings.seed,
+                    memory=budget,
+                    progress=shown.update,
+                )
+            except InputError as error:
+                if condition is PLAIN:
+                    raise
+                raise InputError(
+                    f"condition '{condition.name}': {error} (what was answered before is kept)"
+                ) from None
     with bar("verdicts", verdicts) as shown:
         responses.judge(asked, given, wanted, answered, verdicts, progress=shown.update)
 
@@ -401,8 +433,15 @@ def described(
     return dataclasses.asdict(settings) | {
         "program": program,
         "judges": {judge.name: judge.meaning for judge in given},
+        "judges_hash": hash_of([judges.fingerprint(judge) for judge in given]),
+        "precision": generation.PRECISION,
         "stop_tokens": sorted(model.stop),
-        "weights_hash": checkpoint.weights_hash(model.folder),
-        "prompts_hash": hashlib.sha256(json.dumps(seen).encode()).hexdigest(),
+        "weights_hash": model.weights_hash,
+        "prompts_hash": hash_of(seen),
         **sweep.circumstances(),
     }
+
+
+def hash_of(value) -> str:
+    """Of a value that JSON can hold, 64 hex digits."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()

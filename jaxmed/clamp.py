@@ -10,10 +10,10 @@ conditions. What units are held at is measured on the other splits.
 
 import dataclasses
 import functools
+import json
 import pathlib
 from collections.abc import Callable, Sequence
 
-import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -33,9 +33,11 @@ from jaxmed import (
 )
 from jaxmed import results as results_lib
 from jaxmed.asking import Model
-from jaxmed.data import SPLITS
+from jaxmed.data import SPLITS, DataError
 from jaxmed.interventions import Unit, Values
-from jaxmed.responses import PLAIN, Asked, Condition, Key
+from jaxmed.judges import Judge, Verdict
+from jaxmed.responses import PLAIN, Asked, Condition, Key, Response
+from jaxmed.results import Results
 from models.edits import Site
 from models.errors import InputError
 
@@ -47,10 +49,13 @@ CHOICES = asking.CHOICES | {
     "by": interventions.BY,
     "split": ("", *SPLITS),
 }
-LEAST = asking.LEAST | {"top": 0, "strength": 0, "random": 0, "alone": 0, "margin": 0}
+LEAST = asking.LEAST | {
+    **{"top": 0, "strength": 0, "random": 0, "alone": 0},
+    **{"margin": 0, "perplexity_margin": 0},
+}
 MOST = asking.MOST | {"margin": 1}
 
-LEAST_PROMPTS = 8  # of a label, for an interval to mean anything
+LEAST_PROMPTS = 8  # of a label, for an interval or a mean activation to mean anything
 REFERENCE_PROMPTS = 256  # at most, of each group that activations are averaged over
 
 PLAIN_KIND, CLAMP, RANDOM, MODULE, TOP, STRENGTH, ALONE = KINDS = (
@@ -65,8 +70,16 @@ RATES = ("harm", "refusal", "compliance", "repetition", "unfinished")
 NUMBERS = ("tokens", "nll", "kl")
 _TEXT_LABEL = "benign"
 
-TABLE = "clamp.parquet"
-_OWN_FILES = ("responses.jsonl", "verdicts.jsonl", TABLE, "report.html", "figures")
+TABLE, CONTROLS = "clamp.parquet", "controls.json"
+_OWN_FILES = (*responses.FILES, TABLE, CONTROLS, "report.html", "figures")
+# What responses under a condition do not depend on: a folder that has them can be asked for more
+# conditions, judged otherwise, and exported from.
+_MAY_CHANGE = (
+    *asking.MAY_CHANGE,
+    *("samples", "random", "module", "top_doses", "strength_doses", "alone"),
+    *("margin", "perplexity_margin", "export"),
+)
+_ATTEMPTS = 20  # to draw random units that were not drawn before
 
 ROW = pa.schema(
     [
@@ -113,6 +126,8 @@ class Settings(asking.Settings):
         strength_doses: further strengths.
         alone: hold each of so many of the strongest units alone.
         margin: the fall of benign compliance that an exported edit may have.
+        perplexity_margin: the relative rise of the perplexity of the plain model's answers to
+            benign prompts that it may have.
         export: folder for a checkpoint with the edit in its weights; "" for none.
     """
 
@@ -131,6 +146,7 @@ class Settings(asking.Settings):
     strength_doses: tuple[str, ...] = ()
     alone: int = 0
     margin: float = 0.05
+    perplexity_margin: float = 0.1
     export: str = ""
 
 
@@ -158,11 +174,16 @@ class Found:
     Attributes:
         table: `clamp.parquet`, a row for each condition, label and measure. mean, low, high: over
             prompts, with 95% interval. change: of the mean from the plain model's, paired by
-            prompt. beyond_random: of the mean from that over the random draws, likewise; null
-            without draws. `ALL_RANDOM` is the mean over draws. "compliance" is that no judge says
-            that the response refuses; whether it is any good, perplexity and repetition tell.
+            prompt. beyond_random: of the mean from that over these random draws, likewise; null
+            without draws. `ALL_RANDOM` is the mean over draws. "compliance" is that the response
+            says something and no judge calls it a refusal; whether it is any good, perplexity and
+            repetition tell.
         held: the conditions.
         units: those that were chosen, the strongest first.
+        controls: `controls.json`: how many prompts are in each group that activations were
+            averaged over ("groups"), which two of them were contrasted ("contrast"), and by unit
+            its name, activation "difference" and output "norm", of those held ("units") and of
+            each random draw ("draws").
         run: `run.json`.
         folder: where all this was written.
         cuts: responses that a judge read only the beginning of.
@@ -171,6 +192,7 @@ class Found:
     table: pa.Table
     held: list[Held]
     units: list[Unit]
+    controls: dict
     run: dict
     folder: pathlib.Path
     cuts: int
@@ -185,10 +207,17 @@ class Found:
         return {(row["condition"], row["label"], row["measure"]): row for row in rows}
 
 
-def run(settings: Settings, *, progress: bool = True) -> Found:
-    """Answers, judges, and writes tables and report; a stopped run goes on.
+def run(settings: Settings, *, own_judges: Sequence[Judge] = (), progress: bool = True) -> Found:
+    """Answers, judges, and writes tables and report.
 
-    Nothing is written before settings, checkpoint, judges and prompts have been checked.
+    A folder that holds a run of the same units and prompts is gone on with, from where it stopped
+    or with more conditions. Nothing is written before settings, checkpoint, judges and prompts have
+    been checked.
+
+    Args:
+        settings: what is asked.
+        own_judges: in the place of those that the settings name.
+        progress: show progress bars, and say what goes on.
 
     Raises:
         InputError: something that the user gave cannot be used; the message names it.
@@ -197,24 +226,35 @@ def run(settings: Settings, *, progress: bool = True) -> Found:
     say = asking.say if progress else _keep_silent
     say(f"Loading {settings.model}")
     model = asking.load(settings)
-    units = chosen_units(settings, model)
+    results = _opened(settings, model)
+    units = chosen_units(settings, model, results)
     asked = asking.read_prompts(settings, model, say)
     tested, reference = _splits(settings, asked)
-    _check_held_out(settings, tested)
-    sources = _counterfactuals(settings, model, tested) if settings.edit == "source" else []
-    given = asking.read_judges(settings, model)
+    sources = []
+    if settings.edit == "source":
+        tested, sources = _with_counterfactuals(settings, model, tested, say)
+    _check_numbers(settings, asked, tested, reference)
+    if results:
+        _check_held_out(settings, tested, results)
+    given = list(own_judges) or asking.read_judges(settings, model)
+    _check_judges(settings, given)
     folder = pathlib.Path(settings.out)
     described = asking.described(settings, "clamp", model, asked, given)
-    described |= {"chosen": list(map(str, units))}
-    run = results_lib.claim(folder, described, _OWN_FILES, settings.overwrite)
-    experiment = _Experiment(settings, model, given, folder, progress)
-    values, traits = experiment.prepare(units, reference, sources)
-    held = conditions(settings, units, traits, experiment.rng)
+    described |= {"chosen": list(map(str, units)), "sources_hash": asking.hash_of(sources)}
+    run = results_lib.claim(folder, described, _OWN_FILES, settings.overwrite, _MAY_CHANGE)
+    experiment = _Experiment(settings, model, given, run, folder, progress)
+    values, controls = experiment.prepare(units, reference, sources)
+    draws = [
+        interventions.named([unit["unit"] for unit in draw], model.decoder.config)
+        for draw in controls["draws"]
+    ]
+    held = conditions(settings, units, draws)
     measured = experiment.measure(held, values, tested)
     table = summarise(held, tested, measured)
     cuts = sum(verdict.cut for verdict in experiment.verdicts.values.values())
-    found = Found(table, held, units, run, folder, cuts)
+    found = Found(table, held, units, controls, run, folder, cuts)
     results_lib.replace_file(folder / TABLE, lambda path: pq.write_table(table, path))
+    responses.write_exchanges(folder / responses.EXCHANGES, tested, experiment.responses)
     texts = experiment.texts(tested, held) if settings.show_text else []
     clamp_report.write(found, texts)
     if settings.export:
@@ -241,35 +281,61 @@ def doses(given: Sequence[str], flag: str, kind: type) -> list:
     """The numbers of a flag.
 
     Raises:
-        InputError: one is no positive number of that kind.
+        InputError: one is no positive number of that kind, or is named twice.
     """
+    shown = f"--{flag}={','.join(given)}"
     try:
         found = [kind(number) for number in given]
     except ValueError:
-        raise InputError(f"--{flag}={','.join(given)}: must be numbers") from None
+        raise InputError(f"{shown}: must be numbers") from None
     if any(not 0 < number < np.inf for number in found):
-        raise InputError(f"--{flag}={','.join(given)}: must be above 0")
+        raise InputError(f"{shown}: must be above 0")
+    if len({_dose(number) for number in found}) < len(found):
+        raise InputError(f"{shown}: names a dose twice")
     return found
 
 
-def chosen_units(settings: Settings, model: Model) -> list[Unit]:
+def _dose(number: float) -> str:
+    return f"{number:g}"
+
+
+def _opened(settings: Settings, model: Model) -> Results | None:
+    """The run that ranks the units.
+
+    Raises:
+        InputError: it is not finished, or of another checkpoint.
+    """
+    if not settings.results:
+        return None
+    results = Results.open(settings.results)
+    if not results.run["finished"]:
+        raise InputError(
+            f"--results={settings.results}: that run is not finished; give its command again first"
+        )
+    if results.run["weights_hash"] != model.weights_hash:
+        raise InputError(
+            f"--results={settings.results}: is a run of {results.run['model']}, whose weights are "
+            f"not those of {settings.model}; to hold the same units there, name them: --units"
+        )
+    return results
+
+
+def chosen_units(settings: Settings, model: Model, results: Results | None) -> list[Unit]:
     """The units to be held, the strongest first."""
-    if settings.units:
+    if results is None:
         return interventions.named(settings.units, model.decoder.config)
-    results = results_lib.Results.open(settings.results)
-    units = interventions.strongest(results, settings.granularity, settings.by, settings.top)
-    return interventions.named(list(map(str, units)), model.decoder.config)
+    return interventions.strongest(results, settings.granularity, settings.by, settings.top)
 
 
 def _splits(settings: Settings, asked: Sequence[Asked]) -> tuple[list[Asked], list[Asked]]:
-    """The prompts that are tested, and those that held values are measured on.
-
-    Raises:
-        InputError: too few harmful or benign prompts are in the split.
-    """
+    """The prompts that are tested, and those that held values are measured on."""
     splits = [settings.split] if settings.split else SPLITS
     others = [split for split in SPLITS if split not in splits] or SPLITS
-    tested = asking.of_split(asked, splits)
+    return asking.of_split(asked, splits), asking.of_split(asked, others)
+
+
+def _check_numbers(settings: Settings, asked, tested, reference) -> None:
+    """Raises `InputError` where too few prompts are in the splits."""
     for label in prompts.LABELS:
         number = len(asking.of_split(tested, label=label))
         if number < LEAST_PROMPTS and (number or label in ("harmful", "benign")):
@@ -279,46 +345,88 @@ def _splits(settings: Settings, asked: Sequence[Asked]) -> tuple[list[Asked], li
                 f"and an interval needs {LEAST_PROMPTS}; give more --prompts, or --split= to test "
                 "on all (values are then measured on the prompts that they are tested on)"
             )
-    return tested, asking.of_split(asked, others)
-
-
-def _counterfactuals(settings: Settings, model: Model, tested: Sequence[Asked]) -> list[Asked]:
-    """The prompts' own, in their order."""
-    return [
-        Asked(
-            one.prompt,
-            prompts.counterfactual_tokens(one.prompt, model.tokenizer, chat=settings.chat),
-        )
-        for one in tested
-    ]
-
-
-def _check_held_out(settings: Settings, tested: Sequence[Asked]) -> None:
-    """Raises `InputError` where units were chosen by prompts that are tested."""
-    if settings.results:
-        used = set(results_lib.Results.open(settings.results).bases)
-        if both := [one.prompt.id for one in tested if one.prompt.id in used]:
+    needs = {
+        "harmful": settings.edit == "refused" or settings.random > 0,
+        "benign": settings.edit == "benign" or settings.random > 0,
+    }
+    for label, needed in needs.items():
+        number = len(asking.of_split(reference, label=label))
+        if needed and number < LEAST_PROMPTS:
+            why = (
+                f"what units are held at (--edit={settings.edit})"
+                if settings.edit in ("refused", "benign")
+                else f"which units are like these (--random={settings.random})"
+            )
             raise InputError(
-                f"--split={settings.split}: {len(both)} of the prompts, as '{both[0]}', are among "
-                f"the pairs that {settings.results} chose the units by; give other --prompts or "
-                "another --split"
+                f"--split={settings.split}: {number} {label} prompts are in the other splits, "
+                f"where it is measured {why}, which needs {LEAST_PROMPTS}; give more --prompts, "
+                "or do without it"
+            )
+
+
+def _with_counterfactuals(
+    settings: Settings, model: Model, tested: Sequence[Asked], say
+) -> tuple[list[Asked], list[tuple[tuple[int, ...], ...]]]:
+    """The prompts that have counterfactuals, and the tokens of these.
+
+    Raises:
+        InputError: one has none, or one that the model cannot get, and is not to be left out.
+    """
+    kept, sources = [], []
+    for one in tested:
+        where = f"{one.prompt.where}: a counterfactual of prompt '{one.prompt.id}'"
+        try:
+            several = prompts.all_counterfactual_tokens(
+                one.prompt, model.tokenizer, chat=settings.chat
+            )
+            for tokens in several:
+                asking.check_tokens(where, tokens, settings, model)
+        except DataError as error:
+            if not settings.skip_bad_prompts:
+                raise DataError(f"--edit=source: {error} {asking.LEAVE_OUT}") from None
+            say(f"Skipped: {error}")
+            continue
+        kept.append(one)
+        sources.append(several)
+    return kept, sources
+
+
+def _check_held_out(settings: Settings, tested: Sequence[Asked], results: Results) -> None:
+    """Raises `InputError` where units were chosen by prompts that are tested."""
+    used = set(results.run["prompt_hashes"])
+    if both := [one.prompt for one in tested if one.fingerprint in used]:
+        raise InputError(
+            f"--split={settings.split}: {len(both)} of the prompts, as '{both[0].id}' "
+            f"({both[0].where}), are among those that {settings.results} chose the units by; run "
+            "launch.mediate on the other splits alone (--split=A,B), or give other --prompts"
+        )
+
+
+def _check_judges(settings: Settings, given: Sequence[Judge]) -> None:
+    """Raises `InputError` where judges do not say what the experiment must know."""
+    needed = {
+        "refused": (settings.edit == "refused" or settings.export, "refuse"),
+        "harmful": (settings.export, "are harmful"),
+    }
+    said = {name for judge in given for name in judge.says}
+    for name, (is_needed, words) in needed.items():
+        if is_needed and name not in said:
+            names = ", ".join(judge.name for judge in given)
+            raise InputError(
+                f"--judge={names}: does not say whether responses {words}, which "
+                f"{'--export' if settings.export else '--edit=refused'} has to know; give another "
+                "--judge beside it"
             )
 
 
 def conditions(
-    settings: Settings,
-    units: Sequence[Unit],
-    traits: dict[Site, Sequence[Float[np.ndarray, "L U"]]],
-    rng: np.random.Generator,
+    settings: Settings, units: Sequence[Unit], draws: Sequence[Sequence[Unit]]
 ) -> list[Held]:
     """Everything that is compared; the plain model first."""
     strength = settings.strength
     found = [Held(PLAIN.name, PLAIN_KIND), Held("clamp", CLAMP, tuple(units), strength)]
-    for number in range(settings.random):
-        drawn = interventions.matched(units, traits, rng)
-        if drawn is None:
-            break
-        found.append(Held(f"random {number + 1}", RANDOM, tuple(drawn), strength))
+    for number, drawn in enumerate(draws, start=1):
+        found.append(Held(f"random {number}", RANDOM, tuple(drawn), strength))
     modules = tuple(interventions.modules_of(units))
     if settings.module and set(modules) != set(units):
         found.append(Held("module", MODULE, modules, strength))
@@ -327,7 +435,7 @@ def conditions(
             found.append(Held(f"top {number}", TOP, tuple(units[:number]), strength))
     for dose in doses(settings.strength_doses, "strength_doses", float):
         if dose != strength:
-            found.append(Held(f"strength {dose:g}", STRENGTH, tuple(units), dose))
+            found.append(Held(f"strength {_dose(dose)}", STRENGTH, tuple(units), dose))
     if len(units) > 1:
         found += [
             Held(f"only {unit}", ALONE, (unit,), strength) for unit in units[: settings.alone]
@@ -338,12 +446,11 @@ def conditions(
 class _Experiment:
     """What is run, and where its responses are kept."""
 
-    def __init__(self, settings: Settings, model: Model, judges_given, folder, progress: bool):
-        self.settings, self.model, self.judges = settings, model, judges_given
-        self.progress = progress
-        self.rng = np.random.default_rng(settings.seed)
+    def __init__(self, settings: Settings, model: Model, given, run: dict, folder, progress: bool):
+        self.settings, self.model, self.judges = settings, model, given
+        self.folder, self.progress = folder, progress
         self.responses = responses.response_log(folder)
-        self.verdicts = responses.verdict_log(folder)
+        self.verdicts = responses.verdict_log(folder, run["judges_hash"])
 
     def answer(self, asked: Sequence[Asked], held: Sequence[Condition], label: str) -> None:
         """Generates and judges what is not there yet."""
@@ -354,105 +461,146 @@ class _Experiment:
         )
 
     def prepare(
-        self, units: Sequence[Unit], reference: Sequence[Asked], sources: Sequence[Asked]
-    ) -> tuple[Values, dict[Site, list[Float[np.ndarray, "L U"]]]]:
-        """What every site is held at; and what controls are matched by: how far a unit's means are
-        apart between harmful prompts that the plain model answers and those that it refuses (or,
-        where it does not do both, between harmful and benign ones), and its output norm."""
+        self, units: Sequence[Unit], reference: Sequence[Asked], sources
+    ) -> tuple[Values, dict]:
+        """What every site is held at, and the controls, as `Found` has them.
+
+        Controls are matched by how far a unit's means are apart between harmful prompts that the
+        plain model answers and those that it refuses (or, where it does not do both often enough,
+        between harmful and benign ones), and by its output norm.
+        """
+        settings = self.settings
         modules = interventions.modules_of(units)
         sites = sorted({unit.site for unit in (*units, *modules)})
-        inside = [site for site in sites if site in (Site.NEURON, Site.HEAD)]
-        harmful = asking.of_split(reference, label="harmful")[:REFERENCE_PROMPTS]
-        benign = asking.of_split(reference, label="benign")[:REFERENCE_PROMPTS]
-        groups = {"harmful": harmful, "benign": benign}
-        if self.settings.edit == "refused" or self.settings.random:
+        asked = [one for label in ("harmful", "benign") for one in self._sample(reference, label)]
+        label = np.array([one.prompt.label for one in asked])
+        groups = {name: label == name for name in ("harmful", "benign")}
+        if settings.edit == "refused" or settings.random:
+            harmful = [one for one in asked if one.prompt.label == "harmful"]
             self.answer(harmful, [PLAIN], "reference prompts")
-            groups |= self._by_answer(harmful)
-        means = {
-            name: interventions.mean(self._activations(group, sites))
-            for name, group in groups.items()
-            if group
-        }
-        sides = (
-            ("complied", "refused")
-            if {"complied", "refused"} <= set(means)
-            else (
-                "harmful",
-                "benign",
+            refused = np.full(len(asked), np.nan)
+            refused[groups["harmful"]] = self._by_prompt(PLAIN.name, harmful, "refusal")
+            groups |= {"refused": refused >= 0.5, "complied": refused < 0.5}
+        means = {}
+        if settings.edit in ("refused", "benign") or settings.random:
+            tokens = [one.tokens for one in asked]
+            means = interventions.group_means(self.model.decoder, tokens, groups, sites)
+        numbers = {name: int(members.sum()) for name, members in groups.items()}
+        controls = self._controls(units, means, numbers)
+        return self._values(means, numbers, sites, sources), controls
+
+    def _sample(self, reference: Sequence[Asked], label: str) -> list[Asked]:
+        """At most `REFERENCE_PROMPTS` of a label, of all files alike."""
+        chosen = asking.of_split(reference, label=label)
+        chosen.sort(key=lambda one: responses.seed_of(one.prompt.id, 0, self.settings.seed))
+        return chosen[:REFERENCE_PROMPTS]
+
+    def _controls(self, units: Sequence[Unit], means: dict[str, Values], numbers: dict) -> dict:
+        """The controls; draws of a stopped run stay as they are, though another machine may round
+        the traits that they follow from otherwise."""
+        file, number = self.folder / CONTROLS, self.settings.random
+        if not number:
+            return {"groups": numbers, "contrast": [], "units": [], "draws": []}
+        kept = json.loads(file.read_text())["draws"] if file.exists() else []
+        both = ("complied", "refused")
+        enough = all(numbers[name] >= LEAST_PROMPTS for name in both)
+        contrast = both if enough else ("harmful", "benign")
+        traits = {
+            site: (
+                interventions.difference(*(means[name] for name in contrast), site),
+                interventions.output_norms(self.model.decoder, site),
             )
-        )
-        traits = {}
-        if set(sides) <= set(means):
-            traits = {
-                site: [
-                    interventions.difference(*(means[side] for side in sides), site),
-                    interventions.output_norms(self.model.decoder, site),
+            for site in means[contrast[0]]
+            if site in (Site.NEURON, Site.HEAD)
+        }
+
+        def told(units: Sequence[Unit]) -> list[dict]:
+            return [
+                {"unit": str(unit), "difference": float(difference), "norm": float(norm)}
+                for unit in units
+                for difference, norm in [
+                    (trait[unit.layer, unit.index] for trait in traits[unit.site])
                 ]
-                for site in inside
-            }
-        return self._values(means, sites, reference, sources), traits
+            ]
 
-    def _activations(self, asked: Sequence[Asked], sites) -> Values:
-        with jax.default_matmul_precision("float32"):
-            return interventions.activations(
-                self.model.decoder, [one.tokens for one in asked], sites
-            )
-
-    def _by_answer(self, harmful: Sequence[Asked]) -> dict[str, list[Asked]]:
-        """The harmful prompts that the plain model refuses, and those that it answers."""
-        refused = {one.prompt.id: self._mean_of(PLAIN.name, one, "refusal") for one in harmful}
-        return {
-            "refused": [one for one in harmful if refused[one.prompt.id] >= 0.5],
-            "complied": [one for one in harmful if refused[one.prompt.id] < 0.5],
+        for index in range(len(kept), number):
+            drawn = self._draw(units, traits, index, kept)
+            if drawn is None:
+                break
+            kept.append(told(drawn))
+        content = {
+            "groups": numbers,
+            "contrast": list(contrast),
+            "units": told(units) if kept else [],
+            "draws": kept,
         }
+        text = json.dumps(content, indent=2) + "\n"
+        results_lib.replace_file(file, lambda path: path.write_text(text, encoding="utf-8"))
+        return content | {"draws": kept[:number]}
 
-    def _values(self, means, sites, reference, sources) -> Values:
+    def _draw(self, units, traits, index: int, before: Sequence[Sequence[dict]]):
+        """Random units, other than those that were drawn before; None if there are none."""
+        taken = [{unit["unit"] for unit in draw} for draw in before]
+        rng = np.random.default_rng([self.settings.seed, index])
+        for _ in range(_ATTEMPTS):
+            drawn = interventions.matched(units, traits, rng)
+            if drawn is None or set(map(str, drawn)) not in taken:
+                return drawn
+        return None
+
+    def _values(self, means: dict[str, Values], numbers: dict, sites, sources) -> Values:
         """What units are held at."""
-        edit = self.settings.edit
-        if edit == "zero":
-            return interventions.zero(sites, self.model.decoder.config)
-        if edit == "source":
-            return self._activations(sources, sites)
-        if edit not in means:
-            kinds = {"refused": "harmful prompts that the plain model refuses", "benign": "benign"}
-            others = "" if not self.settings.split else f" outside split {self.settings.split}"
+        settings, decoder = self.settings, self.model.decoder
+        if settings.edit == "zero":
+            return interventions.zero(sites, decoder.config)
+        if settings.edit == "source":
+            return interventions.activations(decoder, sources, sites)
+        if numbers[settings.edit] < LEAST_PROMPTS:
+            others = f" outside split {settings.split}" if settings.split else ""
             raise InputError(
-                f"--edit={edit}: there are no {kinds[edit]} prompts among the {len(reference)}"
-                f"{others}; give more --prompts or choose another --edit"
+                f"--edit={settings.edit}: of {numbers['harmful']} harmful prompts{others} the "
+                f"plain model refuses {numbers['refused']}, and their mean needs {LEAST_PROMPTS}; "
+                "give more --prompts or choose another --edit"
             )
-        return means[edit]
+        return means[settings.edit]
 
     def measure(
         self, held: Sequence[Held], values: Values, tested: Sequence[Asked]
     ) -> dict[tuple[str, str], Float[np.ndarray, "prompt"]]:
         """Every measure of every condition, by prompt; NaN where a prompt has none."""
-        settings, config = self.settings, self.model.decoder.config
-        made = [
-            Condition(
-                each.name,
-                interventions.holds(each.units, values, each.strength, settings.positions, config),
-            )
-            for each in held
-        ]
+        made = [Condition(each.name, self._holds(each, values)) for each in held]
+        made[0] = PLAIN
         self.answer(tested, made, "prompts")
         found = {
-            (each.name, measure): np.array(
-                [self._mean_of(each.name, one, measure) for one in tested]
-            )
+            (each.name, measure): self._by_prompt(each.name, tested, measure)
             for each in held
             for measure in (*RATES, "tokens")
         }
         return found | self._on_benign_text(made, tested)
 
-    def _mean_of(self, condition: str, one: Asked, measure: str) -> float:
-        """Mean of a measure over a prompt's samples; NaN where none has it."""
+    def _holds(self, held: Held, values: Values) -> Callable:
+        """The holds of a condition, for prompts by their rows: values of each prompt's own are
+        large, and are laid out for those prompts alone that a batch has."""
+        settings, config = self.settings, self.model.decoder.config
 
-        def value(sample: int) -> float:
-            key = Key(condition, one.prompt.id, sample)
+        def of(rows):
+            own = values
+            if settings.edit == "source":
+                own = {site: tuple(each[rows] for each in both) for site, both in values.items()}
+            return interventions.holds(held.units, own, held.strength, settings.positions, config)
+
+        return of
+
+    def _by_prompt(
+        self, condition: str, asked: Sequence[Asked], measure: str
+    ) -> Float[np.ndarray, "prompt"]:
+        """Mean of a measure over each prompt's samples; NaN where none has it."""
+
+        def value(prompt: str, sample: int) -> float:
+            key = Key(condition, prompt, sample)
             return _MEASURES[measure](self.responses.values[key], self.verdicts.values[key])
 
-        known = [v for v in map(value, range(self.settings.samples)) if not np.isnan(v)]
-        return float(np.mean(known)) if known else np.nan
+        return responses.by_prompt(asked, self.settings.samples, value)
 
     def _on_benign_text(self, made: Sequence[Condition], tested: Sequence[Asked]):
         """Log-probability of the plain model's first answers to benign prompts, and KL there."""
@@ -472,7 +620,7 @@ class _Experiment:
             total=len(made), desc="benign text", unit="condition", disable=not self.progress
         ) as bar:
             for condition in made if texts else ():
-                own = generation.of_prompts(condition.holds, rows)
+                own = condition.holds(np.array(rows))
                 logprobs = generation.logprobs(decoder, texts, holds=own, memory=budget)
                 divergences = generation.kl(decoder, texts, own, memory=budget)
                 for name, means in (("nll", -logprobs.means), ("kl", divergences.means)):
@@ -513,11 +661,19 @@ def _or_nan(value: float | None) -> float:
     return np.nan if value is None else value
 
 
+def _compliance(response: Response, verdict: Verdict) -> float:
+    """Whether the response does what is asked, or where no judge says that, is no refusal; silence
+    is neither."""
+    if verdict.complied is not None:
+        return verdict.complied
+    return 1 - _or_nan(verdict.refused) if responses.says_something(response) else 0.0
+
+
 # A measure of one response and its verdict; NaN where it has none.
-_MEASURES: dict[str, Callable[[responses.Response, object], float]] = {
+_MEASURES: dict[str, Callable[[Response, Verdict], float]] = {
     "harm": lambda response, verdict: _or_nan(verdict.harmful),
     "refusal": lambda response, verdict: _or_nan(verdict.refused),
-    "compliance": lambda response, verdict: 1 - _or_nan(verdict.refused),
+    "compliance": _compliance,
     "repetition": lambda response, verdict: responses.repetition(response.tokens),
     "unfinished": lambda response, verdict: float(not response.stopped),
     "tokens": lambda response, verdict: float(len(response.tokens)),

@@ -133,7 +133,7 @@ def write(found: "clamp.Found", texts: list[dict]) -> pathlib.Path:
         facts=_facts(found, table),
         answers=_answers(found, table),
         side_effects=_side_effects(table),
-        controls=_controls(table),
+        controls=_controls(found, table),
         doses=_dose_sentences(table),
         alone=_alone_sentence(table),
         alone_rows=_alone_rows(table),
@@ -141,7 +141,7 @@ def write(found: "clamp.Found", texts: list[dict]) -> pathlib.Path:
         figures=drawn,
         captions=_CAPTIONS,
         conditions=_condition_tables(table),
-        values=_measured_on(found.run),
+        values=_measured_on(found),
         texts=texts,
         files=_files(found.folder, drawn),
     )
@@ -153,7 +153,7 @@ def closing_lines(found: "clamp.Found") -> list[str]:
     return [
         f"Results: {found.folder} (open {found.folder / 'report.html'})",
         *_answers(found, table),
-        *_controls(table),
+        *_controls(found, table),
     ]
 
 
@@ -239,7 +239,7 @@ def _facts(found: "clamp.Found", table: _Table) -> list[tuple[str, str]]:
     return [
         ("Model", run["model"]),
         ("Held", _held(found)),
-        ("Held at", f"{_EDITS[run['edit']]} (--edit={run['edit']}){_measured_on(run)}"),
+        ("Held at", f"{_EDITS[run['edit']]} (--edit={run['edit']}){_measured_on(found)}"),
         ("Strength", _strength(run["strength"])),
         ("Where", _POSITIONS[run["positions"]]),
         ("Prompts", _prompts(table, run)),
@@ -260,13 +260,15 @@ def _held(found: "clamp.Found") -> str:
     return text
 
 
-def _measured_on(run: dict) -> str:
+def _measured_on(found: "clamp.Found") -> str:
     """On which prompts the values were measured that units are held at."""
-    if run["edit"] not in ("refused", "benign"):
+    edit, split = found.run["edit"], found.run["split"]
+    if edit not in ("refused", "benign"):
         return ""
-    if run["split"]:
-        return f", measured on the splits other than {run['split']}"
-    return ", measured on the prompts that are answered here: no split was kept apart"
+    measured = f", measured on {found.controls['groups'][edit]} prompts of "
+    if split:
+        return f"{measured}the splits other than {split}"
+    return f"{measured}those that are answered here: no split was kept apart"
 
 
 def _strength(strength: float) -> str:
@@ -316,9 +318,10 @@ def _answers(found: "clamp.Found", table: _Table) -> list[str]:
             " the beginning; the whole was too long for it."
         )
     if not table.draws:
+        none = " (there are none like these)" if found.run["random"] else ""
         sentences.append(
-            "No random units were held for comparison, so what holding any units would do is not"
-            " known."
+            f"No random units were held for comparison{none}, so what holding any units would do is"
+            " not known."
         )
     return sentences
 
@@ -411,9 +414,9 @@ def _rounded(low: float, high: float, decimals: int = 2) -> str:
     return pages.interval(round(low, 9) + 0.0, round(high, 9) + 0.0, decimals)
 
 
-def _controls(table: _Table) -> list[str]:
+def _controls(found: "clamp.Found", table: _Table) -> list[str]:
     """Whether random units, and whole modules, do the same."""
-    sentences = []
+    sentences = _likeness(found) if table.main else []
     for key in table.main:
         row, random = table.row("clamp", key), table.row("random", key)
         if random is not None:
@@ -430,6 +433,33 @@ def _controls(table: _Table) -> list[str]:
                 f"{table.questions[key]}, whole modules of these units held: {_moved(row)}."
             )
     return sentences
+
+
+_CONTRASTS = {
+    "complied": "harmful prompts that are answered and refused",
+    "harmful": "harmful and benign prompts",
+}
+
+
+def _likeness(found: "clamp.Found") -> list[str]:
+    """How like these units the random ones are."""
+    controls = found.controls
+    if not controls["draws"]:
+        return []
+
+    def both(name: str) -> str:
+        random = [unit[name] for draw in controls["draws"] for unit in draw]
+        medians = (np.median([unit[name] for unit in controls["units"]]), np.median(random))
+        return " and ".join(f"{median:.3g}" for median in medians)
+
+    number, asked = len(controls["draws"]), found.run["random"]
+    fewer = f" (of {asked} asked: there are no more)" if number < asked else ""
+    return [
+        f"Random units: {number} {'draw' if number == 1 else 'draws'}{fewer}, of as many units in"
+        " the same layers. Median of these units and of the random ones: activation difference"
+        f" between {_CONTRASTS[controls['contrast'][0]]} {both('difference')}; output norm"
+        f" {both('norm')}."
+    ]
 
 
 def _draws(table: _Table, key: tuple[str, str]) -> str:
@@ -580,7 +610,8 @@ def _condition_tables(table: _Table) -> list[dict]:
 
 
 def _measures(table: _Table, label: str) -> Iterable[str]:
-    """The columns of a label; compliance is 1 - refusal, and one of them is shown."""
+    """The columns of a label; compliance is 1 - refusal but for empty responses, and one of them is
+    shown."""
     other = "refusal" if label in ("benign", "creative") else "compliance"
     return [
         measure
@@ -612,7 +643,10 @@ def _files(folder: pathlib.Path, drawn: dict[str, str]) -> list[tuple[str, str]]
 _FILES = {
     "run.json": "what was asked: every setting, the judges, versions",
     "responses.jsonl": "every response, by condition, prompt and sample",
+    "exchanges.jsonl": "prompts and responses, to be labelled and compared with a judge"
+    " (launch.judge)",
     "verdicts.jsonl": "what the judges say of every response",
+    "controls.json": "the random units of each draw, and how like the units held they are",
     "clamp.parquet": "a row for each condition, label and measure: mean, change, difference from"
     " random units, with intervals",
 }

@@ -2,11 +2,13 @@
 
 Damping heads or neurons at all positions is scaling the weights by which they write, so it can be
 exported; holding them at a mean needs a bias, which most families have not, and other positions or
-modules are not in the weights at all. Only an edit whose own test lowered the harm rate and kept
-benign compliance is written: that is for the user's own good, who would else trust a number that
-nobody measured.
+modules are not in the weights at all. Only an edit whose own test lowered the harm rate, and kept
+benign compliance and fluency, is written: that is for the user's own good, who would else trust a
+number that nobody measured.
 """
 
+import json
+import math
 import pathlib
 import typing
 from collections.abc import Sequence
@@ -50,24 +52,27 @@ def damped(decoder: Decoder, units: Sequence[Unit], strength: float) -> Decoder:
     copy = nnx.clone(decoder)
     config = decoder.config
     for site, mask in interventions.masks(units, config).items():
-        scale = np.where(mask, 1 - strength, 1)
         if site == Site.NEURON:
-            kernel, rows = copy.blocks.mlp.down.kernel, scale
+            kernel, rows = copy.blocks.mlp.down.kernel, mask
         else:
             kernel = copy.blocks.attention.output.kernel
-            rows = np.repeat(scale[..., 0], config.head_dim, axis=1)
-        old = kernel[...]
-        kernel[...] = (old.astype(jnp.float32) * rows[..., None]).astype(old.dtype)
+            rows = np.repeat(mask[..., 0], config.head_dim, axis=1)
+        old, place = kernel[...], np.nonzero(rows)
+        scaled = old[place].astype(jnp.float32) * (1 - strength)
+        kernel[...] = old.at[place].set(scaled.astype(old.dtype))
     return copy
 
 
 def refusal(found: "Found") -> str | None:
     """Why an edit may not be exported; None if it may.
 
-    The harm rate must have fallen, with an interval below 0, and the interval of the change of
-    benign compliance must be above minus the margin.
+    The harm rate must have fallen, with an interval below 0; the interval of the change of benign
+    compliance must be above minus the margin. A model that is broken harms no more and refuses
+    nothing: so perplexity of the plain model's answers to benign prompts must not have risen beyond
+    its margin, interval included, nor may its own answers repeat themselves or fail to end more
+    often than before.
     """
-    margin = found.run["margin"]
+    run = found.run
     harm = found.row("clamp", "harmful", "harm")
     if harm is None:
         return "harm was not judged: give a --judge that says whether a response is harmful"
@@ -78,12 +83,29 @@ def refusal(found: "Found") -> str | None:
     benign = found.row("clamp", "benign", "compliance")
     if benign is None:
         return "benign compliance was not judged: give a --judge that says what is refused"
-    if not benign["change_low"] > -margin:
+    if not benign["change_low"] > -run["margin"]:
         return (
             f"the edit changed the benign compliance by {_change(benign)}, and the interval must "
-            f"be above {-margin:+.2f} (--margin); more benign prompts make it narrower"
+            f"be above {-run['margin']:+.2f} (--margin); more benign prompts make it narrower"
         )
+    text = found.row("clamp", "benign", "nll")
+    if text is None:
+        return "the plain model's answers to benign prompts are empty: perplexity has no meaning"
+    if not text["change_high"] < math.log1p(run["perplexity_margin"]):
+        low, high = (100 * math.expm1(text[f"change_{side}"]) for side in ("low", "high"))
+        return (
+            "the edit changed the perplexity of the plain model's answers to benign prompts by "
+            f"{low:+.1f}% to {high:+.1f}%, and the interval must be below "
+            f"{100 * run['perplexity_margin']:+.1f}% (--perplexity_margin)"
+        )
+    for measure, words in _BROKEN.items():
+        row = found.row("clamp", "benign", measure)
+        if row is not None and row["change_low"] > 0:
+            return f"under the edit more answers to benign prompts {words}: {_change(row)}"
     return None
+
+
+_BROKEN = {"repetition": "repeat themselves", "unfinished": "do not end by themselves"}
 
 
 def _change(row: dict) -> str:
@@ -99,11 +121,13 @@ def write(found: "Found", decoder: Decoder, tokenizer, folder: str) -> None:
     if why := refusal(found):
         raise InputError(f"--export: nothing was written: {why}. Results: {found.folder}")
     edited = damped(decoder, found.units, found.run["strength"])
-    checkpoint.save(edited, folder, tokenizer=tokenizer)
-    (pathlib.Path(folder) / "README.md").write_text(card(found), encoding="utf-8")
+    # A tokenizer knows one stop token at most; the model was measured with all of these.
+    stop = json.dumps({"eos_token_id": found.run["stop_tokens"]}, indent=2) + "\n"
+    beside = {checkpoint.GENERATION_CONFIG: stop, "README.md": card(found, edited)}
+    checkpoint.save(edited, folder, tokenizer=tokenizer, beside=beside)
 
 
-def card(found: "Found") -> str:
+def card(found: "Found", edited: Decoder) -> str:
     """The model card."""
     run, strength = found.run, found.run["strength"]
     units = ", ".join(map(str, found.units))
@@ -116,33 +140,53 @@ def card(found: "Found") -> str:
         f"# {run['model']}, edited",
         "",
         f"The outputs of {len(found.units)} units are multiplied by {1 - strength:g}, at all "
-        f"positions, by scaling the weights through which they write: {units}. Nothing else differs"
-        " from the base model, whose weights hash to "
-        f"`{run['weights_hash']}`.",
+        f"positions, by scaling the weights through which they write: {units}. Nothing else was "
+        f"changed in the base model, whose weights hash to `{run['weights_hash']}`; weights are "
+        f"stored as {edited.embedding.dtype}.",
         "",
-        "Measured with jaxmed by direct generation, on prompts that had no part in choosing the "
-        "units; with 95% intervals:",
+        f"Measured with jaxmed by direct generation, on prompts of split {run['split']}. "
+        f"{_chosen_by(run)} With 95% intervals; the base model's mean is of the same prompts:",
         "",
         "| prompts | measure | number | base model | edited | change |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for row in found.table.to_pylist():
         if row["condition"] == "clamp":
-            plain = found.row("plain", row["label"], row["measure"])
+            measure = row["measure"] + _UNITS.get(row["measure"], "")
             lines.append(
-                f"| {row['label']} | {row['measure']} | {row['prompts']} | {plain['mean']:.3f} | "
-                f"{row['mean']:.3f} ({row['low']:.3f} to {row['high']:.3f}) | {_change(row)} |"
+                f"| {row['label']} | {measure} | {row['prompts']} | "
+                f"{row['mean'] - row['change']:.3f} | {row['mean']:.3f} ({row['low']:.3f} to "
+                f"{row['high']:.3f}) | {_change(row)} |"
             )
     judges = "; ".join(f"{name}: {meaning}" for name, meaning in run["judges"].items())
+    sampling = f"{run['samples']} to each prompt, of at most {run['max_tokens']} tokens, "
+    sampling += f"temperature {run['temperature']:g}, top_p {run['top_p']:g}, top_k {run['top_k']}"
     return "\n".join(
         [
             *lines,
             "",
-            f"Judges: {judges}. Responses of at most {run['max_tokens']} tokens, temperature "
-            f"{run['temperature']:g}, seed {run['seed']}.",
+            f"Judges: {judges}. Responses: {sampling}, seed {run['seed']}. nll and kl are of the "
+            "base model's own answers to benign prompts.",
+            "",
+            "It was exported because the harm rate fell with an interval below 0, benign "
+            f"compliance did not fall by more than {run['margin']:g} and perplexity did not rise "
+            f"by more than {run['perplexity_margin']:.0%}, intervals included, and answers to "
+            "benign prompts did not repeat themselves or fail to end more often.",
             "",
             "This says nothing of other prompts, of attacks that were not tried, or of abilities "
             "that were not measured.",
             "",
         ]
+    )
+
+
+_UNITS = {"nll": " (nats a token)", "kl": " (nats a token)"}
+
+
+def _chosen_by(run: dict) -> str:
+    """What is known of how the units were chosen."""
+    if run["results"]:
+        return "They had no part in choosing the units."
+    return (
+        "The units were named by the user; whether these prompts had a part in that is not known."
     )

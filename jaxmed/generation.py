@@ -32,6 +32,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxmed import capture
 from jaxmed import memory as memory_lib
+from models import checkpoint
 from models import edits as editing
 from models.config import DecoderConfig
 from models.decoder import Block, Decoder
@@ -706,7 +707,7 @@ def stop_tokens(folder: str | os.PathLike, tokenizer) -> frozenset[int]:
         InputError: a file is not JSON, or what it names are not token ids.
     """
     found = set() if tokenizer is None else {tokenizer.eos_token_id}
-    for name in ("generation_config.json", "config.json"):
+    for name in (checkpoint.GENERATION_CONFIG, "config.json"):
         file = pathlib.Path(folder) / name
         if not file.is_file():
             continue

@@ -191,24 +191,68 @@ def zero(sites: Sequence[Site], config: DecoderConfig) -> Values:
 
 
 def activations(
-    decoder: Decoder, prompts: Sequence[Sequence[int]], sites: Sequence[Site]
+    decoder: Decoder, prompts: Sequence[Sequence[Sequence[int]]], sites: Sequence[Site]
 ) -> dict[Site, tuple[Float[np.ndarray, "B L ..."], Float[np.ndarray, "B L ..."]]]:
-    """Each prompt's values of sites: the mean over positions before its last, and its last's.
+    """Values of sites: the mean over positions before a prompt's last, and its last's.
 
     A prompt of one token has nothing before its last; there its last counts.
+
+    Args:
+        decoder: the model.
+        prompts: token ids of the prompts, one or several in a row of the result, which has their
+            mean.
+        sites: which.
     """
     found = {site: ([], []) for site in sites}
-    for tokens in prompts:
-        padded, valid = capture.pad(tuple(tokens))
-        index = np.arange(len(padded))
-        before, last = valid & (index < len(tokens) - 1), index == len(tokens) - 1
-        weights = np.stack([before if before.any() else last, last]).astype(np.float32)
-        weights /= weights.sum(axis=1, keepdims=True)
-        means = _means(decoder, padded, valid, weights, tuple(sites))
-        for site, mean in means.items():
-            for kept, value in zip(found[site], np.asarray(mean), strict=True):
-                kept.append(value)
+    for several in prompts:
+        values = [_of_prompt(decoder, tokens, sites) for tokens in several]
+        for site in sites:
+            for place, kept in enumerate(found[site]):
+                value = np.mean([each[site][place] for each in values], axis=0)
+                kept.append(value.astype(np.float32))
     return {site: tuple(map(np.stack, both)) for site, both in found.items()}
+
+
+def group_means(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    groups: Mapping[str, Bool[np.ndarray, "B"]],
+    sites: Sequence[Site],
+) -> dict[str, Values]:
+    """Means over groups of prompts, of what `activations` gives; each prompt is run once.
+
+    Args:
+        decoder: the model.
+        prompts: token ids.
+        groups: which prompts are in each; one without any has no mean.
+        sites: which.
+    """
+    sums = {name: {site: [0.0, 0.0] for site in sites} for name in groups}
+    for row, tokens in enumerate(prompts):
+        values = _of_prompt(decoder, tokens, sites)
+        for name, members in groups.items():
+            for site in sites if members[row] else ():
+                for place in range(2):
+                    sums[name][site][place] = sums[name][site][place] + values[site][place]
+    return {
+        name: {site: tuple(total / members.sum() for total in both) for site, both in own.items()}
+        for (name, members), own in zip(groups.items(), sums.values(), strict=True)
+        if members.any()
+    }
+
+
+@jax.default_matmul_precision("float32")
+def _of_prompt(
+    decoder: Decoder, tokens: Sequence[int], sites: Sequence[Site]
+) -> dict[Site, Float[np.ndarray, "2 L ..."]]:
+    """A prompt's values: the mean before its last position, and its last's."""
+    padded, valid = capture.pad(tuple(tokens))
+    index = np.arange(len(padded))
+    before, last = valid & (index < len(tokens) - 1), index == len(tokens) - 1
+    weights = np.stack([before if before.any() else last, last]).astype(np.float32)
+    weights /= weights.sum(axis=1, keepdims=True)
+    means = _means(decoder, padded, valid, weights, tuple(sites))
+    return {site: np.asarray(mean, np.float64) for site, mean in means.items()}
 
 
 @functools.partial(jax.jit, static_argnames="sites")
@@ -223,11 +267,6 @@ def _means(
     return {
         site: jnp.einsum("wn,ln...->wl...", weights, getattr(trace, site.value)) for site in sites
     }
-
-
-def mean(values: Values) -> Values:
-    """Mean over prompts of values that each has its own."""
-    return {site: tuple(each.mean(axis=0) for each in both) for site, both in values.items()}
 
 
 def difference(left: Values, right: Values, site: Site) -> Float[np.ndarray, "L U"]:

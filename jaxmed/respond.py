@@ -19,7 +19,7 @@ from jaxmed import asking, data, prompts, responses, statistics
 from jaxmed import results as results_lib
 from jaxmed.asking import Model
 from jaxmed.data import DataError, Pair
-from jaxmed.judges import Verdict
+from jaxmed.judges import Judge, Verdict
 from jaxmed.prompts import Prompt
 from jaxmed.responses import PLAIN, Asked, Key, Log, Response
 from models.errors import InputError
@@ -29,10 +29,13 @@ LEAST = asking.LEAST | {"count": 1, "threshold": 0}
 MOST = asking.MOST | {"threshold": 1}
 
 TABLE, PAIRS = "prompts.parquet", "pairs.jsonl"
-_OWN_FILES = ("responses.jsonl", "verdicts.jsonl", TABLE, PAIRS)
-# What responses and verdicts do not depend on: a folder that has them can be paired in other ways,
+_OWN_FILES = (*responses.FILES, TABLE, PAIRS)
+# What responses do not depend on: a folder that has them can be judged and paired in other ways,
 # and samples can be added.
-_MAY_CHANGE = ("samples", "counterfactual", "count", "safe_template", "threshold")
+_MAY_CHANGE = (
+    *asking.MAY_CHANGE,
+    *("samples", "counterfactual", "count", "safe_template", "threshold"),
+)
 
 ROW = pa.schema(
     [
@@ -88,7 +91,7 @@ class Found:
         table: `prompts.parquet`, a row for each prompt. harm_rate, refusal_rate: share of its
             samples that a judge finds harmful, and refused; null where no judge says.
             unfinished: how many responses the limit ended.
-        pairs: lines of `pairs.jsonl`.
+        pairs: lines of `pairs.jsonl`, by split.
         templates: how many of these have the template as their safe response.
         same_start: how many of these have answers with the same first token.
         meanings: of the judges, by name.
@@ -97,21 +100,22 @@ class Found:
     folder: pathlib.Path
     settings: Settings
     table: pa.Table
-    pairs: int
+    pairs: dict[str, int]
     templates: int
     same_start: int
     meanings: dict[str, str]
 
 
-def run(settings: Settings, progress: bool = True) -> Found:
+def run(settings: Settings, *, own_judges: Sequence[Judge] = (), progress: bool = True) -> Found:
     """Has prompts answered and the answers judged, and writes what is found and the pairs.
 
-    A folder that holds a stopped run is gone on with; one that holds a finished run is paired
-    anew, and sampled further if there are to be more samples. Nothing is written before settings,
-    checkpoint, prompts, counterfactuals and judges have been checked.
+    A folder that holds a stopped run is gone on with; one that holds a finished run is judged and
+    paired anew, and sampled further if there are to be more samples. Nothing is written before
+    settings, checkpoint, prompts, counterfactuals and judges have been checked.
 
     Args:
         settings: what is asked.
+        own_judges: in the place of those that the settings name.
         progress: show progress bars, and say what goes on.
 
     Raises:
@@ -127,14 +131,18 @@ def run(settings: Settings, progress: bool = True) -> Found:
     template = _template(settings, model)
     asked = asking.read_prompts(settings, model, say)
     pairs = find_pairs(settings, model, asked, say)
-    given = asking.read_judges(settings, model)
+    given = list(own_judges) or asking.read_judges(settings, model)
     folder = pathlib.Path(settings.out)
     described = asking.described(settings, "respond", model, asked, given)
+    if settings.counterfactual != "given":
+        asked = _needed(asked, pairs, say)
     results_lib.claim(folder, described, _OWN_FILES, settings.overwrite, _MAY_CHANGE)
-    answered, verdicts = responses.response_log(folder), responses.verdict_log(folder)
+    answered = responses.response_log(folder)
+    verdicts = responses.verdict_log(folder, described["judges_hash"])
     asking.answer(settings, model, asked, [PLAIN], given, answered, verdicts, progress=progress)
     table = tabulate(settings, asked, answered, verdicts)
     results_lib.replace_file(folder / TABLE, lambda path: pq.write_table(table, path))
+    responses.write_exchanges(folder / responses.EXCHANGES, asked, answered)
     (folder / PAIRS).unlink(missing_ok=True)  # of another way of pairing
     seen = {
         one.prompt.id: answers(settings, one.prompt.id, answered, verdicts)
@@ -151,7 +159,7 @@ def run(settings: Settings, progress: bool = True) -> Found:
         folder,
         settings,
         table,
-        len(made),
+        {split: sum(pair.split == split for pair in made) for split in data.SPLITS},
         sum(seen[pair.base].safe is None for pair in made),
         sum(_start_alike(complete[pair.base]) for pair in made),
         {judge.name: judge.meaning for judge in given},
@@ -198,6 +206,14 @@ def find_pairs(settings: Settings, model: Model, asked: Sequence[Asked], say) ->
         bad.append(error)
         say(f"No pair: {error}")
 
+    if settings.counterfactual == "given" and not any(
+        one.counterfactuals or one.counterfactual_ids for one in harmful
+    ):
+        raise DataError(
+            f"--counterfactual=given: no harmful prompt of {', '.join(settings.prompts)} has a "
+            "counterfactual in its file; give --counterfactual=matched or length, and benign "
+            "--prompts"
+        )
     way_out = "" if settings.skip_bad_prompts else f" {asking.LEAVE_OUT}"
     try:
         pairs = prompts.pair_up(
@@ -227,6 +243,19 @@ def find_pairs(settings: Settings, model: Model, asked: Sequence[Asked], say) ->
         bases = {pair.base for pair in usable}
         say(f"{len(bases)} of {len(harmful)} harmful prompts can be paired")
     return usable
+
+
+def _needed(asked: Sequence[Asked], pairs: Sequence[Pair], say) -> list[Asked]:
+    """All prompts but benign ones that could have been counterfactuals and are none, of which a
+    file may hold tens of thousands."""
+    used = {data.fingerprint(pair.counterfactual_text, pair.counterfactual_ids) for pair in pairs}
+    needed = [one for one in asked if one.prompt.label != "benign" or one.fingerprint in used]
+    if len(needed) < len(asked):
+        say(
+            f"{len(asked) - len(needed)} benign prompts are no counterfactual of any pair, and are "
+            "not answered"
+        )
+    return needed
 
 
 def _without_answers(prompt: Prompt) -> Prompt:
@@ -275,15 +304,13 @@ def answers(
     def first(kind) -> Response | None:
         for key in keys:
             response = answered.values[key]
-            if _says_something(response) and kind(verdicts.values[key], settings.threshold):
+            if responses.says_something(response) and kind(
+                verdicts.values[key], settings.threshold
+            ):
                 return response
         return None
 
     return Answers(first(is_harmful), first(is_safe))
-
-
-def _says_something(response: Response) -> bool:
-    return bool(response.tokens) and (response.text is None or bool(response.text.strip()))
 
 
 def _is_pair(both: Answers) -> bool:
@@ -357,11 +384,11 @@ def _write(
 ) -> None:
     """Writes pairs with their answers, as `data.read` reads them."""
     by_id = {one.prompt.id: one.prompt for one in asked}
-    benign = [one.prompt.prompt for one in asking.of_split(asked, label="benign")]
+    benign = {data.as_text(one.prompt.prompt): one.prompt.prompt for one in asked}
     lines = []
     for pair in pairs:
         base = by_id[pair.base]
-        forms = {data.as_text(form): form for form in (None, *benign, *base.counterfactuals)}
+        forms = benign | {data.as_text(form): form for form in (None, *base.counterfactuals)}
         fields = {"id": pair.id}
         fields |= _prompt_field("prompt", base.prompt, pair.prompt_ids)
         fields |= _prompt_field(
@@ -430,9 +457,10 @@ def _rate(name: str, values: list[float | None]) -> str:
 
 def _pair_lines(found: Found) -> list[str]:
     path, settings = found.folder / PAIRS, found.settings
-    counted = f"Pairs: {path} ({found.pairs}"
+    splits = ", ".join(f"{number} in split {split}" for split, number in found.pairs.items())
+    counted = f"Pairs: {path} ({sum(found.pairs.values())}: {splits}"
     if found.templates:
-        counted += f", {found.templates} of them with --safe_template as the safe response"
+        counted += f"; {found.templates} of them with --safe_template as the safe response"
     lines = [
         f"Prompts: {found.folder / TABLE} ({found.table.num_rows}); responses and verdicts are in "
         "the same folder",
@@ -441,6 +469,12 @@ def _pair_lines(found: Found) -> list[str]:
     command = ["python", "-m", "launch.mediate", f"--model={settings.model}", f"--pairs={path}"]
     if settings.chat:
         command.append("--chat")
+    if found.pairs["A"]:
+        command.append("--split=A")
+        lines.append(
+            "The command finds units by split A alone; the prompts of the others are left to test "
+            "them, by launch.clamp"
+        )
     if found.same_start:
         lines.append(
             f"In {found.same_start} of the pairs both answers begin with the same token, of which "

@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Generic, TypeVar
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
-from jaxmed import generation, judges
+from jaxmed import data, generation, judges
 from jaxmed import prompts as prompts_lib
+from jaxmed import results as results_lib
 from jaxmed.generation import Sampling
 from jaxmed.judges import Exchange, Judge, Verdict
 from jaxmed.prompts import Prompt
@@ -27,6 +28,8 @@ from models.errors import InputError
 
 Value = TypeVar("Value")
 
+EXCHANGES = "exchanges.jsonl"
+FILES = ("responses.jsonl", "verdicts.jsonl", EXCHANGES)
 NGRAM = 4  # tokens; see `repetition`
 _AT_ONCE = 64  # responses that are generated, or judged, before they are written
 
@@ -38,6 +41,11 @@ class Asked:
     prompt: Prompt
     tokens: tuple[int, ...]
 
+    @property
+    def fingerprint(self) -> str:
+        """The same for prompts that differ in nothing but ids, labels and the like."""
+        return data.fingerprint(data.as_text(self.prompt.prompt), self.tokens)
+
 
 @dataclasses.dataclass(frozen=True)
 class Condition:
@@ -45,12 +53,12 @@ class Condition:
 
     Attributes:
         name: of the condition.
-        holds: interventions, made together; none is the plain model. A shift of each prompt's own
-            has them in the order in which `generate` gets the prompts.
+        holds: gives the interventions, made together, for prompts by their rows: their places among
+            those that `generate` gets. None is the plain model.
     """
 
     name: str
-    holds: tuple[Hold, ...] = ()
+    holds: Callable[[Int[np.ndarray, "B"]], Sequence[Hold]] = lambda rows: ()
 
 
 PLAIN = Condition("plain")
@@ -90,19 +98,24 @@ class Log(Generic[Value]):
         path: the file; lines that are there already are read. A last line that a stopped run left
             unfinished is taken off.
         kind: dataclass of the values.
+        maker: what made the values, where that may change from run to run; lines of other makers
+            stay in the file and are passed over.
 
     Raises:
         InputError: the file holds something else.
     """
 
-    def __init__(self, path: pathlib.Path, kind: type[Value]):
+    def __init__(self, path: pathlib.Path, kind: type[Value], maker: str = ""):
         self.path = path
+        self._maker = {"maker": maker} if maker else {}
         self.values: dict[Key, Value] = {}
         content = path.read_bytes() if path.exists() else b""
         whole = content.rfind(b"\n") + 1
         for number, line in enumerate(content[:whole].splitlines(), start=1):
             try:
                 fields = json.loads(line)
+                if fields.pop("maker", "") != maker:
+                    continue
                 key = Key(*(fields.pop(field.name) for field in dataclasses.fields(Key)))
                 self.values[key] = kind(**fields)
             except (ValueError, TypeError, KeyError, AttributeError):
@@ -117,7 +130,7 @@ class Log(Generic[Value]):
         """Adds values."""
         with self.path.open("a", encoding="utf-8") as file:
             for key, value in values.items():
-                line = dataclasses.asdict(key) | dataclasses.asdict(value)
+                line = dataclasses.asdict(key) | dataclasses.asdict(value) | self._maker
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
         self.values |= values
 
@@ -127,9 +140,9 @@ def response_log(folder: pathlib.Path) -> Log[Response]:
     return Log(folder / "responses.jsonl", Response)
 
 
-def verdict_log(folder: pathlib.Path) -> Log[Verdict]:
-    """The verdicts that a folder holds, in `verdicts.jsonl`."""
-    return Log(folder / "verdicts.jsonl", Verdict)
+def verdict_log(folder: pathlib.Path, judges_hash: str) -> Log[Verdict]:
+    """The verdicts of these judges that a folder holds, in `verdicts.jsonl`."""
+    return Log(folder / "verdicts.jsonl", Verdict, judges_hash)
 
 
 def seed_of(prompt: str, sample: int, seed: int) -> int:
@@ -197,7 +210,7 @@ def generate(
             stop=stop,
             sampling=sampling,
             seeds=[seed_of(asked[row].prompt.id, sample, seed) for row, sample in part],
-            holds=generation.of_prompts(condition.holds, rows),
+            holds=condition.holds(rows),
             memory=memory,
         )
         log.append(
@@ -284,11 +297,37 @@ def _merged(said: list[list[Verdict]]) -> list[Verdict]:
 
     return [
         Verdict(
-            **{name: first(verdicts, name) for name in judges.SAYS},
+            **{name: first(verdicts, name) for name in (*judges.SAYS, "complied")},
             cut=any(verdict.cut for verdict in verdicts),
         )
         for verdicts in zip(*said, strict=True)
     ]
+
+
+def write_exchanges(path: pathlib.Path, asked: Sequence[Asked], log: Log[Response]) -> None:
+    """Writes responses beside their prompts, as `launch.judge` reads them once people have labelled
+    them."""
+    by_id = {one.prompt.id: one for one in asked}
+    lines = []
+    for key, response in log.values.items():
+        if key.prompt in by_id:
+            exchange = _exchange(by_id[key.prompt], response)
+            fields = {"id": f"{key.condition}/{key.prompt}/{key.sample}", "label": exchange.label}
+            fields |= {
+                name: value
+                for name in ("prompt", "response", "prompt_ids", "response_ids")
+                if (value := getattr(exchange, name)) is not None
+            }
+            lines.append(json.dumps(fields, ensure_ascii=False) + "\n")
+    results_lib.replace_file(
+        path,
+        lambda temporary: temporary.write_text("".join(lines), encoding="utf-8", newline="\n"),
+    )
+
+
+def says_something(response: Response) -> bool:
+    """Whether there is anything in a response but white space."""
+    return bool(response.tokens) and (response.text is None or bool(response.text.strip()))
 
 
 def repetition(tokens: Sequence[int]) -> float:

@@ -6,7 +6,6 @@ python -m launch.convert --model=DIR_OR_HUB_ID --verify --out=DIR
 
 import importlib.util
 import pathlib
-import shutil
 
 import jax
 import numpy as np
@@ -24,8 +23,6 @@ FEWEST_TOKENS, MOST_TOKENS = 64, 640
 # How far rounding may take two float32 programs apart, of the largest logit. It grows with depth: a
 # random Llama of 32 layers was seen at 1.4e-5, each of the two programs being off by about 1e-5.
 TOLERANCE = 1e-4
-
-_GENERATION = "generation_config.json"
 
 _MODEL = flags.DEFINE_string(
     "model", None, "Folder or Hugging Face hub id of a checkpoint.", required=True
@@ -108,10 +105,9 @@ def _described(entry: cache.Entry) -> str:
 def _export(folder: pathlib.Path, cache_dir: pathlib.Path, out: pathlib.Path) -> None:
     """Writes the model in Hugging Face's format."""
     decoder = Source.examine(folder, _DTYPE.value).load(cache_dir=cache_dir)
-    checkpoint.save(decoder, out, tokenizer=checkpoint.read_tokenizer(folder))
-    # Where generation stops; a tokenizer knows only one of an instruct model's stop tokens.
-    if (folder / _GENERATION).is_file():
-        shutil.copy(folder / _GENERATION, out)
+    generation = folder / checkpoint.GENERATION_CONFIG
+    beside = {generation.name: generation.read_text("utf-8")} if generation.is_file() else {}
+    checkpoint.save(decoder, out, tokenizer=checkpoint.read_tokenizer(folder), beside=beside)
     size = sum(file.stat().st_size for file in out.iterdir())
     print(
         f"Exported: {out} ({size / 1e9:.3g} GB, {decoder.embedding.dtype}). "

@@ -44,6 +44,7 @@ from models.weights import Path, Row
 
 SINGLE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+GENERATION_CONFIG = "generation_config.json"  # where a response stops
 
 # What is asked of the Hub: no code, no pickle, no second copy of the weights in another layout.
 _DOWNLOADED = ["model*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
@@ -120,6 +121,7 @@ def save(
     folder: str | os.PathLike,
     *,
     tokenizer: transformers.PreTrainedTokenizerBase | None = None,
+    beside: Mapping[str, str] | None = None,
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
     """Writes a model in Hugging Face's format, which `load` and transformers read.
@@ -130,6 +132,8 @@ def save(
         decoder: the model.
         folder: where to; must not exist yet, or be empty.
         tokenizer: written beside the model; its special tokens go into config.json.
+        beside: texts of further files, by their names, such as `GENERATION_CONFIG`, which names
+            the tokens that a response stops at: a tokenizer knows only one of them.
         max_shard_bytes: weights larger than this are split into several files with an index.
 
     Raises:
@@ -144,6 +148,8 @@ def save(
         _write_weights(decoder, partial, max_shard_bytes)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
+        for name, text in (beside or {}).items():
+            (partial / name).write_text(text, encoding="utf-8")
         os.replace(partial, folder)
     except BaseException:
         shutil.rmtree(partial)
@@ -151,7 +157,10 @@ def save(
 
 
 def check_free(folder: pathlib.Path) -> None:
-    """Raises CheckpointError if a folder to be written is not empty."""
+    """Raises CheckpointError if a folder to be written is not empty, or cannot be made."""
+    above = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise CheckpointError(f"{folder}: cannot be made, since {above} cannot be written to")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder}: is there already; remove it or choose another folder")
 

@@ -10,7 +10,7 @@ from jaxmed import asking, generation, memory, sweep
 from jaxmed.asking import Model, Settings
 from jaxmed.data import DataError
 from jaxmed.judges import FirstTokens, RefusalPhrases
-from jaxmed.responses import PLAIN, Asked, response_log, verdict_log
+from jaxmed.responses import PLAIN, Asked, Condition, response_log, verdict_log
 from models.errors import InputError
 from tests import tiny, words
 
@@ -184,6 +184,35 @@ def test_ids_that_two_files_use(model, write):
     assert str(caught.value).startswith(message)
 
 
+def test_a_prompt_counts_once(model, write):
+    """Under another id it would be in two splits, or narrow an interval."""
+    rows = [{"id": 1, "prompt": "tell me"}, {"id": 2, "prompt": " Tell  ME "}]
+    rows += [{"id": 3, "prompt_ids": [5]}, {"id": 4, "prompt_ids": [5]}, {"id": 5, "prompt": "why"}]
+    file, said = write(*(row | {"label": "benign"} for row in rows)), []
+    found = asking.read_prompts(settings([file], chat=True), model, said.append)
+    assert [one.prompt.id for one in found] == ["1", "3", "5"]
+    [message] = said
+    assert message.startswith("2 prompts are the same as others before them and are left out, the")
+    assert f"{file}:2: each counts once" in message
+
+
+def test_a_condition_that_fails_is_named(model, write, tmp_path, monkeypatch):
+    def generate(decoder, prompts, **options):
+        raise InputError("logits")
+
+    monkeypatch.setattr(generation, "generate", generate)
+    asked = asking.read_prompts(settings([write({"prompt": "why", "label": "benign"})]), model)
+    logs = response_log(tmp_path), verdict_log(tmp_path, "judges")
+    for condition, message in (
+        (PLAIN, "^logits$"),
+        (Condition("strength 9"), r"^condition 'strength 9': logits \(what was answered before"),
+    ):
+        with pytest.raises(InputError, match=message):
+            asking.answer(
+                settings(), model, asked, [condition], [RefusalPhrases()], *logs, progress=False
+            )
+
+
 def test_nothing_is_left(model, write):
     file = write({"id": "a", "prompt_ids": [99], "label": "benign"})
     with pytest.raises(DataError, match="prompts.jsonl: not one prompt can be used"):
@@ -249,10 +278,12 @@ def test_a_bar_counts_what_was_there_as_done_before(model, write, tmp_path, monk
 
     monkeypatch.setattr(asking.tqdm, "tqdm", Bar)
     monkeypatch.setattr(generation, "generate", generate)
-    rows = [{"id": name, "prompt": "how", "label": "benign"} for name in "abc"]
+    rows = [
+        {"id": name, "prompt": "how " * n, "label": "benign"} for n, name in enumerate("abc", 1)
+    ]
     for count in (2, 3):
         asked = asking.read_prompts(settings([write(*rows[:count])]), model)
-        logs = response_log(tmp_path), verdict_log(tmp_path)
+        logs = response_log(tmp_path), verdict_log(tmp_path, "judges")
         asking.answer(settings(), model, asked, [PLAIN], [RefusalPhrases()], *logs, label="some")
     assert [(bar.desc, bar.initial, bar.n, bar.total) for bar in bars] == [
         ("some: responses", 0, 2, 2),

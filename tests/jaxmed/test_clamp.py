@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -79,6 +81,10 @@ def test_damped_detectors_end_harm_alone(detectors):
     assert found.row("clamp", "harmful", "harm")["mean"] <= 0.05
     assert found.row("clamp", "benign", "compliance")["mean"] > 0.95
     assert found.row("clamp", "overrefusal", "refusal")["mean"] < 0.05
+    # Not a broken model, which would refuse nothing either: it says that it complies.
+    answers = responses.response_log(found.folder).values
+    first = [r.text[:1] for k, r in answers.items() if k.condition == "clamp" and "ben" in k.prompt]
+    assert len(first) == 48 and first.count("C") > 0.95 * 48
 
 
 def test_random_units_like_these_change_neither(gates, detectors):
@@ -90,6 +96,17 @@ def test_random_units_like_these_change_neither(gates, detectors):
             assert sorted(u.layer for u in each.units) == sorted(u.layer for u in found.units)
             for label, measure in (("harmful", "harm"), ("benign", "compliance")):
                 assert abs(found.row(each.name, label, measure)["change"]) < 0.05
+        # Like these: among the nearest in both traits, of those that do differ.
+        controls = found.controls
+        assert [[u["unit"] for u in draw] for draw in controls["draws"]] == [
+            [str(unit) for unit in each.units] for each in drawn
+        ]
+        assert controls == json.loads((found.folder / clamp.CONTROLS).read_text())
+        assert controls["contrast"] == ["complied", "refused"]
+        assert controls["groups"] == {"harmful": 96, "benign": 96, "refused": 48, "complied": 48}
+        norms = [unit["norm"] for draw in controls["draws"] for unit in draw]
+        own = [unit["norm"] for unit in controls["units"]]
+        assert min(own) / 3 < np.median(norms) < 3 * max(own)
         beyond = found.row("clamp", "harmful", "harm")
         assert beyond["beyond_random_high"] < 0
         mean = found.row(clamp.ALL_RANDOM, "harmful", "harm")["mean"]
@@ -156,13 +173,51 @@ def test_a_stopped_run_goes_on_where_it_stopped(gates, organism, tmp_path, monke
     assert len(log) == len(set(log)) == len(responses.response_log(whole.folder).values)
 
 
+def test_random_units_stay_those_of_a_stopped_run_and_may_become_more(detectors, tmp_path):
+    """What they are drawn by may round otherwise on another machine, but not the responses."""
+    asked, found = detectors
+    folder = tmp_path / "out"
+    shutil.copytree(found.folder, folder)
+    before = (folder / "responses.jsonl").read_bytes()
+    content = json.loads((folder / clamp.CONTROLS).read_text())
+    kept = content["draws"][2]
+    other = {unit["unit"] for unit in kept} | set(map(str, found.units))
+    layer = found.units[0].layer
+    spare = [f"neuron:{layer}.{index}" for index in range(160)]
+    spare = [name for name in spare if name not in other][: len(kept)]
+    content["draws"][2] = [unit | {"unit": n} for unit, n in zip(kept, spare, strict=True)]
+    (folder / clamp.CONTROLS).write_text(json.dumps(content))
+    asked = dataclasses.replace(asked, out=str(folder), random=4, export="", alone=1)
+    more = clamp.run(asked, progress=False)
+    draws = [[u["unit"] for u in draw] for draw in more.controls["draws"]]
+    assert draws[:3] == [[u["unit"] for u in draw] for draw in content["draws"]]
+    assert len(draws) == 4 and draws[3] not in draws[:3]
+    assert (folder / "responses.jsonl").read_bytes().startswith(before)
+    fewer = clamp.run(dataclasses.replace(asked, random=1), progress=False)
+    assert [each.name for each in fewer.held].count("random 1") == 1
+    assert len(fewer.controls["draws"]) == 1
+    assert len(json.loads((folder / clamp.CONTROLS).read_text())["draws"]) == 4
+
+
+def test_few_units_have_few_controls():
+    """Two of four heads leave one draw, and no draw counts twice."""
+    units = [clamp.Unit("head", 0, 0), clamp.Unit("head", 0, 1)]
+    traits = {"head": [np.ones((1, 4))]}
+    experiment = object.__new__(clamp._Experiment)
+    experiment.settings = Settings("model", ("prompts",), "out")
+    first = experiment._draw(units, traits, 0, [])
+    assert [str(unit) for unit in first] == ["head:0.2", "head:0.3"]
+    assert experiment._draw(units, traits, 1, [[{"unit": str(unit)} for unit in first]]) is None
+
+
 def test_an_exported_checkpoint_answers_as_the_held_model(detectors):
     asked, found = detectors
     decoder, tokenizer = models.load(asked.export)
     plain, _ = models.load(asked.model)
     given = [one for one in prompts.read(asked.prompts[0]) if one.split == "C"]
     tokens = [prompts.tokens_of(one, tokenizer) for one in given]
-    stop = found.run["stop_tokens"]
+    stop = responses.generation.stop_tokens(asked.export, None)
+    assert sorted(stop) == found.run["stop_tokens"]
     edited = responses.generation.generate(decoder, tokens, stop=stop, sampling=asked.sampling)
     held = responses.response_log(found.folder).values
     for one, response in zip(given, edited, strict=True):
@@ -172,6 +227,8 @@ def test_an_exported_checkpoint_answers_as_the_held_model(detectors):
         assert np.any(plain.blocks.mlp.down.kernel[...][layer, index])
     card = (organisms.organism.pathlib.Path(asked.export) / "README.md").read_text()
     assert "| harmful | harm | 48 | 0.500 | 0.000 " in card and "multiplied by 0" in card
+    assert "whether these prompts had a part in that is not known" in card
+    assert "did not fall by more than 0.05" in card and "| benign | nll (nats a token) |" in card
 
 
 def changed(found, place, **fields):
@@ -200,6 +257,58 @@ def test_an_edit_that_did_not_lower_harm_is_not_exported(detectors, gates, tmp_p
 
 
 @pytest.mark.parametrize(
+    "measure, fields, message",
+    [
+        ("nll", {"change_high": 0.0954}, r"perplexity .* benign prompts by \+0.0% to \+10.0%, and"),
+        ("repetition", {"change_low": 0.01}, "more answers to benign prompts repeat themselves"),
+        ("unfinished", {"change_low": 0.01}, "more answers to benign prompts do not end"),
+    ],
+)
+def test_a_broken_model_is_not_exported(detectors, measure, fields, message):
+    """It harms no more, and refuses nothing."""
+    _, found = detectors
+    place = ("clamp", "benign", measure)
+    row = found.row(*place)
+    if row is None:  # of responses too short to repeat anything
+        assert measure == "repetition"
+        rows = found.table.to_pylist()
+        row = dict(found.row("clamp", "benign", "unfinished")) | {"measure": measure}
+        table = clamp.pa.Table.from_pylist([*rows, row], clamp.ROW)
+        found = dataclasses.replace(found, table=table)
+    assert export.refusal(found) is None
+    assert re.search(message, export.refusal(changed(found, place, **fields)))
+
+
+def test_silence_and_nonsense_are_no_compliance():
+    complies = clamp._MEASURES["compliance"]
+    says, silent = responses.Response((1,), "yes", True), responses.Response((), "", True)
+    assert complies(says, clamp.Verdict(refused=0.25)) == 0.75
+    assert complies(silent, clamp.Verdict(refused=0.0)) == 0.0
+    assert complies(says, clamp.Verdict(refused=0.0, complied=0.0)) == 0.0
+    assert np.isnan(complies(says, clamp.Verdict(harmful=1.0)))
+
+
+def test_judges_must_say_what_has_to_be_known(organism, tmp_path):
+    class Silent:
+        name, meaning, says = "silent", "nothing", ()
+
+    class Refusals(Silent):
+        says = ("refused",)
+
+    for changes, judge, message in (
+        ({}, Silent, "--judge=silent: does not say whether responses refuse, which --edit=refused"),
+        (
+            {"edit": "zero", "export": str(tmp_path / "edited")},
+            *(Refusals, "does not say whether responses are harmful, which --export has to know"),
+        ),
+    ):
+        asked = settings(organism, tmp_path / "out", units=("neuron:1.1",), **changes)
+        with pytest.raises(InputError, match=message):
+            clamp.run(asked, own_judges=[judge()], progress=False)
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
     "changes, message",
     [
         ({}, "give either --results=DIR, of a run of launch.mediate, or --units"),
@@ -212,6 +321,7 @@ def test_an_edit_that_did_not_lower_harm_is_not_exported(detectors, gates, tmp_p
         ),
         ({"units": ("mlp:1",), "top_doses": ("1.5",)}, "--top_doses=1.5: must be numbers"),
         ({"units": ("mlp:1",), "strength_doses": ("0",)}, "--strength_doses=0: must be above 0"),
+        ({"units": ("mlp:1",), "top_doses": ("2", "02")}, "--top_doses=2,02: names a dose twice"),
         (
             {"units": ("mlp:1",), "export": "x"},
             "--export with --edit=refused --positions=all: only",
@@ -256,9 +366,13 @@ def test_prompts_that_are_too_few_or_of_one_kind_are_refused(organism, units, tm
     complied = [
         line for line in lines if " J " in json.loads(line)["prompt"] or '"label": "benign"' in line
     ]
-    refused(complied, "--edit=refused: there are no harmful prompts that the plain model refuses")
+    refused(complied, "the plain model refuses 0, and their mean needs 8")
     tested = [line for line in lines if '"split": "C"' in line]
-    refused(tested, "--edit=benign: there are no benign prompts among the 0", edit="benign")
+    missing = "--split=C: 0 harmful prompts are in the other splits, where it is measured "
+    refused(tested, missing + "which units are like these (--random=3)", edit="zero")
+    refused(tested, missing + "what units are held at (--edit=refused)", random=0)
+    missing = missing.replace("harmful", "benign")
+    refused(tested, missing + "what units are held at (--edit=benign)", edit="benign", random=0)
     without = [json.loads(line) for line in lines]
     without[2].pop("counterfactual")
     refused(
@@ -275,31 +389,52 @@ def test_units_of_a_run_that_saw_the_tested_prompts_are_refused(organism, tmp_pa
     keyed = [line for line in lines if line["label"] == "harmful" and " J " in line["prompt"]]
     answers = {"harmful_response": "C", "safe_response": "R"}
 
-    def run(chosen, name):
-        (tmp_path / f"{name}.jsonl").write_text(
-            "\n".join(json.dumps(line | answers) for line in chosen)
-        )
+    def run(chosen, name, split=()):
+        lines = [line | answers | {"id": n} for n, line in enumerate(chosen)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
         asked = sweep.Settings(
             *(str(organism.folder), str(tmp_path / f"{name}.jsonl"), str(tmp_path / name)),
             granularity=("neuron",),
             positions="prompt",
+            split=split,
         )
-        return str(sweep.measure(asked, progress=False)[0].folder)
+        return sweep.measure(asked, progress=False)[0]
 
-    seen = run(keyed[:3], "seen")
-    asked = settings(organism, tmp_path / "out", results=seen, top=7)
-    with pytest.raises(InputError, match="1 of the prompts, as 'harmful-002', are among the pairs"):
+    seen = run(keyed[:6], "seen")
+    asked = settings(organism, tmp_path / "out", results=str(seen.folder), top=7, edit="zero")
+    with pytest.raises(InputError, match=r"seen: that run is not finished; give its command again"):
         clamp.run(asked, progress=False)
-    units = clamp.chosen_units(dataclasses.replace(asked, results=seen), clamp.asking.load(asked))
+    seen.finish()
+    # Whatever they are called there.
+    assert not {line["id"] for line in keyed} & set(seen.pair_ids)
+    with pytest.raises(InputError, match=r"of the prompts, as 'harmful-002' \(.*\), are among"):
+        clamp.run(asked, progress=False)
+    others = run(keyed[:6], "others", split=("A", "B"))
+    others.finish()
+    asked = dataclasses.replace(asked, results=str(others.folder), random=0, module=False)
+    found = clamp.run(asked, progress=False)
     truth = organism.truth["contrasts"]["unlock"]["neurons"]
-    assert {(u.layer, u.index) for u in units} == set(map(tuple, truth))
+    assert {(u.layer, u.index) for u in found.units} == set(map(tuple, truth))
+    others.run["weights_hash"] = "other"
+    others.record({"seconds": 1.0})
+    with pytest.raises(InputError, match="whose weights are not those of .*: --units"):
+        clamp.run(asked, progress=False)
 
 
 def test_each_prompt_may_be_held_at_its_counterfactual(organism, units, tmp_path):
     asked = settings(
         *(organism, tmp_path / "out"), units=units[GATES], edit="source", random=0, module=False
     )
+    lines = [json.loads(line) for line in organism.prompts.read_text().splitlines()]
+    lines[2].pop("counterfactual")
+    lines[5] |= {"counterfactual": [lines[5]["counterfactual"]] * 2}
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    asked = dataclasses.replace(asked, prompts=(str(file),), skip_bad_prompts=True)
     found = clamp.run(asked, progress=False)
+    assert lines[2]["id"] not in {
+        key.prompt for key in responses.response_log(found.folder).values if key.sample == 0
+    }
     # With the key exchanged, prompts that were answered are refused, and the other way round.
     answers = responses.response_log(found.folder).values
     letters = {"clamp": {}, "plain": {}}

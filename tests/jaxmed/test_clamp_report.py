@@ -92,7 +92,18 @@ def fabricate(folder, held, rates=RATES, counts=COUNTS, judged=("harm", "refusal
             values[name][labels != "benign"] = np.nan
         measured |= {(each.name, name): value for name, value in values.items()}
     table = clamp.summarise(held, asked, measured)
-    return clamp.Found(table, list(held), list(UNITS), dict(RUN), folder, cuts)
+    drawn = [each.units for each in held if each.kind == "random"]
+    controls = {
+        "groups": {"harmful": 80, "benign": 60, "refused": 30, "complied": 50},
+        "contrast": ["complied", "refused"] if drawn else [],
+        "units": traits(UNITS, 2.0) if drawn else [],
+        "draws": [traits(units, 1.5) for units in drawn],
+    }
+    return clamp.Found(table, list(held), list(UNITS), controls, dict(RUN), folder, cuts)
+
+
+def traits(units, size):
+    return [{"unit": str(unit), "difference": size, "norm": size / 2} for unit in units]
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +131,7 @@ def test_the_page_says_what_was_held_on_what_and_who_judged(page):
     for words in (
         "Held neuron:3.17, neuron:3.4, neuron:3.30, neuron:3.9; ranked by sweep (--by=max)",
         "their mean over harmful prompts that the plain model refuses (--edit=refused), measured on"
+        " 30 prompts of"
         " the splits other than C",
         "40 harmful prompts, 24 benign prompts, 16 harmless prompts that look harmful, 12 creative"
         " prompts; split C",
@@ -172,6 +184,11 @@ def test_controls_are_told(page):
         " (mean of 2 draws, from 0.70 to 0.80); difference −0.65, 95% interval" in page.text
     )
     assert ": lower than with random units." in page.text
+    assert (
+        "Random units: 2 draws (of 5 asked: there are no more), of as many units in the same"
+        " layers. Median of these units and of the random ones: activation difference between"
+        " harmful prompts that are answered and refused 2 and 1.5; output norm 1 and 0.75." in page.text
+    )
     assert "Harm rate, whole modules of these units held: 0.80 → 0.00 (change −0.80" in page.text
 
 

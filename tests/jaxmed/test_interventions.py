@@ -124,7 +124,8 @@ def test_holds_move_units_by_a_share_of_the_way(positions, strength):
 
 
 def test_activations_are_those_of_a_plain_run():
-    found = interventions.activations(DECODER, PROMPTS, [Site.NEURON, Site.HEAD, Site.MLP])
+    sites = [Site.NEURON, Site.HEAD, Site.MLP]
+    found = interventions.activations(DECODER, [[tokens] for tokens in PROMPTS], sites)
     for number, tokens in enumerate(PROMPTS):
         trace = DECODER(np.array(tokens))[1]
         for site, (before, last) in found.items():
@@ -132,8 +133,28 @@ def test_activations_are_those_of_a_plain_run():
             np.testing.assert_allclose(last[number], value[:, -1], atol=1e-6)
             earlier = value[:, :-1] if len(tokens) > 1 else value
             np.testing.assert_allclose(before[number], earlier.mean(axis=1), atol=1e-6)
-    means = interventions.mean(found)
-    np.testing.assert_allclose(means[Site.MLP][1], found[Site.MLP][1].mean(axis=0))
+    both = interventions.activations(DECODER, [PROMPTS[:2], PROMPTS[2:]], sites)
+    for site, places in both.items():
+        for place, values in enumerate(places):
+            alone = found[site][place]
+            np.testing.assert_allclose(values, [alone[:2].mean(axis=0), alone[2]], rtol=1e-6)
+
+
+def test_groups_have_the_means_of_their_prompts():
+    sites = [Site.NEURON, Site.HEAD]
+    found = interventions.activations(DECODER, [[tokens] for tokens in PROMPTS], sites)
+    groups = {
+        "two": np.array([True, False, True]),
+        "all": np.ones(3, bool),
+        "none": np.zeros(3, bool),
+    }
+    means = interventions.group_means(DECODER, PROMPTS, groups, sites)
+    assert list(means) == ["two", "all"]
+    for name, own in means.items():
+        for site, places in own.items():
+            for place, values in enumerate(places):
+                want = found[site][place][groups[name]].mean(axis=0)
+                np.testing.assert_allclose(values, want, rtol=1e-5, atol=1e-7)
 
 
 def test_zero_is_the_value_of_every_site():

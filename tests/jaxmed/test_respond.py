@@ -1,6 +1,5 @@
 """Pairs of a model's own answers: which responses make them, and that `data.read` reads them."""
 
-import dataclasses
 import json
 
 import numpy as np
@@ -110,7 +109,9 @@ def test_pairs_of_tokens_are_the_first_responses_of_each_kind(run):
     }
     wanted = {name: answers for name, answers in wanted.items() if None not in answers}
     assert {pair.base: [pair.harmful_ids, pair.safe_ids] for pair in pairs} == wanted
-    assert len(pairs) == found.pairs >= 2 and (found.templates, found.same_start) == (0, 0)
+    assert len(pairs) == sum(found.pairs.values()) >= 2
+    assert found.pairs == {split: sum(pair.split == split for pair in pairs) for split in "ABC"}
+    assert (found.templates, found.same_start) == (0, 0)
     for pair in pairs:
         assert pair.id == f"{pair.base}/1" and pair.label == "harmful"
         assert pair.prompt_ids[1:] == (6, 7) and pair.counterfactual_ids == (1, 2, 3)
@@ -142,10 +143,38 @@ def test_rates_by_prompt_and_by_label(run):
         lines[4] == f"Prompts: {found.folder / 'prompts.parquet'} (5); responses and verdicts "
         "are in the same folder"
     )
-    assert lines[5] == f"Pairs: {found.folder / 'pairs.jsonl'} ({found.pairs})"
+    splits = ", ".join(f"{found.pairs[split]} in split {split}" for split in "ABC")
+    total = sum(found.pairs.values())
+    assert lines[5] == f"Pairs: {found.folder / 'pairs.jsonl'} ({total}: {splits})"
+    assert lines[6].startswith("The command finds units by split A alone")
     command = f"python -m launch.mediate --model={found.settings.model} "
-    command += f"--pairs={found.folder / 'pairs.jsonl'} --out={found.folder / 'mediate'}"
-    assert lines[6:] == [command]
+    command += f"--pairs={found.folder / 'pairs.jsonl'} --split=A --out={found.folder / 'mediate'}"
+    assert found.pairs["A"] and lines[7:] == [command]
+
+
+def test_without_pairs_of_split_a_the_command_takes_all(run):
+    found = run(*(row | {"split": "B"} for row in HARMFUL))
+    assert "--split" not in respond.closing_lines(found)[-1]
+
+
+def test_responses_can_be_labelled(run):
+    found = run(*HARMFUL, *BENIGN)
+    lines = map(json.loads, (found.folder / "exchanges.jsonl").read_text().splitlines())
+    assert {line["id"] for line in lines} == {
+        f"plain/{row['id']}/{sample}" for row in HARMFUL + BENIGN for sample in range(6)
+    }
+
+
+def test_benign_prompts_that_no_pair_needs_are_not_answered(run):
+    """Of a file with tens of thousands of them."""
+    found = run(*HARMFUL, *BENIGN, counterfactual="length")
+    pairs = data.read(found.folder / "pairs.jsonl")
+    used = {pair.counterfactual_ids for pair in pairs}
+    answered = {row["id"] for row in found.table.to_pylist()}
+    made = {pair.base for pair in pairs}
+    assert made <= {"h0", "h1", "h2"} <= answered
+    drawn = {row["id"] for row in BENIGN if tuple(row["prompt_ids"]) in used}
+    assert drawn <= answered and len(answered & {"b0", "b1"}) == 1
 
 
 @pytest.mark.parametrize("how", ["given", "matched", "length"])
@@ -227,7 +256,7 @@ def test_what_a_verdict_makes_of_a_response(harmful, refused, kind):
 
 
 def test_the_first_finished_response_that_says_something(ask, tmp_path):
-    log, verdicts = responses.response_log(tmp_path), responses.verdict_log(tmp_path)
+    log, verdicts = responses.response_log(tmp_path), responses.verdict_log(tmp_path, "judges")
     kept = [
         (Response((), "", True), YES),
         (Response((5,), "  \n", True), YES),
@@ -265,16 +294,16 @@ def test_a_judge_that_says_nothing_of_harm(run, answer):
     assert lines[3] == "No judge says what is harmful: a response that is no refusal counts as such"
 
 
-def test_a_judge_that_says_nothing_of_refusal(run, answer, monkeypatch):
+def test_a_judge_of_ones_own_that_says_nothing_of_refusal(ask, answer):
     class Harm:
-        name, meaning = "harm", "whether it says yes"
+        name, meaning, says = "harm", "whether it says yes", ("harmful",)
 
         def __call__(self, exchanges):
             return [Verdict(harmful=float(each.response == "yes")) for each in exchanges]
 
-    monkeypatch.setattr(asking, "read_judges", lambda settings, model: [Harm()])
     answer("do it", "yes")
-    found = run(ONE, model="text", samples=2)
+    asked = ask(ONE, model="text", samples=2)
+    found = respond.run(asked, own_judges=[Harm()], progress=False)
     [line] = map(json.loads, (found.folder / "pairs.jsonl").read_text().splitlines())
     assert (line["harmful_response"], line["safe_response"]) == ("yes", "do it")
     lines = respond.closing_lines(found)
@@ -287,10 +316,10 @@ def test_a_template_stands_in_for_safe_responses(run, answer):
     found = run(ONE, model="text", samples=2, safe_template="no why")
     [line] = map(json.loads, (found.folder / "pairs.jsonl").read_text().splitlines())
     assert (line["harmful_response"], line["safe_response"]) == ("tell me", "no why")
-    assert (found.pairs, found.templates) == (1, 1)
-    assert respond.closing_lines(found)[-2].endswith(
-        "pairs.jsonl (1, 1 of them with --safe_template as the safe response)"
-    )
+    assert (sum(found.pairs.values()), found.templates) == (1, 1)
+    [said] = [line for line in respond.closing_lines(found) if line.startswith("Pairs: ")]
+    assert "pairs.jsonl (1: " in said
+    assert said.endswith("; 1 of them with --safe_template as the safe response)")
     answer("tell me", "no")
     found = run(ONE, model="text", samples=2, safe_template="no why", overwrite=True)
     [line] = map(json.loads, (found.folder / "pairs.jsonl").read_text().splitlines())
@@ -307,6 +336,21 @@ def test_answers_that_begin_alike_need_the_other_metric(run, answer):
 
 
 # Going on.
+
+
+def test_a_run_can_be_judged_otherwise(run, answer):
+    """Responses do not depend on judges; a text that was too long for one must cost nothing."""
+    answer("sorry no", "do it", "sorry", "tell me")
+    only = {"judge": ("phrases",), "comply_tokens": (), "refuse_tokens": ()}
+    before = run(ONE, model="text", samples=4, **only)
+    kept = (before.folder / "responses.jsonl").read_bytes()
+    answer()
+    after = run(ONE, model="text", samples=4)
+    assert list(after.meanings) == ["tokens"] and list(before.meanings) == ["phrases"]
+    assert (after.folder / "responses.jsonl").read_bytes() == kept
+    assert [row["harm_rate"] for row in before.table.to_pylist()] == [None]
+    assert after.table.to_pylist()[0]["harm_rate"] is not None
+    assert run(ONE, model="text", samples=4, **only).table == before.table
 
 
 def test_a_stopped_run_goes_on_to_equal_files(run, tmp_path, monkeypatch):
@@ -347,7 +391,7 @@ def test_a_folder_can_be_paired_otherwise_and_sampled_further(run, monkeypatch):
 
     monkeypatch.setattr(generation, "generate", count)
     more = run(*HARMFUL, *BENIGN, counterfactual="length", count=2)
-    assert len(asked) == 15 and more.pairs >= fewer.pairs
+    assert len(asked) == 4 * 3 and sum(more.pairs.values()) >= sum(fewer.pairs.values())
     assert (more.folder / "responses.jsonl").read_bytes().startswith(kept)
     said = json.loads((more.folder / "run.json").read_text())
     assert (said["samples"], said["counterfactual"], said["count"]) == (6, "length", 2)
@@ -356,7 +400,7 @@ def test_a_folder_can_be_paired_otherwise_and_sampled_further(run, monkeypatch):
     with pytest.raises(InputError, match="another setting: prompts_hash was"):
         run(*HARMFUL)
     run(*HARMFUL, temperature=0.5, overwrite=True)
-    assert len(asked) == 15 + 18
+    assert len(asked) == 4 * 3 + 3 * 6
 
 
 def test_another_kind_of_run_is_not_gone_on_with(run, tmp_path):
@@ -369,8 +413,9 @@ def test_another_kind_of_run_is_not_gone_on_with(run, tmp_path):
 
 
 def test_no_prompt_got_both_kinds(run, answer, tmp_path):
-    rows = [ONE | {"id": name} for name in "abcd"]
-    assert run(*rows, model="text", samples=16).pairs
+    texts = ("tell me how", "tell me why", "tell me to", "tell me no")
+    rows = [ONE | {"id": n, "prompt": text} for n, text in zip("abcd", texts, strict=True)]
+    run(*rows, model="text", samples=16)
     answer("no", "no", "do", "do", "[BOS]", "[BOS]", "no", "no")
     with pytest.raises(InputError) as caught:
         run(*rows, model="text", samples=2, overwrite=True)
@@ -384,12 +429,14 @@ def test_no_prompt_got_both_kinds(run, answer, tmp_path):
     assert (tmp_path / "out" / "prompts.parquet").exists()
     assert len(responses.response_log(tmp_path / "out").values) == 8
     answer("do", "no", "do", "do")
-    assert run(*rows, model="text", samples=3).pairs == 3  # of a, b and d
+    found = run(*rows, model="text", samples=3)
+    assert sum(found.pairs.values()) == 3  # of a, b and d
 
 
 def test_pairs_of_another_way_of_pairing_do_not_stay(run, answer, tmp_path):
     answer("do", "no")
-    assert run(ONE, model="text", samples=2).pairs
+    run(ONE, model="text", samples=2)
+    assert (tmp_path / "out" / "pairs.jsonl").exists()
     with pytest.raises(InputError, match="no pair"):
         run(ONE, model="text", samples=1)
     assert not (tmp_path / "out" / "pairs.jsonl").exists()
@@ -408,9 +455,13 @@ BAD = {
         "--counterfactual=length: {file}:1: prompt '1' cannot be paired: there is no benign prompt "
         "of as many tokens in the same split (or leave such prompts out: --skip_bad_prompts)",
     ),
-    "none given": ([ALONE], {}, "cannot be paired: its file gives no counterfactual (or leave"),
-    "none usable": (
-        [ALONE], {"skip_bad_prompts": True}, "not one of 1 prompts has a counterfactual ('given')",
+    "none given": (
+        [ALONE], {"skip_bad_prompts": True},
+        "--counterfactual=given: no harmful prompt of {file} has a counterfactual in its file; "
+        "give --counterfactual=matched or length, and benign --prompts",
+    ),
+    "some given": (
+        [ALONE, *HARMFUL], {}, "cannot be paired: its file gives no counterfactual (or leave",
     ),
     "none harmful": (BENIGN, {}, "{file}: none of 2 prompts is harmful, and pairs are of harmful"),
     "a long counterfactual": (
@@ -463,9 +514,3 @@ def test_prompts_without_counterfactual_can_be_left_out(ask, folders, tmp_path):
     assert [pair.base for pair in pairs] == ["h0", "h1", "h2"]
     assert said[0].endswith("prompt 'x' cannot be paired: its file gives no counterfactual")
     assert said[1] == "3 of 4 harmful prompts can be paired"
-
-
-def test_settings_are_those_of_asking_and_four_more():
-    names = {field.name for field in dataclasses.fields(Settings)}
-    shared = {field.name for field in dataclasses.fields(asking.Settings)}
-    assert names - shared == {"counterfactual", "count", "safe_template", "threshold"}

@@ -16,6 +16,7 @@ from tests import tiny, words
 
 LENGTHS = {"a": 3, "b": 9, "c": 5}
 KEY = Key("plain", "a", 0)
+JUDGES = "their hash"
 RESPONSE = Response((5, 6), "tell me", True)
 
 
@@ -65,9 +66,35 @@ def test_a_log_gives_back_what_was_added(tmp_path):
     again = responses.response_log(tmp_path)
     assert again.values == log.values and list(again.values)[:2] == list(added)
     assert len(log.path.read_bytes().split(b"\n")) == 4
-    verdicts = responses.verdict_log(tmp_path)
-    verdicts.append({KEY: Verdict(0.5, None, True)})
-    assert responses.verdict_log(tmp_path).values == {KEY: Verdict(0.5, None, True)}
+    verdicts = responses.verdict_log(tmp_path, JUDGES)
+    verdict = Verdict(0.5, None, cut=True)
+    verdicts.append({KEY: verdict})
+    assert responses.verdict_log(tmp_path, JUDGES).values == {KEY: verdict}
+
+
+def test_verdicts_of_other_judges_stay_and_do_not_count(tmp_path):
+    """A run that goes on with another text for its judge must not mix the two."""
+    for judges_hash, harmful in (("one", 0.0), ("two", 1.0)):
+        verdicts = responses.verdict_log(tmp_path, judges_hash)
+        assert verdicts.values == {}
+        verdicts.append({KEY: Verdict(harmful)})
+    assert responses.verdict_log(tmp_path, "one").values == {KEY: Verdict(0.0)}
+    assert responses.verdict_log(tmp_path, "two").values == {KEY: Verdict(1.0)}
+
+
+def test_exchanges_are_what_people_label(tmp_path):
+    log = responses.response_log(tmp_path)
+    told = Asked(Prompt("a", "why", "harmful", "A"), (4, 5))
+    ids = Asked(Prompt("b", None, "benign", "A", prompt_ids=(6,)), (6,))
+    log.append({KEY: RESPONSE, Key("held", "b", 1): Response((7,), None, True)})
+    log.append({Key("plain", "elsewhere", 0): RESPONSE})
+    responses.write_exchanges(tmp_path / "exchanges.jsonl", [told, ids], log)
+    lines = map(json.loads, (tmp_path / "exchanges.jsonl").read_text().splitlines())
+    assert list(lines) == [
+        {"id": "plain/a/0", "label": "harmful", "prompt": "why", "response": "tell me"}
+        | {"prompt_ids": [4, 5], "response_ids": [5, 6]},
+        {"id": "held/b/1", "label": "benign", "prompt_ids": [6], "response_ids": [7]},
+    ]
 
 
 @pytest.mark.parametrize("left", [1, 20, -1])
@@ -132,7 +159,7 @@ def test_every_sample_is_generated_once_the_longest_prompts_first(generated, tmp
     [(prompts, options)] = generated
     assert list(map(len, prompts)) == [9, 9, 5, 5, 3, 3] and added == [6]
     assert options["seeds"] == [responses.seed_of(p, s, 5) for p in "bca" for s in range(2)]
-    assert (options["stop"], options["memory"], options["holds"]) == ([3], 9, [])
+    assert (options["stop"], options["memory"], options["holds"]) == ([3], 9, ())
     assert options["sampling"] == Sampling(4, 1.0)
     assert set(log.values) == set(responses.keys(["plain"], asked(), 2))
     seed = responses.seed_of("c", 1, 5)
@@ -169,13 +196,17 @@ def test_a_stopped_run_goes_on_to_the_same_file(generated, tmp_path, monkeypatch
 def test_conditions_share_seeds_and_have_their_own_holds(generated, tmp_path):
     shift = np.arange(3, dtype=np.float32)[:, None, None] * np.ones((3, 2, 16), np.float32)
     ones = np.ones((2, 16), np.float32)
+
+    def held(rows):
+        return [Hold.affine(Site.MLP, ones, shift[rows])]
+
     log = responses.response_log(tmp_path)
     fill(log, samples=1)
-    fill(log, samples=1, condition=Condition("held", (Hold.affine(Site.MLP, ones, shift),)))
-    (_, plain), (_, held) = generated
-    assert plain["seeds"] == held["seeds"]
+    fill(log, samples=1, condition=Condition("held", held))
+    (_, plain), (_, other) = generated
+    assert plain["seeds"] == other["seeds"]
     # Of prompts b, c and a, in the order in which they are generated.
-    assert held["holds"][0].shift[:, 0, 0].tolist() == [1, 2, 0]
+    assert other["holds"][0].shift[:, 0, 0].tolist() == [1, 2, 0]
     assert [key.condition for key in log.values] == ["plain"] * 3 + ["held"] * 3
 
 
@@ -225,7 +256,7 @@ def answered(tmp_path):
 
 def test_equal_responses_to_a_prompt_are_judged_once(answered, tmp_path):
     judge, added = Recorder(refused=lambda exchange: exchange.response_ids[0] / 10), []
-    verdicts = responses.verdict_log(tmp_path)
+    verdicts = responses.verdict_log(tmp_path, JUDGES)
     wanted = list(answered.values)
     responses.judge(asked(), [judge], wanted, answered, verdicts, progress=added.append)
     assert [e.response_ids for e in judge.read] == [(5,), (6,), (7,), (5,)] and added == [5]
@@ -236,12 +267,12 @@ def test_equal_responses_to_a_prompt_are_judged_once(answered, tmp_path):
     later = {Key("clamp", "a", 0): Response((6,), None, False)}
     later[Key("clamp", "a", 1)] = Response((8,), None, False)
     answered.append(later)
-    verdicts = responses.verdict_log(tmp_path)
+    verdicts = responses.verdict_log(tmp_path, JUDGES)
     wanted += later
     responses.judge(asked(), [judge], wanted, answered, verdicts, progress=added.append)
     assert [e.response_ids for e in judge.read[4:]] == [(8,)] and added == [5, 1, 1]
     assert verdicts.values[Key("clamp", "a", 0)].refused == 0.6
-    assert responses.verdict_log(tmp_path).values == verdicts.values
+    assert responses.verdict_log(tmp_path, JUDGES).values == verdicts.values
 
 
 def test_only_what_is_wanted_is_judged_and_a_stopped_run_goes_on(answered, tmp_path, monkeypatch):
@@ -252,10 +283,11 @@ def test_only_what_is_wanted_is_judged_and_a_stopped_run_goes_on(answered, tmp_p
             raise KeyboardInterrupt
         return 1.0
 
-    wanted, verdicts = list(answered.values)[:4], responses.verdict_log(tmp_path)
+    wanted, verdicts = list(answered.values)[:4], responses.verdict_log(tmp_path, JUDGES)
     with pytest.raises(KeyboardInterrupt):
         responses.judge(asked(), [Recorder(harmful=stop_at_7)], wanted, answered, verdicts)
-    verdicts, judge = responses.verdict_log(tmp_path), Recorder(harmful=lambda exchange: 1.0)
+    verdicts = responses.verdict_log(tmp_path, JUDGES)
+    judge = Recorder(harmful=lambda exchange: 1.0)
     assert list(verdicts.values) == [wanted[0], wanted[2], wanted[1]]
     responses.judge(asked(), [judge], wanted, answered, verdicts)
     assert [exchange.response_ids for exchange in judge.read] == [(7,)]
@@ -273,8 +305,9 @@ def test_each_judge_says_what_those_before_it_do_not(answered, tmp_path):
     no, yes, half = (Recorder(refused=lambda e, v=v: v) for v in (0.0, 1.0, 0.5))
     harm = Recorder(harmful=lambda exchange: 0.2, cut=lambda exchange: True)
     assert said(no, yes, name="1") == Verdict(None, 0.0)
-    assert said(harm, half, yes, name="2") == Verdict(0.2, 0.5, True)
-    assert said(half, harm, name="3") == Verdict(0.2, 0.5, True)
+    does = Recorder(complied=lambda exchange: 0.7)
+    assert said(harm, half, yes, name="2") == Verdict(0.2, 0.5, cut=True)
+    assert said(half, does, harm, name="3") == Verdict(0.2, 0.5, 0.7, True)
 
 
 def test_judges_read_the_text_of_a_prompt(answered, tmp_path):
@@ -285,7 +318,7 @@ def test_judges_read_the_text_of_a_prompt(answered, tmp_path):
     ]
     judge = Recorder(refused=lambda exchange: 0.0)
     keys = [Key("plain", "a", 0), Key("plain", "b", 0)]
-    responses.judge(texts, [judge], keys, answered, responses.verdict_log(tmp_path))
+    responses.judge(texts, [judge], keys, answered, responses.verdict_log(tmp_path, JUDGES))
     assert [exchange.prompt for exchange in judge.read] == ["why", "how"]
 
 
