@@ -9,7 +9,7 @@ What a prompt is answered depends on the prompt, its own seed and its own holds:
 size, rows that no prompt fills hold a dummy, and a prompt is padded to the bucket of its own length
 and not of its neighbours'. So the same program computes it in any company and order. Another
 `batch_size` (as another `memory` may bring) or bucket of `max_tokens` is another program, which may
-round otherwise in the last bits: its tokens are the same unless two tokens tie within that rounding.
+round otherwise in the last bits: its tokens are the same unless two tie within that rounding.
 
 Products are float32 on every device (see `jax.default_matmul_precision`).
 

@@ -187,7 +187,8 @@ def test_controls_are_told(page):
     assert (
         "Random units: 2 draws (of 5 asked: there are no more), of as many units in the same"
         " layers. Median of these units and of the random ones: activation difference between"
-        " harmful prompts that are answered and refused 2 and 1.5; output norm 1 and 0.75." in page.text
+        " harmful prompts that are answered and refused 2 and 1.5; output norm 1 and 0.75."
+        in page.text
     )
     assert "Harm rate, whole modules of these units held: 0.80 → 0.00 (change −0.80" in page.text
 
