@@ -169,8 +169,7 @@ class _Table:
     """
 
     def __init__(self, found: "clamp.Found"):
-        rows = found.table.to_pylist()
-        self._rows = {(row["condition"], row["label"], row["measure"]): row for row in rows}
+        self._found = found
         self.held = found.held
         self.questions = {
             key: title for key, title in _QUESTIONS.items() if self.row("clamp", key) is not None
@@ -181,7 +180,7 @@ class _Table:
 
     def row(self, condition: str, key: tuple[str, str]) -> dict | None:
         """The row of a condition, label and measure; None where there is none."""
-        return self._rows.get((condition, *key))
+        return self._found.row(condition, *key)
 
     def rows(self, conditions: Iterable[str], key: tuple[str, str]) -> dict[str, dict]:
         """The rows that there are of a label and measure, by condition."""
