@@ -52,7 +52,8 @@ class Settings:
 
     Attributes:
         model: folder or Hugging Face hub id.
-        prompts: files of prompts (`prompts.read`); LABEL=FILE labels those that do not say it.
+        prompts: files of prompts (`prompts.read`); LABEL=FILE labels those that do not say it,
+            NAME:LABEL=FILE gives their ids a name to begin with.
         out: folder for the results.
         chat: wrap text prompts in the tokenizer's chat template.
         samples: responses of each prompt.
@@ -205,13 +206,14 @@ def read_prompts(settings: Settings, model: Model, say: Callable[[str], None] = 
     )
     found, files, seen = [], {}, set()
     for given in settings.prompts:
-        label, path = _labelled(given)
-        for prompt in prompts.read(path, label=label, on_bad=on_bad):
+        source, label, path = _described_file(given)
+        for prompt in prompts.read(path, label=label, source=source, on_bad=on_bad):
             try:
                 if prompt.id in files:
                     raise DataError(
                         f"{prompt.where}: id '{prompt.id}' was used before, by "
-                        f"{files[prompt.id]}; give one of them another id"
+                        f"{files[prompt.id]}; give one of them another id, or one of the files a "
+                        "name that goes before its own: --prompts=NAME:LABEL=FILE"
                     )
                 tokens = prompts.tokens_of(prompt, model.tokenizer, chat=settings.chat)
                 check_tokens(f"{prompt.where}: prompt '{prompt.id}'", tokens, settings, model)
@@ -244,10 +246,14 @@ def read_prompts(settings: Settings, model: Model, say: Callable[[str], None] = 
     return found
 
 
-def _labelled(given: str) -> tuple[str | None, str]:
-    """What LABEL=FILE says; a file's name may have a = of its own."""
-    label, equals, path = given.partition("=")
-    return (label, path) if equals and label in prompts.LABELS else (None, given)
+def _described_file(given: str) -> tuple[str | None, str | None, str]:
+    """The source, label and path that FILE, LABEL=FILE, NAME:LABEL=FILE or NAME:=FILE says; a
+    file's name may have a = and a : of its own."""
+    told, equals, path = given.partition("=")
+    source, colon, label = told.rpartition(":")
+    if equals and (label in prompts.LABELS or colon and not label):
+        return source or None, label or None, path
+    return None, None, given
 
 
 def check_tokens(what: str, tokens: Sequence[int], settings: Settings, model: Model) -> None:

@@ -225,7 +225,8 @@ def read(
         label: one of `LABELS`, for a file that does not say it. One that says another is refused,
             save that it goes before the file's name, and before what Alpaca-like sets are by
             default (benign).
-        source: a name for the set, instead of its own.
+        source: a name for the set, instead of its own; ids that the file does not give begin with
+            it.
         on_bad: told of a bad row, which is then left out; by default a bad row is an error.
 
     Raises:
@@ -251,7 +252,8 @@ def read(
             row = _translated(row, known, label)
             named = (source or known.name, kind or row.get("label"), row.get("id", place))
             row["id"] = "-".join(map(str, named))
-        return _prompt({"id": place} | row, label, source, where, by_text=known is not None)
+        number = place if source is None else f"{source}-{place}"
+        return _prompt({"id": number} | row, label, source, where, by_text=known is not None)
 
     return data.collect(path, rows, make, "prompts", on_bad)
 

@@ -69,7 +69,8 @@ _SWEEP = {
 _ASKING = {
     "prompts": "File of prompts: CSV, JSON, JSONL or parquet, a published set or jaxmed's own form "
     "(id, prompt or prompt_ids, label). LABEL=FILE gives the label of a file that does not say it: "
-    f"{', '.join(prompts.LABELS)}. May be given several times.",
+    f"{', '.join(prompts.LABELS)}. NAME:LABEL=FILE (or NAME:=FILE) has its ids begin with a name, "
+    "where two files number their prompts alike. May be given several times.",
     "samples": "Responses of each prompt; more than one need a --temperature.",
     "temperature": "What logits are divided by before a token is drawn; 0 takes the likeliest.",
     "top_p": "Draws from the fewest likeliest tokens that have this probability together; 1 for "

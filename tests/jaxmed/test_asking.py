@@ -182,6 +182,19 @@ def test_ids_that_two_files_use(model, write):
         asking.read_prompts(settings(files), model)
     message = f"{files[1]}:1: id '1' was used before, by {files[0]}:1; give one of them another id"
     assert str(caught.value).startswith(message)
+    assert "--prompts=NAME:LABEL=FILE" in str(caught.value)
+
+
+def test_files_that_number_their_prompts_alike_may_be_told_apart(model, write):
+    alpaca = [write({"instruction": text}, name=f"{text}.jsonl") for text in ("how", "why")]
+    own = write({"prompt_ids": [4], "label": "creative"}, name="own:a=b.jsonl")
+    asked = [f"harmful={alpaca[0]}", f"test:harmful={alpaca[1]}", f"c:={own}"]
+    found = asking.read_prompts(settings(asked), model)
+    assert [(one.prompt.id, one.prompt.label) for one in found] == [
+        ("alpaca-harmful-1", "harmful"), ("test-harmful-1", "harmful"), ("c-1", "creative"),
+    ]  # fmt: skip
+    [alone] = asking.read_prompts(settings([own]), model)
+    assert (alone.prompt.id, alone.prompt.source) == ("1", "")
 
 
 def test_a_prompt_counts_once(model, write):
