@@ -1,5 +1,6 @@
 """What every program shares that has a model answer prompts: settings, prompts, judges."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -7,7 +8,7 @@ import json
 import math
 import pathlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import tqdm
 
@@ -16,6 +17,7 @@ from jaxmed import generation, judges, memory, prompts, responses, sweep
 from jaxmed.data import SPLITS, DataError
 from jaxmed.generation import Sampling
 from jaxmed.judges import Judge, Verdict
+from jaxmed.prompts import Prompt
 from jaxmed.responses import PLAIN, Asked, Condition, Log, Response
 from models import checkpoint
 from models.decoder import Decoder
@@ -188,11 +190,12 @@ def read_prompts(settings: Settings, model: Model, say: Callable[[str], None] = 
         say: told of what is skipped, and if a chat template is not used.
 
     Returns:
-        The prompts, each once: of those that are the same but for their ids, the first.
+        The prompts, each once: of those that are the same but for their ids the first, with the
+        counterfactuals of all.
 
     Raises:
-        InputError: a file or prompt cannot be used (or is left out, where that is asked), or ids
-            are used twice.
+        InputError: a file or prompt cannot be used (or is left out, where that is asked), ids are
+            used twice, or prompts that are the same have different labels.
     """
     bad, again = [], []
 
@@ -204,7 +207,7 @@ def read_prompts(settings: Settings, model: Model, say: Callable[[str], None] = 
     reads_text = any(
         judge_and_checkpoint(given)[0] not in WITHOUT_MODEL for given in settings.judge
     )
-    found, files, seen = [], {}, set()
+    found, files, seen = [], {}, {}
     for given in settings.prompts:
         source, label, path = _described_file(given)
         for prompt in prompts.read(path, label=label, source=source, on_bad=on_bad):
@@ -219,17 +222,24 @@ def read_prompts(settings: Settings, model: Model, say: Callable[[str], None] = 
                 check_tokens(f"{prompt.where}: prompt '{prompt.id}'", tokens, settings, model)
                 if reads_text or prompt.prompt is not None:
                     prompts.text(prompt)
+                one = Asked(prompt, tokens)
+                earlier = next((seen[name] for name in one.fingerprints if name in seen), None)
+                if earlier is not None and found[earlier].prompt.label != prompt.label:
+                    raise DataError(
+                        f"{prompt.where}: prompt '{prompt.id}' is {prompt.label}, and the same "
+                        f"prompt is {found[earlier].prompt.label} at {found[earlier].prompt.where}"
+                    )
             except DataError as error:
                 if on_bad is None:
                     raise DataError(f"{error} {LEAVE_OUT}") from None
                 on_bad(error)
                 continue
             files[prompt.id] = prompt.where
-            one = Asked(prompt, tokens)
-            if one.fingerprint in seen:
+            if earlier is not None:
                 again.append(one)
+                found[earlier] = _with_counterfactuals_of(found[earlier], prompt)
                 continue
-            seen.add(one.fingerprint)
+            seen |= dict.fromkeys(one.fingerprints, len(found))
             found.append(one)
     if again:
         say(
@@ -244,6 +254,16 @@ def read_prompts(settings: Settings, model: Model, say: Callable[[str], None] = 
     if is_text and not settings.chat and model.tokenizer.chat_template:
         say(sweep.AS_IT_STANDS)
     return found
+
+
+def _with_counterfactuals_of(one: Asked, again: Prompt) -> Asked:
+    """The prompt, with those that it has where it stands again."""
+    more = {
+        name: (*own, *(given for given in getattr(again, name) if given not in own))
+        for name in ("counterfactuals", "counterfactual_ids")
+        for own in [getattr(one.prompt, name)]
+    }
+    return dataclasses.replace(one, prompt=dataclasses.replace(one.prompt, **more))
 
 
 def _described_file(given: str) -> tuple[str | None, str | None, str]:
@@ -404,7 +424,7 @@ def answer(
     with bar("responses", answered) as shown:
         for condition in conditions:
             shown.set_postfix_str(condition.name)
-            try:
+            with under(condition):
                 responses.generate(
                     *(model.decoder, model.tokenizer, condition, asked, answered),
                     stop=model.stop,
@@ -414,14 +434,21 @@ def answer(
                     memory=budget,
                     progress=shown.update,
                 )
-            except InputError as error:
-                if condition is PLAIN:
-                    raise
-                raise InputError(
-                    f"condition '{condition.name}': {error} (what was answered before is kept)"
-                ) from None
     with bar("verdicts", verdicts) as shown:
         responses.judge(asked, given, wanted, answered, verdicts, progress=shown.update)
+
+
+@contextlib.contextmanager
+def under(condition: Condition) -> Iterator[None]:
+    """Names the condition in errors, unless it is the plain model."""
+    try:
+        yield
+    except InputError as error:
+        if condition is PLAIN:
+            raise
+        raise InputError(
+            f"condition '{condition.name}': {error} (what was answered before is kept)"
+        ) from None
 
 
 def of_split(

@@ -10,6 +10,7 @@ conditions. What units are held at is measured on the other splits.
 
 import dataclasses
 import functools
+import itertools
 import json
 import pathlib
 from collections.abc import Callable, Sequence
@@ -50,7 +51,7 @@ CHOICES = asking.CHOICES | {
     "split": ("", *SPLITS),
 }
 LEAST = asking.LEAST | {
-    **{"top": 0, "strength": 0, "random": 0, "alone": 0},
+    **{"top": 0, "strength": 0, "most_prompts": 0, "random": 0, "alone": 0},
     **{"margin": 0, "perplexity_margin": 0},
 }
 MOST = asking.MOST | {"margin": 1}
@@ -76,7 +77,7 @@ _OWN_FILES = (*responses.FILES, TABLE, CONTROLS, "report.html", "figures")
 # conditions, judged otherwise, and exported from.
 _MAY_CHANGE = (
     *asking.MAY_CHANGE,
-    *("samples", "random", "module", "top_doses", "strength_doses", "alone"),
+    *("samples", "most_prompts", "random", "module", "top_doses", "strength_doses", "alone"),
     *("margin", "perplexity_margin", "export"),
 )
 _ATTEMPTS = 20  # to draw random units that were not drawn before
@@ -120,7 +121,8 @@ class Settings(asking.Settings):
         positions: where, one of `interventions.POSITIONS`.
         split: the prompts that are answered; what units are held at is measured on the others. ""
             for all, which then do both jobs.
-        random: draws of random units like these.
+        most_prompts: how many prompts of a label are answered at most, drawn by hash; 0 for all.
+        random: draws of random units like these; there are none like modules.
         module: hold the units' whole modules as well.
         top_doses: further numbers of units, the strongest of the chosen.
         strength_doses: further strengths.
@@ -140,6 +142,7 @@ class Settings(asking.Settings):
     strength: float = 1.0
     positions: str = "all"
     split: str = "C"
+    most_prompts: int = 0
     random: int = 5
     module: bool = True
     top_doses: tuple[str, ...] = ()
@@ -180,7 +183,7 @@ class Found:
             repetition tell.
         held: the conditions.
         units: those that were chosen, the strongest first.
-        controls: `controls.json`: how many prompts are in each group that activations were
+        controls: `controls.json`: the ids of the prompts in each group that activations were
             averaged over ("groups"), which two of them were contrasted ("contrast"), and by unit
             its name, activation "difference" and output "norm", of those held ("units") and of
             each random draw ("draws").
@@ -230,12 +233,18 @@ def run(settings: Settings, *, own_judges: Sequence[Judge] = (), progress: bool 
     units = chosen_units(settings, model, results)
     asked = asking.read_prompts(settings, model, say)
     tested, reference = _splits(settings, asked)
-    sources = []
-    if settings.edit == "source":
-        tested, sources = _with_counterfactuals(settings, model, tested, say)
-    _check_numbers(settings, asked, tested, reference)
     if results:
-        _check_held_out(settings, tested, results)
+        tested = _held_out(settings, tested, results, say)
+    if settings.edit == "source":
+        tested = _with_counterfactuals(settings, model, tested, say)
+    if settings.most_prompts:
+        tested = [
+            one
+            for label in prompts.LABELS
+            for one in _drawn(tested, label, settings.most_prompts, settings.seed)
+        ]
+    sources = _sources(settings, model, tested) if settings.edit == "source" else []
+    _check_numbers(settings, units, asked, tested, reference)
     given = list(own_judges) or asking.read_judges(settings, model)
     _check_judges(settings, given)
     folder = pathlib.Path(settings.out)
@@ -251,14 +260,15 @@ def run(settings: Settings, *, own_judges: Sequence[Judge] = (), progress: bool 
     held = conditions(settings, units, draws)
     measured = experiment.measure(held, values, tested)
     table = summarise(held, tested, measured)
-    cuts = sum(verdict.cut for verdict in experiment.verdicts.values.values())
+    keys = responses.keys([each.name for each in held], tested, settings.samples)
+    cuts = sum(experiment.verdicts.values[key].cut for key in keys)
     found = Found(table, held, units, controls, run, folder, cuts)
     results_lib.replace_file(folder / TABLE, lambda path: pq.write_table(table, path))
     responses.write_exchanges(folder / responses.EXCHANGES, tested, experiment.responses)
     texts = experiment.texts(tested, held) if settings.show_text else []
     clamp_report.write(found, texts)
     if settings.export:
-        export.write(found, model.decoder, model.tokenizer, settings.export)
+        export.write(found, model, settings.export)
     return found
 
 
@@ -271,6 +281,10 @@ def check(settings: Settings) -> None:
         raise InputError("--top needs --results: --units names the units itself")
     if settings.results and not settings.top and settings.by != "joint":
         raise InputError("--top=K: how many of the strongest units are held?")
+    if 0 < settings.most_prompts < LEAST_PROMPTS:
+        raise InputError(
+            f"--most_prompts={settings.most_prompts}: an interval needs {LEAST_PROMPTS}"
+        )
     doses(settings.top_doses, "top_doses", int)
     doses(settings.strength_doses, "strength_doses", float)
     if settings.export:
@@ -334,7 +348,20 @@ def _splits(settings: Settings, asked: Sequence[Asked]) -> tuple[list[Asked], li
     return asking.of_split(asked, splits), asking.of_split(asked, others)
 
 
-def _check_numbers(settings: Settings, asked, tested, reference) -> None:
+def _drawn(asked: Sequence[Asked], label: str, most: int, seed: int) -> list[Asked]:
+    """At most so many of a label, drawn by hash, so that all files have their share."""
+    chosen = asking.of_split(asked, label=label)
+    by_hash = sorted(chosen, key=lambda one: responses.seed_of(one.prompt.id, 0, seed))
+    kept = {one.prompt.id for one in by_hash[:most]}
+    return [one for one in chosen if one.prompt.id in kept]
+
+
+def _random_draws(settings: Settings, units: Sequence[Unit]) -> int:
+    """How many draws of random units there are to be; no unit is like a whole module."""
+    return settings.random if all(unit.index is not None for unit in units) else 0
+
+
+def _check_numbers(settings: Settings, units: Sequence[Unit], asked, tested, reference) -> None:
     """Raises `InputError` where too few prompts are in the splits."""
     for label in prompts.LABELS:
         number = len(asking.of_split(tested, label=label))
@@ -345,9 +372,10 @@ def _check_numbers(settings: Settings, asked, tested, reference) -> None:
                 f"and an interval needs {LEAST_PROMPTS}; give more --prompts, or --split= to test "
                 "on all (values are then measured on the prompts that they are tested on)"
             )
+    random = _random_draws(settings, units) > 0
     needs = {
-        "harmful": settings.edit == "refused" or settings.random > 0,
-        "benign": settings.edit == "benign" or settings.random > 0,
+        "harmful": settings.edit == "refused" or random,
+        "benign": settings.edit == "benign" or random,
     }
     for label, needed in needs.items():
         number = len(asking.of_split(reference, label=label))
@@ -364,42 +392,67 @@ def _check_numbers(settings: Settings, asked, tested, reference) -> None:
             )
 
 
-def _with_counterfactuals(
-    settings: Settings, model: Model, tested: Sequence[Asked], say
-) -> tuple[list[Asked], list[tuple[tuple[int, ...], ...]]]:
-    """The prompts that have counterfactuals, and the tokens of these.
+def _sources(
+    settings: Settings, model: Model, tested: Sequence[Asked]
+) -> list[tuple[tuple[int, ...], ...]]:
+    """The tokens of each prompt's counterfactuals.
 
     Raises:
-        InputError: one has none, or one that the model cannot get, and is not to be left out.
+        DataError: one has none, or one that the model cannot get.
     """
-    kept, sources = [], []
+    found = []
     for one in tested:
-        where = f"{one.prompt.where}: a counterfactual of prompt '{one.prompt.id}'"
+        several = prompts.all_counterfactual_tokens(one.prompt, model.tokenizer, chat=settings.chat)
+        for tokens in several:
+            where = f"{one.prompt.where}: a counterfactual of prompt '{one.prompt.id}'"
+            asking.check_tokens(where, tokens, settings, model)
+        found.append(several)
+    return found
+
+
+def _with_counterfactuals(
+    settings: Settings, model: Model, tested: Sequence[Asked], say
+) -> list[Asked]:
+    """The prompts that have counterfactuals.
+
+    Raises:
+        DataError: one has none that can be used, and is not to be left out.
+    """
+    kept = []
+    for one in tested:
         try:
-            several = prompts.all_counterfactual_tokens(
-                one.prompt, model.tokenizer, chat=settings.chat
-            )
-            for tokens in several:
-                asking.check_tokens(where, tokens, settings, model)
+            _sources(settings, model, [one])
+            kept.append(one)
         except DataError as error:
             if not settings.skip_bad_prompts:
                 raise DataError(f"--edit=source: {error} {asking.LEAVE_OUT}") from None
             say(f"Skipped: {error}")
-            continue
-        kept.append(one)
-        sources.append(several)
-    return kept, sources
+    return kept
 
 
-def _check_held_out(settings: Settings, tested: Sequence[Asked], results: Results) -> None:
-    """Raises `InputError` where units were chosen by prompts that are tested."""
+def _held_out(settings: Settings, tested: Sequence[Asked], results: Results, say) -> list[Asked]:
+    """The prompts that the units were not chosen by.
+
+    Raises:
+        InputError: some were, and are not to be left out.
+    """
     used = set(results.run["prompt_hashes"])
-    if both := [one.prompt for one in tested if one.fingerprint in used]:
-        raise InputError(
-            f"--split={settings.split}: {len(both)} of the prompts, as '{both[0].id}' "
-            f"({both[0].where}), are among those that {settings.results} chose the units by; run "
-            "launch.mediate on the other splits alone (--split=A,B), or give other --prompts"
+    kept = [one for one in tested if not one.fingerprints & used]
+    if len(kept) < len(tested):
+        first = next(one.prompt for one in tested if one.fingerprints & used)
+        message = (
+            f"--split={settings.split}: {len(tested) - len(kept)} of {len(tested)} prompts, as "
+            f"'{first.id}' ({first.where}), are among those that {settings.results} chose the "
+            "units by"
         )
+        if not settings.skip_bad_prompts:
+            raise InputError(
+                f"{message}; run launch.mediate on the other splits alone (--split=A,B), or give "
+                "other --prompts; where the same prompts are in other splits there, leave them "
+                "out: --skip_bad_prompts"
+            )
+        say(f"Skipped: {message}")
+    return kept
 
 
 def _check_judges(settings: Settings, given: Sequence[Judge]) -> None:
@@ -469,41 +522,62 @@ class _Experiment:
         plain model answers and those that it refuses (or, where it does not do both often enough,
         between harmful and benign ones), and by its output norm.
         """
-        settings = self.settings
         modules = interventions.modules_of(units)
         sites = sorted({unit.site for unit in (*units, *modules)})
-        asked = [one for label in ("harmful", "benign") for one in self._sample(reference, label)]
-        label = np.array([one.prompt.label for one in asked])
-        groups = {name: label == name for name in ("harmful", "benign")}
-        if settings.edit == "refused" or settings.random:
-            harmful = [one for one in asked if one.prompt.label == "harmful"]
+        number = _random_draws(self.settings, units)
+        file = self.folder / CONTROLS
+        controls = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        controls["groups"] = self._groups(reference, controls.get("groups", {}), number)
+        by_id = {one.prompt.id: one for one in reference}
+        names = list(dict.fromkeys(itertools.chain(*controls["groups"].values())))
+        members = {
+            group: np.isin(names, own) if own else np.zeros(len(names), bool)
+            for group, own in controls["groups"].items()
+        }
+        tokens = [by_id[name].tokens for name in names]
+        means = interventions.group_means(self.model.decoder, tokens, members, sites)
+        controls |= self._matched(units, means, controls, number)
+        text = json.dumps(controls, indent=2) + "\n"
+        results_lib.replace_file(file, lambda path: path.write_text(text, encoding="utf-8"))
+        values = self._values(means, controls["groups"], sites, sources)
+        return values, controls | {"draws": controls["draws"][:number]}
+
+    def _groups(
+        self, reference: Sequence[Asked], kept: dict[str, list[str]], random: int
+    ) -> dict[str, list[str]]:
+        """The ids of the prompts that activations are averaged over. Those of an earlier run stay:
+        what was answered with units held at their means must not be mixed with other means, though
+        other judges or more samples may find others refused."""
+        edit, seed = self.settings.edit, self.settings.seed
+        if not (edit in ("refused", "benign") or random):
+            return kept
+        groups = {
+            label: [one.prompt.id for one in _drawn(reference, label, REFERENCE_PROMPTS, seed)]
+            for label in ("harmful", "benign")
+        } | kept
+        if (edit == "refused" or random) and "refused" not in groups:
+            harmful = [one for one in reference if one.prompt.id in set(groups["harmful"])]
             self.answer(harmful, [PLAIN], "reference prompts")
-            refused = np.full(len(asked), np.nan)
-            refused[groups["harmful"]] = self._by_prompt(PLAIN.name, harmful, "refusal")
-            groups |= {"refused": refused >= 0.5, "complied": refused < 0.5}
-        means = {}
-        if settings.edit in ("refused", "benign") or settings.random:
-            tokens = [one.tokens for one in asked]
-            means = interventions.group_means(self.model.decoder, tokens, groups, sites)
-        numbers = {name: int(members.sum()) for name, members in groups.items()}
-        controls = self._controls(units, means, numbers)
-        return self._values(means, numbers, sites, sources), controls
+            rates = self._by_prompt(PLAIN.name, harmful, "refusal")
+            for name, here in (("refused", rates >= 0.5), ("complied", rates < 0.5)):
+                groups[name] = [
+                    one.prompt.id for one, is_in in zip(harmful, here, strict=True) if is_in
+                ]
+        return groups
 
-    def _sample(self, reference: Sequence[Asked], label: str) -> list[Asked]:
-        """At most `REFERENCE_PROMPTS` of a label, of all files alike."""
-        chosen = asking.of_split(reference, label=label)
-        chosen.sort(key=lambda one: responses.seed_of(one.prompt.id, 0, self.settings.seed))
-        return chosen[:REFERENCE_PROMPTS]
-
-    def _controls(self, units: Sequence[Unit], means: dict[str, Values], numbers: dict) -> dict:
-        """The controls; draws of a stopped run stay as they are, though another machine may round
-        the traits that they follow from otherwise."""
-        file, number = self.folder / CONTROLS, self.settings.random
-        if not number:
-            return {"groups": numbers, "contrast": [], "units": [], "draws": []}
-        kept = json.loads(file.read_text())["draws"] if file.exists() else []
+    def _matched(
+        self, units: Sequence[Unit], means: dict[str, Values], kept: dict, number: int
+    ) -> dict:
+        """The parts of controls that random units make; draws of an earlier run stay, though
+        another machine may round the traits that they follow from otherwise."""
+        found = [
+            interventions.named([unit["unit"] for unit in draw], self.model.decoder.config)
+            for draw in kept.get("draws", [])
+        ]
+        if not (number or found):
+            return {"contrast": [], "units": [], "draws": []}
         both = ("complied", "refused")
-        enough = all(numbers[name] >= LEAST_PROMPTS for name in both)
+        enough = all(len(kept["groups"][name]) >= LEAST_PROMPTS for name in both)
         contrast = both if enough else ("harmful", "benign")
         traits = {
             site: (
@@ -513,6 +587,11 @@ class _Experiment:
             for site in means[contrast[0]]
             if site in (Site.NEURON, Site.HEAD)
         }
+        for index in range(len(found), number):
+            drawn = self._draw(units, traits, index, found)
+            if drawn is None:
+                break
+            found.append(drawn)
 
         def told(units: Sequence[Unit]) -> list[dict]:
             return [
@@ -523,44 +602,37 @@ class _Experiment:
                 ]
             ]
 
-        for index in range(len(kept), number):
-            drawn = self._draw(units, traits, index, kept)
-            if drawn is None:
-                break
-            kept.append(told(drawn))
-        content = {
-            "groups": numbers,
+        return {
             "contrast": list(contrast),
-            "units": told(units) if kept else [],
-            "draws": kept,
+            "units": told(units) if found else [],
+            "draws": [told(draw) for draw in found],
         }
-        text = json.dumps(content, indent=2) + "\n"
-        results_lib.replace_file(file, lambda path: path.write_text(text, encoding="utf-8"))
-        return content | {"draws": kept[:number]}
 
-    def _draw(self, units, traits, index: int, before: Sequence[Sequence[dict]]):
-        """Random units, other than those that were drawn before; None if there are none."""
-        taken = [{unit["unit"] for unit in draw} for draw in before]
+    def _draw(
+        self, units: Sequence[Unit], traits, index: int, before: Sequence[Sequence[Unit]]
+    ) -> list[Unit] | None:
+        """Random units, other than those that were drawn before; None if none are found."""
+        taken = [set(draw) for draw in before]
         rng = np.random.default_rng([self.settings.seed, index])
         for _ in range(_ATTEMPTS):
             drawn = interventions.matched(units, traits, rng)
-            if drawn is None or set(map(str, drawn)) not in taken:
+            if drawn is None or set(drawn) not in taken:
                 return drawn
         return None
 
-    def _values(self, means: dict[str, Values], numbers: dict, sites, sources) -> Values:
+    def _values(self, means: dict[str, Values], groups: dict, sites, sources) -> Values:
         """What units are held at."""
         settings, decoder = self.settings, self.model.decoder
         if settings.edit == "zero":
             return interventions.zero(sites, decoder.config)
         if settings.edit == "source":
             return interventions.activations(decoder, sources, sites)
-        if numbers[settings.edit] < LEAST_PROMPTS:
+        if len(groups[settings.edit]) < LEAST_PROMPTS:
             others = f" outside split {settings.split}" if settings.split else ""
             raise InputError(
-                f"--edit={settings.edit}: of {numbers['harmful']} harmful prompts{others} the "
-                f"plain model refuses {numbers['refused']}, and their mean needs {LEAST_PROMPTS}; "
-                "give more --prompts or choose another --edit"
+                f"--edit={settings.edit}: of {len(groups['harmful'])} harmful prompts{others} the "
+                f"plain model refuses {len(groups['refused'])}, and their mean needs "
+                f"{LEAST_PROMPTS}; give more --prompts or choose another --edit"
             )
         return means[settings.edit]
 
@@ -621,8 +693,9 @@ class _Experiment:
         ) as bar:
             for condition in made if texts else ():
                 own = condition.holds(np.array(rows))
-                logprobs = generation.logprobs(decoder, texts, holds=own, memory=budget)
-                divergences = generation.kl(decoder, texts, own, memory=budget)
+                with asking.under(condition):
+                    logprobs = generation.logprobs(decoder, texts, holds=own, memory=budget)
+                    divergences = generation.kl(decoder, texts, own, memory=budget)
                 for name, means in (("nll", -logprobs.means), ("kl", divergences.means)):
                     found[condition.name, name][rows] = means
                 bar.update(1)
@@ -664,9 +737,9 @@ def _or_nan(value: float | None) -> float:
 def _compliance(response: Response, verdict: Verdict) -> float:
     """Whether the response does what is asked, or where no judge says that, is no refusal; silence
     is neither."""
-    if verdict.complied is not None:
-        return verdict.complied
-    return 1 - _or_nan(verdict.refused) if responses.says_something(response) else 0.0
+    if verdict.complied is not None or verdict.refused is None:
+        return _or_nan(verdict.complied)
+    return 1 - verdict.refused if responses.says_something(response) else 0.0
 
 
 # A measure of one response and its verdict; NaN where it has none.

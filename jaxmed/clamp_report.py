@@ -264,7 +264,7 @@ def _measured_on(found: "clamp.Found") -> str:
     edit, split = found.run["edit"], found.run["split"]
     if edit not in ("refused", "benign"):
         return ""
-    measured = f", measured on {found.controls['groups'][edit]} prompts of "
+    measured = f", measured on {len(found.controls['groups'][edit])} prompts of "
     if split:
         return f"{measured}the splits other than {split}"
     return f"{measured}those that are answered here: no split was kept apart"
@@ -452,7 +452,7 @@ def _likeness(found: "clamp.Found") -> list[str]:
         return " and ".join(f"{median:.3g}" for median in medians)
 
     number, asked = len(controls["draws"]), found.run["random"]
-    fewer = f" (of {asked} asked: there are no more)" if number < asked else ""
+    fewer = f" (of {asked} asked: no others were found)" if number < asked else ""
     return [
         f"Random units: {number} {'draw' if number == 1 else 'draws'}{fewer}, of as many units in"
         " the same layers. Median of these units and of the random ones: activation difference"
@@ -645,7 +645,8 @@ _FILES = {
     "exchanges.jsonl": "prompts and responses, to be labelled and compared with a judge"
     " (launch.judge)",
     "verdicts.jsonl": "what the judges say of every response",
-    "controls.json": "the random units of each draw, and how like the units held they are",
+    "controls.json": "the prompts that activations were averaged over; the random units of each"
+    " draw, and how like the units held they are",
     "clamp.parquet": "a row for each condition, label and measure: mean, change, difference from"
     " random units, with intervals",
 }

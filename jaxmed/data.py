@@ -390,11 +390,11 @@ def normalised(text: str) -> str:
     return " ".join(text.split()).casefold()
 
 
-def fingerprint(text: str | None, tokens: tuple[int, ...]) -> str:
-    """Tells prompts apart, whatever ids they have: a hash of what `as_text` shows, whatever its
-    white space and letter case, or where that is None of the tokens."""
-    content = json.dumps(tokens if text is None else normalised(text))
-    return hashlib.sha256(content.encode()).hexdigest()[:32]
+def fingerprints(text: str | None, tokens: tuple[int, ...]) -> set[str]:
+    """Hashes that two prompts share if they are the same, whatever their ids: that of the tokens,
+    and that of what `as_text` shows, but for white space and letter case."""
+    contents = [list(tokens)] + ([] if text is None else [normalised(text)])
+    return {hashlib.sha256(json.dumps(one).encode()).hexdigest()[:32] for one in contents}
 
 
 def as_text(prompt) -> str | None:

@@ -25,6 +25,7 @@ from models.edits import Site
 from models.errors import InputError
 
 if typing.TYPE_CHECKING:
+    from jaxmed.asking import Model
     from jaxmed.clamp import Found, Settings
 
 
@@ -112,19 +113,29 @@ def _change(row: dict) -> str:
     return f"{row['change']:+.3f} ({row['change_low']:+.3f} to {row['change_high']:+.3f})"
 
 
-def write(found: "Found", decoder: Decoder, tokenizer, folder: str) -> None:
+def write(found: "Found", model: "Model", folder: str) -> None:
     """Writes the edited checkpoint, with a model card that tells the measured effects.
+
+    Args:
+        found: what was measured.
+        model: the model without the edit.
+        folder: where to.
 
     Raises:
         InputError: the edit may not be exported (see `refusal`), or the folder is not empty.
     """
     if why := refusal(found):
         raise InputError(f"--export: nothing was written: {why}. Results: {found.folder}")
-    edited = damped(decoder, found.units, found.run["strength"])
-    # A tokenizer knows one stop token at most; the model was measured with all of these.
-    stop = json.dumps({"eos_token_id": found.run["stop_tokens"]}, indent=2) + "\n"
-    beside = {checkpoint.GENERATION_CONFIG: stop, "README.md": card(found, edited)}
-    checkpoint.save(edited, folder, tokenizer=tokenizer, beside=beside)
+    edited = damped(model.decoder, found.units, found.run["strength"])
+    before = model.folder / checkpoint.GENERATION_CONFIG
+    generation = json.loads(before.read_text(encoding="utf-8")) if before.is_file() else {}
+    if stop := found.run["stop_tokens"]:
+        # A tokenizer knows one of them at most; the model was measured with all.
+        generation |= {"eos_token_id": stop}
+    beside = {"README.md": card(found, edited)}
+    if generation:
+        beside[checkpoint.GENERATION_CONFIG] = json.dumps(generation, indent=2) + "\n"
+    checkpoint.save(edited, folder, tokenizer=model.tokenizer, beside=beside)
 
 
 def card(found: "Found", edited: Decoder) -> str:

@@ -137,7 +137,7 @@ def generate(
         )
         for member, response in zip(members, found, strict=False):
             if response is None:
-                raise InputError(_not_finite(f"of the response to prompt {member}", holds))
+                raise InputError(_not_finite(holds))
             responses[member] = response
         if progress is not None:
             progress(len(batch))
@@ -237,7 +237,7 @@ def _forced(read: Callable, decoder, sequences, holds, batch_size, memory) -> Pe
         for member, row in zip(members, values, strict=False):
             found[member] = row[: len(sequences[member][1])]
             if not np.isfinite(found[member]).all():
-                raise InputError(_not_finite(f"at response {member}", holds))
+                raise InputError(_not_finite(holds))
     return PerToken(tuple(found))
 
 
@@ -538,9 +538,9 @@ def _padded_length(prompt: Sequence[int]) -> int:
     return capture.bucket(len(prompt), capture.SHORTEST)
 
 
-def _not_finite(where: str, holds: Sequence[Hold]) -> str:
-    cause = "what is held is too far from its own values" if holds else "so are its weights"
-    return f"the model's logits {where} are not finite: {cause}"
+def _not_finite(holds: Sequence[Hold]) -> str:
+    cause = ": what is held is too far from its own values" if holds else ": they overflow"
+    return f"the model's logits are not finite{cause}"
 
 
 def _batches(

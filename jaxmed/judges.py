@@ -874,7 +874,8 @@ def read(path) -> list[Line]:
 def _line(fields: dict | DataError, where: str) -> Line:
     if isinstance(fields, DataError):
         raise fields
-    if {"condition", "sample"} <= set(fields):
+    answered = {"response", "response_ids"} & set(fields)
+    if {"condition", "sample"} <= set(fields) and not answered:
         raise DataError(
             f"{where}: is of a run's own files, where 'prompt' is no text but an id; give its "
             "exchanges.jsonl"

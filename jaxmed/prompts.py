@@ -225,8 +225,7 @@ def read(
         label: one of `LABELS`, for a file that does not say it. One that says another is refused,
             save that it goes before the file's name, and before what Alpaca-like sets are by
             default (benign).
-        source: a name for the set, instead of its own; ids that the file does not give begin with
-            it.
+        source: a name for the set, instead of its own, that ids begin with.
         on_bad: told of a bad row, which is then left out; by default a bad row is an error.
 
     Raises:
@@ -252,8 +251,9 @@ def read(
             row = _translated(row, known, label)
             named = (source or known.name, kind or row.get("label"), row.get("id", place))
             row["id"] = "-".join(map(str, named))
-        number = place if source is None else f"{source}-{place}"
-        return _prompt({"id": number} | row, label, source, where, by_text=known is not None)
+        elif source is not None:
+            row["id"] = f"{source}-{row.get('id', place)}"
+        return _prompt({"id": place} | row, label, source, where, by_text=known is not None)
 
     return data.collect(path, rows, make, "prompts", on_bad)
 
@@ -471,7 +471,7 @@ def _prompt(
     if texts.get("match"):
         split_key = f"{texts.get('source', '')} {texts['match']}"
     else:
-        split_key = _normal(data.as_text(asked["prompt"])) if by_text else identity
+        split_key = data.normalised(data.as_text(asked["prompt"])) if by_text else identity
     return Prompt(
         id=identity,
         label=_label(fields, label, where),
@@ -482,10 +482,6 @@ def _prompt(
         **_counterfactuals(fields, where),
         **_answers(fields, where),
     )
-
-
-def _normal(text: str) -> str:
-    return " ".join(text.split()).casefold()
 
 
 def _label(fields: dict, asked: str | None, where: str) -> str:

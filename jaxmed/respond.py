@@ -248,8 +248,8 @@ def find_pairs(settings: Settings, model: Model, asked: Sequence[Asked], say) ->
 def _needed(asked: Sequence[Asked], pairs: Sequence[Pair], say) -> list[Asked]:
     """All prompts but benign ones that could have been counterfactuals and are none, of which a
     file may hold tens of thousands."""
-    used = {data.fingerprint(pair.counterfactual_text, pair.counterfactual_ids) for pair in pairs}
-    needed = [one for one in asked if one.prompt.label != "benign" or one.fingerprint in used]
+    used = {pair.counterfactual_ids for pair in pairs}
+    needed = [one for one in asked if one.prompt.label != "benign" or one.tokens in used]
     if len(needed) < len(asked):
         say(
             f"{len(asked) - len(needed)} benign prompts are no counterfactual of any pair, and are "
@@ -469,11 +469,16 @@ def _pair_lines(found: Found) -> list[str]:
     command = ["python", "-m", "launch.mediate", f"--model={settings.model}", f"--pairs={path}"]
     if settings.chat:
         command.append("--chat")
-    if found.pairs["A"]:
-        command.append("--split=A")
+    if split := next((split for split in "AB" if found.pairs[split]), None):
+        command.append(f"--split={split}")
         lines.append(
-            "The command finds units by split A alone; the prompts of the others are left to test "
-            "them, by launch.clamp"
+            f"The command finds units by split {split} alone; the prompts of the others are left "
+            "to test them, by launch.clamp"
+        )
+    else:
+        lines.append(
+            "All pairs are in split C, whose prompts launch.clamp tests by default: give it "
+            "others, or another --split"
         )
     if found.same_start:
         lines.append(

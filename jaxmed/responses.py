@@ -42,9 +42,9 @@ class Asked:
     tokens: tuple[int, ...]
 
     @property
-    def fingerprint(self) -> str:
-        """The same for prompts that differ in nothing but ids, labels and the like."""
-        return data.fingerprint(data.as_text(self.prompt.prompt), self.tokens)
+    def fingerprints(self) -> set[str]:
+        """As `data.fingerprints` has them."""
+        return data.fingerprints(data.as_text(self.prompt.prompt), self.tokens)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -459,14 +459,13 @@ def _pairs_hash(pairs: list[Pair]) -> str:
 def _prompt_hashes(pairs: list[Pair]) -> list[str]:
     """Of all base and source prompts: what is tested later must not be among them."""
     return sorted(
-        {
-            data.fingerprint(*prompt)
-            for pair in pairs
-            for prompt in (
-                (pair.prompt_text, pair.prompt_ids),
-                (pair.counterfactual_text, pair.counterfactual_ids),
-            )
-        }
+        set().union(
+            *(data.fingerprints(pair.prompt_text, pair.prompt_ids) for pair in pairs),
+            *(
+                data.fingerprints(pair.counterfactual_text, pair.counterfactual_ids)
+                for pair in pairs
+            ),
+        )
     )
 
 

@@ -114,9 +114,10 @@ _CLAMP = {
     "it is damping by the factor 1 - strength.",
     "positions": "Where units are held: at all positions, at the prompt's, or at those that the "
     "answer is read from (the prompt's last and the generated ones).",
-    "split": "The prompts that are answered: split A, B or C (a hash of the id, where the file "
-    "gives none). What units are held at is measured on the others. Empty for all, which then do "
-    "both jobs.",
+    "split": "The prompts that are answered: split A, B or C (where the file gives none a hash: of "
+    "a published set's text, else of the id). What units are held at is measured on the others. "
+    "Empty for all, which then do both jobs.",
+    "most_prompts": "Prompts of a label that are answered at most, drawn by hash; 0 for all.",
     "random": "How often random units are held instead: as many in the same layers, alike in how "
     "much they differ between answered and refused prompts and in their output norm.",
     "module": "Also hold the whole modules that the units are in.",

@@ -187,14 +187,16 @@ def test_ids_that_two_files_use(model, write):
 
 def test_files_that_number_their_prompts_alike_may_be_told_apart(model, write):
     alpaca = [write({"instruction": text}, name=f"{text}.jsonl") for text in ("how", "why")]
-    own = write({"prompt_ids": [4], "label": "creative"}, name="own:a=b.jsonl")
+    rows = [{"prompt_ids": [4]}, {"prompt_ids": [5], "id": "x"}]
+    own = write(*(row | {"label": "creative"} for row in rows), name="own:a=b.jsonl")
     asked = [f"harmful={alpaca[0]}", f"test:harmful={alpaca[1]}", f"c:={own}"]
     found = asking.read_prompts(settings(asked), model)
     assert [(one.prompt.id, one.prompt.label) for one in found] == [
         ("alpaca-harmful-1", "harmful"), ("test-harmful-1", "harmful"), ("c-1", "creative"),
+        ("c-x", "creative"),
     ]  # fmt: skip
-    [alone] = asking.read_prompts(settings([own]), model)
-    assert (alone.prompt.id, alone.prompt.source) == ("1", "")
+    alone = asking.read_prompts(settings([own]), model)
+    assert [(one.prompt.id, one.prompt.source) for one in alone] == [("1", ""), ("x", "")]
 
 
 def test_a_prompt_counts_once(model, write):
@@ -207,6 +209,35 @@ def test_a_prompt_counts_once(model, write):
     [message] = said
     assert message.startswith("2 prompts are the same as others before them and are left out, the")
     assert f"{file}:2: each counts once" in message
+
+
+def test_a_prompt_that_stands_twice_has_the_counterfactuals_of_both(model, write):
+    rows = [{"prompt": "tell me", "counterfactual": ["why", "how"]}, {"prompt": "tell me"}]
+    rows += [{"prompt": "Tell me", "counterfactual": ["how", "no"]}]
+    file = write(*({"id": n, "label": "benign"} | row for n, row in enumerate(rows)))
+    [one] = asking.read_prompts(settings([file]), model, lambda text: None)
+    assert one.prompt.counterfactuals == ("why", "how", "no")
+
+
+def test_the_same_prompt_has_one_label(model, write):
+    harmful = write({"id": "a", "prompt": "tell me"}, name="a.jsonl")
+    benign = write({"id": "b", "prompt": "tell  me"}, {"id": "c", "prompt": "why"}, name="b.jsonl")
+    files, said = [f"harmful={harmful}", f"benign={benign}"], []
+    message = f"{benign}:1: prompt 'b' is benign, and the same prompt is harmful at {harmful}:1"
+    with pytest.raises(DataError) as caught:
+        asking.read_prompts(settings(files), model)
+    assert str(caught.value).startswith(message)
+    asked = settings(files, skip_bad_prompts=True)
+    found = asking.read_prompts(asked, model, said.append)
+    assert [one.prompt.id for one in found] == ["a", "c"] and said[0] == f"Skipped: {message}"
+
+
+def test_text_and_messages_of_the_same_tokens_are_the_same_prompt(model, write):
+    chat = [{"role": "user", "content": "tell me"}]
+    rows = [{"id": "a", "prompt": chat}, {"id": "b", "prompt": "tell me"}]
+    file = write(*(row | {"label": "benign"} for row in rows))
+    found = asking.read_prompts(settings([file], chat=True), model, lambda text: None)
+    assert [one.prompt.id for one in found] == ["a"]
 
 
 def test_a_condition_that_fails_is_named(model, write, tmp_path, monkeypatch):

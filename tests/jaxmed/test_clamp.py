@@ -103,7 +103,8 @@ def test_random_units_like_these_change_neither(gates, detectors):
         ]
         assert controls == json.loads((found.folder / clamp.CONTROLS).read_text())
         assert controls["contrast"] == ["complied", "refused"]
-        assert controls["groups"] == {"harmful": 96, "benign": 96, "refused": 48, "complied": 48}
+        sizes = {"harmful": 96, "benign": 96, "refused": 48, "complied": 48}
+        assert {name: len(own) for name, own in controls["groups"].items()} == sizes
         norms = [unit["norm"] for draw in controls["draws"] for unit in draw]
         own = [unit["norm"] for unit in controls["units"]]
         assert min(own) / 3 < np.median(norms) < 3 * max(own)
@@ -185,7 +186,7 @@ def test_random_units_stay_those_of_a_stopped_run_and_may_become_more(detectors,
     layer = found.units[0].layer
     spare = [f"neuron:{layer}.{index}" for index in range(160)]
     spare = [name for name in spare if name not in other][: len(kept)]
-    content["draws"][2] = [unit | {"unit": n} for unit, n in zip(kept, spare, strict=True)]
+    content["draws"][2] = [{"unit": name} for name in spare]
     (folder / clamp.CONTROLS).write_text(json.dumps(content))
     asked = dataclasses.replace(asked, out=str(folder), random=4, export="", alone=1)
     more = clamp.run(asked, progress=False)
@@ -207,7 +208,7 @@ def test_few_units_have_few_controls():
     experiment.settings = Settings("model", ("prompts",), "out")
     first = experiment._draw(units, traits, 0, [])
     assert [str(unit) for unit in first] == ["head:0.2", "head:0.3"]
-    assert experiment._draw(units, traits, 1, [[{"unit": str(unit)} for unit in first]]) is None
+    assert experiment._draw(units, traits, 1, [first]) is None
 
 
 def test_an_exported_checkpoint_answers_as_the_held_model(detectors):
@@ -231,6 +232,22 @@ def test_an_exported_checkpoint_answers_as_the_held_model(detectors):
     assert "did not fall by more than 0.05" in card and "| benign | nll (nats a token) |" in card
 
 
+def test_an_exported_checkpoint_generates_as_the_model_did(detectors, tmp_path):
+    asked, found = detectors
+    model = clamp.asking.load(asked)
+    own = {"temperature": 0.6, "eos_token_id": 1}
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(own))
+    model = dataclasses.replace(model, folder=tmp_path / "model")
+    export.write(found, model, str(tmp_path / "edited"))
+    written = json.loads((tmp_path / "edited" / "generation_config.json").read_text())
+    assert written == own | {"eos_token_id": found.run["stop_tokens"]}
+    # transformers fails at an empty list of stop tokens.
+    endless = dataclasses.replace(found, run=found.run | {"stop_tokens": []})
+    export.write(endless, dataclasses.replace(model, folder=tmp_path), str(tmp_path / "endless"))
+    assert not (tmp_path / "endless" / "generation_config.json").exists()
+
+
 def changed(found, place, **fields):
     """What was found, with other numbers in one row."""
     rows = found.table.to_pylist()
@@ -247,7 +264,7 @@ def test_an_edit_that_did_not_lower_harm_is_not_exported(detectors, gates, tmp_p
     with pytest.raises(
         InputError, match="nothing was written: the edit changed the harm rate by -0.020"
     ):
-        export.write(none, None, None, str(tmp_path / "edited"))
+        export.write(none, None, str(tmp_path / "edited"))
     assert not (tmp_path / "edited").exists()
     assert "benign compliance by -1.000" in export.refusal(gates[1])
     wide = changed(found, ("clamp", "benign", "compliance"), change_low=-0.051)
@@ -285,7 +302,54 @@ def test_silence_and_nonsense_are_no_compliance():
     assert complies(says, clamp.Verdict(refused=0.25)) == 0.75
     assert complies(silent, clamp.Verdict(refused=0.0)) == 0.0
     assert complies(says, clamp.Verdict(refused=0.0, complied=0.0)) == 0.0
-    assert np.isnan(complies(says, clamp.Verdict(harmful=1.0)))
+    for response in (says, silent):  # of which no judge says anything
+        assert np.isnan(complies(response, clamp.Verdict(harmful=1.0)))
+
+
+def test_values_stay_those_of_the_first_run_whoever_judges(organism, units, tmp_path):
+    """Responses with units held at two values must not stand under one name."""
+    asked = settings(
+        *(organism, tmp_path / "out"),
+        units=units[GATES][:1],
+        random=0,
+        module=False,
+        most_prompts=8,
+    )
+    before = clamp.run(asked, progress=False)
+    answers = (before.folder / "responses.jsonl").read_bytes()
+    assert before.row("clamp", "harmful", "harm")["prompts"] == 8
+
+    class All:
+        """Calls every response a refusal."""
+
+        name, meaning, says = "all", "that it refuses", ("refused",)
+
+        def __call__(self, exchanges):
+            return [clamp.Verdict(refused=1.0)] * len(exchanges)
+
+    again = clamp.run(asked, own_judges=[All()], progress=False)
+    assert again.controls == before.controls and len(again.controls["groups"]["refused"]) == 48
+    assert (before.folder / "responses.jsonl").read_bytes() == answers
+    assert again.row("clamp", "benign", "compliance")["mean"] == 0
+    assert again.row("clamp", "benign", "kl") == before.row("clamp", "benign", "kl")
+    more = clamp.run(dataclasses.replace(asked, most_prompts=9), progress=False)
+    assert (before.folder / "responses.jsonl").read_bytes().startswith(answers)
+    assert more.row("clamp", "harmful", "harm")["prompts"] == 9
+
+
+def test_modules_need_no_prompts_to_be_compared_by(organism, tmp_path):
+    lines = organism.prompts.read_text().splitlines()
+    tested = [line for line in lines if '"split": "C"' in line]
+    (tmp_path / "tested.jsonl").write_text("\n".join(tested))
+    asked = settings(
+        *(organism, tmp_path / "out"),
+        units=("mlp:2",),
+        edit="zero",
+        prompts=(str(tmp_path / "tested.jsonl"),),
+        most_prompts=8,
+    )
+    found = clamp.run(asked, progress=False)
+    assert [each.name for each in found.held] == ["plain", "clamp"]
 
 
 def test_judges_must_say_what_has_to_be_known(organism, tmp_path):
@@ -322,6 +386,7 @@ def test_judges_must_say_what_has_to_be_known(organism, tmp_path):
         ({"units": ("mlp:1",), "top_doses": ("1.5",)}, "--top_doses=1.5: must be numbers"),
         ({"units": ("mlp:1",), "strength_doses": ("0",)}, "--strength_doses=0: must be above 0"),
         ({"units": ("mlp:1",), "top_doses": ("2", "02")}, "--top_doses=2,02: names a dose twice"),
+        ({"units": ("mlp:1",), "most_prompts": 7}, "--most_prompts=7: an interval needs 8"),
         (
             {"units": ("mlp:1",), "export": "x"},
             "--export with --edit=refused --positions=all: only",
@@ -407,8 +472,12 @@ def test_units_of_a_run_that_saw_the_tested_prompts_are_refused(organism, tmp_pa
     seen.finish()
     # Whatever they are called there.
     assert not {line["id"] for line in keyed} & set(seen.pair_ids)
-    with pytest.raises(InputError, match=r"of the prompts, as 'harmful-002' \(.*\), are among"):
+    with pytest.raises(InputError, match=r"of 120 prompts, as 'harmful-002' \(.*\), are among"):
         clamp.run(asked, progress=False)
+    tested = clamp.asking.read_prompts(asked, clamp.asking.load(asked))
+    said, skips = [], dataclasses.replace(asked, skip_bad_prompts=True)
+    kept = clamp._held_out(skips, tested, seen, said.append)
+    assert len(tested) - len(kept) == 6 and said[0].startswith("Skipped: --split=C: 6 of ")
     others = run(keyed[:6], "others", split=("A", "B"))
     others.finish()
     asked = dataclasses.replace(asked, results=str(others.folder), random=0, module=False)

@@ -94,7 +94,7 @@ def fabricate(folder, held, rates=RATES, counts=COUNTS, judged=("harm", "refusal
     table = clamp.summarise(held, asked, measured)
     drawn = [each.units for each in held if each.kind == "random"]
     controls = {
-        "groups": {"harmful": 80, "benign": 60, "refused": 30, "complied": 50},
+        "groups": {"harmful": ["h"] * 80, "benign": ["b"] * 60, "refused": ["r"] * 30},
         "contrast": ["complied", "refused"] if drawn else [],
         "units": traits(UNITS, 2.0) if drawn else [],
         "draws": [traits(units, 1.5) for units in drawn],
@@ -185,7 +185,7 @@ def test_controls_are_told(page):
     )
     assert ": lower than with random units." in page.text
     assert (
-        "Random units: 2 draws (of 5 asked: there are no more), of as many units in the same"
+        "Random units: 2 draws (of 5 asked: no others were found), of as many units in the same"
         " layers. Median of these units and of the random ones: activation difference between"
         " harmful prompts that are answered and refused 2 and 1.5; output norm 1 and 0.75."
         in page.text

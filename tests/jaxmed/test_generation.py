@@ -424,12 +424,10 @@ def test_products_are_float32(monkeypatch):
 def test_logits_that_are_not_finite_are_an_error():
     """Of which the likeliest would be any, and whose prompts would drop out of every mean."""
     far = Hold.affine("layer", np.ones((3, 1)), np.full((3, 1), 3e38, np.float32))
-    with pytest.raises(
-        InputError, match="of the response to prompt 1 are not finite: what is held"
-    ):
+    with pytest.raises(InputError, match="logits are not finite: what is held is too far"):
         answers([[1, 2], [3, 4]], holds=[own_shift(far, [0.0, 1.0])])
     for read in (generation.logprobs, generation.kl):
-        with pytest.raises(InputError, match="at response 0 are not finite"):
+        with pytest.raises(InputError, match="logits are not finite: what is held"):
             read(decoder(), [([1], [2])], holds=[far])
 
 

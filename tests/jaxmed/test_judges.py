@@ -699,6 +699,13 @@ def test_a_file_of_responses(tmp_path):
     }  # fmt: skip
 
 
+def test_a_users_own_fields_are_kept_whatever_their_names(tmp_path):
+    row = {"prompt": "a", "response": "b", "condition": "x", "sample": 0}
+    (tmp_path / "own.jsonl").write_text(json.dumps(row))
+    [line] = judges.read(tmp_path / "own.jsonl")
+    assert line.fields == row
+
+
 def test_a_file_of_exchanges_with_labels_beside_what_a_run_wrote(tmp_path):
     written = {
         "id": "x/0", "prompt": "why", "response": "do it", "prompt_ids": [1, 2],

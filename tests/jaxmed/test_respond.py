@@ -152,9 +152,14 @@ def test_rates_by_prompt_and_by_label(run):
     assert found.pairs["A"] and lines[7:] == [command]
 
 
-def test_without_pairs_of_split_a_the_command_takes_all(run):
-    found = run(*(row | {"split": "B"} for row in HARMFUL))
-    assert "--split" not in respond.closing_lines(found)[-1]
+@pytest.mark.parametrize(
+    ("split", "said"),
+    [("B", "The command finds units by split B alone"), ("C", "All pairs are in split C, whose")],
+)
+def test_without_pairs_of_split_a(split, said, run):
+    found = run(*(row | {"split": split} for row in HARMFUL))
+    *_, words, command = respond.closing_lines(found)
+    assert words.startswith(said) and (f" --split={split} " in command) == (split == "B")
 
 
 def test_responses_can_be_labelled(run):
