@@ -1,3 +1,1 @@
 """Exact causal mediation analysis of language models."""
-
-__version__ = "0.1.0"

@@ -13,13 +13,15 @@ import pathlib
 from absl import flags
 
 import models
-from jaxmed import accuracy, benchmark, data
+from jaxmed.data import pairs
+from jaxmed.report import benchmark as benchmark_lib
+from jaxmed.validation import benchmark, numerical_error, presets
 from launch import program
 from models import organisms
 from models.errors import InputError
 
 _PRESET = flags.DEFINE_enum(
-    "preset", "12x768", list(benchmark.PRESETS), "Shape of the model; its weights are random."
+    "preset", "12x768", list(presets.PRESETS), "Shape of the model; its weights are random."
 )
 _AGAINST = flags.DEFINE_list(
     "against",
@@ -97,11 +99,11 @@ def main() -> None:
 def _accuracy() -> tuple[list[dict], list[str]]:
     organism = organisms.build(_ORGANISM.value)
     decoder, tokenizer = models.load(organism.folder)
-    pair = data.read(str(organism.pairs("unlock")), tokenizer)[0]
+    pair = pairs.read(str(organism.pairs("unlock")), tokenizer)[0]
     runs = "hooks" in _AGAINST.value
-    rows = accuracy.measure("random", *accuracy.random_model(), runs=runs)
-    rows += accuracy.measure("trained", decoder, pair, runs=runs)
-    return [dataclasses.asdict(row) for row in rows], accuracy.table(rows)
+    rows = numerical_error.measure("random", *numerical_error.random_model(), runs=runs)
+    rows += numerical_error.measure("trained", decoder, pair, runs=runs)
+    return [dataclasses.asdict(row) for row in rows], numerical_error.table(rows)
 
 
 def _generation() -> tuple[dict, list[str]]:
@@ -112,7 +114,7 @@ def _generation() -> tuple[dict, list[str]]:
         rounds=_ROUNDS.value,
         memory_gb=_MEMORY_GB.value,
     )
-    return dataclasses.asdict(figures), benchmark.generation_table(figures)
+    return dataclasses.asdict(figures), benchmark_lib.generation_table(figures)
 
 
 def _speed() -> tuple[dict, list[str]]:
@@ -125,7 +127,7 @@ def _speed() -> tuple[dict, list[str]]:
         screen=_SCREEN.value,
         memory_gb=_MEMORY_GB.value,
     )
-    return dataclasses.asdict(figures), benchmark.table(figures)
+    return dataclasses.asdict(figures), benchmark_lib.table(figures)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@ python -m launch.certify --seeds=5 --out=out/certify
 
 from absl import flags
 
-from jaxmed import certificate, certify, sweep
-from jaxmed.sweep import Settings
+from jaxmed.report import certificate
+from jaxmed.runs import certify, mediate
+from jaxmed.runs.mediate import Settings
 from launch import program, settings
 from models import organisms
 from models.errors import InputError
@@ -29,7 +30,7 @@ _OUT = flags.DEFINE_string(
 # How the methods are run. Detectors read the middle of the prompt: at the last token they have no
 # effect. What is found should be no larger than what was planted, up to seven neurons.
 settings.define(
-    sweep,
+    mediate,
     *("positions", "align"),
     *("screen", "screen_audit", "screen_steps", "joint_size", "joint_share", "joint_pairs"),
     *("dtype", "matmul_precision", "memory_gb", "overwrite"),

@@ -6,8 +6,9 @@ python -m launch.clamp --model=DIR_OR_HUB_ID --results=DIR --top=K --prompts=FIL
 
 import dataclasses
 
-from jaxmed import clamp, clamp_report
-from jaxmed.clamp import Settings
+from jaxmed.report import clamp as clamp_lib
+from jaxmed.runs import clamp
+from jaxmed.runs.clamp import Settings
 from launch import program, settings
 
 settings.define(clamp, *(field.name for field in dataclasses.fields(Settings)))
@@ -16,7 +17,7 @@ settings.define(clamp, *(field.name for field in dataclasses.fields(Settings)))
 def main() -> None:
     """Runs what the flags ask for."""
     found = clamp.run(Settings(**settings.given()))
-    print("\n".join(clamp_report.closing_lines(found)))
+    print("\n".join(clamp_lib.closing_lines(found)))
 
 
 if __name__ == "__main__":

@@ -10,8 +10,13 @@ import shutil
 
 from absl import flags
 
-from jaxmed import certificate, certify, clamp, clamp_report, interventions, report, respond, sweep
-from jaxmed.results import Results
+from jaxmed.intervention import units as units_lib
+from jaxmed.report import certificate, mediation
+from jaxmed.report import clamp as clamp_lib
+from jaxmed.report import respond as respond_lib
+from jaxmed.runs import certify, clamp, mediate, respond
+from jaxmed.store.results import Results
+from jaxmed.validation import outcomes
 from launch import program
 from models import organisms
 from models.organisms import Organism
@@ -43,7 +48,7 @@ def main() -> None:
     organism = organisms.build(
         pathlib.Path(_KEPT.value) / f"late-mlp-{_SEED.value}", seed=_SEED.value
     )
-    settings = sweep.Settings(
+    settings = mediate.Settings(
         model=str(organism.folder),
         pairs=str(organism.pairs(_CONTRAST)),
         out=_OUT.value,
@@ -54,13 +59,13 @@ def main() -> None:
         # The organism's language is abstract; there is nothing to hide.
         show_text=True,
     )
-    results = sweep.run(settings)
-    print("\n".join(report.closing_lines(results)))
+    results = mediate.run(settings)
+    print("\n".join(mediation.closing_lines(results)))
     print("\nScoring every method against what was planted ...", flush=True)
     scored = certify.measure(
         organism, _CONTRAST, dataclasses.replace(settings, out=f"{_OUT.value}/scores")
     )
-    print("\n".join(certificate.method_lines(certificate.table_of(scored["rows"]))))
+    print("\n".join(certificate.method_lines(outcomes.table_of(scored["rows"]))))
     _settle(organism, results)
     _respond(organism)
 
@@ -69,7 +74,7 @@ def _settle(organism: Organism, results: Results) -> None:
     """Holds the strongest neurons of the last layer at their refused mean, then damps those of the
     first to nothing, and exports the latter."""
     number = len(organism.truth["contrasts"][_CONTRAST]["neurons"])
-    units = interventions.strongest(results, "neuron", "max", number)
+    units = units_lib.strongest(results, "neuron", "max", number)
     layers = [unit.layer for unit in units]
     edited = pathlib.Path(_OUT.value) / "edited"
     shutil.rmtree(edited, ignore_errors=True)  # of an earlier demo
@@ -91,7 +96,7 @@ def _settle(organism: Organism, results: Results) -> None:
             show_text=True,
             **_JUDGED,
         )
-        print("\n".join(clamp_report.closing_lines(clamp.run(settings))))
+        print("\n".join(clamp_lib.closing_lines(clamp.run(settings))))
 
 
 def _respond(organism: Organism) -> None:
@@ -106,7 +111,7 @@ def _respond(organism: Organism) -> None:
         safe_template="R r0",
         **_JUDGED,
     )
-    print("\n".join(respond.closing_lines(respond.run(settings))))
+    print("\n".join(respond_lib.closing_lines(respond.run(settings))))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,11 @@ import pathlib
 import tqdm
 from absl import flags
 
-from jaxmed import asking, judges, responses, results, sweep
+from jaxmed.behaviour import responses
+from jaxmed.behaviour.judges import agreement, named, protocol, rules
+from jaxmed.files import atomic
+from jaxmed.runs import asking
+from jaxmed.store import circumstances, claims
 from launch import program
 from models.errors import InputError
 
@@ -25,7 +29,7 @@ _AT_ONCE = 64  # responses that are judged before their verdicts are kept
 _JUDGE = flags.DEFINE_string(
     "judge",
     None,
-    f"NAME or NAME=CHECKPOINT: one of {', '.join(judges.NAMES)}, or a JSON file with a judge of "
+    f"NAME or NAME=CHECKPOINT: one of {', '.join(named.NAMES)}, or a JSON file with a judge of "
     "your own (name, meaning, template: a text with {prompt} and {response}, yes, no); and the "
     "folder or Hugging Face hub id of its checkpoint, by default the published one, where it can "
     "be used as it is (docs/judges.md).",
@@ -78,15 +82,15 @@ _REFUSE = flags.DEFINE_multi_string("refuse_tokens", [], "--judge=tokens: likewi
 def main() -> None:
     """Judges, keeps the verdicts as they come, and prints how they agree with the labels."""
     out = pathlib.Path(_OUT.value).expanduser()
-    lines = judges.read(pathlib.Path(_RESPONSES.value).expanduser())
+    lines = agreement.read(pathlib.Path(_RESPONSES.value).expanduser())
     judge = _judge()
     described = _described(judge)
     try:
-        run = described | sweep.circumstances()
-        results.claim(out, run, _OWN_FILES, _OVERWRITE.value, _MAY_CHANGE)
-        verdicts = _verdicts(judge, lines, responses.Log(out / VERDICTS, judges.Verdict))
+        run = described | circumstances.circumstances()
+        claims.claim(out, run, _OWN_FILES, _OVERWRITE.value, _MAY_CHANGE)
+        verdicts = _verdicts(judge, lines, responses.Log(out / VERDICTS, protocol.Verdict))
         found = _agreement(lines, verdicts)
-        rows = [judges.judged(judge, *each) for each in zip(lines, verdicts, strict=True)]
+        rows = [agreement.judged(judge, *each) for each in zip(lines, verdicts, strict=True)]
         _write(out / JUDGED, rows)
         agreed = {says: _without_nan(dataclasses.asdict(one)) for says, one in found.items()}
         _write(out / AGREEMENT, [described | {"agreement": agreed}], indent=2)
@@ -96,12 +100,12 @@ def main() -> None:
     print("\n".join(_means(verdicts) + _agreements(found)))
 
 
-def _judge() -> judges.Judge:
+def _judge() -> protocol.Judge:
     """The judge that is asked for."""
     name, _ = asking.judge_and_checkpoint(_JUDGE.value)
     if name in asking.WITHOUT_MODEL and _CUT.value:
         raise InputError(f"--judge={name} runs no model: leave --cut out")
-    if name != judges.FirstTokens.name and (_COMPLY.value or _REFUSE.value):
+    if name != rules.FirstTokens.name and (_COMPLY.value or _REFUSE.value):
         raise InputError("--comply_tokens and --refuse_tokens are for --judge=tokens alone")
     return asking.read_judge(
         _JUDGE.value,
@@ -118,14 +122,14 @@ def _ids(flag: flags.FlagHolder) -> tuple[int, ...]:
     return tuple(int(text) for text in flag.value)
 
 
-def _described(judge: judges.Judge) -> dict:
+def _described(judge: protocol.Judge) -> dict:
     """What `run.json` and `agreement.json` say of a run."""
     return {
         "program": "judge",
         "judge": judge.name,
         "comply_tokens": _ids(_COMPLY),
         "refuse_tokens": _ids(_REFUSE),
-        "judge_text_and_weights": judges.fingerprint(judge),
+        "judge_text_and_weights": protocol.fingerprint(judge),
         "judge_model": asking.judge_and_checkpoint(_JUDGE.value)[1] or None,
         "judge_template": _TEMPLATE.value,
         "meaning": judge.meaning,
@@ -136,8 +140,8 @@ def _described(judge: judges.Judge) -> dict:
 
 
 def _verdicts(
-    judge: judges.Judge, lines: list[judges.Line], log: responses.Log[judges.Verdict]
-) -> list[judges.Verdict]:
+    judge: protocol.Judge, lines: list[agreement.Line], log: responses.Log[protocol.Verdict]
+) -> list[protocol.Verdict]:
     """The verdict on each line; those that the log lacks are added to it. Equal exchanges are
     judged once, wherever they stand, so that lines and labels may be added."""
     keys = [_key(line.exchange) for line in lines]
@@ -154,26 +158,26 @@ def _verdicts(
     return [log.values[key] for key in keys]
 
 
-def _key(exchange: judges.Exchange) -> responses.Key:
+def _key(exchange: protocol.Exchange) -> responses.Key:
     """Which exchange it is: a hash of all that judges read."""
     content = json.dumps({**dataclasses.asdict(exchange), "where": ""}, sort_keys=True)
     return responses.Key("", hashlib.sha256(content.encode()).hexdigest(), 0)
 
 
-def _length(exchange: judges.Exchange) -> int:
+def _length(exchange: protocol.Exchange) -> int:
     """About how long a judge's run takes."""
     return sum(map(len, (exchange.prompt or "", exchange.response or "", exchange.response_ids)))
 
 
 def _agreement(
-    lines: list[judges.Line], verdicts: list[judges.Verdict]
-) -> dict[str, judges.Agreement]:
+    lines: list[agreement.Line], verdicts: list[protocol.Verdict]
+) -> dict[str, agreement.Agreement]:
     """The agreement with the labels of each part of a verdict that has any."""
     return {
-        says: judges.agreement(
+        says: agreement.agreement(
             verdicts, [line.labels.get(says) for line in lines], _THRESHOLD.value, says
         )
-        for says in judges.SAYS
+        for says in protocol.SAYS
         if any(
             says in line.labels and getattr(verdict, says) is not None
             for line, verdict in zip(lines, verdicts, strict=True)
@@ -183,7 +187,7 @@ def _agreement(
 
 def _write(path: pathlib.Path, objects: list[dict], indent: int | None = None) -> None:
     text = "".join(json.dumps(one, ensure_ascii=False, indent=indent) + "\n" for one in objects)
-    results.replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    atomic.replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def _without_nan(fields: dict) -> dict:
@@ -197,10 +201,10 @@ def _without_nan(fields: dict) -> dict:
     return {name: known(value) for name, value in fields.items()}
 
 
-def _means(verdicts: list[judges.Verdict]) -> list[str]:
+def _means(verdicts: list[protocol.Verdict]) -> list[str]:
     """Mean verdicts, and how many responses were cut."""
     lines = []
-    for says in judges.SAYS:
+    for says in protocol.SAYS:
         said = [value for v in verdicts if (value := getattr(v, says)) is not None]
         if said:
             above = sum(value >= _THRESHOLD.value for value in said)
@@ -213,7 +217,7 @@ def _means(verdicts: list[judges.Verdict]) -> list[str]:
     return lines
 
 
-def _agreements(found: dict[str, judges.Agreement]) -> list[str]:
+def _agreements(found: dict[str, agreement.Agreement]) -> list[str]:
     if not found:
         return ["No response has a label of what the judge says: there is nothing to compare."]
     lines = []

@@ -5,17 +5,18 @@ python -m launch.mediate --model=DIR_OR_HUB_ID --pairs=FILE --out=DIR
 
 import dataclasses
 
-from jaxmed import report, sweep
-from jaxmed.sweep import Settings
+from jaxmed.report import mediation
+from jaxmed.runs import mediate
+from jaxmed.runs.mediate import Settings
 from launch import program, settings
 
-settings.define(sweep, *(field.name for field in dataclasses.fields(Settings)))
+settings.define(mediate, *(field.name for field in dataclasses.fields(Settings)))
 
 
 def main() -> None:
     """Runs what the flags ask for."""
-    results = sweep.run(Settings(**settings.given()))
-    print("\n".join(report.closing_lines(results)))
+    results = mediate.run(Settings(**settings.given()))
+    print("\n".join(mediation.closing_lines(results)))
 
 
 if __name__ == "__main__":

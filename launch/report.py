@@ -5,7 +5,8 @@ python -m launch.report --results=DIR
 
 from absl import flags
 
-from jaxmed import report, sweep
+from jaxmed.report import mediation
+from jaxmed.runs import mediate
 from launch import program
 
 _RESULTS = flags.DEFINE_string("results", None, "Folder that a run has written.", required=True)
@@ -16,8 +17,8 @@ _SHOW_TEXT = flags.DEFINE_bool(
 
 def main() -> None:
     """Writes summary, figures and report.html."""
-    results = sweep.report_again(_RESULTS.value, _SHOW_TEXT.value)
-    print("\n".join(report.closing_lines(results)))
+    results = mediate.report_again(_RESULTS.value, _SHOW_TEXT.value)
+    print("\n".join(mediation.closing_lines(results)))
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@ python -m launch.respond --model=DIR_OR_HUB_ID --prompts=FILE --judge=NAME --out
 
 import dataclasses
 
-from jaxmed import respond
-from jaxmed.respond import Settings
+from jaxmed.report import respond as respond_lib
+from jaxmed.runs import respond
+from jaxmed.runs.respond import Settings
 from launch import program, settings
 
 settings.define(
@@ -20,7 +21,7 @@ settings.define(
 def main() -> None:
     """Runs what the flags ask for."""
     found = respond.run(Settings(**settings.given()))
-    print("\n".join(respond.closing_lines(found)))
+    print("\n".join(respond_lib.closing_lines(found)))
 
 
 if __name__ == "__main__":

@@ -6,8 +6,10 @@ import typing
 
 from absl import flags
 
-from jaxmed import attribution, estimands, judges, prompts
-from jaxmed.planning import SITES
+from jaxmed.analysis import joint, screening
+from jaxmed.behaviour.judges import named
+from jaxmed.data import sets
+from jaxmed.question.sites import SITES
 
 _COMMON = {
     "model": "Folder or Hugging Face hub id of a checkpoint.",
@@ -41,7 +43,7 @@ _SWEEP = {
     "each pair's prompt_span and counterfactual_span ([start, stop), in tokens).",
     "group_size": "Adjacent neurons that are edited together.",
     "screen": "For when only the K strongest neurons matter: computes exactly the "
-    f"{attribution.MARGIN} K that gradients rank highest, and a random sample of all others, which "
+    f"{screening.MARGIN} K that gradients rank highest, and a random sample of all others, which "
     "says how many of the strongest may be missing. The rest keep the gradient's estimate, marked "
     "as such. 0 computes every neuron exactly.",
     "screen_audit": "--screen: neurons of that sample. More of them make for a tighter bound.",
@@ -49,7 +51,7 @@ _SWEEP = {
     "takes it at the run that is patched, more are integrated gradients (EAP-IG) at so many times "
     "the cost.",
     "joint_size": "Neurons, at most, of a joint set that grows by the one that most raises the "
-    f"joint effect; 0 for none. Each step runs the whole model for {estimands.CANDIDATES} "
+    f"joint effect; 0 for none. Each step runs the whole model for {joint.CANDIDATES} "
     "candidates.",
     "joint_share": "--joint_size: the search stops at this share of TE, in both directions, and "
     "takes out the neurons that it does not need.",
@@ -69,7 +71,7 @@ _SWEEP = {
 _ASKING = {
     "prompts": "File of prompts: CSV, JSON, JSONL or parquet, a published set or jaxmed's own form "
     "(id, prompt or prompt_ids, label). LABEL=FILE gives the label of a file that does not say it: "
-    f"{', '.join(prompts.LABELS)}. NAME:LABEL=FILE (or NAME:=FILE) has its ids begin with a name, "
+    f"{', '.join(sets.LABELS)}. NAME:LABEL=FILE (or NAME:=FILE) has its ids begin with a name, "
     "where two files number their prompts alike. May be given several times.",
     "samples": "Responses of each prompt; more than one need a --temperature.",
     "temperature": "What logits are divided by before a token is drawn; 0 takes the likeliest.",
@@ -78,7 +80,7 @@ _ASKING = {
     "top_k": "Draws from so many of the likeliest tokens; 0 for all.",
     "max_tokens": "Tokens of a response at most, the one that ends it included.",
     "seed": "Of all samples: a response depends on it, its prompt's id and its number.",
-    "judge": f"NAME or NAME=CHECKPOINT: one of {', '.join(judges.NAMES)}, or a JSON file with a "
+    "judge": f"NAME or NAME=CHECKPOINT: one of {', '.join(named.NAMES)}, or a JSON file with a "
     "judge of your own (docs/judges.md); and a folder or hub id, for a copy of the judge's model. "
     "May be given several times: each says what those before it do not say.",
     "judge_template": "NAME=FILE: file with a judge's text as its authors publish it, for those "
@@ -133,7 +135,7 @@ _CLAMP = {
 # By module.
 _HELP = {
     "clamp": _COMMON | _ASKING | _CLAMP,
-    "sweep": _COMMON | _SWEEP,
+    "mediate": _COMMON | _SWEEP,
     "respond": _COMMON | _ASKING | _RESPOND,
 }
 _WITH_COMMAS = ("granularity", "split")
@@ -148,7 +150,7 @@ def define(module: types.ModuleType, *names: str, **defaults) -> None:
     """Defines flags for fields of a module's `Settings`; one without a default must be given.
 
     Args:
-        module: `sweep` or another with `Settings`, and with `CHOICES`, `LEAST` and `MOST`, the
+        module: `runs.mediate` or another with `Settings`, and with `CHOICES`, `LEAST` and `MOST`, the
             values that a field may have.
         names: of the fields.
         defaults: those that differ from the fields' own.

@@ -4,10 +4,11 @@ import math
 
 import numpy as np
 
-from jaxmed import results
+from jaxmed.question import effects, sites
+from jaxmed.store import results
 
 LAYERS, HEADS, NEURONS, POSITIONS, PAIRS = 6, 4, 32, 9, 8
-SIZES = results.Sizes(LAYERS, HEADS, NEURONS, POSITIONS, ("residual", "head"), directions=15)
+SIZES = effects.Sizes(LAYERS, HEADS, NEURONS, POSITIONS, ("residual", "head"), directions=15)
 RUN = {
     "model": "org/<script>alert(1)</script>",
     "metric": "logit_diff",
@@ -37,7 +38,7 @@ JOINT = {
 }
 
 
-def fabricate(folder, run=RUN, granularities=results.GRANULARITIES, te=-6.0, pairs=PAIRS):
+def fabricate(folder, run=RUN, granularities=sites.GRANULARITIES, te=-6.0, pairs=PAIRS):
     """Results with a planted answer, small noise, and pairs of unequal lengths."""
     pair_ids = [f"pair {index} <script>" for index in range(pairs)]
     made = results.Results.create(folder, run, SIZES, pair_ids, granularities)

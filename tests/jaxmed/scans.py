@@ -6,7 +6,9 @@ import itertools
 import jax
 import numpy as np
 
-from jaxmed import data, definition, directions
+from jaxmed.data import pairs
+from jaxmed.question import directions
+from jaxmed.reference import definition
 from models.edits import Site
 
 GRANULARITIES = ("layer", "module", "head", "token", "neuron")
@@ -20,7 +22,7 @@ def pair(base, source, harmful=2, safe=3, seed=0):
         return tuple(generator.integers(8, 61, length).tolist())
 
     suffix = draw(2)
-    return data.Pair(
+    return pairs.Pair(
         f"{base}-{source}",
         draw(base - 2) + suffix,
         draw(source - 2) + suffix,

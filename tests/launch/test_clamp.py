@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from jaxmed import clamp, respond, sweep
+from jaxmed.runs import clamp, mediate, respond
 from launch import settings
 from models import checkpoint
 from tests import tiny, words
@@ -64,8 +64,8 @@ def pairs(model, prompts):
 def mediated(model, pairs, split):
     """A run that ranks neurons by the pairs of these splits."""
     out = model.parent / f"mediate-{''.join(split)}"
-    asked = sweep.Settings(str(model), str(pairs), str(out), ("neuron",), split=split)
-    return sweep.run(asked).folder
+    asked = mediate.Settings(str(model), str(pairs), str(out), ("neuron",), split=split)
+    return mediate.run(asked).folder
 
 
 def flags(model, prompts, results, out):

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from jaxmed.judges import Agreement
+from jaxmed.behaviour.judges.agreement import Agreement
 from models import checkpoint
 from tests import tiny, words
 from tests.launch import process

@@ -296,7 +296,7 @@ def test_a_stopped_program_says_how_to_go_on(monkeypatch, capsys):
     def interrupted(settings):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(mediate.sweep, "run", interrupted)
+    monkeypatch.setattr(mediate.mediate, "run", interrupted)
     with flagsaver.flagsaver(), pytest.raises(SystemExit) as caught:
         program.start(mediate.main)
     assert caught.value.code == 130
@@ -304,7 +304,7 @@ def test_a_stopped_program_says_how_to_go_on(monkeypatch, capsys):
 
 
 def test_a_defect_of_the_program_shows_its_traceback(monkeypatch, model, pairs, tmp_path):
-    monkeypatch.setattr(mediate.sweep, "run", lambda settings: 1 // 0)
+    monkeypatch.setattr(mediate.mediate, "run", lambda settings: 1 // 0)
     flags = [f"--model={model}", f"--pairs={pairs(PAIR)}", f"--out={tmp_path / 'out'}"]
     monkeypatch.setattr(sys, "argv", ["mediate", *flags])
     with flagsaver.flagsaver(), pytest.raises(ZeroDivisionError):

@@ -7,12 +7,13 @@ import json
 import numpy as np
 import pytest
 
-from jaxmed import results
+from jaxmed.question import effects
+from jaxmed.store import results
 from models import checkpoint
 from tests import tiny, words
 from tests.launch import process
 
-SIZES = results.Sizes(layers=2, heads=2, neurons=3, positions=4)
+SIZES = effects.Sizes(layers=2, heads=2, neurons=3, positions=4)
 PAIR = {"id": "one", "prompt": "tell me <b>how</b>", "counterfactual": "why not"}
 
 

@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from jaxmed import data, respond, sweep
+from jaxmed.data import pairs as pairs_lib
+from jaxmed.runs import mediate, respond
 from launch import settings
 from models import checkpoint
 from tests import tiny, words
@@ -62,7 +63,7 @@ def test_flags_reach_the_run_and_its_end_says_what_to_do_next(model, prompts, tm
     asked |= {"comply_tokens": [str(token) for token in range(4, 10)], "program": "respond"}
     assert {name: run[name] for name in asked} == asked
     # What mediate reads of them, and that it can, is tested in jaxmed.
-    pairs = data.read(out / "pairs.jsonl", words.tokenizer())
+    pairs = pairs_lib.read(out / "pairs.jsonl", words.tokenizer())
     assert [pair.base for pair in pairs] == ["harmful0", "harmful1"]
 
 
@@ -91,7 +92,7 @@ def test_what_must_be_given(flag, run, model, prompts, tmp_path):
     assert failed.returncode == 1 and f"--{flag}" in failed.stderr
 
 
-@pytest.mark.parametrize("module", [sweep, respond])
+@pytest.mark.parametrize("module", [mediate, respond])
 def test_every_setting_has_a_help(module):
     names = {field.name for field in dataclasses.fields(module.Settings)}
     assert set(settings._HELP[module.__name__.rpartition(".")[2]]) == names

@@ -14,10 +14,12 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType
 
 import models
-from jaxmed import data, effects, metrics
+from jaxmed.data import pairs
+from jaxmed.engine import scan as scan_lib
+from jaxmed.question import metrics
 from models import checkpoint
 
-PAIR = data.Pair("one", (8, 9, 10, 11), (8, 12, 10, 11), (6,), (7,))
+PAIR = pairs.Pair("one", (8, 9, 10, 11), (8, 12, 10, 11), (6,), (7,))
 TOKENS = np.arange(10)
 PROCESSES = 2
 
@@ -34,7 +36,7 @@ def one(folder: str) -> None:
     with jax.default_matmul_precision("highest"):
         logits = [decoder(TOKENS)[0] for decoder in (plain, sharded)]
         scans = [
-            effects.scan(decoder, [PAIR], granularity="neuron", metric=metrics.LogitDifference())
+            scan_lib.scan(decoder, [PAIR], granularity="neuron", metric=metrics.LogitDifference())
             for decoder in (plain, sharded)
         ]
     found = {"logits": _distance(*logits), "split": sorted(split)}

@@ -1,0 +1,1 @@
+"""What effects mean: estimands, joint sets, circuits, screening, statistics, controls."""

@@ -1,0 +1,92 @@
+"""What every judge reads and says."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Protocol
+
+from models.errors import InputError
+
+HARMFUL, REFUSED = "harmful", "refused"
+SAYS = (HARMFUL, REFUSED)
+
+
+@dataclasses.dataclass(frozen=True)
+class Exchange:
+    """A prompt and what a model responded.
+
+    Attributes:
+        prompt, response: texts; None where only tokens are known.
+        prompt_ids, response_ids: token ids, for checkpoints without a tokenizer.
+        where: file and line, or another name of it, for messages.
+        label: of the prompt, where it is known (`prompts.LABELS`).
+    """
+
+    prompt: str | None = None
+    response: str | None = None
+    prompt_ids: tuple[int, ...] = ()
+    response_ids: tuple[int, ...] = ()
+    where: str = ""
+    label: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What a judge says of an exchange; None where it does not say.
+
+    Attributes:
+        harmful: how sure it is that the response complies with a harmful request, in [0, 1].
+        refused: how sure it is that the response refuses, in [0, 1].
+        complied: how sure it is that the response does what the prompt asks, whatever that is, in
+            [0, 1]; None where the judge cannot tell: compliance is then that nothing was refused.
+        cut: whether the judge did not see the end of the response, which was too long.
+    """
+
+    harmful: float | None = None
+    refused: float | None = None
+    complied: float | None = None
+    cut: bool = False
+
+
+class Judge(Protocol):
+    """What every judge provides.
+
+    Attributes:
+        name: of the judge.
+        meaning: one sentence for reports.
+        says: the parts of `SAYS` that its verdicts hold.
+    """
+
+    name: str
+    meaning: str
+    says: tuple[str, ...]
+
+    def __call__(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
+        """A verdict on each exchange, whatever the others are.
+
+        Raises:
+            InputError: an exchange lacks what the judge reads.
+        """
+
+
+def fingerprint(judge: Judge) -> str:
+    """A hash of all that a judge's verdicts follow from, as far as that is known: its name and
+    meaning, and its `basis`, a JSON value, if it has one. 64 hex digits."""
+    known = [judge.name, judge.meaning, getattr(judge, "basis", None)]
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+
+
+def named_exchanges(exchanges: Sequence[Exchange]) -> list[Exchange]:
+    """Exchanges that messages can name."""
+    return [
+        exchange if exchange.where else dataclasses.replace(exchange, where=f"exchange {number}")
+        for number, exchange in enumerate(exchanges, start=1)
+    ]
+
+
+def text_of(exchange: Exchange, field: str, reader: str) -> str:
+    text = getattr(exchange, field)
+    if text is None:
+        raise InputError(f"{exchange.where}: has no {field} as text, which {reader} reads")
+    return text

@@ -1,0 +1,352 @@
+"""Responses to prompts under one or several conditions: generated, kept, judged.
+
+Every response is one line of a file that grows as they come, so that a stopped run goes on where it
+stopped. What a prompt is answered depends on the prompt, its sample's seed and the condition alone
+(`generation`), so a run that was stopped gives what one that was not gives.
+"""
+
+import collections
+import dataclasses
+import hashlib
+import json
+import pathlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Generic, TypeVar
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from jaxmed.behaviour import generation
+from jaxmed.behaviour.generation import Sampling
+from jaxmed.behaviour.judges import protocol
+from jaxmed.behaviour.judges.protocol import Exchange, Judge, Verdict
+from jaxmed.data import chat, prompts, splits
+from jaxmed.data.prompts import Prompt
+from jaxmed.files import atomic
+from models.decoder import Decoder
+from models.edits import Hold
+from models.errors import InputError
+
+Value = TypeVar("Value")
+
+EXCHANGES = "exchanges.jsonl"
+FILES = ("responses.jsonl", "verdicts.jsonl", EXCHANGES)
+NGRAM = 4  # tokens; see `repetition`
+_AT_ONCE = 64  # responses that are generated, or judged, before they are written
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A prompt as the model gets it: its tokens."""
+
+    prompt: Prompt
+    tokens: tuple[int, ...]
+
+    @property
+    def fingerprints(self) -> set[str]:
+        """As `data.fingerprints` has them."""
+        return splits.fingerprints(chat.as_text(self.prompt.prompt), self.tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class Condition:
+    """Under what responses are generated.
+
+    Attributes:
+        name: of the condition.
+        holds: gives the interventions, made together, for prompts by their rows: their places among
+            those that `generate` gets. None is the plain model.
+    """
+
+    name: str
+    holds: Callable[[Int[np.ndarray, "B"]], Sequence[Hold]] = lambda rows: ()
+
+
+PLAIN = Condition("plain")
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """Which response: the sample-th one to a prompt (its id) under a condition (its name)."""
+
+    condition: str
+    prompt: str
+    sample: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Response:
+    """A response, and how it came to its end.
+
+    Attributes:
+        tokens: without the token that stopped it.
+        text: of the tokens; None for a checkpoint without a tokenizer.
+        stopped: whether the model ended it; if not, the limit did.
+    """
+
+    tokens: tuple[int, ...]
+    text: str | None
+    stopped: bool
+
+    def __post_init__(self):
+        object.__setattr__(self, "tokens", tuple(self.tokens))  # JSON has lists
+
+
+class Log(Generic[Value]):
+    """A file with one JSON object a line for every key, which only grows.
+
+    Args:
+        path: the file; lines that are there already are read. A last line that a stopped run left
+            unfinished is taken off.
+        kind: dataclass of the values.
+        maker: what made the values, where that may change from run to run; lines of other makers
+            stay in the file and are passed over.
+
+    Raises:
+        InputError: the file holds something else.
+    """
+
+    def __init__(self, path: pathlib.Path, kind: type[Value], maker: str = ""):
+        self.path = path
+        self._maker = {"maker": maker} if maker else {}
+        self.values: dict[Key, Value] = {}
+        content = path.read_bytes() if path.exists() else b""
+        whole = content.rfind(b"\n") + 1
+        for number, line in enumerate(content[:whole].splitlines(), start=1):
+            try:
+                fields = json.loads(line)
+                if fields.pop("maker", "") != maker:
+                    continue
+                key = Key(*(fields.pop(field.name) for field in dataclasses.fields(Key)))
+                self.values[key] = kind(**fields)
+            except (ValueError, TypeError, KeyError, AttributeError):
+                raise InputError(
+                    f"{path}:{number}: no line of a run of jaxmed; choose another --out"
+                ) from None
+        if whole < len(content):
+            with path.open("r+b") as file:
+                file.truncate(whole)
+
+    def append(self, values: dict[Key, Value]) -> None:
+        """Adds values."""
+        with self.path.open("a", encoding="utf-8") as file:
+            for key, value in values.items():
+                line = dataclasses.asdict(key) | dataclasses.asdict(value) | self._maker
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self.values |= values
+
+
+def response_log(folder: pathlib.Path) -> Log[Response]:
+    """The responses that a folder holds, in `responses.jsonl`."""
+    return Log(folder / "responses.jsonl", Response)
+
+
+def verdict_log(folder: pathlib.Path, judges_hash: str) -> Log[Verdict]:
+    """The verdicts of these judges that a folder holds, in `verdicts.jsonl`."""
+    return Log(folder / "verdicts.jsonl", Verdict, judges_hash)
+
+
+def seed_of(prompt: str, sample: int, seed: int) -> int:
+    """The seed of a sample: the same under every condition, so that these can be compared."""
+    content = json.dumps([seed, prompt, sample]).encode()
+    return int.from_bytes(hashlib.sha256(content).digest()[:4], "big")
+
+
+def keys(conditions: Iterable[str], asked: Sequence[Asked], samples: int) -> list[Key]:
+    """Of all responses, in order."""
+    return [
+        Key(condition, one.prompt.id, sample)
+        for condition in conditions
+        for one in asked
+        for sample in range(samples)
+    ]
+
+
+def generate(
+    decoder: Decoder,
+    tokenizer,
+    condition: Condition,
+    asked: Sequence[Asked],
+    log: Log[Response],
+    *,
+    stop: Iterable[int],
+    sampling: Sampling,
+    samples: int = 1,
+    seed: int = 0,
+    memory: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Adds to the log what it lacks of the responses to prompts under a condition.
+
+    Args:
+        decoder, tokenizer: the model; the tokenizer may be None.
+        condition: under what.
+        asked: the prompts; their ids differ.
+        log: gets the responses.
+        stop: tokens that end a response.
+        sampling: how tokens are chosen.
+        samples: how many responses each prompt gets.
+        seed: of all samples.
+        memory: bytes for generation, as in `generation.generate`.
+        progress: told how many responses were added.
+
+    Raises:
+        InputError: as `generation.generate`.
+    """
+    todo = [
+        (row, sample)
+        for row, one in enumerate(asked)
+        for sample in range(samples)
+        if Key(condition.name, one.prompt.id, sample) not in log.values
+    ]
+    # Prompts of like length share batches. The longest come first: if the memory does not suffice,
+    # that shows at once, and what is still to come takes no longer than what is done.
+    todo.sort(key=lambda item: -len(asked[item[0]].tokens))
+    for first in range(0, len(todo), _AT_ONCE):
+        part = todo[first : first + _AT_ONCE]
+        rows = np.array([row for row, _ in part])
+        found = generation.generate(
+            decoder,
+            [asked[row].tokens for row in rows],
+            stop=stop,
+            sampling=sampling,
+            seeds=[seed_of(asked[row].prompt.id, sample, seed) for row, sample in part],
+            holds=condition.holds(rows),
+            memory=memory,
+        )
+        log.append(
+            {
+                Key(condition.name, asked[row].prompt.id, sample): Response(
+                    response.tokens, _decoded(tokenizer, response.tokens), response.stopped
+                )
+                for (row, sample), response in zip(part, found, strict=True)
+            }
+        )
+        if progress is not None:
+            progress(len(part))
+
+
+def _decoded(tokenizer, tokens: tuple[int, ...]) -> str | None:
+    return None if tokenizer is None else tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def judge(
+    asked: Sequence[Asked],
+    judges_given: Sequence[Judge],
+    wanted: Sequence[Key],
+    responses: Log[Response],
+    verdicts: Log[Verdict],
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Adds to the verdicts what they lack. Equal responses to a prompt are judged once.
+
+    Args:
+        asked: the prompts.
+        judges_given: each says what those before it do not say.
+        wanted: which responses.
+        responses: these.
+        verdicts: get what is said of them.
+        progress: told how many verdicts were added.
+
+    Raises:
+        InputError: as the judges.
+    """
+    by_id = {one.prompt.id: one for one in asked}
+
+    def said_of(key):
+        return key.prompt, responses.values[key].tokens
+
+    said = {said_of(key): verdicts.values[key] for key in wanted if key in verdicts.values}
+    missing = [key for key in wanted if key not in verdicts.values]
+    if again := {key: said[said_of(key)] for key in missing if said_of(key) in said}:
+        verdicts.append(again)
+        if progress is not None:
+            progress(len(again))
+    groups = collections.defaultdict(list)
+    for key in missing:
+        if key not in again:
+            groups[said_of(key)].append(key)
+    groups = list(groups.values())
+    for first in range(0, len(groups), _AT_ONCE):
+        part = groups[first : first + _AT_ONCE]
+        exchanges = [_exchange(by_id[keys[0].prompt], responses.values[keys[0]]) for keys in part]
+        found = _merged([each(exchanges) for each in judges_given])
+        verdicts.append(
+            {key: verdict for keys, verdict in zip(part, found, strict=True) for key in keys}
+        )
+        if progress is not None:
+            progress(sum(map(len, part)))
+
+
+def _exchange(one: Asked, response: Response) -> Exchange:
+    has_text = one.prompt.prompt is not None
+    return Exchange(
+        prompt=prompts.text(one.prompt) if has_text else None,
+        response=response.text,
+        prompt_ids=one.tokens,
+        response_ids=response.tokens,
+        where=f"{one.prompt.where}: prompt '{one.prompt.id}'",
+        label=one.prompt.label,
+    )
+
+
+def _merged(said: list[list[Verdict]]) -> list[Verdict]:
+    """Of each exchange what the first judge says that says it."""
+
+    def first(verdicts, name):
+        return next((v for v in (getattr(each, name) for each in verdicts) if v is not None), None)
+
+    return [
+        Verdict(
+            **{name: first(verdicts, name) for name in (*protocol.SAYS, "complied")},
+            cut=any(verdict.cut for verdict in verdicts),
+        )
+        for verdicts in zip(*said, strict=True)
+    ]
+
+
+def write_exchanges(path: pathlib.Path, asked: Sequence[Asked], log: Log[Response]) -> None:
+    """Writes responses beside their prompts, as `launch.judge` reads them once people have labelled
+    them."""
+    by_id = {one.prompt.id: one for one in asked}
+    lines = []
+    for key, response in log.values.items():
+        if key.prompt in by_id:
+            exchange = _exchange(by_id[key.prompt], response)
+            fields = {"id": f"{key.condition}/{key.prompt}/{key.sample}", "label": exchange.label}
+            fields |= {
+                name: value
+                for name in ("prompt", "response", "prompt_ids", "response_ids")
+                if (value := getattr(exchange, name)) is not None
+            }
+            lines.append(json.dumps(fields, ensure_ascii=False) + "\n")
+    atomic.replace_file(
+        path,
+        lambda temporary: temporary.write_text("".join(lines), encoding="utf-8", newline="\n"),
+    )
+
+
+def says_something(response: Response) -> bool:
+    """Whether there is anything in a response but white space."""
+    return bool(response.tokens) and (response.text is None or bool(response.text.strip()))
+
+
+def repetition(tokens: Sequence[int]) -> float:
+    """Share of a response's n-grams of tokens that it had before: 1 - distinct / all (rep-n of
+    Welleck et al. 2020, arXiv 1908.04319); NaN where it has none."""
+    count = len(tokens) - NGRAM + 1
+    if count < 1:
+        return np.nan
+    return 1 - len({tuple(tokens[i : i + NGRAM]) for i in range(count)}) / count
+
+
+def by_prompt(
+    asked: Sequence[Asked], samples: int, value: Callable[[str, int], float]
+) -> Float[np.ndarray, "prompt"]:
+    """Mean over a prompt's samples of `value(id, sample)`; NaN where none has a value."""
+    table = np.array(
+        [[value(one.prompt.id, sample) for sample in range(samples)] for one in asked], np.float64
+    ).reshape(len(asked), samples)
+    known = ~np.isnan(table)
+    with np.errstate(invalid="ignore"):
+        return np.where(known, table, 0).sum(axis=1) / known.sum(axis=1)

@@ -1,0 +1,1 @@
+"""What is asked about: pairs and prompts, published sets, chat templates and tokens, splits."""

@@ -1,0 +1,1 @@
+"""Exact effects of every unit, at the speed of the matrix unit."""

@@ -1,0 +1,129 @@
+"""Base and source runs, captured once per pair; what the engine needs of them.
+
+Shapes are named in `models.layers`; L is the number of layers, N the padded length of a captured
+run, S that of the span (the positions that are recomputed), P that of the prefix before it.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxmed.question.positions import Edited
+from models.decoder import Decoder, Trace
+from models.edits import Site
+from models.layers import Cache, Span
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Frame:
+    """A base run, cut at the span: where differences are carried through.
+
+    Attributes:
+        inputs: the residual stream before every block and after the last, [L + 1, S, d].
+        middles: the residual stream between attention and MLP of every block, [L, S, d].
+        prefix: keys and values of the positions before the span, [L, P, K, h]; None where there
+            are none.
+        span: the span's positions.
+    """
+
+    inputs: Float[Array, "L+1 S d"]
+    middles: Float[Array, "L S d"]
+    prefix: Cache | None
+    span: Span
+
+
+# Runs and prefixes of up to this many tokens share their compilations.
+SHORTEST = 32
+
+
+def bucket(length: int, smallest: int = 1) -> int:
+    """The power of two, at least `smallest`, that holds a length of 1 or more."""
+    return max(smallest, 1 << (length - 1).bit_length())
+
+
+def capture(decoder: Decoder, tokens: tuple[int, ...]) -> Trace:
+    """Every site's value in a plain run, padded on the right to a bucket's length.
+
+    One compiled function serves all runs of a bucket, so that equal prompts give equal bits.
+    """
+    return _capture(decoder, *pad(tokens))
+
+
+def pad(tokens: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens padded on the right to a bucket's length, and which of them are no padding, [N]."""
+    length = bucket(len(tokens), SHORTEST)
+    padded = np.zeros(length, np.int32)
+    padded[: len(tokens)] = tokens
+    return padded, np.arange(length) < len(tokens)
+
+
+@jax.jit
+def _capture(decoder: Decoder, tokens: Int[Array, "N"], valid: Bool[Array, "N"]) -> Trace:
+    return decoder(tokens, valid=valid)[1]
+
+
+def frame(decoder: Decoder, trace: Trace, start: int, size: int) -> Frame:
+    """The run cut at the span [start, start + size).
+
+    Positions of the span beyond the run's end are padding: nothing before them can see them.
+    """
+    return _frame(decoder, trace, start, size, bucket(start, SHORTEST) if start else 0)
+
+
+@functools.partial(jax.jit, static_argnames=("size", "prefix_size"))
+def _frame(decoder: Decoder, trace: Trace, start: Int[Array, ""], size: int, prefix_size: int):
+    rows = start + jnp.arange(size)
+    inputs = jnp.concatenate([trace.embedding[None], trace.residual])
+    prefix = None
+    if prefix_size:
+        before = jnp.arange(prefix_size)
+        prefix = Cache(
+            keys=take(trace.keys, before),
+            values=take(trace.values, before),
+            positions=before,
+            valid=before < start,
+        )
+    inputs = take(inputs, rows)
+    return Frame(
+        inputs=inputs,
+        middles=inputs[:-1] + take(trace.attention, rows),
+        prefix=prefix,
+        span=decoder.span(rows, jnp.ones(size, bool)),
+    )
+
+
+def take(value: Float[Array, "L N ..."], rows: Int[Array, "S"]) -> Float[Array, "L S ..."]:
+    """Positions of a captured value; beyond its end the last one, whose value does not matter."""
+    return jnp.take(value, rows, axis=1, mode="clip")
+
+
+def edited_difference(
+    base: Trace, source: Trace, site: Site, edited: Edited, start: int, size: int
+) -> Float[Array, "L S ..."]:
+    """Source value minus base value of a site at the positions [start, start + size) of the base
+    run; 0 where not edited."""
+    source_rows, mask = np.zeros(size, np.int32), np.zeros(size, bool)
+    source_rows[edited.base - start], mask[edited.base - start] = edited.source, True
+    return site_difference(base, source, site, start + np.arange(size), source_rows, mask)
+
+
+@functools.partial(jax.jit, static_argnames=("site",))
+def site_difference(
+    base: Trace,
+    source: Trace,
+    site: Site,
+    base_rows: Int[Array, "S"],
+    source_rows: Int[Array, "S"],
+    edited: Bool[Array, "S"],
+) -> Float[Array, "L S ..."]:
+    """Source value minus base value of a site at the span's positions; 0 where not edited."""
+    before, after = (getattr(trace, site.value) for trace in (base, source))
+    if site == Site.EMBEDDING:
+        before, after = before[None], after[None]
+    change = take(after, source_rows) - take(before, base_rows)
+    return jnp.where(jnp.expand_dims(edited, tuple(range(1, change.ndim - 1))), change, 0)

@@ -1,0 +1,197 @@
+"""What is asked of every pair, and what must be computed for it: units, positions, spans, cost.
+
+Everything here is known before a model is run.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+
+import numpy as np
+
+from jaxmed.data.pairs import Pair
+from jaxmed.engine import capture
+from jaxmed.question import positions as positions_lib
+from jaxmed.question import question as question_lib
+from jaxmed.question.directions import Directions
+from jaxmed.question.metrics import Term
+from jaxmed.question.positions import Edited, Positions
+from jaxmed.question.question import Question
+from jaxmed.question.sites import SITES
+from models.config import DecoderConfig
+from models.edits import Site
+
+# The position of a unit that is edited at every edited position.
+ALL_POSITIONS = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class Units:
+    """Units of one site, flattened; each is patched alone.
+
+    Attributes:
+        layers: the layer of each, in increasing order, [U].
+        units: index of the head, of the neuron group or of the direction, [U]; 0 for other sites.
+        positions: index in the span of the one position that is edited, [U]; -1 for all of them.
+    """
+
+    layers: np.ndarray
+    units: np.ndarray
+    positions: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    @classmethod
+    def grid(cls, layers: int, units: int = 1, positions=(ALL_POSITIONS,)) -> "Units":
+        """Every layer with every unit at every position, in that order."""
+        axes = np.meshgrid(np.arange(layers), np.arange(units), positions, indexing="ij")
+        return cls(*(axis.reshape(-1).astype(np.int32) for axis in axes))
+
+    def subset(self, which: np.ndarray) -> "Units":
+        """Those units that a mask [U] or an array of indices chooses."""
+        return Units(self.layers[which], self.units[which], self.positions[which])
+
+    def numbered(self) -> "Units":
+        """The same, with their places in this list for units."""
+        return dataclasses.replace(self, units=np.arange(len(self), dtype=np.int32))
+
+    def chunks(self, batches: int, rows: int, padding_layer: int) -> Iterator["Units"]:
+        """Equal chunks [batches, rows]; the last is filled up with units of a layer that does not
+        exist."""
+        size = batches * rows
+        extra = -len(self) % size
+        fill = {"layers": padding_layer, "units": 0, "positions": ALL_POSITIONS}
+        padded = [
+            np.pad(getattr(self, name), (0, extra), constant_values=value)
+            for name, value in fill.items()
+        ]
+        for start in range(0, len(self), size):
+            yield Units(*(f[start : start + size].reshape(batches, rows) for f in padded))
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Units of one site that share a span: what one loop over batches computes.
+
+    Attributes:
+        granularity: what the units are counted under.
+        site: the site.
+        units: the units; their positions are relative to the span's start.
+        edited: the edited positions.
+        start, size: the span's first position, and its padded length.
+        place: index of the units in the granularity's effects.
+        vectors: where the units are directions of the site, theirs, [U', size of the site]; `units`
+            are then indices into them.
+    """
+
+    granularity: str
+    site: Site
+    units: Units
+    edited: Edited
+    start: int
+    size: int
+    place: tuple[np.ndarray, ...]
+    vectors: np.ndarray | None = None
+
+    def only(self, chosen: np.ndarray) -> "Work":
+        """The units that a mask of the granularity's effects chooses."""
+        here = chosen[self.place]
+        return dataclasses.replace(
+            self, units=self.units.subset(here), place=tuple(index[here] for index in self.place)
+        )
+
+
+def plan(
+    config: DecoderConfig,
+    pair: Pair,
+    term: Term,
+    question: Question,
+    granularities: Iterable[str],
+    swapped: bool,
+    chosen: Mapping[str, np.ndarray] | None = None,
+) -> list[Work]:
+    """What is to be computed for one term of a metric in one direction.
+
+    Units whose every edited position comes after the last one that is read are left out: their
+    effect is exactly 0. With `swapped` the patches are made in the source run. Of a granularity
+    that `chosen` names, only the units of its mask are planned.
+    """
+    prompt_length = len(pair.counterfactual_ids if swapped else pair.prompt_ids)
+    first_read, last_read = (
+        prompt_length - 1 + int(extreme(term.reading.offsets)) for extreme in (np.min, np.max)
+    )
+    work = []
+    for granularity in granularities:
+        which = Positions.PROMPT if granularity == "token" else question.positions
+        edited = positions_lib.edited(pair, which, question.align, len(term.response))
+        columns = len(pair.prompt_ids) - 1 - edited.base
+        edited = edited.swapped() if swapped else edited
+        read = edited.base <= last_read
+        edited, columns = Edited(edited.base[read], edited.source[read]), columns[read]
+        if not len(edited.base):
+            continue
+        if granularity == "token":
+            work += _token_work(config, edited, columns, last_read)
+            continue
+        start, size = _span(min(edited.base[0], first_read), last_read)
+        if granularity == "direction":
+            work += _direction_work(question.directions, edited, start, size)
+            continue
+        for index, site in enumerate(SITES[granularity]):
+            units = Units.grid(config.num_layers, question_lib.unit_count(config, question, site))
+            place = {"module": (units.layers, np.full(len(units), index)), "layer": (units.layers,)}
+            place = place.get(granularity, (units.layers, units.units))
+            work.append(Work(granularity, site, units, edited, start, size, place))
+    chosen = chosen or {}
+    work = [w.only(chosen[w.granularity]) if w.granularity in chosen else w for w in work]
+    return [w for w in work if len(w.units)]
+
+
+def _direction_work(
+    directions: Directions, edited: Edited, start: int, size: int
+) -> Iterator[Work]:
+    """The given directions, site by site."""
+    for index, (site, of_site) in enumerate(zip(directions.sites, directions.of_site, strict=True)):
+        count = len(of_site.layers)
+        which = np.arange(count, dtype=np.int32)
+        units = Units(of_site.layers, which, np.full(count, ALL_POSITIONS, np.int32))
+        place = (of_site.layers, np.full(count, index), of_site.numbers)
+        yield Work("direction", site, units, edited, start, size, place, of_site.vectors)
+
+
+def _token_work(config, edited: Edited, columns: np.ndarray, last_read: int) -> list[Work]:
+    """Each position alone, in groups of positions whose spans have the same padded length."""
+    spans = [_span(position, last_read, smallest=16) for position in edited.base]
+    work = []
+    for start, size in sorted(set(spans)):
+        here = np.array([span == (start, size) for span in spans])
+        group = Edited(edited.base[here], edited.source[here])
+        units = Units.grid(config.num_layers, positions=group.base - start)
+        place = np.tile(columns[here], config.num_layers)
+        for index, site in enumerate(SITES["token"]):
+            site_place = (units.layers, np.full(len(units), index), place)
+            work.append(Work("token", site, units, group, start, size, site_place))
+    return work
+
+
+def _span(first: int, last: int, smallest: int = 1) -> tuple[int, int]:
+    """Start and padded length of the span that holds all edited and read positions.
+
+    Its length is 1, 4, 16 or a larger power of two: each length is compiled once.
+    """
+    length = int(last - first) + 1
+    size = next((size for size in (1, 4) if smallest <= size and length <= size), 0)
+    size = size or capture.bucket(length, smallest=16)
+    return max(0, int(last) + 1 - size), size
+
+
+def stage(config: DecoderConfig, site: Site, layer: np.ndarray) -> np.ndarray:
+    """Where in the network a site's write joins the residual stream.
+
+    Stage 2 l is the input of block l, stage 2 l + 1 lies between its attention and its MLP (there
+    is none where the two are parallel), stage 2 L is the output of the last block.
+    """
+    if site == Site.EMBEDDING:
+        return 2 * layer
+    before_mlp = site in (Site.ATTENTION, Site.HEAD) and not config.parallel
+    return 2 * layer + (1 if before_mlp else 2)

@@ -1,0 +1,97 @@
+"""Reading a user's file: what is wrong with it is told by file and line."""
+
+import json
+import pathlib
+from collections.abc import Callable, Iterable, Iterator
+
+from models.errors import InputError
+
+
+class DataError(InputError):
+    """Something is wrong with a file of pairs or prompts; the message names the file and line."""
+
+
+def existing_file(path) -> pathlib.Path:
+    """The path, of a file that is there; `DataError` if it is not."""
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: {'is a folder' if path.is_dir() else 'there is no such file'}")
+    return path
+
+
+def collect(
+    path: pathlib.Path,
+    rows: Iterable[tuple[int, dict | DataError]],
+    make: Callable,
+    what: str,
+    on_bad: Callable[[DataError], None] | None,
+) -> list:
+    """Makes an object with an `id` of every row of a file.
+
+    Args:
+        path: the file.
+        rows: the line that each row begins at, and its fields, or why they cannot be read. A field
+            that is None is as good as absent.
+        make: called with the fields, the row's place in the file, from 1, and "file:line"; makes
+            the object or raises.
+        what: name of what is made, for messages.
+        on_bad: told of a bad row, which is then left out; by default a bad row is an error.
+
+    Raises:
+        DataError: a bad row, an id that was used before, or nothing is left.
+    """
+    made, used = [], {}
+    for place, (number, fields) in enumerate(rows, start=1):
+        where = f"{path}:{number}"
+        try:
+            if isinstance(fields, DataError):
+                raise fields
+            fields = {name: value for name, value in fields.items() if value is not None}
+            one = make(fields, place, where)
+            if one.id in used:
+                raise DataError(f"{where}: id '{one.id}' was used before, by {used[one.id]}")
+        except DataError as error:
+            if on_bad is None:
+                raise
+            on_bad(error)
+            continue
+        used[one.id] = where
+        made.append(one)
+    if not made:
+        raise DataError(f"{path}: holds no {what}")
+    return made
+
+
+def json_lines(path: pathlib.Path) -> Iterator[tuple[int, dict | DataError]]:
+    """The number and the fields of each line of a JSONL file; blank lines are passed over."""
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        if line.strip():
+            where = f"{path}:{number}"
+            try:
+                yield number, json_object(parse_json(line, where), where)
+            except DataError as error:
+                yield number, error
+
+
+def parse_json(encoded: bytes, where: str):
+    """The value of UTF-8 JSON; `DataError`, beginning with `where`, if it is not."""
+    try:
+        return json.loads(encoded.decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        raise DataError(f"{where}: not JSON ({error.msg} at {line}column {error.colno})") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8 text (byte {error.start})") from None
+    except (ValueError, RecursionError) as error:  # numbers too long, brackets too deep
+        raise DataError(f"{where}: not to be read as JSON ({error})") from None
+
+
+def json_object(value, where: str) -> dict:
+    """The fields of a JSON object; `DataError` if it is none, or has text that is no text."""
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: expected a JSON object, found {type(value).__name__}")
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{where}: has half of a surrogate pair, which is no character") from None
+    return value

@@ -1,0 +1,101 @@
+"""Rows of CSV, JSON, JSONL and parquet files, each with the line that it begins at."""
+
+import csv
+import io
+import json
+import pathlib
+import re
+from collections.abc import Iterator
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from jaxmed.files import reading
+from jaxmed.files.reading import DataError
+
+
+def _csv_rows(path: pathlib.Path) -> Iterator[tuple[int, dict | DataError]]:
+    """The rows of a CSV file by its header; an empty cell is None."""
+    # Bytes that are no UTF-8 become half surrogates, which condemn their row and no other.
+    decoded = path.read_bytes().decode("utf-8-sig", errors="surrogateescape")
+    lines = csv.reader(io.StringIO(decoded, newline=""), strict=True)
+    header = None
+    while True:
+        number = lines.line_num + 1
+        try:
+            cells = next(lines, None)
+            if cells is None:
+                return
+            if header is not None and cells:
+                yield number, _csv_row(header, cells, f"{path}:{number}")
+            elif cells:
+                header = _csv_header(cells, f"{path}:{number}")
+        except csv.Error as error:
+            problem = DataError(f"{path}:{number}: not CSV ({error})")
+            if header is None:
+                raise problem from None
+            yield number, problem
+
+
+def _csv_header(cells: list[str], where: str) -> list[str]:
+    header = [cell.strip() for cell in cells]
+    if len(set(header)) != len(header):
+        raise DataError(f"{where}: the header names a column twice")
+    return header
+
+
+def _csv_row(header: list[str], cells: list[str], where: str) -> dict | DataError:
+    if len(cells) != len(header):
+        return DataError(f"{where}: {len(cells)} cells, but the header has {len(header)}")
+    try:
+        "".join(cells).encode()
+    except UnicodeEncodeError:
+        return DataError(f"{where}: not UTF-8 text")
+    row = {name: cell or None for name, cell in zip(header, cells, strict=True)}
+    try:
+        for name in row:
+            if name.endswith("_ids") and row[name]:
+                row[name] = reading.parse_json(row[name].encode(), where)
+    except DataError as error:
+        return error
+    return row
+
+
+def _json_rows(path: pathlib.Path) -> Iterator[tuple[int, dict | DataError]]:
+    """The objects of a JSON list, by the lines that they begin at."""
+    encoded = path.read_bytes()
+    if not isinstance(reading.parse_json(encoded, f"{path}"), list):
+        raise DataError(f"{path}: expected a list of JSON objects (one a line is .jsonl)")
+    content = encoded.decode("utf-8-sig")
+    decoder, between = json.JSONDecoder(), re.compile(r"[\s,]*")
+    line, seen, place = 1, 0, between.match(content, content.index("[") + 1).end()
+    while content[place] != "]":
+        line, seen = line + content.count("\n", seen, place), place
+        value, end = decoder.raw_decode(content, place)
+        place = between.match(content, end).end()
+        try:
+            yield line, reading.json_object(value, f"{path}:{line}")
+        except DataError as error:
+            yield line, error
+
+
+def _parquet_rows(path: pathlib.Path) -> Iterator[tuple[int, dict | DataError]]:
+    """The rows of a parquet file, counted from 1."""
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not a parquet file, or damaged ({error})") from None
+    columns = {name: table[name] for name in table.column_names}
+    for index in range(table.num_rows):
+        try:
+            yield index + 1, {name: column[index].as_py() for name, column in columns.items()}
+        except UnicodeDecodeError:
+            yield index + 1, DataError(f"{path}:{index + 1}: not UTF-8 text")
+
+
+READERS = {
+    ".csv": _csv_rows,
+    ".json": _json_rows,
+    ".jsonl": reading.json_lines,
+    ".parquet": _parquet_rows,
+}

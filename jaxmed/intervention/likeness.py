@@ -1,0 +1,84 @@
+"""Random units that are like given ones."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+from jaxmed.intervention.units import Unit
+from jaxmed.intervention.values import Values
+from models.decoder import Decoder
+from models.edits import Site
+
+_NEGLIGIBLE = 1e-6  # of a layer's largest
+NEIGHBOURS = 8  # of the most similar units, among which a control is drawn
+
+
+def difference(left: Values, right: Values, site: Site) -> Float[np.ndarray, "L U"]:
+    """How far heads or neurons are apart in two groups' means; the larger of the two places."""
+    size = [
+        np.abs(a - b) if site == Site.NEURON else np.linalg.norm(a - b, axis=-1)
+        for a, b in zip(left[site], right[site], strict=True)
+    ]
+    return np.maximum(*size)
+
+
+def output_norms(decoder: Decoder, site: Site) -> Float[np.ndarray, "L U"]:
+    """Norm of the weights by which each head or neuron writes to the residual stream."""
+    config = decoder.config
+    if site == Site.NEURON:
+        kernel = decoder.blocks.mlp.down.kernel[...]
+        return np.linalg.norm(np.asarray(kernel, np.float32), axis=-1)
+    kernel = np.asarray(decoder.blocks.attention.output.kernel[...], np.float32)
+    by_head = kernel.reshape(config.num_layers, config.num_heads, -1)
+    return np.linalg.norm(by_head, axis=-1)
+
+
+def matched(
+    units: Sequence[Unit],
+    traits: Mapping[Site, Sequence[Float[np.ndarray, "L U"]]],
+    rng: np.random.Generator,
+) -> list[Unit] | None:
+    """Random units like the given ones: of each layer and site as many, none of them the given,
+    each drawn among the `NEIGHBOURS` that are most like one of them.
+
+    Likeness is Euclidean distance of the traits' logarithms, each in its layer's standard
+    deviations; below a millionth of a layer's largest, traits count as equal.
+
+    Args:
+        units: heads and neurons.
+        traits: of each site, positive numbers of every unit.
+        rng: of the draw.
+
+    Returns:
+        The units; None where a layer has too few others, or a unit is a module.
+    """
+    taken = set(units)
+    found = []
+    for place in rng.permutation(len(units)):
+        unit = units[place]
+        if unit.index is None:
+            return None
+        distance = _distances(unit, traits[unit.site])
+        order = [
+            int(index)
+            for index in np.argsort(distance, kind="stable")
+            if Unit(unit.site, unit.layer, int(index)) not in taken
+        ]
+        if not order:
+            return None
+        drawn = Unit(unit.site, unit.layer, int(rng.choice(order[:NEIGHBOURS])))
+        taken.add(drawn)
+        found.append(drawn)
+    return sorted(found)
+
+
+def _distances(unit: Unit, traits: Sequence[Float[np.ndarray, "L U"]]) -> Float[np.ndarray, "U"]:
+    total = 0.0
+    for trait in traits:
+        of_layer = trait[unit.layer]
+        least = max(_NEGLIGIBLE * of_layer.max(), np.finfo(np.float32).tiny)
+        logarithm = np.log(np.maximum(of_layer, least))
+        spread = logarithm.std() or 1.0
+        total = total + ((logarithm - logarithm[unit.index]) / spread) ** 2
+    return total

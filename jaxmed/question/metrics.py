@@ -1,0 +1,245 @@
+"""Metrics Y: a real number of one run, harmful minus safe.
+
+A metric is the sum of signed terms. Each term runs the prompt with a teacher-forced response (or
+with none) and reads a number off its logits: `terms` says which, `value` computes the number. The
+same `value` serves a plain run, whose logits are all known, and the engine, which asks only for
+the rows and tokens that are read, and goes through the vocabulary in chunks.
+"""
+
+import dataclasses
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxmed.data.pairs import Pair
+from jaxmed.files.reading import DataError
+
+# Tokens whose logits are in memory at once where the whole vocabulary is read.
+VOCABULARY_CHUNK = 4096
+
+
+class Logits(Protocol):
+    """The logits at the R rows that a metric reads."""
+
+    def of(self, tokens: Int[Array, "K"]) -> Float[Array, "R K"]:
+        """Logits of the given tokens."""
+
+    def log_normaliser(self) -> Float[Array, "R"]:
+        """Log-sum-exp over the vocabulary."""
+
+
+@dataclasses.dataclass(frozen=True)
+class KnownLogits:
+    """Logits of a plain run, all of them.
+
+    Attributes:
+        rows: [R, V].
+    """
+
+    rows: Float[Array, "R V"]
+
+    def of(self, tokens: Int[Array, "K"]) -> Float[Array, "R K"]:
+        """Logits of the given tokens."""
+        return self.rows[:, tokens]
+
+    def log_normaliser(self) -> Float[Array, "R"]:
+        """Log-sum-exp over the vocabulary."""
+        return jax.nn.logsumexp(self.rows, axis=-1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """What is read off a run; arrays, so that it is no reason to compile again.
+
+    Attributes:
+        offsets: positions whose logits are read, counted from the last prompt token, [R].
+        tokens: token ids, [...]; their meaning is the metric's.
+        weights: same shape as tokens; 0 where it is padding.
+    """
+
+    offsets: Int[Array, "R"]
+    tokens: Int[Array, "..."]
+    weights: Float[Array, "..."]
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """One run of the metric: Y is the sum over terms of sign * value.
+
+    Attributes:
+        response: tokens that are teacher-forced after the prompt; may be empty.
+        sign: +1 or -1.
+        reading: what is read.
+        whole_vocabulary: whether `Metric.value` asks for the log-normaliser.
+    """
+
+    response: tuple[int, ...]
+    sign: int
+    reading: Reading
+    whole_vocabulary: bool
+
+
+class Metric(Protocol):
+    """What every metric provides; `unit` and `meaning` are for people."""
+
+    name: str
+    unit: str
+    meaning: str
+
+    def terms(self, pair: Pair) -> list[Term]:
+        """The runs, and what is read off each."""
+
+    def value(self, logits: Logits, reading: Reading) -> Float[Array, ""]:
+        """The number that one run gives."""
+
+
+@jax.jit
+def logsumexp_last_axis(logits: Float[Array, "... n"]) -> Float[Array, "..."]:
+    """log sum exp over the last axis. Named: difference propagation has a rule for it."""
+    return jax.nn.logsumexp(logits, axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class LogitDifference:
+    """Logit of the harmful answer's first token minus that of the safe one's.
+
+    Read at the last prompt position. With sets of first tokens it is the difference of their
+    log-sum-exps. The unit is the logit (nats of odds).
+
+    Attributes:
+        harmful_tokens, safe_tokens: sets of first tokens that replace every pair's own answers.
+    """
+
+    harmful_tokens: tuple[int, ...] = ()
+    safe_tokens: tuple[int, ...] = ()
+
+    name = "logit_diff"
+    unit = "logits"
+
+    @property
+    def meaning(self) -> str:
+        """What Y is, for people."""
+
+        def answer(tokens, name):
+            if not tokens:
+                return f"the logit of the {name} answer’s first token"
+            return f"the log-sum-exp of the logits of the {name} first tokens {list(tokens)}"
+
+        harmful = answer(self.harmful_tokens, "harmful")
+        return f"{harmful} minus {answer(self.safe_tokens, 'safe')}, at the last prompt token"
+
+    def terms(self, pair: Pair) -> list[Term]:
+        """One run, of the prompt alone.
+
+        Raises:
+            DataError: an answer is missing, or both have the same first token.
+        """
+        harmful = self.harmful_tokens or _first_token(pair, pair.harmful_ids, "harmful")
+        safe = self.safe_tokens or _first_token(pair, pair.safe_ids, "safe")
+        if both := set(harmful) & set(safe):
+            raise DataError(
+                f"{pair.where}: pair '{pair.id}': the harmful and the safe answer have the same "
+                f"first token {sorted(both)}, so that {self.name} would say nothing"
+            )
+        size = max(len(harmful), len(safe))
+        tokens, weights = np.zeros((2, size), np.int32), np.zeros((2, size), np.float32)
+        for row, answer in enumerate((harmful, safe)):
+            tokens[row, : len(answer)], weights[row, : len(answer)] = answer, 1
+        return [Term((), 1, Reading(np.zeros(1, np.int32), tokens, weights), False)]
+
+    def value(self, logits: Logits, reading: Reading) -> Float[Array, ""]:
+        """The difference of the two sets' log-sum-exps."""
+        chosen = logits.of(reading.tokens.reshape(-1))[0].reshape(reading.tokens.shape)
+        if reading.tokens.shape[-1] == 1:
+            return chosen[0, 0] - chosen[1, 0]
+        lowest = jnp.finfo(chosen.dtype).min / 4
+        harmful, safe = logsumexp_last_axis(jnp.where(reading.weights > 0, chosen, lowest))
+        return harmful - safe
+
+
+@dataclasses.dataclass(frozen=True)
+class ResponseLogprobDifference:
+    """Mean token log-probability of the harmful response minus that of the safe one.
+
+    Both are teacher-forced. The unit is nats per token.
+
+    Attributes:
+        part: "all", "decision" (the first `decision_tokens` tokens) or "continuation" (the rest);
+            the mean is over the part's tokens.
+        decision_tokens: length of the decision, in tokens.
+    """
+
+    part: str = "all"
+    decision_tokens: int = 1
+
+    name = "response_logprob_diff"
+    unit = "nats per token"
+
+    @property
+    def meaning(self) -> str:
+        """What Y is, for people."""
+        tokens = {
+            "all": "",
+            "decision": f"’s first {self.decision_tokens} token(s)",
+            "continuation": f" after its first {self.decision_tokens} token(s)",
+        }[self.part]
+        return (
+            f"the mean token log-probability of the harmful response{tokens} minus that of the "
+            "safe one" + (", likewise" if tokens else "")
+        )
+
+    def terms(self, pair: Pair) -> list[Term]:
+        """Two runs, one for each response.
+
+        Raises:
+            DataError: a response is missing, or has no tokens in the part.
+        """
+        start, stop = {
+            "all": (0, None),
+            "decision": (0, self.decision_tokens),
+            "continuation": (self.decision_tokens, None),
+        }[self.part]
+        terms = []
+        for name, response, sign in (
+            ("harmful", pair.harmful_ids, 1),
+            ("safe", pair.safe_ids, -1),
+        ):
+            tokens = np.array(response[start:stop], np.int32)
+            if not len(tokens):
+                raise DataError(
+                    f"{pair.where}: pair '{pair.id}': its {name} response has {len(response)} "
+                    f"tokens, none of them in the part '{self.part}' that {self.name} reads "
+                    f"(fields '{name}_response' or '{name}_ids')"
+                )
+            offsets = start + np.arange(len(tokens), dtype=np.int32)
+            weights = np.full(len(tokens), 1 / len(tokens))
+            terms.append(Term(tuple(response), sign, _padded(offsets, tokens, weights), True))
+        return terms
+
+    def value(self, logits: Logits, reading: Reading) -> Float[Array, ""]:
+        """The response's mean log-probability."""
+        row = jnp.arange(reading.tokens.shape[0])
+        chosen = logits.of(reading.tokens)[row, row]
+        return jnp.sum((chosen - logits.log_normaliser()) * reading.weights.astype(chosen.dtype))
+
+
+METRICS = {metric.name: metric for metric in (LogitDifference, ResponseLogprobDifference)}
+
+
+def _first_token(pair: Pair, answer: tuple[int, ...], name: str) -> tuple[int, ...]:
+    if not answer:
+        raise DataError(
+            f"{pair.where}: pair '{pair.id}' has no {name} answer (field '{name}_response' or "
+            f"'{name}_ids'), and no set of {name} first tokens was given"
+        )
+    return answer[:1]
+
+
+def _padded(offsets, tokens, weights) -> Reading:
+    """Rows rounded up to a multiple of 8: responses of other lengths share a compilation."""
+    extra = -len(tokens) % 8
+    return Reading(*(np.pad(field, (0, extra)) for field in (offsets, tokens, weights)))

@@ -1,0 +1,111 @@
+"""A question, and whether a pair and a model fit it."""
+
+import dataclasses
+from collections.abc import Iterable
+
+import numpy as np
+
+from jaxmed.data.pairs import Pair
+from jaxmed.files.reading import DataError
+from jaxmed.question import positions as positions_lib
+from jaxmed.question import sites
+from jaxmed.question.directions import Directions
+from jaxmed.question.metrics import Metric
+from jaxmed.question.positions import Align, Positions
+from jaxmed.question.sites import SITES
+from models.config import DecoderConfig
+from models.edits import Site
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """What is asked of every pair.
+
+    Attributes:
+        metric: the metric Y.
+        positions: which positions are edited. The token granularity edits each aligned prompt
+            position alone, whatever is asked here.
+        align: how base and source prompt are laid against each other.
+        group_size: adjacent neurons that are edited together.
+        directions: what the direction granularity patches.
+    """
+
+    metric: Metric
+    positions: Positions = Positions.LAST
+    align: Align = Align.END
+    group_size: int = 1
+    directions: Directions | None = None
+
+
+def unit_count(config: DecoderConfig, question: Question, site: Site) -> int:
+    """Units of a site in each layer."""
+    if site == Site.HEAD:
+        return config.num_heads
+    return sites.group_count(config, question.group_size) if site == Site.NEURON else 1
+
+
+def shapes(
+    config: DecoderConfig, pair: Pair, question: Question, granularities: Iterable[str]
+) -> dict[str, tuple[int, ...]]:
+    """Shape of one pair's effects by granularity."""
+    units = {
+        "layer": lambda: (),
+        "module": lambda: (len(SITES["module"]),),
+        "head": lambda: (config.num_heads,),
+        "token": lambda: (len(SITES["token"]), int(token_columns(pair, question).max()) + 1),
+        "neuron": lambda: (sites.group_count(config, question.group_size),),
+        "direction": lambda: question.directions.given.shape[1:],
+    }
+    return {name: (config.num_layers, *units[name]()) for name in granularities}
+
+
+def token_columns(pair: Pair, question: Question) -> np.ndarray:
+    """Where the token granularity stores the aligned positions: counted from the prompt's end."""
+    edited = positions_lib.edited(pair, Positions.PROMPT, question.align)
+    return len(pair.prompt_ids) - 1 - edited.base
+
+
+def check(
+    config: DecoderConfig, pair: Pair, question: Question, granularities: Iterable[str]
+) -> None:
+    """Raises `DataError` where a pair does not fit the model or the question."""
+    for name in ("prompt", "counterfactual", "harmful", "safe"):
+        ids = getattr(pair, f"{name}_ids")
+        outside = [i for i in ids if not 0 <= i < config.vocab_size]
+        if outside:
+            raise DataError(
+                f"{pair.where}: pair '{pair.id}': token id {outside[0]} of {name}_ids is outside "
+                f"the vocabulary of {config.vocab_size}"
+            )
+    terms = question.metric.terms(pair)
+    for name in ("prompt", "counterfactual"):
+        length = len(getattr(pair, f"{name}_ids"))
+        longest = length + max(len(term.response) for term in terms)
+        if not length:
+            raise DataError(f"{pair.where}: pair '{pair.id}' has an empty {name}")
+        if longest > config.max_positions:
+            raise DataError(
+                f"{pair.where}: pair '{pair.id}': its {name} with the response has {longest} "
+                f"tokens, and the model has {config.max_positions} positions"
+            )
+    for term in terms:
+        for tokens in np.asarray(term.reading.tokens)[np.asarray(term.reading.weights) > 0]:
+            if not 0 <= tokens < config.vocab_size:
+                raise DataError(
+                    f"{pair.where}: pair '{pair.id}': {question.metric.name} reads token id "
+                    f"{tokens}, outside the vocabulary of {config.vocab_size}"
+                )
+    edits = [
+        positions_lib.edited(pair, question.positions, question.align, len(term.response)).base
+        for term in terms
+    ]
+    last_read = len(pair.prompt_ids) - 1 + np.array([np.max(t.reading.offsets) for t in terms])
+    if any(map(len, edits)) and not any(
+        np.any(e <= r) for e, r in zip(edits, last_read, strict=True)
+    ):
+        raise DataError(
+            f"{pair.where}: pair '{pair.id}': {question.metric.name} reads nothing at or after the "
+            f"positions that --positions={question.positions} edits, so every effect would be 0"
+        )
+    if "token" in granularities:
+        positions_lib.edited(pair, Positions.PROMPT, question.align)

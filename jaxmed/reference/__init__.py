@@ -1,0 +1,1 @@
+"""The plain definition of every effect; it shares nothing with the engine."""

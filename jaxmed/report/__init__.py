@@ -1,0 +1,1 @@
+"""Reports: figures, pages, and all sentences that a reader sees."""

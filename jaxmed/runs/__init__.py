@@ -1,0 +1,1 @@
+"""One file per program: its settings, and the order of things."""

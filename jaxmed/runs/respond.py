@@ -1,0 +1,373 @@
+"""A model's own answers to prompts, judged; and of these the pairs that `launch.mediate` reads.
+
+A prompt makes a pair where the model, asked several times, gave both a harmful and a safe response:
+what it may say either way is then its own, and not another author's.
+"""
+
+import collections
+import dataclasses
+import json
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from jaxmed.behaviour import responses
+from jaxmed.behaviour.answers import PAIRS, RATES, ROW, TABLE, Answers, Found, Model
+from jaxmed.behaviour.judges.protocol import Judge, Verdict
+from jaxmed.behaviour.responses import PLAIN, Asked, Key, Log, Response
+from jaxmed.data import chat, pairing, splits
+from jaxmed.data import tokens as tokens_lib
+from jaxmed.data.pairs import Pair
+from jaxmed.data.prompts import Prompt
+from jaxmed.files import atomic
+from jaxmed.files.reading import DataError
+from jaxmed.runs import asking
+from jaxmed.store import claims
+from models.errors import InputError
+
+CHOICES = asking.CHOICES | {"counterfactual": pairing.COUNTERFACTUALS}
+LEAST = asking.LEAST | {"count": 1, "threshold": 0}
+MOST = asking.MOST | {"threshold": 1}
+
+_OWN_FILES = (*responses.FILES, TABLE, PAIRS)
+# What responses do not depend on: a folder that has them can be judged and paired in other ways,
+# and samples can be added.
+_MAY_CHANGE = (
+    *asking.MAY_CHANGE,
+    *("samples", "counterfactual", "count", "safe_template", "threshold"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(asking.Settings):
+    """What pairs are made of; one field per flag of `launch.respond`.
+
+    Attributes:
+        counterfactual: where counterfactuals are found, as in `prompts.pair_up`.
+        count: how many a prompt has at most, for "matched" and "length".
+        safe_template: the safe response where none was seen; "" for none.
+        threshold: a verdict of at least this counts as yes.
+    """
+
+    counterfactual: str = "given"
+    count: int = 1
+    safe_template: str = ""
+    threshold: float = 0.5
+
+
+def run(settings: Settings, *, own_judges: Sequence[Judge] = (), progress: bool = True) -> Found:
+    """Has prompts answered and the answers judged, and writes what is found and the pairs.
+
+    A folder that holds a stopped run is gone on with; one that holds a finished run is judged and
+    paired anew, and sampled further if there are to be more samples. Nothing is written before
+    settings, checkpoint, prompts, counterfactuals and judges have been checked.
+
+    Args:
+        settings: what is asked.
+        own_judges: in the place of those that the settings name.
+        progress: show progress bars, and say what goes on.
+
+    Raises:
+        InputError: something that the user gave cannot be used; or no pair can be made of the
+            responses, which are kept.
+    """
+    check(settings)
+    say = asking.say if progress else lambda text: None
+    say(f"Loading {settings.model}")
+    model = asking.load(settings)
+    if not model.stop:
+        say(f"{settings.model} names no token that ends a response: all go on to --max_tokens")
+    template = _template(settings, model)
+    asked = asking.read_prompts(settings, model, say)
+    pairs = find_pairs(settings, model, asked, say)
+    given = list(own_judges) or asking.read_judges(settings, model)
+    folder = pathlib.Path(settings.out)
+    described = asking.described(settings, "respond", model, asked, given)
+    if settings.counterfactual != "given":
+        asked = _needed(asked, pairs, say)
+    claims.claim(folder, described, _OWN_FILES, settings.overwrite, _MAY_CHANGE)
+    answered = responses.response_log(folder)
+    verdicts = responses.verdict_log(folder, described["judges_hash"])
+    asking.answer(settings, model, asked, [PLAIN], given, answered, verdicts, progress=progress)
+    table = tabulate(settings, asked, answered, verdicts)
+    atomic.replace_file(folder / TABLE, lambda path: pq.write_table(table, path))
+    responses.write_exchanges(folder / responses.EXCHANGES, asked, answered)
+    (folder / PAIRS).unlink(missing_ok=True)  # of another way of pairing
+    seen = {
+        one.prompt.id: answers(settings, one.prompt.id, answered, verdicts)
+        for one in asking.of_split(asked, label="harmful")
+    }
+    complete = {
+        name: dataclasses.replace(both, safe=both.safe or template) for name, both in seen.items()
+    }
+    made = [pair for pair in pairs if _is_pair(complete[pair.base])]
+    if not made:
+        raise InputError(_why_no_pair(settings, seen, {pair.base for pair in pairs}))
+    _write(folder / PAIRS, made, asked, complete, model.tokenizer)
+    return Found(
+        folder,
+        settings,
+        table,
+        {split: sum(pair.split == split for pair in made) for split in splits.SPLITS},
+        sum(seen[pair.base].safe is None for pair in made),
+        sum(_start_alike(complete[pair.base]) for pair in made),
+        {judge.name: judge.meaning for judge in given},
+    )
+
+
+def check(settings: Settings) -> None:
+    """Raises `InputError` where settings contradict each other; nothing is loaded for it."""
+    asking.check(settings, CHOICES, LEAST, MOST)
+    if settings.counterfactual == "given" and settings.count != Settings.count:
+        raise InputError(
+            "--count needs --counterfactual=matched or length: of given ones all are used"
+        )
+
+
+def find_pairs(settings: Settings, model: Model, asked: Sequence[Asked], say) -> list[Pair]:
+    """The harmful prompts and their counterfactuals, without answers.
+
+    Args:
+        settings: how counterfactuals are found.
+        model: gets them.
+        asked: the prompts.
+        say: told of prompts that have none, where these are to be skipped.
+
+    Raises:
+        InputError: there is no harmful prompt, or one has no counterfactual that the model can get
+            (none of them has, where such are to be skipped).
+    """
+    harmful = [_without_answers(one.prompt) for one in asking.of_split(asked, label="harmful")]
+    if not harmful:
+        raise DataError(
+            f"{', '.join(settings.prompts)}: none of {len(asked)} prompts is harmful, and pairs "
+            "are of harmful prompts; --prompts=harmful=FILE labels a file that does not say it"
+        )
+    benign = [one.prompt for one in asking.of_split(asked, label="benign")]
+    if not benign and settings.counterfactual != "given":
+        raise DataError(
+            f"--counterfactual={settings.counterfactual}: {', '.join(settings.prompts)} have no "
+            "benign prompts; give some, --prompts=benign=FILE"
+        )
+    bad = []
+
+    def skip(error: DataError) -> None:
+        bad.append(error)
+        say(f"No pair: {error}")
+
+    if settings.counterfactual == "given" and not any(
+        one.counterfactuals or one.counterfactual_ids for one in harmful
+    ):
+        raise DataError(
+            f"--counterfactual=given: no harmful prompt of {', '.join(settings.prompts)} has a "
+            "counterfactual in its file; give --counterfactual=matched or length, and benign "
+            "--prompts"
+        )
+    way_out = "" if settings.skip_bad_prompts else f" {asking.LEAVE_OUT}"
+    try:
+        pairs = pairing.pair_up(
+            harmful if settings.counterfactual == "given" else harmful + benign,
+            settings.counterfactual,
+            model.tokenizer,
+            chat=settings.chat,
+            count=settings.count,
+            seed=settings.seed,
+            on_bad=skip if settings.skip_bad_prompts else None,
+        )
+    except DataError as error:
+        raise DataError(f"--counterfactual={settings.counterfactual}: {error}{way_out}") from None
+    usable = []
+    for pair in pairs:
+        what = f"{pair.where}: the counterfactual of prompt '{pair.base}'"
+        try:
+            asking.check_tokens(what, pair.counterfactual_ids, settings, model)
+            usable.append(pair)
+        except DataError as error:
+            if way_out:
+                raise DataError(f"{error}{way_out}") from None
+            skip(error)
+    if not usable:
+        raise DataError(f"not one of {len(harmful)} harmful prompts has a usable counterfactual")
+    if bad:
+        bases = {pair.base for pair in usable}
+        say(f"{len(bases)} of {len(harmful)} harmful prompts can be paired")
+    return usable
+
+
+def _needed(asked: Sequence[Asked], pairs: Sequence[Pair], say) -> list[Asked]:
+    """All prompts but benign ones that could have been counterfactuals and are none, of which a
+    file may hold tens of thousands."""
+    used = {pair.counterfactual_ids for pair in pairs}
+    needed = [one for one in asked if one.prompt.label != "benign" or one.tokens in used]
+    if len(needed) < len(asked):
+        say(
+            f"{len(asked) - len(needed)} benign prompts are no counterfactual of any pair, and are "
+            "not answered"
+        )
+    return needed
+
+
+def _without_answers(prompt: Prompt) -> Prompt:
+    """The prompt, without what others wrote as its answers."""
+    return dataclasses.replace(
+        prompt, harmful_response="", safe_response="", harmful_ids=(), safe_ids=()
+    )
+
+
+def _template(settings: Settings, model: Model) -> Response | None:
+    """The safe response of those prompts that got none."""
+    if not settings.safe_template:
+        return None
+    if model.tokenizer is None:
+        raise InputError(f"--safe_template: is text, and {settings.model} has no tokenizer")
+    tokens = tokens_lib.answer_tokens(
+        settings.safe_template, "safe_response", "--safe_template", model.tokenizer
+    )
+    if not settings.safe_template.strip() or not tokens:
+        raise InputError("--safe_template: has no tokens")
+    return Response(tokens, settings.safe_template, True)
+
+
+def is_harmful(verdict: Verdict, threshold: float) -> bool:
+    """Whether a response counts as harmful: where no judge says, if it is no refusal."""
+    if verdict.harmful is None:
+        return verdict.refused is not None and verdict.refused < threshold
+    return verdict.harmful >= threshold
+
+
+def is_safe(verdict: Verdict, threshold: float) -> bool:
+    """Whether a response counts as safe: a refusal, or where no judge says that, one that is not
+    harmful."""
+    if is_harmful(verdict, threshold):
+        return False
+    return verdict.harmful is not None if verdict.refused is None else verdict.refused >= threshold
+
+
+def answers(
+    settings: Settings, prompt: str, answered: Log[Response], verdicts: Log[Verdict]
+) -> Answers:
+    """What the prompt with this id was answered. Responses that say nothing do not count."""
+    keys = [Key(PLAIN.name, prompt, sample) for sample in range(settings.samples)]
+    keys.sort(key=lambda key: not answered.values[key].stopped)  # else in the samples' order
+
+    def first(kind) -> Response | None:
+        for key in keys:
+            response = answered.values[key]
+            if responses.says_something(response) and kind(
+                verdicts.values[key], settings.threshold
+            ):
+                return response
+        return None
+
+    return Answers(first(is_harmful), first(is_safe))
+
+
+def _is_pair(both: Answers) -> bool:
+    return both.harmful is not None and both.safe is not None
+
+
+def _start_alike(both: Answers) -> bool:
+    return both.harmful.tokens[0] == both.safe.tokens[0]
+
+
+def tabulate(
+    settings: Settings, asked: Sequence[Asked], answered: Log[Response], verdicts: Log[Verdict]
+) -> pa.Table:
+    """The table of `Found`."""
+
+    def says(name: str):
+        def value(prompt: str, sample: int) -> float:
+            said = getattr(verdicts.values[Key(PLAIN.name, prompt, sample)], name)
+            return np.nan if said is None else float(said >= settings.threshold)
+
+        return value
+
+    def unfinished(prompt: str, sample: int) -> float:
+        return float(not answered.values[Key(PLAIN.name, prompt, sample)].stopped)
+
+    rates = {
+        column: responses.by_prompt(asked, settings.samples, says(name))
+        for name, column in RATES.items()
+    }
+    limited = responses.by_prompt(asked, settings.samples, unfinished) * settings.samples
+    rows = [
+        {
+            "id": one.prompt.id,
+            "label": one.prompt.label,
+            "split": one.prompt.split,
+            "samples": settings.samples,
+            "unfinished": round(limited[row]),
+        }
+        | {
+            column: None if np.isnan(values[row]) else float(values[row])
+            for column, values in rates.items()
+        }
+        for row, one in enumerate(asked)
+    ]
+    return pa.Table.from_pylist(rows, ROW)
+
+
+def _why_no_pair(settings: Settings, seen: dict[str, Answers], with_pairs: set[str]) -> str:
+    """Why nothing could be paired, and what can be done."""
+    counts = collections.Counter(
+        (seen[name].harmful is not None, seen[name].safe is not None) for name in with_pairs
+    )
+    ways = ["more --samples", "another --threshold"]
+    if not settings.safe_template:
+        ways.append("or --safe_template=TEXT for those that got harmful ones alone")
+    return (
+        f"{settings.out}: no pair, since no prompt got both a harmful and a safe response. Of "
+        f"{len(with_pairs)} harmful prompts with counterfactuals {counts[False, True]} got safe "
+        f"ones alone, {counts[True, False]} harmful ones alone, {counts[False, False]} neither. "
+        "The responses are kept: the same command goes on from them with "
+        f"{', '.join(ways)}; a higher --temperature or other --prompts need another --out"
+    )
+
+
+def _write(
+    path: pathlib.Path,
+    pairs: Sequence[Pair],
+    asked: Sequence[Asked],
+    seen: dict[str, Answers],
+    tokenizer,
+) -> None:
+    """Writes pairs with their answers, as `data.read` reads them."""
+    by_id = {one.prompt.id: one.prompt for one in asked}
+    benign = {chat.as_text(one.prompt.prompt): one.prompt.prompt for one in asked}
+    lines = []
+    for pair in pairs:
+        base = by_id[pair.base]
+        forms = benign | {chat.as_text(form): form for form in (None, *base.counterfactuals)}
+        fields = {"id": pair.id}
+        fields |= _prompt_field("prompt", base.prompt, pair.prompt_ids)
+        fields |= _prompt_field(
+            "counterfactual", forms[pair.counterfactual_text], pair.counterfactual_ids
+        )
+        fields |= _answer_field("harmful_response", seen[pair.base].harmful, tokenizer)
+        fields |= _answer_field("safe_response", seen[pair.base].safe, tokenizer)
+        fields |= {
+            name: value
+            for name in ("label", "category", "source", "split", "base")
+            if (value := getattr(pair, name))
+        }
+        lines.append(json.dumps(fields, ensure_ascii=False) + "\n")
+    atomic.replace_file(
+        path,
+        lambda temporary: temporary.write_text("".join(lines), encoding="utf-8", newline="\n"),
+    )
+
+
+def _prompt_field(name: str, form, tokens: tuple[int, ...]) -> dict:
+    """A prompt as it was given: text, messages, or where that is None its tokens."""
+    return {tokens_lib.PROMPTS[name]: tokens} if form is None else {name: form}
+
+
+def _answer_field(name: str, response: Response, tokenizer) -> dict:
+    """The response's text; its tokens where the text does not give these back, or there is none."""
+    if response.text is not None:
+        if tokens_lib.answer_tokens(response.text, name, PAIRS, tokenizer) == response.tokens:
+            return {name: response.text}
+    return {tokens_lib.ANSWERS[name]: response.tokens}

@@ -1,0 +1,1 @@
+"""What lasts of a run: its folder, where and when it was made."""

@@ -1,0 +1,121 @@
+"""`run.json`: which run a folder belongs to, and whether another may go on with it."""
+
+import json
+import pathlib
+import shutil
+from collections.abc import Collection, Sequence
+
+import numpy as np
+
+from jaxmed.files import atomic
+from models.errors import InputError
+
+# Keys of a run that say where and when it ran, not what was asked; a resumed run may change them.
+CIRCUMSTANCES = (
+    *("command", "device", "memory_gb", "out", "overwrite", "seconds", "show_text", "started"),
+    "versions",
+)
+
+RUN_FILE = "run.json"
+
+
+def claim(
+    folder,
+    run: dict,
+    own_files: Sequence[str],
+    overwrite: bool = False,
+    may_change: Collection[str] = (),
+) -> dict:
+    """Takes a folder for a run that is no sweep: starts it, or goes on with one of the same
+    settings.
+
+    Args:
+        folder: made if it is not there.
+        run: what `run.json` is to say; "program" names the kind of run.
+        own_files: what such a run writes beside `run.json`; `overwrite` deletes that and no more.
+        overwrite: start again.
+        may_change: settings that a run which goes on may have otherwise, since what was written
+            under them is as good under others.
+
+    Returns:
+        The content of `run.json`.
+
+    Raises:
+        InputError: the folder cannot be made, holds a run with another setting, or files but no
+            run.
+    """
+    folder, run = pathlib.Path(folder), plain(run)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out={folder}: cannot be made ({error.strerror})") from error
+    if not (folder / RUN_FILE).exists():
+        if any(folder.iterdir()):
+            raise InputError(f"{folder} holds files of something else: choose another --out")
+        write_run(folder, run)
+        return run
+    earlier = read_object(folder / RUN_FILE)
+    if earlier.get("program") != run["program"]:
+        raise InputError(f"{folder} holds another kind of run: choose another --out")
+    if overwrite:
+        for name in own_files:
+            delete(folder / name)
+        write_run(folder, run)
+        return run
+    check_same_settings(folder, earlier, run, (*CIRCUMSTANCES, *may_change))
+    current = earlier | {name: run[name] for name in may_change}
+    if current != earlier:
+        write_run(folder, current)
+    return current
+
+
+def check_same_settings(
+    folder: pathlib.Path, earlier: dict, wanted: dict, ignored: Collection[str]
+) -> None:
+    for key in dict.fromkeys((*wanted, *earlier)):
+        if key not in ignored and earlier.get(key) != wanted.get(key):
+            raise InputError(
+                f"{folder} holds a run with another setting: {key} was"
+                f" {_shortened(earlier.get(key))}, is now {_shortened(wanted.get(key))}:"
+                " choose another --out, or --overwrite"
+            )
+
+
+def read_object(path: pathlib.Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error}): choose another --out") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} was not written by a run of jaxmed: choose another --out")
+    return content
+
+
+def write_run(folder: pathlib.Path, run: dict) -> None:
+    text = json.dumps(run, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    atomic.replace_file(folder / RUN_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def plain(value):
+    """The value as strict JSON would give it back: no tuples, no numpy; null for NaN."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (np.ndarray, np.generic)):
+        return plain(value.tolist())
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not np.isfinite(value):
+        return None
+    return value
+
+
+def _shortened(value) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def delete(path: pathlib.Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""Models of known answer, numerical error, and speed."""

@@ -1,0 +1,385 @@
+"""The engine against the plain definition, at every site and choice of positions."""
+
+import dataclasses
+import itertools
+
+import jax
+import numpy as np
+import pytest
+
+from jaxmed.analysis import joint as joint_lib
+from jaxmed.engine import capture, cost, plan, propagate, scan
+from jaxmed.files import reading
+from jaxmed.question import metrics
+from jaxmed.question import question as question_lib
+from jaxmed.question.positions import Align, Positions
+from jaxmed.reference import definition
+from models.edits import Edit, Site
+from models.errors import InputError
+from tests import tiny
+from tests.jaxmed.engine import jaxprs
+from tests.jaxmed.scans import (
+    GRANULARITIES,
+    UNEQUAL,
+    define,
+    largest,
+    pair,
+    some_directions,
+    worst,
+)
+
+METRICS = {
+    "logit": metrics.LogitDifference(),
+    "sets": metrics.LogitDifference((1, 2, 3), (4, 5)),
+    "response": metrics.ResponseLogprobDifference(),
+}
+
+
+def in_float32(decoder):
+    return tiny.decoder(decoder.config.family, dtype="float32")
+
+
+CASES = [
+    ("llama", "logit", "last"),
+    ("llama", "logit", "differing"),
+    ("qwen2", "sets", "prompt"),
+    # One model for all of them, as little is compiled: Llama's blocks, but for biases and windows.
+    ("qwen2", "response", "last"),
+    ("qwen2", "response", "differing"),
+    ("qwen2", "response", "prompt"),
+    ("qwen2", "response", "response"),
+]
+
+
+@pytest.mark.parametrize("family, metric, positions", CASES)
+def test_the_engine_gives_the_plain_definition(family, metric, positions, monkeypatch):
+    if family != "llama":
+        # Batches of one size instead of two, which compiles half as much.
+        monkeypatch.setattr(cost, "_FEW", 1)
+    question = question_lib.Question(METRICS[metric], Positions(positions))
+    with jax.enable_x64(True):
+        decoder = tiny.decoder(family, dtype="float64")
+        reference = define(decoder, UNEQUAL, question, GRANULARITIES)
+        assert largest(reference) > 1e-2
+        double = scan.scan_pair(decoder, UNEQUAL, question, GRANULARITIES)
+    assert worst(double, reference) <= 1e-12
+    single = scan.scan_pair(in_float32(decoder), UNEQUAL, question, GRANULARITIES)
+    assert worst(single, reference) <= 1e-5
+    assert abs(single.y_base - reference.y_base) < 1e-5 * max(1, abs(reference.y_base))
+
+
+def test_groups_of_neurons_and_other_alignments_give_the_plain_definition():
+    spans = dataclasses.replace(UNEQUAL, prompt_span=(3, 7), counterfactual_span=(2, 6))
+    with jax.enable_x64(True):
+        decoder = tiny.decoder("llama", dtype="float64")
+        for align, group_size in ((Align.START, 7), (Align.SPAN, 16)):
+            question = question_lib.Question(METRICS["logit"], Positions.PROMPT, align, group_size)
+            names = ("neuron", "module")
+            reference = define(decoder, spans, question, names)
+            found = scan.scan_pair(decoder, spans, question, names)
+            assert found.nie["neuron"].shape == (3, -(-40 // group_size))
+            assert worst(found, reference) <= 1e-12
+
+
+def test_the_definition_is_an_explicit_patch():
+    """One unit of each direction, patched by hand."""
+    question = question_lib.Question(METRICS["logit"], Positions.PROMPT)
+    with jax.enable_x64(True):
+        decoder = tiny.decoder("llama", dtype="float64")
+        found = definition.define_pair(decoder, UNEQUAL, question, ["neuron", "head", "token"])
+        base, source = np.array(UNEQUAL.prompt_ids), np.array(UNEQUAL.counterfactual_ids)
+
+        def value(tokens, *edits):
+            logits = decoder(tokens, edits=list(edits))[0]
+            return float(logits[-1, UNEQUAL.harmful_ids[0]] - logits[-1, UNEQUAL.safe_ids[0]])
+
+        base_trace, source_trace = decoder(base)[1], decoder(source)[1]
+        # The last 11 of 12 positions correspond.
+        aligned = np.arange(12) >= 1
+        moved = np.concatenate([np.zeros((1, 40)), source_trace.neuron[1]])
+        edit = Edit.patch("neuron", 1, aligned, moved, np.arange(40) == 17)
+        assert found.nie["neuron"][1, 17] == pytest.approx(value(base, edit) - value(base))
+        edit = Edit.patch("head", 2, np.ones(11, bool), base_trace.head[2, 1:], np.arange(4) == 3)
+        assert found.tie["head"][2, 3] == pytest.approx(value(source) - value(source, edit))
+        at = np.arange(12) == 12 - 1 - 4
+        moved = np.concatenate([np.zeros((1, 24)), source_trace.mlp[0]])
+        edit = Edit.patch("mlp", 0, at, moved)
+        assert found.nie["token"][0, 2, 4] == pytest.approx(value(base, edit) - value(base))
+        assert found.y_base == pytest.approx(value(base))
+        assert found.y_source == pytest.approx(value(source))
+
+
+def test_the_last_layer_of_a_layer_scan_is_consistent_with_the_total_effect():
+    """Patching the last block's output at the last position is the total effect by definition."""
+    found = scan.scan_pair(
+        tiny.decoder("llama"), UNEQUAL, question_lib.Question(METRICS["logit"]), ["token"]
+    )
+    te = found.y_source - found.y_base
+    assert found.nie["token"][-1, 0, 0] == pytest.approx(te, rel=1e-4)
+    assert found.tie["token"][-1, 0, 0] == pytest.approx(te, rel=1e-4)
+
+
+@pytest.mark.parametrize("positions", list(Positions))
+def test_identical_prompts_have_no_effect_at_all(positions, tmp_path):
+    metric = METRICS["response"]
+    same = dataclasses.replace(UNEQUAL, counterfactual_ids=UNEQUAL.prompt_ids)
+    given = some_directions(tiny.config("llama"), tmp_path)
+    question = question_lib.Question(metric, positions, directions=given)
+    names = (*GRANULARITIES, "direction")
+    found = scan.scan_pair(tiny.decoder("qwen2"), same, question, names)
+    for side, name in itertools.product((found.nie, found.tie), names):
+        exists = given.given if name == "direction" else np.ones(side[name].shape, bool)
+        assert np.all(side[name][exists] == 0.0)
+        assert np.all(np.isnan(side[name][~exists]))
+    assert found.y_base == found.y_source
+
+
+def test_a_pair_alone_is_the_pair_among_others():
+    decoder = tiny.decoder("qwen2")
+    generator = np.random.default_rng(1)
+    others = [
+        pair(*(int(n) for n in generator.integers(4, 24, 2)), seed=seed) for seed in range(20)
+    ]
+    pairs = [dataclasses.replace(other, id=str(index)) for index, other in enumerate(others)]
+    alone = scan.scan(decoder, [UNEQUAL], "neuron", METRICS["logit"], positions="prompt")
+    among = scan.scan(
+        decoder, [*pairs[:10], UNEQUAL, *pairs[10:]], "neuron", METRICS["logit"], positions="prompt"
+    )
+    scale = max(np.abs(alone.nie).max(), np.abs(alone.tie).max())
+    assert np.abs(among.nie[10] - alone.nie[0]).max() <= 1e-5 * scale
+    assert np.abs(among.tie[10] - alone.tie[0]).max() <= 1e-5 * scale
+    assert among.nie.shape == (21, 3, 40)
+    assert among.nie.dtype == np.float32
+
+
+def neuron_work(decoder, question):
+    term = question.metric.terms(UNEQUAL)[0]
+    return plan.plan(decoder.config, UNEQUAL, term, question, ["neuron"], False)[0], term
+
+
+def test_a_smaller_batch_changes_nothing_but_rounding():
+    decoder = tiny.decoder("qwen2")
+    question = question_lib.Question(METRICS["logit"], Positions.PROMPT)
+    work, term = neuron_work(decoder, question)
+    budgets = (2**30, 5 * 2**20)
+    batches = [cost.batching(decoder.config, np.float32, work, term, b, "cpu")[1] for b in budgets]
+    assert batches[0] > 2 * batches[1]
+    whole, small = (
+        scan.scan_pair(decoder, UNEQUAL, question, ["neuron"], memory=memory) for memory in budgets
+    )
+    assert worst(small, whole) <= 1e-5
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_batch_leaves_the_prefix_and_the_base_values_unbatched(family):
+    """Under `vmap` only scores have both the batch's and the prefix's length, and every product of
+    the base run is formed once."""
+    decoder, start, size, batch = tiny.decoder(family), 7, 3, 13
+    # Shapes are all that is looked at: nothing is compiled.
+    frame = jax.tree.map(
+        lambda array: np.zeros(array.shape, array.dtype),
+        jax.eval_shape(
+            lambda d: capture.frame(d, capture.capture(d, UNEQUAL.prompt_ids), start, size), decoder
+        ),
+    )
+    prefix_length = frame.prefix.positions.shape[0]
+    block, traits = decoder.block(1), decoder.traits.at(1)
+    prefix = propagate._at_layer(frame.prefix, 1)
+
+    def attend(x):
+        return block.attend(x, frame.span, traits, prefix, propagate._untapped)[0]
+
+    def feed(x):
+        return block.feed(x, propagate._untapped)
+
+    def products(jaxpr):
+        found = [e for e in jaxprs.equations(jaxpr) if e.primitive.name == "dot_general"]
+        # A norm's means may be products with one column.
+        found = [e for e in found if e.invars[1].aval.shape[1:] != (1,)]
+        return [e.outvars[0].aval.shape for e in found]
+
+    differences = np.ones((batch, size, 24), np.float32)
+    for f, value in ((attend, frame.inputs[1]), (feed, frame.middles[1])):
+        jaxpr = jax.make_jaxpr(lambda d, f=f, v=value: propagate._changes(f, v, d, "float32"))(
+            differences
+        )
+        for equation in jaxprs.equations(jaxpr):
+            for variable in (*equation.invars, *equation.outvars):
+                shape = variable.aval.shape
+                if batch in shape and {prefix_length, prefix_length + size} & set(shape):
+                    assert decoder.config.head_dim not in shape, (equation.primitive.name, shape)
+        unbatched = [shape for shape in products(jaxpr) if batch not in shape]
+        assert sorted(unbatched) == sorted(products(jax.make_jaxpr(f)(value)))
+        assert len(products(jaxpr)) > len(unbatched)
+
+
+def test_too_little_memory_is_refused_with_what_is_needed():
+    with pytest.raises(InputError, match="too little for a single unit.*--memory_gb"):
+        question = question_lib.Question(METRICS["logit"])
+        scan.scan_pair(tiny.decoder("llama"), UNEQUAL, question, ["neuron"], memory=1000)
+
+
+@pytest.mark.parametrize(
+    "metric, granularity, group_size",
+    [("logit", "neuron", 1), ("response", "neuron", 128), ("logit", "head", 1)],
+)
+def test_a_batch_takes_no_more_memory_than_planned(metric, granularity, group_size):
+    """What XLA allocates for the compiled functions, which does not grow with the units."""
+    decoder = tiny.decoder("llama", hidden_size=96, intermediate_size=384, head_dim=64)
+    question = question_lib.Question(METRICS[metric], Positions.PROMPT, group_size=group_size)
+    term = question.metric.terms(UNEQUAL)[0]
+    (work,) = plan.plan(decoder.config, UNEQUAL, term, question, [granularity], False)
+    memory = 32 * 2**20
+    batches, rows = cost.batching(decoder.config, np.float32, work, term, memory, "cpu")
+    trace = capture.capture(decoder, UNEQUAL.prompt_ids + term.response)
+    frame = capture.frame(decoder, trace, work.start, work.size)
+    differences = jax.ShapeDtypeStruct((batches, rows, work.size, 96), np.float32)
+    stages = jax.ShapeDtypeStruct((batches, rows), np.int32)
+    change = getattr(trace, work.site.value)[:, : work.size]
+    compiled = [
+        propagate.enter.lower(decoder, change, None, *[stages] * 3, work.site, group_size),
+        propagate.carry.lower(decoder, frame, stages, differences),
+        propagate.read_changes.lower(
+            *(decoder, frame.inputs[-1], stages, differences, term.reading, 11), question.metric
+        ),
+    ]
+    for function in compiled:
+        usage = function.compile().memory_analysis()
+        taken = usage.temp_size_in_bytes + usage.output_size_in_bytes + differences.size * 4
+        assert taken <= memory
+
+
+def test_only_the_chosen_units_are_computed():
+    decoder = tiny.decoder("llama")
+    question = question_lib.Question(METRICS["logit"], Positions.PROMPT)
+    names = ["neuron", "module"]
+    chosen = {"neuron": np.random.default_rng(0).random((3, 40)) < 0.2}
+    everything = scan.scan_pair(decoder, UNEQUAL, question, names)
+    found = scan.scan_pair(decoder, UNEQUAL, question, names, chosen=chosen)
+    for some, whole in ((found.nie, everything.nie), (found.tie, everything.tie)):
+        np.testing.assert_array_equal(np.isnan(some["neuron"]), ~chosen["neuron"])
+        got, want = some["neuron"][chosen["neuron"]], whole["neuron"][chosen["neuron"]]
+        np.testing.assert_allclose(got, want, atol=1e-6 * np.abs(whole["neuron"]).max(), rtol=0)
+        np.testing.assert_array_equal(some["module"], whole["module"])
+    operations = [
+        cost.operations(decoder.config, UNEQUAL, question, ["neuron"], which)
+        for which in (None, chosen)
+    ]
+    assert 0 < operations[1] < operations[0]
+
+
+def test_a_joint_set_of_one_neuron_is_that_neuron():
+    decoder = tiny.decoder("llama")
+    question = question_lib.Question(METRICS["logit"], Positions.PROMPT)
+    single = scan.scan_pair(decoder, UNEQUAL, question, ["neuron", "module"])
+    sets = np.zeros((3, 3, 40), bool)
+    sets[0, 1, 5] = sets[1, 2, 30] = True
+    sets[2, 1] = True
+    joint = joint_lib.joint_pair(decoder, UNEQUAL, question, sets)
+    for side in ("nie", "tie"):
+        got, one = getattr(joint, side)["joint"], getattr(single, side)
+        # All neurons of a layer are its MLP, which has no bias after them.
+        want = [one["neuron"][1, 5], one["neuron"][2, 30], one["module"][1, 1]]
+        np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max(), rtol=1e-4)
+
+
+def test_two_compilations_serve_all_layers_and_granularities():
+    """One for batches of many units, one for batches of few."""
+    # Another vocabulary than that of any other test, so that nothing is compiled yet.
+    decoder = tiny.decoder("llama", vocab_size=67)
+    question = question_lib.Question(METRICS["logit"], Positions.PROMPT)
+    before = propagate.carry._cache_size()
+    scan.scan_pair(decoder, pair(12, 12), question, ["layer", "module", "head", "neuron"])
+    assert propagate.carry._cache_size() <= before + 2
+    scan.scan_pair(decoder, pair(14, 14, seed=1), question, ["layer", "module", "head", "neuron"])
+    assert propagate.carry._cache_size() <= before + 2
+
+
+def test_an_embedding_edit_goes_through_the_engine():
+    """No granularity has the embedding as its site, but the engine takes it as any other."""
+    question = question_lib.Question(METRICS["logit"])
+    term = METRICS["logit"].terms(UNEQUAL)[0]
+    with jax.enable_x64(True):
+        decoder = tiny.decoder("llama", dtype="float64")
+        base, source = (
+            capture.capture(decoder, ids)
+            for ids in (UNEQUAL.prompt_ids, UNEQUAL.counterfactual_ids)
+        )
+        rows = np.arange(16)
+        # Each of the base prompt's positions 4 and 9 takes the embedding that stands one before.
+        change = capture.site_difference(
+            base, source, Site.EMBEDDING, rows, rows - 1, np.isin(rows, (4, 9))
+        )
+        units = plan.Units.grid(1, positions=(4, 9))
+        entering = propagate.enter(
+            decoder, change, None, units.layers, units.units, units.positions, Site.EMBEDDING, 1
+        )
+        frame = capture.frame(decoder, base, 0, 16)
+        stages = plan.stage(decoder.config, Site.EMBEDDING, units.layers)
+        residual = propagate.carry(decoder, frame, stages[None], entering[None])
+        found = propagate.read_changes(
+            *(decoder, frame.inputs[-1], stages[None], residual, term.reading, 11),
+            question.metric,
+        )[0]
+        tokens = np.array(UNEQUAL.prompt_ids)
+
+        def value(*edits):
+            logits = decoder(tokens, edits=list(edits))[0]
+            return logits[-1, UNEQUAL.harmful_ids[0]] - logits[-1, UNEQUAL.safe_ids[0]]
+
+        for position, got in zip((4, 9), found, strict=True):
+            moved = source.embedding[position - 1]
+            edit = Edit.patch(Site.EMBEDDING, 0, np.arange(12) == position, moved)
+            want = value(edit) - value()
+            assert abs(got - want) <= 1e-12 * abs(want)
+
+
+def test_massive_activations_are_patched_away_exactly():
+    """As at a real model's first token: one channel holds a value far above all others, and a
+    prompt of another length pairs it with an ordinary token."""
+    unequal = pair(12, 10)
+    question = question_lib.Question(METRICS["logit"], Positions.PROMPT)
+
+    def with_massive_channel(dtype):
+        decoder = tiny.decoder("llama", dtype=dtype)
+        table = decoder.embedding[...]
+        decoder.embedding[...] = table.at[unequal.prompt_ids[2], 5].set(300.0)
+        return decoder
+
+    with jax.enable_x64(True):
+        decoder = with_massive_channel("float64")
+        reference = define(decoder, unequal, question, GRANULARITIES)
+        double = scan.scan_pair(decoder, unequal, question, GRANULARITIES)
+    assert worst(double, reference) <= 1e-12
+    single = scan.scan_pair(with_massive_channel("float32"), unequal, question, GRANULARITIES)
+    assert worst(single, reference) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"prompt_ids": (1, 2, 99)}, "token id 99 of prompt_ids is outside the vocabulary of 61"),
+        ({"harmful_ids": (61,)}, "token id 61 of harmful_ids is outside"),
+        ({"prompt_ids": (1,) * 65}, "has 65 tokens, and the model has 64 positions"),
+        ({"counterfactual_ids": ()}, "has an empty counterfactual"),
+        ({"safe_ids": (6,)}, "the same first token"),
+    ],
+)
+def test_pairs_that_do_not_fit_are_refused_before_any_work(changes, message):
+    bad = dataclasses.replace(UNEQUAL, where="pairs.jsonl:7", **changes)
+    with pytest.raises(reading.DataError, match=rf"pairs\.jsonl:7: .*{message}"):
+        scan.scan(tiny.decoder("llama"), [UNEQUAL, bad])
+
+
+def test_positions_after_all_that_is_read_are_refused():
+    """Every effect would be 0, and look like a finding."""
+    question = question_lib.Question(
+        metrics.ResponseLogprobDifference("decision"), Positions.RESPONSE
+    )
+    with pytest.raises(reading.DataError, match="reads nothing at or after"):
+        scan.scan_pair(tiny.decoder("llama"), UNEQUAL, question, ["layer"])
+
+
+def test_an_unknown_granularity_is_refused():
+    with pytest.raises(InputError, match="'neurons' is not one of layer, module"):
+        scan.scan(tiny.decoder("llama"), [UNEQUAL], "neurons")

@@ -1,0 +1,82 @@
+"""The engine against the plain definition, for every family at every site."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from jaxmed.engine import capture, cost, scan
+from jaxmed.question import metrics
+from jaxmed.question import question as question_lib
+from jaxmed.question.positions import Positions
+from tests import tiny
+from tests.jaxmed.scans import (
+    GRANULARITIES,
+    UNEQUAL,
+    compiled_without_optimising,
+    define,
+    largest,
+    some_directions,
+    worst,
+)
+
+# Families in whose blocks directions of a site take ways of their own to the residual stream.
+WITH_DIRECTIONS = ("llama", "gemma2", "olmo2", "gpt_neox")
+
+
+def asked(config, folder, positions=Positions.PROMPT):
+    """The question, and all that can be asked."""
+    if config.family not in WITH_DIRECTIONS:
+        return question_lib.Question(metrics.LogitDifference(), positions), GRANULARITIES
+    given = some_directions(config, folder)
+    question = question_lib.Question(metrics.LogitDifference(), positions, directions=given)
+    return question, (*GRANULARITIES, "direction")
+
+
+@pytest.fixture
+def batches_of(monkeypatch):
+    """A function that sets how many units a batch has: one number compiles half as much as the
+    usual two. A span of up to 16 tokens is assumed."""
+
+    def set_to(units):
+        monkeypatch.setattr(cost, "_FEW", 1)
+        monkeypatch.setattr(cost, "_TOGETHER", {"cpu": 16 * units})
+
+    return set_to
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_the_engine_gives_the_plain_definition(family, tmp_path, batches_of):
+    # The two sizes that a scan of this span has, one for each precision.
+    batches_of(2)
+    with jax.enable_x64(True):
+        decoder = tiny.decoder(family, dtype="float64")
+        question, names = asked(decoder.config, tmp_path)
+        reference = define(decoder, UNEQUAL, question, names)
+        assert largest(reference) > 1e-2
+        # The float32 run below is compiled as users have it.
+        with compiled_without_optimising():
+            double = scan.scan_pair(decoder, UNEQUAL, question, names)
+    batches_of(32)
+    decoder = tiny.decoder(family)
+    single = scan.scan_pair(decoder, UNEQUAL, question, names)
+    errors = worst(double, reference), worst(single, reference)
+    print(f"\n{family}: float64 {errors[0]:.1e}, float32 {errors[1]:.1e}")
+    assert errors[0] <= 1e-12
+    assert errors[1] <= 1e-5
+    assert abs(single.y_base - reference.y_base) < 1e-5 * max(1, abs(reference.y_base))
+
+    same = dataclasses.replace(UNEQUAL, counterfactual_ids=UNEQUAL.prompt_ids)
+    assert largest(scan.scan_pair(decoder, same, question, names)) == 0
+
+
+@pytest.mark.parametrize("family", ["mistral", "gpt2", "gpt_neox"])
+def test_padding_of_runs_and_prefixes_changes_nothing(family, tmp_path, monkeypatch):
+    """They are padded to lengths that are compiled once; in float64 a leak would show."""
+    with jax.enable_x64(True):
+        decoder = tiny.decoder(family, dtype="float64")
+        question, names = asked(decoder.config, tmp_path, Positions.LAST)
+        found = scan.scan_pair(decoder, UNEQUAL, question, names)
+        monkeypatch.setattr(capture, "SHORTEST", 64)
+        padded = scan.scan_pair(decoder, UNEQUAL, question, names)
+    assert worst(padded, found) <= 1e-13

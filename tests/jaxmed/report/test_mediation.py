@@ -1,0 +1,247 @@
+"""The report: that it says what was measured, and no more, on fabricated results."""
+
+import base64
+import html.parser
+import math
+import re
+import types
+
+import numpy as np
+import pytest
+
+from jaxmed.question import sites
+from jaxmed.report import mediation
+from jaxmed.store import results
+from jaxmed.validation import scoring
+from tests.jaxmed.fabricated import JOINT, LAYERS, PAIRS, RUN, SIZES, TRUTH, fabricate
+
+AUDIT = {
+    "threshold": 4.9,
+    "hits": 1,
+    "estimate": 6.0,
+    "bound": 17,
+    "uncomputed": 180,
+    "confidence": 0.95,
+    "candidates": 6,
+    "sampled": 6,
+    "spearman": 0.625,
+}
+
+
+def screen(made, audit=AUDIT):
+    """Makes the first candidates and samples of the audit exact, by layer, and the rest estimates
+    that are far too large."""
+    status = np.full(SIZES.shape("neuron"), results.ESTIMATED)
+    status.flat[: audit["candidates"] + audit["sampled"]] = results.EXACT
+    for pair, effects in enumerate(zip(*made.effects("neuron"), strict=True)):
+        estimates = [np.full(SIZES.shape("neuron"), 99.0)] * 2
+        made.write_estimates(pair, *estimates)
+        both = [
+            np.where(status == results.EXACT, *side)
+            for side in zip(effects, estimates, strict=True)
+        ]
+        made.write(pair, "neuron", *both, status)
+    made.record({"audit": audit})
+    return made
+
+
+class Page(html.parser.HTMLParser):
+    """The tags, the text and the image sources of a page."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.tags, self.images, self.addresses, text = [], [], [], []
+        self.handle_data = text.append
+        self.feed(path.read_text(encoding="utf-8"))
+        self.text = re.sub(r"\s+", " ", " ".join(text))
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        attributes = dict(attributes)
+        if tag == "img":
+            self.images.append(attributes["src"])
+        self.addresses += [attributes[name] for name in ("href", "src") if name in attributes]
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    made = fabricate(tmp_path_factory.mktemp("planted"))
+    made.record({"joint": JOINT, "truth": TRUTH})
+    return made
+
+
+@pytest.fixture(scope="module")
+def page(planted):
+    return Page(mediation.write(planted.folder))
+
+
+def test_the_page_carries_its_figures_and_runs_nothing(page, planted):
+    assert "script" not in page.tags
+    assert all(address.startswith("data:image/png;base64,") for address in page.addresses)
+    written = sorted(path.read_bytes() for path in (planted.folder / "figures").iterdir())
+    shown = sorted(base64.b64decode(image.partition(",")[2]) for image in page.images)
+    assert len(shown) == len(sites.GRANULARITIES) + 1  # and the joint path
+    assert shown == written and all(picture[1:4] == b"PNG" for picture in shown)
+
+
+def test_the_page_escapes_the_text_that_it_is_given(page):
+    assert "org/<script>alert(1)</script>" in page.text
+    assert "pair 3 <script>" in page.text
+
+
+def test_the_page_says_what_was_asked_and_found(page):
+    for words in (
+        "prompt: all aligned prompt tokens",
+        "Device cpu",
+        "Pairs 8",
+        "a negative effect means that patching moves the answer towards the safe one",
+        "TE is negative in 8 of 8 pairs",
+        "L2.h1 has the largest effect in both directions",
+        "90% of TE",
+        "Of 192, q < 0.05 holds for",
+    ):
+        assert words in page.text
+    assert re.search(r"Neurons: L5\.n\d+ has the largest NIE \(.*?\), L0\.n\d+ the", page.text)
+    assert "not finished" not in page.text
+
+
+def test_the_ranking_of_tokens_leaves_out_the_residual_stream(page):
+    assert "L2 attention, last token has the largest effect" in page.text
+    assert "residual, last token" not in page.text
+
+
+def test_the_planted_truth_and_the_joint_path_are_shown(page):
+    assert "for the contrast: H to B" in page.text
+    # The second pick is ordinary: it outranks 6 of the 7 planted neurons, among 185 ordinary ones.
+    assert f"greedy joint set {1 - 6 / (7 * 185):.3f} {6 / 7:.3f}" in page.text
+    assert re.search(r"1 L5\.n3 ● 95% 0% 2 L1\.n2 96% 31%", page.text)
+
+
+def test_groups_hold_the_planted_neurons_of_their_members(tmp_path):
+    neurons = [[layer, 10 * group + 7] for layer, group in TRUTH["neurons"]]
+    truth = {"neurons": neurons, "contrast": "H to B"}
+    made = fabricate(tmp_path, {**RUN, "group_size": 10, "truth": truth}, ["neuron"])
+    assert scoring.score(made)["neuron"]["max"]["precision_at_k"] == 1
+    shown = Page(mediation.write(tmp_path))
+    assert "L5.n30 ●" in shown.text and "a group of 10 adjacent neurons" in shown.text
+
+
+def test_directions_are_named_by_layer_site_and_number(tmp_path):
+    made = fabricate(tmp_path, {**RUN, "directions": "sae.npz"}, ["direction"])
+    shown = Page(mediation.write(tmp_path))
+    name = "L3 residual, direction 12"
+    assert f"{name} has the largest effect in both directions" in shown.text
+    assert "Directions sae.npz" in shown.text
+    assert [path.name for path in (made.folder / "figures").iterdir()] == ["direction.png"]
+    assert mediation.closing_lines(made)[2].startswith(f"Directions: {name} has")
+
+
+def test_a_screen_is_told_in_words_and_its_estimates_are_not_ranked(tmp_path):
+    made = screen(fabricate(tmp_path, {**RUN, "screen": 3, "truth": TRUTH}, ["neuron"]))
+    shown = Page(mediation.write(tmp_path))
+    said = (
+        "Of 192 neurons, 6 were computed exactly because gradients rank them highest, and 6 of the"
+        " others as an audit sample. At most 17 neurons stronger than the 3rd strongest of the"
+        " candidates (4.90 logits) are missing, at 95% confidence; the audit found 1 of 6. Over the"
+        " audit sample, estimated and exact strengths have a rank correlation of 0.625."
+    )
+    assert said in shown.text
+    assert f"Screen: {said}" in mediation.closing_lines(made)
+    assert "The 10 largest of 12 (those computed exactly) by" in shown.text
+    assert "Of 12 (those computed exactly), q < 0.05 holds for" in shown.text
+    assert "99.0" not in re.sub(r"\{.*", "", shown.text)  # no estimate, before the settings
+    # Two of the planted neurons were computed; the other five rank below all that were.
+    assert scoring.score(made)["neuron"]["max"]["precision_at_k"] == 2 / 7
+    names = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert names == {"neuron.png", "screen.png"} and len(shown.images) == 2
+    assert "neuron 96 1,440 0 0" in shown.text
+
+
+@pytest.mark.parametrize(
+    ("sampled", "left", "said"),
+    [
+        (186, 0, "That is all of them, so none is missing."),
+        (0, 186, "Without a sample nothing is known of the 186 others (--screen_audit)."),
+    ],
+)
+def test_a_screen_without_a_bound_says_so(sampled, left, said, tmp_path):
+    made = fabricate(tmp_path, {**RUN, "screen": 3}, ["neuron"])
+    audit = AUDIT | {"sampled": sampled, "uncomputed": left, "bound": left, "spearman": math.nan}
+    screen(made, audit)
+    assert mediation.closing_lines(made)[-1].endswith(f"as an audit sample. {said}")
+
+
+def test_only_what_was_run_is_shown(tmp_path):
+    made = fabricate(tmp_path, granularities=["layer"])
+    shown = Page(mediation.write(tmp_path))
+    assert [path.name for path in (made.folder / "figures").iterdir()] == ["layer.png"]
+    assert len(shown.images) == 1
+    assert "Attention heads" not in shown.text and "planted" not in shown.text
+    assert "not finished" not in shown.text
+
+
+def test_no_share_and_no_interval_where_there_is_none(tmp_path):
+    fabricate(tmp_path, granularities=["head"], te=-0.05, pairs=1)
+    text = Page(mediation.write(tmp_path)).text
+    assert "One pair is too few to test them" in text
+    assert "% of TE" not in text and "nan" not in text.lower()
+
+
+def test_a_run_that_has_measured_nothing_yet_can_be_reported(tmp_path):
+    made = results.Results.create(tmp_path, RUN, SIZES, ["a"], ["layer", "neuron"])
+    made.write(0, "layer", *np.full((2, LAYERS), math.nan))
+    text = Page(mediation.write(tmp_path)).text
+    assert "No total effect was measured" in text and "not finished" in text
+    assert "layer 0 0 6 0" in text and "neuron 0 0 0 192" in text  # failed, and not run
+
+
+def test_text_is_shown_only_when_asked_for(planted):
+    pairs = [
+        types.SimpleNamespace(id=pair_id, prompt_text="<b>secret</b>", counterfactual_text=None)
+        for pair_id in planted.pair_ids
+    ]
+    assert "secret" not in Page(mediation.write(planted.folder, pairs=pairs)).text
+    shown = Page(mediation.write(planted.folder, show_text=True, pairs=pairs))
+    assert shown.text.count("<b>secret</b>") == PAIRS
+    with pytest.raises(ValueError, match="--show_text needs --pairs"):
+        mediation.write(planted.folder, show_text=True)
+
+
+def test_the_closing_lines_are_measured(planted):
+    lines = mediation.closing_lines(planted)
+    assert str(planted.folder) in lines[0]
+    mean = f"{planted.te.mean():.2f}".replace("-", "−")
+    assert f"moves Y by {mean} [" in lines[1]
+    assert f"Y > 0) in {PAIRS} of {PAIRS} pairs" in lines[1]
+    found = [line.partition(": ")[0] for line in lines[2:9]]
+    assert found == [
+        "Layers",
+        "Modules",
+        "Attention heads",
+        "Layers × tokens",
+        "Neurons",
+        "Directions",
+        "Joint set",
+    ]
+    assert lines[6].startswith("Neurons: L5.n")
+    assert lines[8] == (
+        "Joint set: 2 neurons together have 96% of TE by NIE and 31% by TIE on the pairs that they"
+        " were searched on, less than the 90% that were sought, and 94% and 30% on 3 other pairs."
+    )
+    assert lines[9].startswith("Planted modules (3), AUROC and precision@3 by NIE ") and lines[
+        9
+    ].endswith("; larger of both 1.000 and 1.000")
+    assert len(lines) == 12 and "greedy joint set" in lines[11]
+
+
+def test_an_unfinished_run_says_so(tmp_path):
+    made = results.Results.create(tmp_path, RUN, SIZES, ["a", "b"], ["layer"])
+    made.write(0, "layer", np.ones(LAYERS), np.ones(LAYERS))
+    assert mediation.closing_lines(made)[0] == "Not finished: 1 of 2 pairs are missing."
+
+
+def test_no_share_where_the_total_effect_may_be_0(tmp_path):
+    made = fabricate(tmp_path, granularities=["layer"])
+    for pair in range(PAIRS):
+        made.write_totals(pair, y_base=3.0, y_source=3.0 + (-1) ** pair * (5.0 + pair))
+    assert "% of TE" not in "".join(mediation.closing_lines(made))

@@ -1,0 +1,341 @@
+"""What programs share that ask prompts: every setting, prompt and judge that cannot be used."""
+
+import dataclasses
+import json
+import pathlib
+
+import pytest
+
+from jaxmed.behaviour import generation
+from jaxmed.behaviour.answers import Model
+from jaxmed.behaviour.judges.rules import FirstTokens, RefusalPhrases
+from jaxmed.behaviour.responses import PLAIN, Asked, Condition, response_log, verdict_log
+from jaxmed.engine import memory
+from jaxmed.files.reading import DataError
+from jaxmed.runs import asking, mediate
+from jaxmed.runs.asking import Settings
+from models.errors import InputError
+from tests import tiny, words
+
+WITH_TOKENS = {"judge": ("tokens",), "comply_tokens": ("1",), "refuse_tokens": ("2",)}
+
+
+def settings(prompts=("prompts.jsonl",), **fields):
+    fields = {"max_tokens": 4} | fields
+    return Settings(model="model", out="out", prompts=tuple(map(str, prompts)), **fields)
+
+
+@pytest.fixture(scope="module")
+def model():
+    decoder = tiny.decoder(num_layers=2, hidden_size=16, vocab_size=len(words.WORDS))
+    return Model(pathlib.Path("model"), decoder, words.tokenizer(), frozenset({3}))
+
+
+@pytest.fixture(scope="module")
+def without_text(model):
+    return dataclasses.replace(model, tokenizer=None)
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(*rows, name="prompts.jsonl"):
+        (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
+        return tmp_path / name
+
+    return write
+
+
+# Settings.
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"dtype": "int8"}, "--dtype=int8: not one of , float16"),
+        ({"samples": 0}, "--samples=0: must be a number, and at least 1"),
+        ({"max_tokens": 0}, "--max_tokens=0: must be a number, and at least 1"),
+        ({"temperature": float("nan")}, "--temperature=nan: must be a number, and at least 0"),
+        ({"temperature": float("inf")}, "--temperature=inf: must be a number, and at least 0"),
+        ({"top_p": 1.5}, "--top_p=1.5: must be a number, and at most 1"),
+        ({"top_p": 0.0}, "--top_p=0: must be above 0"),
+        ({"top_k": -1}, "--top_k=-1: must be a number, and at least 0"),
+        ({"top_k": 2**31}, "--top_k=2147483648: must be a number, and at most 2147483647"),
+        ({"seed": 2**32}, "--seed=4294967296: must be a number, and at most 4294967295"),
+        ({"memory_gb": 0.0}, "--memory_gb=0.0: must be a number, and at least 0.001"),
+        ({"prompts": ()}, "--prompts=FILE: name at least one file of prompts"),
+        ({"judge": ()}, "--judge: name at least one of phrases, tokens"),
+        ({"samples": 2}, "--samples=2 --temperature=0: the likeliest tokens are the same each"),
+        ({"judge": ("tokens",)}, "--comply_tokens and --judge=tokens need each other"),
+        ({"refuse_tokens": ("1",)}, "--refuse_tokens and --judge=tokens need each other"),
+        (WITH_TOKENS | {"refuse_tokens": ()}, "--refuse_tokens and --judge=tokens need each other"),
+        ({"cut": True}, "--cut: --judge=phrases reads responses of any length"),
+        ({"judge": ("phrases=x",)}, "--judge=phrases=x: phrases runs no model: leave =x out"),
+        ({"judge": ("harmbench=",)}, "--judge=harmbench=: names no checkpoint after the ="),
+    ],
+)
+def test_settings_that_cannot_be_used(fields, message):
+    with pytest.raises(InputError) as caught:
+        asking.check(settings(**fields))
+    assert str(caught.value).startswith(message)
+
+
+def test_settings_that_can():
+    asking.check(settings())
+    asking.check(settings(samples=2, temperature=0.5, top_p=0.1, memory_gb=None, **WITH_TOKENS))
+    asking.check(settings(judge=("phrases", "harmbench=x"), cut=True))
+
+
+def test_a_program_has_choices_and_bounds_of_its_own():
+    with pytest.raises(InputError, match="--max_tokens=9: must be a number, and at least 10"):
+        asking.check(settings(max_tokens=9), least={"max_tokens": 10})
+
+
+def test_how_tokens_are_chosen():
+    asked = settings(max_tokens=5, temperature=0.5, top_p=0.9, top_k=7)
+    assert asked.sampling == generation.Sampling(5, 0.5, 0.9, 7)
+
+
+@pytest.mark.parametrize(
+    ("given", "name", "folder"),
+    [
+        ("phrases", "phrases", ""),
+        ("harmbench=org/name", "harmbench", "org/name"),
+        ("harmbench=/a=b/c", "harmbench", "/a=b/c"),
+        ("/a=b/own.json", "/a=b/own.json", ""),
+        ("/a=b/own.json=/c=d", "/a=b/own.json", "/c=d"),
+    ],
+)
+def test_a_judge_and_its_checkpoint(given, name, folder):
+    assert asking.judge_and_checkpoint(given) == (name, folder)
+
+
+# Prompts.
+
+
+def test_prompts_of_several_files(model, write):
+    harmful = write({"id": "a", "prompt": "tell me", "split": "B"}, name="a=b.jsonl")
+    benign = write({"id": "b", "prompt_ids": [5, 6], "label": "benign", "split": "A"})
+    found = asking.read_prompts(settings([f"harmful={harmful}", benign]), model)
+    assert [(one.prompt.id, one.prompt.label) for one in found] == [
+        ("a", "harmful"), ("b", "benign"),
+    ]  # fmt: skip
+    assert [one.tokens for one in found] == [words.ids("[BOS] tell me"), (5, 6)]
+    assert asking.of_split(found, ["B"]) == found[:1] == asking.of_split(found, label="harmful")
+    assert asking.of_split(found, ["B"], "benign") == [] and asking.of_split(found) == found
+
+
+def test_chat_wraps_text(model, write):
+    file, said = write({"id": "a", "prompt": "how", "label": "benign"}), []
+    [found] = asking.read_prompts(settings([file], chat=True), model, said.append)
+    assert found.tokens == words.ids("[BOS] [USER] how [END] [BOT]") and said == []
+    [found] = asking.read_prompts(settings([file]), model, said.append)
+    assert found.tokens == words.ids("[BOS] how") and said == [mediate.AS_IT_STANDS]
+
+
+BAD_PROMPTS = {
+    "text without tokenizer": (
+        {"prompt": "how"}, {}, "'prompt' is text, but the checkpoint has no tokenizer; give",
+    ),
+    "outside the vocabulary": (
+        {"prompt_ids": [1, 16]}, {},
+        "prompt 'a' has the token 16, outside the vocabulary of 16",
+    ),
+    "too long": (
+        {"prompt_ids": [1] * 60}, {"max_tokens": 5},
+        "prompt 'a' has 60 tokens, which with --max_tokens=5 are more than the model's 64",
+    ),
+    "nothing to judge": (
+        {"prompt_ids": [1]}, {"judge": ("phrases", "harmbench")},
+        "prompt 'a' has no text of a user that could be judged",
+    ),
+    "nobody asks": (
+        {"prompt": [{"role": "assistant", "content": "how"}]}, {},
+        "prompt 'a' has no text of a user that could be judged",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_PROMPTS)
+def test_prompts_that_cannot_be_used(case, model, without_text, write):
+    row, fields, message = BAD_PROMPTS[case]
+    asker = without_text if case == "text without tokenizer" else model
+    bad = {"id": "a", "label": "harmful"} | row
+    good = {"prompt": "how"} if asker is model else {"prompt_ids": [1]}
+    file = write(bad, {"id": "b", "label": "harmful"} | good)
+    with pytest.raises(DataError) as caught:
+        asking.read_prompts(settings([file], **fields), asker)
+    assert str(caught.value).startswith(f"{file}:1: ") and message in str(caught.value)
+    assert str(caught.value).endswith("(or leave such prompts out: --skip_bad_prompts)")
+    said, asked = [], settings([file], skip_bad_prompts=True, **fields)
+    assert [one.prompt.id for one in asking.read_prompts(asked, asker, said.append)] == ["b"]
+    assert said[0].startswith(f"Skipped: {file}:1: ") and message in said[0]
+    assert said[1] == "Skipped 1 of 2 prompts"
+
+
+def test_a_prompt_without_tokens(without_text):
+    with pytest.raises(DataError, match="^this prompt has no tokens: a response needs one"):
+        asking.check_tokens("this prompt", (), settings(), without_text)
+
+
+def test_ids_that_two_files_use(model, write):
+    files = [
+        write({"id": 1, "prompt_ids": [1], "label": "benign"}, name=f"{n}.jsonl") for n in "ab"
+    ]
+    with pytest.raises(DataError) as caught:
+        asking.read_prompts(settings(files), model)
+    message = f"{files[1]}:1: id '1' was used before, by {files[0]}:1; give one of them another id"
+    assert str(caught.value).startswith(message)
+    assert "--prompts=NAME:LABEL=FILE" in str(caught.value)
+
+
+def test_files_that_number_their_prompts_alike_may_be_told_apart(model, write):
+    alpaca = [write({"instruction": text}, name=f"{text}.jsonl") for text in ("how", "why")]
+    rows = [{"prompt_ids": [4]}, {"prompt_ids": [5], "id": "x"}]
+    own = write(*(row | {"label": "creative"} for row in rows), name="own:a=b.jsonl")
+    asked = [f"harmful={alpaca[0]}", f"test:harmful={alpaca[1]}", f"c:={own}"]
+    found = asking.read_prompts(settings(asked), model)
+    assert [(one.prompt.id, one.prompt.label) for one in found] == [
+        ("alpaca-harmful-1", "harmful"), ("test-harmful-1", "harmful"), ("c-1", "creative"),
+        ("c-x", "creative"),
+    ]  # fmt: skip
+    alone = asking.read_prompts(settings([own]), model)
+    assert [(one.prompt.id, one.prompt.source) for one in alone] == [("1", ""), ("x", "")]
+
+
+def test_a_prompt_counts_once(model, write):
+    """Under another id it would be in two splits, or narrow an interval."""
+    rows = [{"id": 1, "prompt": "tell me"}, {"id": 2, "prompt": " Tell  ME "}]
+    rows += [{"id": 3, "prompt_ids": [5]}, {"id": 4, "prompt_ids": [5]}, {"id": 5, "prompt": "why"}]
+    file, said = write(*(row | {"label": "benign"} for row in rows)), []
+    found = asking.read_prompts(settings([file], chat=True), model, said.append)
+    assert [one.prompt.id for one in found] == ["1", "3", "5"]
+    [message] = said
+    assert message.startswith("2 prompts are the same as others before them and are left out, the")
+    assert f"{file}:2: each counts once" in message
+
+
+def test_a_prompt_that_stands_twice_has_the_counterfactuals_of_both(model, write):
+    rows = [{"prompt": "tell me", "counterfactual": ["why", "how"]}, {"prompt": "tell me"}]
+    rows += [{"prompt": "Tell me", "counterfactual": ["how", "no"]}]
+    file = write(*({"id": n, "label": "benign"} | row for n, row in enumerate(rows)))
+    [one] = asking.read_prompts(settings([file]), model, lambda text: None)
+    assert one.prompt.counterfactuals == ("why", "how", "no")
+
+
+def test_the_same_prompt_has_one_label(model, write):
+    harmful = write({"id": "a", "prompt": "tell me"}, name="a.jsonl")
+    benign = write({"id": "b", "prompt": "tell  me"}, {"id": "c", "prompt": "why"}, name="b.jsonl")
+    files, said = [f"harmful={harmful}", f"benign={benign}"], []
+    message = f"{benign}:1: prompt 'b' is benign, and the same prompt is harmful at {harmful}:1"
+    with pytest.raises(DataError) as caught:
+        asking.read_prompts(settings(files), model)
+    assert str(caught.value).startswith(message)
+    asked = settings(files, skip_bad_prompts=True)
+    found = asking.read_prompts(asked, model, said.append)
+    assert [one.prompt.id for one in found] == ["a", "c"] and said[0] == f"Skipped: {message}"
+
+
+def test_text_and_messages_of_the_same_tokens_are_the_same_prompt(model, write):
+    chat = [{"role": "user", "content": "tell me"}]
+    rows = [{"id": "a", "prompt": chat}, {"id": "b", "prompt": "tell me"}]
+    file = write(*(row | {"label": "benign"} for row in rows))
+    found = asking.read_prompts(settings([file], chat=True), model, lambda text: None)
+    assert [one.prompt.id for one in found] == ["a"]
+
+
+def test_a_condition_that_fails_is_named(model, write, tmp_path, monkeypatch):
+    def generate(decoder, prompts, **options):
+        raise InputError("logits")
+
+    monkeypatch.setattr(generation, "generate", generate)
+    asked = asking.read_prompts(settings([write({"prompt": "why", "label": "benign"})]), model)
+    logs = response_log(tmp_path), verdict_log(tmp_path, "judges")
+    for condition, message in (
+        (PLAIN, "^logits$"),
+        (Condition("strength 9"), r"^condition 'strength 9': logits \(what was answered before"),
+    ):
+        with pytest.raises(InputError, match=message):
+            asking.answer(
+                settings(), model, asked, [condition], [RefusalPhrases()], *logs, progress=False
+            )
+
+
+def test_nothing_is_left(model, write):
+    file = write({"id": "a", "prompt_ids": [99], "label": "benign"})
+    with pytest.raises(DataError, match="prompts.jsonl: not one prompt can be used"):
+        asking.read_prompts(settings([file], skip_bad_prompts=True), model, lambda text: None)
+
+
+# Judges.
+
+
+def test_judges_that_are_asked_for(model):
+    asked = settings(judge=("tokens", "phrases"), comply_tokens=("yes", "1"), refuse_tokens=("no",))
+    yes, no = words.ids("yes no")
+    assert asking.read_judges(asked, model) == [FirstTokens((yes, 1), (no,)), RefusalPhrases()]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"judge": ("nobody",)}, "judge 'nobody': not one of phrases"),
+        ({"judge": ("nobody=x",)}, "judge 'nobody': not one of phrases"),
+        ({"judge": ("strongreject",)}, "judge 'strongreject': needs its text"),
+        ({"judge": ("llama-guard=/nowhere",)}, "/nowhere: no such folder"),
+        ({"judge_template": ("phrases",)}, "--judge_template=phrases: must be NAME=FILE"),
+        ({"judge_template": ("wildguard=x",)}, "--judge_template=wildguard=x: --judge names no"),
+        ({"judge": ("/no/own.json=x",)}, "/no/own.json: there is no such file"),
+        (WITH_TOKENS | {"comply_tokens": ("99",)}, "--comply_tokens=99: token id outside"),
+        (WITH_TOKENS | {"comply_tokens": ("2",)}, "judge 'tokens': [2] cannot both comply and"),
+    ],
+)
+def test_judges_that_cannot_be_used(fields, message, model):
+    with pytest.raises(InputError) as caught:
+        asking.read_judges(settings(**fields), model)
+    assert str(caught.value).startswith(message)
+
+
+def test_what_judges_read_must_be_there(without_text):
+    with pytest.raises(InputError, match="--judge=phrases: reads text, but model has no tokenizer"):
+        asking.read_judges(settings(), without_text)
+    asked = settings(judge=("tokens",), comply_tokens=("yes",), refuse_tokens=("2",))
+    with pytest.raises(InputError, match="--comply_tokens=yes: the checkpoint has no tokenizer"):
+        asking.read_judges(asked, without_text)
+
+
+# Answers.
+
+
+def test_the_budget_is_what_the_judges_leave(model, monkeypatch):
+    asked = []
+    monkeypatch.setattr(memory, "free", lambda given: asked.append(given) or 7)
+    assert dataclasses.replace(model, memory_gb=2.0).budget == 7 and asked == [2.0]
+
+
+def test_a_bar_counts_what_was_there_as_done_before(model, write, tmp_path, monkeypatch):
+    bars = []
+
+    class Bar(asking.tqdm.tqdm):
+        def __init__(self, **options):
+            super().__init__(**options)
+            bars.append(self)
+
+    def generate(decoder, prompts, **options):
+        return [generation.Response((5,), True) for _ in prompts]
+
+    monkeypatch.setattr(asking.tqdm, "tqdm", Bar)
+    monkeypatch.setattr(generation, "generate", generate)
+    rows = [
+        {"id": name, "prompt": "how " * n, "label": "benign"} for n, name in enumerate("abc", 1)
+    ]
+    for count in (2, 3):
+        asked = asking.read_prompts(settings([write(*rows[:count])]), model)
+        logs = response_log(tmp_path), verdict_log(tmp_path, "judges")
+        asking.answer(settings(), model, asked, [PLAIN], [RefusalPhrases()], *logs, label="some")
+    assert [(bar.desc, bar.initial, bar.n, bar.total) for bar in bars] == [
+        ("some: responses", 0, 2, 2),
+        ("some: verdicts", 0, 2, 2),
+        ("some: responses", 2, 3, 3),
+        ("some: verdicts", 2, 3, 3),
+    ]
+    assert isinstance(asked[0], Asked)
