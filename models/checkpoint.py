@@ -33,8 +33,7 @@ import transformers
 from flax import nnx
 from huggingface_hub.errors import StrictDataclassError
 
-from models import cache, families, placement, weights
-from models import config as config_lib
+from models import cache, families, hf_config, placement, weights
 from models.config import DecoderConfig
 from models.decoder import Decoder
 from models.errors import InputError
@@ -632,10 +631,10 @@ def _read_config(folder: pathlib.Path) -> DecoderConfig:
     attributes = _read_json(file)
     try:
         # Before transformers builds its class: it knows less well what is not supported here.
-        config_lib.refuse_unsupported(attributes)
+        hf_config.refuse_unsupported(attributes)
         _refuse_code(attributes)
-        hf_config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        return config_lib.from_hf(hf_config)
+        found = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return hf_config.from_hf(found)
     except (
         *(ValueError, KeyError, TypeError, AttributeError, ArithmeticError),
         StrictDataclassError,
@@ -737,7 +736,7 @@ def _write_config(
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     token_ids = {name: getattr(tokenizer, name, None) for name in names}
     try:
-        config_lib.to_hf(config, **token_ids).save_pretrained(folder)
+        hf_config.to_hf(config, **token_ids).save_pretrained(folder)
     except ValueError as error:
         raise CheckpointError(f"config.json: {error}") from error
 

@@ -13,8 +13,9 @@ from jaxtyping import Array, Bool, Float, Int
 from models import edits as editing
 from models import layers
 from models.config import DecoderConfig
-from models.edits import Edit, Site
+from models.edits import Edit
 from models.layers import Cache, Span, Tap, Traits
+from models.sites import Site
 
 
 @jax.tree_util.register_dataclass

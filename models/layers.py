@@ -5,6 +5,7 @@ heads, K key/value heads, G = H / K, h head size, I neurons. Batches are made wi
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -14,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from models.config import ACTIVATIONS, DecoderConfig, Rotary
-from models.edits import Site
+from models.sites import Site
 
 # Shows a site's value to whoever runs the layer, who may record it, replace it, or both.
 Tap = Callable[[Site, Float[Array, "T ..."]], Float[Array, "T ..."]]
@@ -274,6 +275,15 @@ class Attention(nnx.Module):
         return x if norm is None or self.normed_together else norm(x)
 
 
+# Those of the tanh approximation (arXiv 1606.08415) differ in how they round.
+_ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
 def capped(x: Float[Array, "..."], cap: float) -> Float[Array, "..."]:
     """Bounds x smoothly by -cap and cap (Gemma 2, arXiv 2408.00118)."""
     return cap * jnp.tanh(x / cap)
@@ -292,7 +302,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "T d"], tap: Tap) -> Float[Array, "T d"]:
         """What the MLP writes."""
-        activation = ACTIVATIONS[self.activation]
+        activation = _ACTIVATIONS[ACTIVATIONS[self.activation]]
         if self.gate is None:
             hidden = activation(self.up(x))
         else:

@@ -13,9 +13,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from models.config import DecoderConfig
 from models.decoder import Decoder
-from models.edits import Edit, Site
+from models.edits import Edit
 from models.organisms import language
 from models.organisms.language import Prompt
+from models.sites import Site
 
 # Heads [S, L, H] and neurons [S, L, I] of each set.
 Sets = tuple[Bool[Array, "S L H"], Bool[Array, "S L I"]]

@@ -6,8 +6,8 @@ import json
 import pytest
 import transformers
 
-from models import config as config_lib
-from models.config import Rotary
+from models import hf_config
+from models.config import DecoderConfig, Rotary
 from tests import tiny
 
 SHAPE = {
@@ -22,12 +22,12 @@ SHAPE = {
 
 
 def translate(family="llama", **attributes):
-    return config_lib.from_hf(transformers.AutoConfig.for_model(family, **(SHAPE | attributes)))
+    return hf_config.from_hf(transformers.AutoConfig.for_model(family, **(SHAPE | attributes)))
 
 
 def test_llama():
     config = translate(rms_norm_eps=1e-6, rope_theta=5e5, dtype="bfloat16")
-    assert config == config_lib.DecoderConfig(
+    assert config == DecoderConfig(
         family="llama",
         vocab_size=61,
         hidden_size=32,
@@ -71,7 +71,7 @@ def test_head_size_of_its_own(family):
 
 
 def test_what_gpt2_leaves_out():
-    config = config_lib.from_hf(transformers.GPT2Config(n_embd=24, n_head=4, n_inner=None))
+    config = hf_config.from_hf(transformers.GPT2Config(n_embd=24, n_head=4, n_inner=None))
     assert (config.num_kv_heads, config.head_dim, config.intermediate_size) == (4, 6, 96)
 
 
@@ -180,10 +180,10 @@ def test_rotary_by_type_of_layer():
 @pytest.mark.parametrize("family, share", [("phi3", 0.5), ("gpt_neox", 0.25)])
 def test_part_of_each_head_may_be_rotated(family, share):
     shape = {name: size for name, size in SHAPE.items() if name != "num_key_value_heads"}
-    hf_config = transformers.AutoConfig.for_model(
+    described = transformers.AutoConfig.for_model(
         family, **shape, rope_parameters={"rope_theta": 7.0, "partial_rotary_factor": share}
     )
-    rotary = config_lib.from_hf(hf_config).rotary
+    rotary = hf_config.from_hf(described).rotary
     assert rotary == Rotary(7.0, fraction=share)
     assert rotary.rotated(8) == 8 * share
 
@@ -417,9 +417,9 @@ MEANT = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_configs_are_understood(name, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(PUBLISHED[name]))
-    config = config_lib.from_hf(transformers.AutoConfig.from_pretrained(tmp_path))
+    config = hf_config.from_hf(transformers.AutoConfig.from_pretrained(tmp_path))
     assert {field: getattr(config, field) for field in MEANT[name]} == MEANT[name]
-    assert config_lib.from_hf(config_lib.to_hf(config)) == config
+    assert hf_config.from_hf(hf_config.to_hf(config)) == config
 
 
 def test_activation_refused():
@@ -446,7 +446,7 @@ def test_dtype_refused():
 )
 def test_other_models_refused(config_class, message):
     with pytest.raises(ValueError, match=message):
-        config_lib.from_hf(config_class())
+        hf_config.from_hf(config_class())
 
 
 @pytest.mark.parametrize(
@@ -518,9 +518,9 @@ LONGROPE = Rotary(
     ],
 )
 def test_there_and_back(config):
-    attributes = json.loads(config_lib.to_hf(config).to_json_string())
+    attributes = json.loads(hf_config.to_hf(config).to_json_string())
     del attributes["model_type"]
-    assert config_lib.from_hf(transformers.AutoConfig.for_model(config.family, **attributes)) == (
+    assert hf_config.from_hf(transformers.AutoConfig.for_model(config.family, **attributes)) == (
         config
     )
 
@@ -540,12 +540,12 @@ def test_there_and_back(config):
 )
 def test_inexpressible(family, fields, message):
     with pytest.raises(ValueError, match=message):
-        config_lib.to_hf(tiny.config(family, **fields))
+        hf_config.to_hf(tiny.config(family, **fields))
 
 
 def test_windowed_export_reads_the_same_without_layer_types():
     """Older programs derive the windows from max_window_layers."""
-    attributes = config_lib.to_hf(tiny.config("qwen2")).to_dict()
+    attributes = hf_config.to_hf(tiny.config("qwen2")).to_dict()
     del attributes["layer_types"], attributes["model_type"]
-    hf_config = transformers.AutoConfig.for_model("qwen2", **attributes)
-    assert config_lib.from_hf(hf_config) == tiny.config("qwen2")
+    described = transformers.AutoConfig.for_model("qwen2", **attributes)
+    assert hf_config.from_hf(described) == tiny.config("qwen2")

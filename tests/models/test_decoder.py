@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.edits import Edit, Site
+from models.edits import Edit
 from models.layers import Cache
+from models.sites import Site
 from tests import tiny
 
 TOKENS = np.array([5, 17, 3, 42, 8, 23, 60])

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from models import checkpoint, load, organisms
-from models.edits import Edit, Site
+from models.edits import Edit
 from models.organisms import language, organism, planted, training, walls
 from models.organisms.planted import Blueprint, Channel
+from models.sites import Site
 
 # The organism that is trained here: it has every kind of planted unit.
 RECIPE = dataclasses.replace(organisms.RECIPES["decoys"], steps=60)

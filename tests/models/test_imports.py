@@ -1,0 +1,15 @@
+"""What programs can import before they need JAX."""
+
+import subprocess
+import sys
+
+LIGHT = ("models", "models.config", "models.errors", "models.families", "models.sites")
+
+
+def test_names_and_shapes_are_there_without_jax():
+    program = f"import sys, {', '.join(LIGHT)}; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True
+    ).stdout.split()
+    assert set(LIGHT) <= set(loaded)
+    assert not {"jax", "flax", "transformers", "numpy"} & set(loaded)
