@@ -17,7 +17,7 @@ from jaxmed.question import positions, sites
 from jaxmed.question import question as question_lib
 from jaxmed.question.question import Question
 from models.decoder import Decoder
-from models.edits import Site
+from models.sites import Site
 
 # An effect below this share of the total effect is no discovery, however sure.
 MINIMUM_SHARE = 0.01

@@ -24,7 +24,8 @@ from jaxmed.question.metrics import Term
 from jaxmed.question.question import Question
 from jaxmed.reference.definition import aligned
 from models.decoder import Decoder
-from models.edits import Edit, Site
+from models.edits import Edit
+from models.sites import Site
 
 
 def joint_pair(

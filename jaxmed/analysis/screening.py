@@ -28,7 +28,7 @@ from jaxmed.question.metrics import Metric, Reading, Term
 from jaxmed.question.positions import Edited
 from jaxmed.question.question import Question
 from models.decoder import Decoder, Trace
-from models.edits import Site
+from models.sites import Site
 
 # Candidates for the `top` strongest effects: so many times `top` of the strongest scores.
 MARGIN = 2

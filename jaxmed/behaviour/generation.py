@@ -36,7 +36,8 @@ from models import checkpoint
 from models import edits as editing
 from models.config import DecoderConfig
 from models.decoder import Block, Decoder
-from models.edits import Hold, Part, Site
+from models.edits import Hold, Part
+from models.sites import Site
 from models.errors import InputError
 from models.layers import Cache, Tap
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxmed.question.positions import Edited
 from models.decoder import Decoder, Trace
-from models.edits import Site
+from models.sites import Site
 from models.layers import Cache, Span
 
 

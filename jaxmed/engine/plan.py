@@ -18,7 +18,7 @@ from jaxmed.question.positions import Edited, Positions
 from jaxmed.question.question import Question
 from jaxmed.question.sites import SITES
 from models.config import DecoderConfig
-from models.edits import Site
+from models.sites import Site
 
 # The position of a unit that is edited at every edited position.
 ALL_POSITIONS = -1

@@ -34,7 +34,7 @@ from jaxmed.question.metrics import (
     logsumexp_last_axis,
 )
 from models.decoder import Decoder, Trace
-from models.edits import Site
+from models.sites import Site
 
 # Of the operands of products with differences; accumulation and all else is float32 at least.
 MATMUL_PRECISIONS = {"float32": None, "bfloat16": jnp.bfloat16}

@@ -23,7 +23,7 @@ from jaxmed.intervention.outcomes import Found
 from jaxmed.intervention.units import Unit
 from models import checkpoint
 from models.decoder import Decoder
-from models.edits import Site
+from models.sites import Site
 from models.errors import InputError
 
 

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from jaxmed.intervention.units import Unit
 from jaxmed.intervention.values import Values
 from models.decoder import Decoder
-from models.edits import Site
+from models.sites import Site
 
 _NEGLIGIBLE = 1e-6  # of a layer's largest
 NEIGHBOURS = 8  # of the most similar units, among which a control is drawn

@@ -14,7 +14,7 @@ from jaxmed.analysis import ranking
 from jaxmed.question.sites import SITES
 from jaxmed.store.results import Results
 from models.config import DecoderConfig
-from models.edits import Site
+from models.sites import Site
 from models.errors import InputError
 
 GRANULARITIES = ("neuron", "head", "module")  # of the units that can be held

@@ -13,7 +13,8 @@ from jaxmed.intervention import units as units_lib
 from jaxmed.intervention.units import Unit
 from models.config import DecoderConfig
 from models.decoder import Decoder
-from models.edits import Hold, Site
+from models.edits import Hold
+from models.sites import Site
 
 # Positions at which units are held, and whether these are the prompt's before its last token, its
 # last token, and those of generated tokens.

@@ -13,7 +13,7 @@ import zlib
 import numpy as np
 
 from models.config import DecoderConfig
-from models.edits import Site
+from models.sites import Site
 from models.errors import InputError
 
 # A vector's length may differ from 1 by as much as float16 storage rounds it.

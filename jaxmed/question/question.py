@@ -14,7 +14,7 @@ from jaxmed.question.metrics import Metric
 from jaxmed.question.positions import Align, Positions
 from jaxmed.question.sites import SITES
 from models.config import DecoderConfig
-from models.edits import Site
+from models.sites import Site
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Granularities: which sites each is made of, and how many units they have."""
 
 from models.config import DecoderConfig
-from models.edits import Site
+from models.sites import Site
 
 # The sites that make up each granularity, in the order of the results' site axis. Those of the
 # direction granularity are the user's.

@@ -21,7 +21,8 @@ from jaxmed.question.metrics import KnownLogits, Term
 from jaxmed.question.positions import Edited
 from jaxmed.question.question import Question
 from models.decoder import Decoder, Trace
-from models.edits import Edit, Site
+from models.edits import Edit
+from models.sites import Site
 
 _LAYER_SITES = tuple(site for site in Site if site != Site.EMBEDDING)
 _DEFINED_AT_ONCE = 64  # units that the plain definition runs as a batch

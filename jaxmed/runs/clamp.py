@@ -52,7 +52,7 @@ from jaxmed.report import clamp, model_card
 from jaxmed.runs import asking
 from jaxmed.store import claims
 from jaxmed.store.results import Results
-from models.edits import Site
+from models.sites import Site
 from models.errors import InputError
 
 EDITS = ("refused", "benign", "zero", "source")

@@ -9,7 +9,7 @@ import numpy as np
 from jaxmed.data import pairs
 from jaxmed.question import directions
 from jaxmed.reference import definition
-from models.edits import Site
+from models.sites import Site
 
 GRANULARITIES = ("layer", "module", "head", "token", "neuron")
 

@@ -13,7 +13,8 @@ from jaxmed.engine import propagate, scan
 from jaxmed.question import metrics
 from jaxmed.question import question as question_lib
 from jaxmed.question.positions import Positions
-from models.edits import Edit, Site
+from models.edits import Edit
+from models.sites import Site
 from tests import tiny
 from tests.jaxmed import scans
 

@@ -16,7 +16,8 @@ from jaxmed.engine import capture, scan
 from jaxmed.question import metrics, positions, sites
 from jaxmed.question import question as question_lib
 from jaxmed.question.positions import Align, Positions
-from models.edits import Edit, Site
+from models.edits import Edit
+from models.sites import Site
 from models.errors import InputError
 from tests import tiny
 

@@ -9,7 +9,8 @@ import pytest
 
 from jaxmed.behaviour import generation
 from jaxmed.behaviour.generation import Sampling, generate
-from models.edits import Edit, Hold, Site
+from models.edits import Edit, Hold
+from models.sites import Site
 from models.errors import InputError
 from tests import tiny
 

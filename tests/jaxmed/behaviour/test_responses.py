@@ -10,7 +10,8 @@ from jaxmed.behaviour.generation import Sampling
 from jaxmed.behaviour.judges.protocol import Verdict
 from jaxmed.behaviour.responses import PLAIN, Asked, Condition, Key, Log, Response
 from jaxmed.data.prompts import Prompt
-from models.edits import Hold, Site
+from models.edits import Hold
+from models.sites import Site
 from models.errors import InputError
 from tests import tiny, words
 

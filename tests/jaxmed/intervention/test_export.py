@@ -8,7 +8,8 @@ import pytest
 from jaxmed.intervention import export
 from jaxmed.intervention import units as units_lib
 from jaxmed.intervention.units import Unit
-from models.edits import Edit, Site
+from models.edits import Edit
+from models.sites import Site
 from models.errors import InputError
 from tests import tiny
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxmed.question import directions
-from models.edits import Site
+from models.sites import Site
 from models.errors import InputError
 from tests import tiny
 

@@ -15,7 +15,7 @@ from jaxmed.intervention.outcomes import Held
 from jaxmed.intervention.units import Unit
 from jaxmed.report import clamp
 from jaxmed.runs import clamp as clamp_lib
-from models.edits import Site
+from models.sites import Site
 from tests.jaxmed.report.test_mediation import Page
 
 UNITS = tuple(Unit(Site.NEURON, 3, index) for index in (17, 4, 30, 9))
