@@ -37,9 +37,9 @@ from models import edits as editing
 from models.config import DecoderConfig
 from models.decoder import Block, Decoder
 from models.edits import Hold, Part
-from models.sites import Site
 from models.errors import InputError
 from models.layers import Cache, Tap
+from models.sites import Site
 
 # Rows of a batch, if they fit the memory.
 _ROWS = {"cpu": 16}

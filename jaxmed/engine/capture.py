@@ -14,8 +14,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxmed.question.positions import Edited
 from models.decoder import Decoder, Trace
-from models.sites import Site
 from models.layers import Cache, Span
+from models.sites import Site
 
 
 @jax.tree_util.register_dataclass

@@ -23,8 +23,8 @@ from jaxmed.intervention.outcomes import Found
 from jaxmed.intervention.units import Unit
 from models import checkpoint
 from models.decoder import Decoder
-from models.sites import Site
 from models.errors import InputError
+from models.sites import Site
 
 
 def check(settings: typing.Any) -> None:

@@ -14,8 +14,8 @@ from jaxmed.analysis import ranking
 from jaxmed.question.sites import SITES
 from jaxmed.store.results import Results
 from models.config import DecoderConfig
-from models.sites import Site
 from models.errors import InputError
+from models.sites import Site
 
 GRANULARITIES = ("neuron", "head", "module")  # of the units that can be held
 BY = ("max", "nie", "tie", "joint")

@@ -13,8 +13,8 @@ import zlib
 import numpy as np
 
 from models.config import DecoderConfig
-from models.sites import Site
 from models.errors import InputError
+from models.sites import Site
 
 # A vector's length may differ from 1 by as much as float16 storage rounds it.
 _TOLERANCE = 1e-2

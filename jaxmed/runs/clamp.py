@@ -52,8 +52,8 @@ from jaxmed.report import clamp, model_card
 from jaxmed.runs import asking
 from jaxmed.store import claims
 from jaxmed.store.results import Results
-from models.sites import Site
 from models.errors import InputError
+from models.sites import Site
 
 EDITS = ("refused", "benign", "zero", "source")
 CHOICES = asking.CHOICES | {

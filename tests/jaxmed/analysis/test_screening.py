@@ -17,8 +17,8 @@ from jaxmed.question import metrics, positions, sites
 from jaxmed.question import question as question_lib
 from jaxmed.question.positions import Align, Positions
 from models.edits import Edit
-from models.sites import Site
 from models.errors import InputError
+from models.sites import Site
 from tests import tiny
 
 LOGIT = metrics.LogitDifference()

@@ -10,8 +10,8 @@ import pytest
 from jaxmed.behaviour import generation
 from jaxmed.behaviour.generation import Sampling, generate
 from models.edits import Edit, Hold
-from models.sites import Site
 from models.errors import InputError
+from models.sites import Site
 from tests import tiny
 
 # Those that differ in what a cache, positions, windows and caps have to do with.

@@ -11,8 +11,8 @@ from jaxmed.behaviour.judges.protocol import Verdict
 from jaxmed.behaviour.responses import PLAIN, Asked, Condition, Key, Log, Response
 from jaxmed.data.prompts import Prompt
 from models.edits import Hold
-from models.sites import Site
 from models.errors import InputError
+from models.sites import Site
 from tests import tiny, words
 
 LENGTHS = {"a": 3, "b": 9, "c": 5}

@@ -15,8 +15,8 @@ from jaxmed.question import question as question_lib
 from jaxmed.question.positions import Align, Positions
 from jaxmed.reference import definition
 from models.edits import Edit
-from models.sites import Site
 from models.errors import InputError
+from models.sites import Site
 from tests import tiny
 from tests.jaxmed.engine import jaxprs
 from tests.jaxmed.scans import (

@@ -9,8 +9,8 @@ from jaxmed.intervention import export
 from jaxmed.intervention import units as units_lib
 from jaxmed.intervention.units import Unit
 from models.edits import Edit
-from models.sites import Site
 from models.errors import InputError
+from models.sites import Site
 from tests import tiny
 
 UNITS = [

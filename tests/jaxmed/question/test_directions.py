@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from jaxmed.question import directions
-from models.sites import Site
 from models.errors import InputError
+from models.sites import Site
 from tests import tiny
 
 CONFIG = tiny.config("llama")
