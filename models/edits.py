@@ -14,10 +14,10 @@ from models.sites import Site
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Edit:
-    """An affine map on a site of one layer: ``y <- scale * y + shift`` where the masks are true.
+    """A change of a site in one layer of one run: ``y <- scale * y + shift`` (see `affine`).
 
-    Every field but `site` is an array, so that edits can be stacked and vmapped. ``scale = 0``
-    selects the shift and never multiplies, so a patch is exact even where y is not finite.
+    Every field but `site` is an array, so that edits can be stacked and vmapped. A patch is exact
+    even where y is not finite.
 
     Attributes:
         site: the site.
@@ -67,14 +67,14 @@ class Edit:
 
     def mask(self, value: Float[Array, "T ..."]) -> Bool[Array, "T ..."]:
         """The entries of the site's value that this edit touches, broadcastable to it."""
-        mask = jnp.expand_dims(self.positions, tuple(range(1, value.ndim)))
+        mask = _along(self.positions, value)
         if self.units is not None:
             mask = mask & jnp.expand_dims(self.units, tuple(range(1, value.ndim - 1)))
         return mask
 
     def apply(self, value: Float[Array, "T ..."]) -> Float[Array, "T ..."]:
         """The edited value of the site, for a run in this edit's layer."""
-        return jnp.where(self.mask(value), _affine(value, self.scale, self.shift), value)
+        return affine(value, self.mask(value), self.scale, self.shift)
 
 
 class Part(enum.IntEnum):
@@ -88,11 +88,11 @@ class Part(enum.IntEnum):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Hold:
-    """An intervention that lasts through generation: ``y <- scale * y + shift`` on a site of every
-    layer, at prompt and generated positions. No intervention in a layer is (1, 0) there.
+    """An intervention that lasts through generation: ``y <- scale * y + shift`` (see `affine`) on
+    a site of every layer, at prompt and generated positions. (1, 0), which changes no bit, is no
+    intervention in a layer.
 
     Every field but `site` is an array, so that one compiled program serves all holds of a site.
-    ``scale = 0`` selects the shift and never multiplies; (1, 0) changes no bit.
 
     Attributes:
         site: any but `embedding`.
@@ -132,13 +132,26 @@ class Hold:
     ) -> Float[Array, "T ..."]:
         """The site's value in a layer of one prompt's run, whose positions are of these Parts."""
         where = jnp.stack([self.at_prompt, self.at_last, self.at_generated])[parts]
-        where = jnp.expand_dims(where, tuple(range(1, value.ndim)))
-        return jnp.where(where, _affine(value, self.scale[layer], self.shift[layer]), value)
+        return affine(value, _along(where, value), self.scale[layer], self.shift[layer])
 
 
-def _affine(value, scale, shift):
+def affine(
+    value: Float[Array, "T ..."],
+    where: Bool[Array, "T ..."],
+    scale: Float[Array, "..."],
+    shift: Float[Array, "..."],
+) -> Float[Array, "T ..."]:
+    """What every change of a site's value is: ``scale * value + shift`` where the mask is true.
+
+    ``scale = 0`` selects the shift and never multiplies: what is not finite can be replaced.
+    """
     scale, shift = scale.astype(value.dtype), shift.astype(value.dtype)
-    return jnp.where(scale == 0, shift, scale * value + shift)
+    return jnp.where(where, jnp.where(scale == 0, shift, scale * value + shift), value)
+
+
+def _along(positions: Bool[Array, "T"], value: Float[Array, "T ..."]) -> Bool[Array, "T ..."]:
+    """A mask of positions, broadcastable to a site's value."""
+    return jnp.expand_dims(positions, tuple(range(1, value.ndim)))
 
 
 def apply(
