@@ -4,6 +4,8 @@ Shapes are named in `models.layers`; L is the number of layers, V the vocabulary
 """
 
 import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,34 +23,40 @@ from models.sites import Site
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """Every site's value in one run, after its edits.
+    """The sites' values in one run, after its edits; None where they were not asked for.
 
     Attributes:
+        positions: rotary position of each token, [T].
+        valid: which of them are tokens and not padding, [T].
         embedding: what enters the first block, [T, d].
         residual, layer, attention, mlp: [L, T, d].
         head: [L, T, H, h].
         neuron: [L, T, I].
         keys, values: [L, T, K, h], after the rotary embedding.
-        positions: rotary position of each token, [T].
-        valid: which of them are tokens and not padding, [T].
     """
 
-    embedding: Float[Array, "T d"]
-    residual: Float[Array, "L T d"]
-    layer: Float[Array, "L T d"]
-    attention: Float[Array, "L T d"]
-    mlp: Float[Array, "L T d"]
-    head: Float[Array, "L T H h"]
-    neuron: Float[Array, "L T I"]
-    keys: Float[Array, "L T K h"]
-    values: Float[Array, "L T K h"]
     positions: Int[Array, "T"]
     valid: Bool[Array, "T"]
+    embedding: Float[Array, "T d"] | None = None
+    residual: Float[Array, "L T d"] | None = None
+    layer: Float[Array, "L T d"] | None = None
+    attention: Float[Array, "L T d"] | None = None
+    mlp: Float[Array, "L T d"] | None = None
+    head: Float[Array, "L T H h"] | None = None
+    neuron: Float[Array, "L T I"] | None = None
+    keys: Float[Array, "L T K h"] | None = None
+    values: Float[Array, "L T K h"] | None = None
 
     @property
     def cache(self) -> Cache:
-        """The run as the prefix of another."""
+        """The run as the prefix of another; ValueError if it kept no keys and values."""
+        if self.keys is None or self.values is None:
+            raise ValueError("the run kept no keys and values: name both among its sites")
         return Cache(self.keys, self.values, self.positions, self.valid)
+
+
+# What a run can keep.
+KEPT = (*(site.value for site in Site), "keys", "values")
 
 
 class Block(nnx.Module):
@@ -176,6 +184,52 @@ class Decoder(nnx.Module):
             embedding = embedding + learned.astype(self.compute_dtype)
         return embedding
 
+    def run_blocks(
+        self,
+        x: Float[Array, "T d"],
+        at: Span,
+        change: Callable[[Any, Site, Float[Array, "T ..."]], Float[Array, "T ..."]],
+        *,
+        layers: Any = None,
+        prefix: Cache | None = None,
+        keep: Sequence[str] = (),
+        recomputed: bool = False,
+    ) -> tuple[Float[Array, "T d"], dict[str, Float[Array, "L T ..."]]]:
+        """Runs all blocks on one sequence: the one loop over layers.
+
+        Args:
+            x: what enters the first block.
+            at: its positions.
+            change: called with what `layers` holds for the layer, a site and its value; returns
+                the value that the run goes on with.
+            layers: a pytree of arrays with a leading axis of layers; by default their indices, [L].
+            prefix: keys and values of a prefix that the sequence continues.
+            keep: the values that are returned, after any change: names of `Site` but "embedding",
+                and "keys" and "values". What is not named is not kept.
+            recomputed: whether a backward pass computes each block again: it then needs memory for
+                one residual stream a layer, and not for every value of every block.
+
+        Returns:
+            The last block's output; and what is kept, by name, stacked along layers.
+        """
+
+        def run_layer(x, inputs):
+            layer, block, traits, keys, values = inputs
+            cache = None if prefix is None else Cache(keys, values, prefix.positions, prefix.valid)
+            seen = {}
+
+            def tap(site, value):
+                seen[site.value] = change(layer, site, value)
+                return seen[site.value]
+
+            x, seen["keys"], seen["values"] = block.run(x, at, traits, cache, self.tap(tap))
+            return x, {name: seen[name] for name in keep}
+
+        layers = jnp.arange(self.config.num_layers) if layers is None else layers
+        keys, values = (None, None) if prefix is None else (prefix.keys, prefix.values)
+        inputs = (layers, self.blocks, self.traits, keys, values)
+        return jax.lax.scan(jax.checkpoint(run_layer) if recomputed else run_layer, x, inputs)
+
     def tap(self, change: Tap) -> Tap:
         """A tap that replaces sites' values; a change to the same value then changes no bit."""
 
@@ -193,7 +247,9 @@ class Decoder(nnx.Module):
         edits: list[Edit] | None = None,
         cache: Cache | None = None,
         valid: Bool[Array, "*B T"] | None = None,
-    ) -> tuple[Float[Array, "*B T V"], Trace]:
+        positions: Int[Array, "*B P"] | None = None,
+        sites: Sequence[str] | None = None,
+    ) -> tuple[Float[Array, "*B P V"], Trace]:
         """Runs the model.
 
         Args:
@@ -202,23 +258,49 @@ class Decoder(nnx.Module):
             cache: keys and values of a prefix that these tokens continue; with a batch, one per
                 row (a leading axis B).
             valid: which tokens are not padding; all by default. Padding may stand on either side.
+            positions: indices of the tokens whose logits are wanted, [P], or with a batch [B, P];
+                all by default. The logits of a long text are large, and few of them are read. The
+                trace has all positions.
+            sites: what the trace holds: any of `Site`, and "keys" and "values", which make a
+                `Trace.cache`; all by default.
 
         Returns:
-            Logits [T, V] and a `Trace`, both with the leading axis of a batch.
+            Logits [P, V] and a `Trace`, both with the leading axis of a batch. What was not asked
+            for is not computed for its own sake, and not kept.
 
         Raises:
-            ValueError: a token id or an edit's layer does not exist, a mask has another length, or
-                there are more tokens than positions
+            ValueError: a token id, a position, a site or an edit's layer does not exist, a mask
+                has another length, or there are more tokens than positions
                 (what is being traced by `jax.jit` or `jax.vmap` is not checked for its values).
         """
         tokens = jnp.asarray(tokens)
         edits = edits or []
+        sites = KEPT if sites is None else tuple(sites)
         if valid is None:
             valid = jnp.ones(tokens.shape, bool)
+        if positions is not None:
+            positions = jnp.asarray(positions, int)
+            positions = jnp.broadcast_to(positions, tokens.shape[:-1] + positions.shape[-1:])
         self._check(tokens, edits, valid, cache)
+        self._check_asked(tokens, positions, sites)
+        # In one order, so that one program serves all.
+        sites = tuple(name for name in KEPT if name in sites)
         if tokens.ndim == 1:
-            return _run(self, tokens, edits, cache, valid)
-        return jax.vmap(lambda t, c, v: _run(self, t, edits, c, v))(tokens, cache, valid)
+            return _run(self, tokens, edits, cache, valid, positions, sites)
+        return jax.vmap(lambda t, c, v, p: _run(self, t, edits, c, v, p, sites))(
+            tokens, cache, valid, positions
+        )
+
+    def _check_asked(self, tokens, positions, sites: tuple[str, ...]) -> None:
+        """Refuses positions and sites that are not there."""
+        if unknown := [name for name in sites if name not in KEPT]:
+            raise ValueError(f"{unknown[0]!r} is no site; a run can keep {', '.join(KEPT)}")
+        if positions is not None and not _known_inside(positions, tokens.shape[-1]):
+            outside = positions[(positions < 0) | (positions >= tokens.shape[-1])]
+            raise ValueError(
+                f"logits are wanted at position {outside[0]}, and there are {tokens.shape[-1]} "
+                "tokens, counted from 0"
+            )
 
     def _check(self, tokens, edits: list[Edit], valid, cache: Cache | None) -> None:
         """Refuses what array indexing and broadcasting would silently take for something else."""
@@ -250,32 +332,23 @@ class Decoder(nnx.Module):
                 f"{config.max_positions} positions"
             )
 
-    def _run(self, tokens, edits, cache, valid):
+    def _run(self, tokens, edits, cache, valid, positions, sites):
         """One sequence."""
         first = 0 if cache is None else jnp.sum(cache.valid)
         at = self.span(first + jnp.maximum(jnp.cumsum(valid) - 1, 0), valid)
         embedding = self.embed(tokens, at)
         embedding = editing.apply(edits, Site.EMBEDDING, jnp.zeros((), int), embedding)
-
-        def run_layer(x, inputs):
-            layer, block, traits, keys, values = inputs
-            prefix = None if cache is None else Cache(keys, values, cache.positions, cache.valid)
-            seen = {}
-
-            def change(site, value):
-                seen[site.value] = editing.apply(edits, site, layer, value)
-                return seen[site.value]
-
-            x, key, value = block.run(x, at, traits, prefix, self.tap(change))
-            return x, seen | {"keys": key, "values": value}
-
-        layer = jnp.arange(self.config.num_layers)
-        keys, values = (None, None) if cache is None else (cache.keys, cache.values)
-        x, traced = jax.lax.scan(
-            run_layer, embedding, (layer, self.blocks, self.traits, keys, values)
+        x, kept = self.run_blocks(
+            embedding,
+            at,
+            lambda layer, site, value: editing.apply(edits, site, layer, value),
+            prefix=cache,
+            keep=[name for name in sites if name != Site.EMBEDDING],
         )
-        trace = Trace(embedding=embedding, positions=at.positions, valid=valid, **traced)
-        return self.unembed(x), trace
+        if Site.EMBEDDING in sites:
+            kept |= {"embedding": embedding}
+        x = x if positions is None else jnp.take(x, positions, axis=0, mode="clip")
+        return self.unembed(x), Trace(positions=at.positions, valid=valid, **kept)
 
 
 @jax.custom_jvp
@@ -299,4 +372,4 @@ def _known_inside(value, size: int) -> bool:
 
 
 # Compiled once for each shape, also where the caller compiles nothing.
-_run = jax.jit(Decoder._run)
+_run = jax.jit(Decoder._run, static_argnames="sites")

@@ -149,20 +149,15 @@ def _slopes(
         Site.HEAD: decoder.config.num_heads,
     }
 
+    def moved(of_layer, site, value):
+        extent, change = of_layer
+        if site not in change:
+            return value
+        return value + _spread(extent[site], site, group_size, value) * change[site]
+
     def y(extents, embedding):
-        @jax.checkpoint  # Memory: one residual stream a layer, not every value of every block.
-        def run_layer(x, inputs):
-            block, traits, extent, change = inputs
-
-            def tap(site, value):
-                if site not in change:
-                    return value
-                return value + _spread(extent[site], site, group_size, value) * change[site]
-
-            return block.run(x, at, traits, None, tap)[0], None
-
-        inputs = (decoder.blocks, decoder.traits, extents, changes)
-        residual = jax.lax.scan(run_layer, embedding, inputs)[0]
+        layers = (extents, changes)
+        residual, _ = decoder.run_blocks(embedding, at, moved, layers=layers, recomputed=True)
         return read(decoder, metric, residual, reading, last_prompt)
 
     def slopes(fraction):

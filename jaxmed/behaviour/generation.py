@@ -38,7 +38,7 @@ from models.config import DecoderConfig
 from models.decoder import Block, Decoder
 from models.edits import Hold, Part
 from models.errors import InputError
-from models.layers import Cache, Tap
+from models.layers import Cache
 from models.sites import Site
 
 # Rows of a batch, if they fit the memory.
@@ -281,7 +281,7 @@ def _response_rows(decoder, holds, tokens, lengths, ends, room: int) -> Float[Ar
     def run(tokens, length, end, holds):
         parts = jnp.where(positions < length, Part.LAST, Part.GENERATED)
         parts = jnp.where(positions < length - 1, Part.PROMPT, parts)
-        x = run_blocks(decoder, holds, tokens, positions < end, parts)[0]
+        x, _ = _run_blocks(decoder, holds, tokens, positions < end, parts)
         return jnp.take(x, length - 1 + jnp.arange(room), axis=0, mode="clip")
 
     return _over_rows(run, holds)(tokens, lengths, ends, holds)
@@ -407,10 +407,9 @@ def _prefill(
     parts = jnp.where(jnp.arange(size) == size - 1, Part.LAST, Part.PROMPT)
 
     def run(tokens, length, holds):
-        x, keys, values = run_blocks(
-            decoder, holds, tokens, jnp.arange(size) >= size - length, parts
-        )
-        return x[-1], keys, values
+        valid = jnp.arange(size) >= size - length
+        x, kept = _run_blocks(decoder, holds, tokens, valid, parts, keep=("keys", "values"))
+        return x[-1], kept["keys"], kept["values"]
 
     def padded(stacked):
         return jnp.pad(stacked.swapaxes(1, 2), [(0, 0), (0, 0), (0, room), (0, 0)])
@@ -421,25 +420,21 @@ def _prefill(
     return x, cache
 
 
-def run_blocks(
+def _run_blocks(
     decoder: Decoder,
     holds: Sequence[Hold],
     tokens: Int[Array, "T"],
     valid: Bool[Array, "T"],
     parts: Int[Array, "T"],
-) -> tuple[Float[Array, "T d"], Float[Array, "L T K h"], Float[Array, "L T K h"]]:
-    """The last block's output for one sequence under holds; and its keys and values."""
+    keep: Sequence[str] = (),
+) -> tuple[Float[Array, "T d"], dict[str, Float[Array, "L T ..."]]]:
+    """The last block's output for one sequence under holds; and what is kept of all layers."""
     at = decoder.span(jnp.maximum(jnp.cumsum(valid) - 1, 0), valid)
 
-    def run_layer(x, inputs):
-        layer, block, traits = inputs
-        x, key, value = block.run(x, at, traits, None, _tap(decoder, holds, layer, parts))
-        return x, (key, value)
+    def change(layer, site, value):
+        return editing.hold(holds, site, layer, parts, value)
 
-    layers = jnp.arange(decoder.config.num_layers)
-    inputs = layers, decoder.blocks, decoder.traits
-    x, (keys, values) = jax.lax.scan(run_layer, decoder.embed(tokens, at), inputs)
-    return x, keys, values
+    return decoder.run_blocks(decoder.embed(tokens, at), at, change, keep=keep)
 
 
 @functools.partial(jax.jit, static_argnames="room")
@@ -503,16 +498,14 @@ def _step(decoder, blocks, holds, cache, tokens, lengths, step, room):
 
         def run(x, at, positions, valid, keys, values, holds, layer=layer, block=block):
             prefix = Cache(keys.swapaxes(0, 1), values.swapaxes(0, 1), positions, valid)
-            tap = _tap(decoder, holds, layer, parts)
+            tap = decoder.tap(
+                lambda site, value: editing.hold(holds, site, layer, parts, value),
+            )
             return block.run(x, at, decoder.traits.at(layer), prefix, tap)
 
         x, *newest = _over_rows(run, holds)(x, at, positions, valid, kept.keys, kept.values, holds)
         after.append(Kept(kept.keys, kept.values, *newest))
     return x[:, 0], after
-
-
-def _tap(decoder: Decoder, holds: Sequence[Hold], layer, parts: Int[Array, "T"]) -> Tap:
-    return decoder.tap(lambda site, value: editing.hold(holds, site, layer, parts, value))
 
 
 def _over_rows(run: Callable, holds: Sequence[Hold]) -> Callable:

@@ -141,7 +141,7 @@ def _means(
     weights: Float[Array, "W N"],
     sites: tuple[Site, ...],
 ) -> dict[Site, Float[Array, "W L ..."]]:
-    trace = decoder(tokens, valid=valid)[1]
+    trace = decoder(tokens, valid=valid, positions=(), sites=sites)[1]
     return {
         site: jnp.einsum("wn,ln...->wl...", weights, getattr(trace, site.value)) for site in sites
     }

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from models.decoder import KEPT
 from models.edits import Edit
 from models.layers import Cache
 from models.sites import Site
@@ -177,6 +178,81 @@ def test_a_cached_prefix_changes_nothing(decoder):
         valid=np.arange(7) < 4,
     )
     np.testing.assert_allclose(decoder(TOKENS[4:], cache=padded)[0], logits[4:], atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "sites", [("residual",), ("embedding", Site.HEAD), ("values", "keys", "neuron"), ()]
+)
+def test_a_trace_holds_what_was_asked_for_and_nothing_else(llama, sites):
+    logits, full = plain(llama)
+    found, trace = llama(TOKENS, sites=sites)
+    np.testing.assert_array_equal(found, logits)
+    held = {name for name in KEPT if getattr(trace, name) is not None}
+    assert held == set(sites)
+    for name in held:
+        np.testing.assert_array_equal(getattr(trace, name), getattr(full, name))
+    # Nor does the loop over layers stack anything else.
+    jaxpr = jax.make_jaxpr(lambda tokens: llama(tokens, sites=sites))(TOKENS)
+    [run] = [eqn.params["jaxpr"] for eqn in jaxpr.eqns if eqn.primitive.name == "jit"][-1:]
+    [loop] = [eqn for eqn in run.eqns if eqn.primitive.name == "scan"]
+    assert len(loop.outvars) - loop.params["num_carry"] == len(held - {"embedding"})
+
+
+def test_a_trace_without_keys_and_values_is_no_prefix(llama):
+    with pytest.raises(ValueError, match="kept no keys and values"):
+        _ = llama(TOKENS, sites=("residual", "keys"))[1].cache
+    prefix = llama(TOKENS[:4], sites=("keys", "values"))[1].cache
+    np.testing.assert_array_equal(
+        llama(TOKENS[4:], cache=prefix)[0],
+        llama(TOKENS[4:], cache=llama(TOKENS[:4])[1].cache)[0],
+    )
+
+
+def test_logits_are_those_of_the_positions_asked_for(llama):
+    logits, full = plain(llama)
+    found, trace = llama(TOKENS, positions=[6, 2])
+    np.testing.assert_allclose(found, logits[np.array([6, 2])], rtol=1e-6, atol=1e-6)
+    for name in KEPT:  # the trace has all positions
+        np.testing.assert_array_equal(getattr(trace, name), getattr(full, name))
+    assert llama(TOKENS, positions=())[0].shape == (0, 61)
+    shapes = [
+        var.aval.shape
+        for eqn in _equations(jax.make_jaxpr(lambda t: llama(t, positions=[6, 2]))(TOKENS))
+        for var in eqn.outvars
+    ]
+    assert (2, 61) in shapes and (T, 61) not in shapes
+
+
+def _equations(jaxpr):
+    """Of a program and of those within it."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for value in eqn.params.values():
+            if hasattr(value, "eqns"):
+                yield from _equations(value)
+
+
+def test_each_row_of_a_batch_may_ask_for_its_own_positions(llama):
+    batch = np.stack([TOKENS, TOKENS[::-1]])
+    logits, _ = llama(batch)
+    own, _ = llama(batch, positions=[[6, 2], [0, 1]], sites=())
+    np.testing.assert_allclose(own[0], logits[0, np.array([6, 2])], atol=1e-6)
+    np.testing.assert_allclose(own[1], logits[1, np.array([0, 1])], atol=1e-6)
+    shared, _ = llama(batch, positions=[3], sites=())
+    np.testing.assert_allclose(shared[:, 0], logits[:, 3], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "asked, message",
+    [
+        ({"positions": [7]}, "logits are wanted at position 7, and there are 7 tokens"),
+        ({"positions": [0, -1]}, "at position -1"),
+        ({"sites": ("residual", "logits")}, "'logits' is no site; a run can keep embedding, "),
+    ],
+)
+def test_positions_and_sites_that_are_not_there_are_refused(asked, message, llama):
+    with pytest.raises(ValueError, match=message):
+        llama(TOKENS, **asked)
 
 
 @pytest.mark.parametrize("side", ["left", "right", "mixed", "both"])

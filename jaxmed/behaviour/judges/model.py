@@ -14,12 +14,10 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import transformers
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxmed.behaviour import generation
 from jaxmed.behaviour.judges.protocol import SAYS, Exchange, Verdict, named_exchanges, text_of
 from jaxmed.behaviour.judges.templates import Answer, Question, Template, braced, require_text
 from jaxmed.data import chat
@@ -279,15 +277,8 @@ def _log_probabilities(
     asked: Int[Array, "K"],
 ) -> Float[Array, "B R K"]:
     """Log-probabilities of tokens after the given positions; no other position's logits exist."""
-
-    parts = jnp.zeros(tokens.shape[1], jnp.int32)  # of which nothing is held
-
-    def of_run(tokens, valid, rows):
-        residual = generation.run_blocks(decoder, (), tokens, valid, parts)[0]
-        last = jnp.take(residual, rows, axis=0, mode="clip")
-        return jax.nn.log_softmax(decoder.unembed(last))[:, asked]
-
-    return jax.vmap(of_run)(tokens, valid, rows)
+    logits, _ = decoder(tokens, valid=valid, positions=rows, sites=())
+    return jax.nn.log_softmax(logits)[..., asked]
 
 
 def _batches(lengths: list[int]) -> Iterator[list[int]]:
