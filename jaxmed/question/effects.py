@@ -6,6 +6,8 @@ import numpy as np
 
 from jaxmed.question.sites import MODULE_SITES, TOKEN_SITES
 
+ESTIMANDS = ("nie", "tie")  # measured of every unit: one alone can mislead
+
 
 @dataclasses.dataclass(frozen=True)
 class PairEffects:

@@ -10,7 +10,7 @@ def table(figures: Figures) -> list[str]:
         ("device", figures.device),
         ("neurons", f"{figures.neurons:,}, each patched alone, in batches of {figures.batch:,}"),
         ("compilation", f"{figures.compile_seconds:.1f} s"),
-        ("one direction of a pair", f"{figures.seconds:.3g} s (median)"),
+        ("one estimand of a pair", f"{figures.seconds:.3g} s (median)"),
         ("neurons per second", f"{figures.neurons_per_second:,.0f}"),
         ("operations needed", f"{figures.flops:.3g}"),
         ("this machine's products", f"{figures.matmul_flops_per_second:.3g} operations a second"),
@@ -20,7 +20,7 @@ def table(figures: Figures) -> list[str]:
     if figures.speedup_screen is not None:
         rows.append(
             (
-                "screened, both directions",
+                "screened, both estimands",
                 f"{figures.screen_seconds:.3g} s: x {figures.speedup_screen:.1f}",
             )
         )

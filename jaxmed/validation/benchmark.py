@@ -47,9 +47,9 @@ class Figures:
         neurons: neurons that were scanned.
         batch: rows that go through a block together.
         compile_seconds: what the first run took longer than the others.
-        seconds: of one direction, NIE or TIE: half of what both take together, captures included.
+        seconds: of one estimand, NIE or TIE: half of what both take together, captures included.
         neurons_per_second: neurons / seconds.
-        flops: floating-point operations that the algorithm needs in one direction: in the blocks
+        flops: floating-point operations that the algorithm needs for one estimand: in the blocks
             after each neuron, at the span's positions, and in the metric.
         product_flops: of these, the products with the blocks' weights.
         matmul_flops_per_second: the machine's rate for products of the engine's shapes, weighted
@@ -59,8 +59,8 @@ class Figures:
         speedup_hooks: how many times more neurons per second than transformers with hooks.
         speedup_prefix: than the prefix-cached loop, with torch as it is installed.
         rivals: of all that were timed: `what`, `neurons_per_second` and `speedup`.
-        screen_seconds: of both directions of a pair in screened mode, scores and audit included.
-        speedup_screen: how many times faster that is than both directions in full.
+        screen_seconds: of both estimands of a pair in screened mode, scores and audit included.
+        speedup_screen: how many times faster that is than both estimands in full.
     """
 
     preset: str
@@ -263,7 +263,7 @@ def measure(
     pair = presets.random_pair(config, chosen_preset.tokens)
     engine = _Engine(decoder, pair, chosen, chosen_preset.matmul_precision, memory.free(memory_gb))
     products = _Products(config, engine.batch, chosen_preset.matmul_precision)
-    say(f"first run of {int(chosen.sum()):,} neurons in both directions, with compilation")
+    say(f"first run of {int(chosen.sum()):,} neurons by both estimands, with compilation")
     first = engine.seconds()
     products.rate()
     seconds, rates, fractions = [], [], []
@@ -275,7 +275,7 @@ def measure(
         fractions.append(engine.product_operations / seconds[-1] / rates[-1])
         before = after
         say(
-            f"round {number + 1} of {rounds}: {seconds[-1]:.2f} s a direction, "
+            f"round {number + 1} of {rounds}: {seconds[-1]:.2f} s an estimand, "
             f"{fractions[-1]:.3f} of {rates[-1] / 1e9:.0f} billion operations a second"
         )
     median = statistics.median(seconds)
@@ -315,7 +315,7 @@ class _Engine:
 
     Attributes:
         batch: rows of a batch.
-        operations: what one direction needs.
+        operations: what one estimand needs.
         product_operations: of these, what products with the blocks' weights need.
     """
 
@@ -341,7 +341,7 @@ class _Engine:
         self.product_operations = float(blocks_after) * block_operations(config)
 
     def seconds(self) -> float:
-        """Of one direction: half of what both take."""
+        """Of one estimand: half of what both take."""
         start = time.perf_counter()
         self.scan()
         return (time.perf_counter() - start) / 2
