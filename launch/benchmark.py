@@ -73,9 +73,9 @@ _MEMORY_GB = flags.DEFINE_float(
 
 def main() -> None:
     """Measures, prints a table, and writes the file."""
-    rivals = benchmark.GENERATION_RIVALS if _GENERATE.value else benchmark.RIVALS
-    if unknown := sorted(set(_AGAINST.value) - set(rivals)):
-        raise InputError(f"--against={','.join(unknown)}: not one of {', '.join(rivals)}")
+    baselines = benchmark.GENERATION_BASELINES if _GENERATE.value else benchmark.BASELINES
+    if unknown := sorted(set(_AGAINST.value) - set(baselines)):
+        raise InputError(f"--against={','.join(unknown)}: not one of {', '.join(baselines)}")
     of_speed = ("preset", "screen", "layers", "neurons", "rounds", "memory_gb")
     for mode, others in (
         ("accuracy", ("generate", *of_speed)),

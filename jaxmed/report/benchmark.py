@@ -25,8 +25,11 @@ def table(figures: Figures) -> list[str]:
             )
         )
     rows += [
-        (rival["what"], f"{rival['neurons_per_second']:,.1f} a second: x {rival['speedup']:.2f}")
-        for rival in figures.rivals.values()
+        (
+            baseline["what"],
+            f"{baseline['neurons_per_second']:,.1f} a second: x {baseline['speedup']:.2f}",
+        )
+        for baseline in figures.baselines.values()
     ]
     return _aligned(rows)
 
@@ -50,11 +53,11 @@ def generation_table(figures: GenerationFigures) -> list[str]:
     ]
     rows += [
         (
-            rival["what"],
-            f"{rival['tokens_per_second']:,.1f} a second: x {rival['speedup']:.2f}, with the hold "
-            f"x {rival['held_speedup']:.2f}",
+            baseline["what"],
+            f"{baseline['tokens_per_second']:,.1f} a second: x {baseline['speedup']:.2f}, with the hold "
+            f"x {baseline['held_speedup']:.2f}",
         )
-        for _, rival in sorted(figures.rivals.items())
+        for _, baseline in sorted(figures.baselines.items())
     ]
     return _aligned(rows)
 
