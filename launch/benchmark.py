@@ -103,7 +103,7 @@ def _accuracy() -> tuple[list[dict], list[str]]:
     runs = "hooks" in _AGAINST.value
     rows = numerical_error.measure("random", *numerical_error.random_model(), runs=runs)
     rows += numerical_error.measure("trained", decoder, pair, runs=runs)
-    return [dataclasses.asdict(row) for row in rows], numerical_error.table(rows)
+    return [dataclasses.asdict(row) for row in rows], benchmark_lib.numerical_error_table(rows)
 
 
 def _generation() -> tuple[dict, list[str]]:

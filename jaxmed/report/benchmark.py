@@ -1,6 +1,7 @@
-"""Tables of speed."""
+"""Tables of speed, and of numerical error."""
 
 from jaxmed.validation.benchmark import Figures, GenerationFigures
+from jaxmed.validation.numerical_error import NumericalError
 
 
 def table(figures: Figures) -> list[str]:
@@ -60,6 +61,18 @@ def generation_table(figures: GenerationFigures) -> list[str]:
         for _, baseline in sorted(figures.baselines.items())
     ]
     return _aligned(rows)
+
+
+def numerical_error_table(rows: list[NumericalError]) -> list[str]:
+    """The rows for people."""
+    heading = f"{'model':<10}{'effects by':<20}{'products':<10}{'':<6}{'Frobenius':>10}"
+    lines = [f"{heading}{'median':>10}{'Spearman':>10}"]
+    for row in rows:
+        lines.append(
+            f"{row.model:<10}{row.method:<20}{row.dtype:<10}{row.estimand:<6}"
+            f"{row.frobenius:>10.1e}{row.median:>10.1e}{row.spearman:>10.5f}"
+        )
+    return lines
 
 
 def _aligned(rows: list[tuple[str, str]]) -> list[str]:
