@@ -10,6 +10,7 @@ from jaxmed.files.reading import DataError
 from jaxmed.question import positions as positions_lib
 from jaxmed.question import sites
 from jaxmed.question.directions import Directions
+from jaxmed.question.effects import Sizes
 from jaxmed.question.metrics import Metric
 from jaxmed.question.positions import Align, Positions
 from jaxmed.question.sites import SITES
@@ -57,6 +58,27 @@ def shapes(
         "direction": lambda: question.directions.given.shape[1:],
     }
     return {name: (config.num_layers, *units[name]()) for name in granularities}
+
+
+def sizes(
+    config: DecoderConfig,
+    pairs: Iterable[Pair],
+    question: Question,
+    granularities: Iterable[str],
+) -> Sizes:
+    """How many units the model and these pairs have under the question."""
+    positions = 0
+    if "token" in granularities:
+        positions = max(shapes(config, pair, question, ["token"])["token"][-1] for pair in pairs)
+    directions = question.directions
+    return Sizes(
+        layers=config.num_layers,
+        heads=config.num_heads,
+        neurons=sites.group_count(config, question.group_size),
+        positions=positions,
+        sites=directions.sites if directions else (),
+        directions=directions.given.shape[-1] if directions else 0,
+    )
 
 
 def token_columns(pair: Pair, question: Question) -> np.ndarray:

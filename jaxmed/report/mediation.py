@@ -15,6 +15,7 @@ from matplotlib import figure
 
 from jaxmed.analysis import ranking
 from jaxmed.analysis import summary as summary_lib
+from jaxmed.question.effects import Status
 from jaxmed.report import numbers, pages
 from jaxmed.report.figures import canvas
 from jaxmed.report.figures import effects as effects_lib
@@ -445,18 +446,19 @@ def _statuses(results: results_lib.Results) -> list[dict]:
     rows = []
     for granularity in results.granularities:
         done = results.done(granularity)
-        counts = np.bincount(done.ravel(), minlength=4)
+        counts = np.bincount(done.ravel(), minlength=len(Status))
         # Positions beyond a pair's length, and directions that do not exist, are no work undone.
         if granularity in ("token", "direction"):
-            begun = (done != results_lib.NOT_RUN).any(axis=(1, 2, 3))
-            counts[results_lib.NOT_RUN] = done[~begun].size
+            begun = (done != Status.NOT_RUN).any(axis=(1, 2, 3))
+            counts[Status.NOT_RUN] = done[~begun].size
         rows.append(
             {
                 "granularity": granularity,
-                "exact": f"{counts[results_lib.EXACT]:,}",
-                "estimated": f"{counts[results_lib.ESTIMATED]:,}",
-                "failed": f"{counts[results_lib.FAILED]:,}",
-                "not_run": f"{counts[results_lib.NOT_RUN]:,}",
+                "exact": f"{counts[Status.EXACT]:,}",
+                "estimated": f"{counts[Status.ESTIMATED]:,}",
+                "failed": f"{counts[Status.FAILED]:,}",
+                "left_out": f"{counts[Status.LEFT_OUT]:,}",
+                "not_run": f"{counts[Status.NOT_RUN]:,}",
             }
         )
     return rows

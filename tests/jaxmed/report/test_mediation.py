@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxmed.question import sites
+from jaxmed.question.effects import Status
 from jaxmed.report import mediation
 from jaxmed.store import results
 from jaxmed.validation import scoring
@@ -31,13 +32,13 @@ AUDIT = {
 def screen(made, audit=AUDIT):
     """Makes the first candidates and samples of the audit exact, by layer, and the rest estimates
     that are far too large."""
-    status = np.full(SIZES.shape("neuron"), results.ESTIMATED)
-    status.flat[: audit["candidates"] + audit["sampled"]] = results.EXACT
+    status = np.full(SIZES.shape("neuron"), Status.ESTIMATED)
+    status.flat[: audit["candidates"] + audit["sampled"]] = Status.EXACT
     for pair, effects in enumerate(zip(*made.effects("neuron"), strict=True)):
         estimates = [np.full(SIZES.shape("neuron"), 99.0)] * 2
         made.write_estimates(pair, *estimates)
         both = [
-            np.where(status == results.EXACT, *side)
+            np.where(status == Status.EXACT, *side)
             for side in zip(effects, estimates, strict=True)
         ]
         made.write(pair, "neuron", *both, status)

@@ -18,6 +18,7 @@ from jaxmed.data import splits
 from jaxmed.engine import memory, scan
 from jaxmed.files import reading
 from jaxmed.question import directions
+from jaxmed.question.effects import Status
 from jaxmed.question.metrics import LogitDifference
 from jaxmed.question.question import Question
 from jaxmed.report import mediation
@@ -241,12 +242,12 @@ def test_tokens_count_from_the_prompts_end_and_are_nan_beyond_its_aligned_positi
             token = found[f"token/{name}"][index]
             assert np.isfinite(token[..., :length]).all() and np.isnan(token[..., length:]).all()
         done = found["token/done"][index]
-        assert (done[..., :length] == results.EXACT).all()
-        assert (done[..., length:] == results.NOT_RUN).all()
+        assert (done[..., :length] == Status.EXACT).all()
+        assert (done[..., length:] == Status.NOT_RUN).all()
     # Patching the residual of the last token of the last layer is the total effect.
     np.testing.assert_allclose(found["token/nie"][:, -1, 0, 0], found["te"], rtol=1e-5)
     for name in set(UNITS) - {"token"}:
-        assert (found[f"{name}/done"] == results.EXACT).all()
+        assert (found[f"{name}/done"] == Status.EXACT).all()
 
 
 def test_tokens_are_nan_where_alignment_from_the_start_leaves_the_end_out(asked, tmp_path):
@@ -256,7 +257,7 @@ def test_tokens_are_nan_where_alignment_from_the_start_leaves_the_end_out(asked,
     found = arrays(mediate.run(to(asked, tmp_path, pairs=str(pairs), **question)).folder)
     assert found["token/nie"].shape == (1, LAYERS, 3, 7)
     assert np.isnan(found["token/nie"][..., 0]).all()
-    assert (found["token/done"][..., 0] == results.NOT_RUN).all()
+    assert (found["token/done"][..., 0] == Status.NOT_RUN).all()
     assert np.isfinite(found["token/nie"][..., 1:]).all()
 
 
@@ -303,7 +304,7 @@ def test_a_run_that_is_stopped_between_pairs_goes_on_with_the_missing_ones(
     assert described(out)["finished"] is False
     assert {path.name for path in out.iterdir()} == {"run.json", "effects.zarr"}
     done = arrays(out)["layer/done"]
-    assert (done[0] == results.EXACT).all() and (done[1:] == results.NOT_RUN).all()
+    assert (done[0] == Status.EXACT).all() and (done[1:] == Status.NOT_RUN).all()
     assert np.isnan(arrays(out)["te"][1:]).all()
 
     scans.clear()
@@ -572,7 +573,7 @@ def test_a_file_of_directions_adds_them_to_what_is_asked(asked, finished, vector
     assert group["direction/done"].shape == (3, LAYERS, 2, 3)
     given = np.zeros((LAYERS, 2, 3), bool)
     given[0, 0, 0] = given[1, 1] = True
-    assert (run.done("direction") == np.where(given, results.EXACT, results.NOT_RUN)).all()
+    assert (run.done("direction") == np.where(given, Status.EXACT, Status.NOT_RUN)).all()
     for side, neurons in zip(run.effects("direction"), finished.effects("neuron"), strict=True):
         assert (np.isfinite(side) == given).all()
         # A neuron is a direction along one axis of its site.
@@ -622,9 +623,9 @@ def test_a_screened_run_is_exact_where_it_computes_and_says_where_it_does_not(
 
     status = screened.done("neuron")
     assert (status == status[0]).all()
-    exact = status[0] == results.EXACT
+    exact = status[0] == Status.EXACT
     assert exact.sum() == screening.MARGIN * TOP + AUDITED
-    assert (status[0][~exact] == results.ESTIMATED).all()
+    assert (status[0][~exact] == Status.ESTIMATED).all()
     strength = ranking.strength(*expected)
     strongest = np.argsort(-strength, axis=None)[: screening.MARGIN * TOP]
     assert exact.flat[strongest].all()
@@ -693,7 +694,7 @@ def test_a_screen_of_all_neurons_misses_none(asked, tmp_path):
     pairs = write(tmp_path / "pairs.jsonl", PAIRS[0])
     changes = {"pairs": str(pairs), "granularity": ("neuron",), "screen": 12, "screen_audit": 0}
     run = mediate.run(to(asked, tmp_path, **changes))
-    assert (run.done("neuron") == results.EXACT).all()
+    assert (run.done("neuron") == Status.EXACT).all()
     assert run.run["audit"]["bound"] == 0 and run.run["audit"]["spearman"] is None
     assert mediation.closing_lines(run)[-1].endswith("so none is missing.")
 
