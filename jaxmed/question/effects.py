@@ -6,6 +6,8 @@ import numpy as np
 
 from jaxmed.question.sites import MODULE_SITES, TOKEN_SITES
 
+ESTIMANDS = ("nie", "tie")  # of every unit; in this order wherever both stand beside each other
+
 
 @dataclasses.dataclass(frozen=True)
 class PairEffects:
