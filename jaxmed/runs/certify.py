@@ -19,9 +19,9 @@ from jaxmed.analysis import circuits, controls, screening
 from jaxmed.analysis import joint as joint_lib
 from jaxmed.analysis import ranking as ranking_lib
 from jaxmed.files import atomic
+from jaxmed.question.effects import ESTIMANDS
 from jaxmed.question.positions import Align, Positions
 from jaxmed.report import certificate
-from jaxmed.report.figures import effects
 from jaxmed.runs import mediate
 from jaxmed.runs.mediate import Asked, Settings
 from jaxmed.store.results import Results
@@ -383,7 +383,7 @@ def _faithfulness(asked: Asked, ranked: dict[str, _Ranking]) -> dict[str, np.nda
 def _curve_rows(name: str, curve: np.ndarray) -> list[dict]:
     return [
         {"method": name, "direction": direction, "fraction": fraction, "faithfulness": float(value)}
-        for direction, values in zip(effects.DIRECTIONS, curve, strict=True)
+        for direction, values in zip(ESTIMANDS, curve, strict=True)
         for fraction, value in zip(circuits.CIRCUIT_SIZES, values, strict=True)
     ]
 
