@@ -84,10 +84,10 @@ class Term:
 
 
 class Metric(Protocol):
-    """What every metric provides; `unit` and `meaning` are for people."""
+    """What every metric provides; `metric_unit` and `meaning` are for people."""
 
     name: str
-    unit: str
+    metric_unit: str
     meaning: str
 
     def terms(self, pair: Pair) -> list[Term]:
@@ -118,7 +118,7 @@ class LogitDifference:
     safe_tokens: tuple[int, ...] = ()
 
     name = "logit_diff"
-    unit = "logits"
+    metric_unit = "logits"
 
     @property
     def meaning(self) -> str:
@@ -177,7 +177,7 @@ class ResponseLogprobDifference:
     decision_tokens: int = 1
 
     name = "response_logprob_diff"
-    unit = "nats per token"
+    metric_unit = "nats per token"
 
     @property
     def meaning(self) -> str:

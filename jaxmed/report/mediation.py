@@ -66,7 +66,7 @@ def write(folder, show_text: bool = False, pairs=None) -> pathlib.Path:
     truth = results.run.get("truth")
     joint = _joint(results)
     audit = results.run.get("audit")
-    unit = results.run["unit"]
+    unit = results.run["metric_unit"]
 
     drawn = {}
     mean_te = te and te["mean"]
@@ -124,7 +124,7 @@ def write(folder, show_text: bool = False, pairs=None) -> pathlib.Path:
 def closing_lines(results: results_lib.Results) -> list[str]:
     """What a run prints at its end: where the results are, and what was measured."""
     summary = summary_lib.read_summary(results)
-    unit = results.run["unit"]
+    unit = results.run["metric_unit"]
     missing = max(len(results.missing(name)) for name in results.granularities)
     lines = []
     if missing:
@@ -291,7 +291,7 @@ def _joint_sentence(joint: dict) -> str:
 
 
 def _facts(results: results_lib.Results, te: dict | None) -> list[tuple]:
-    run, unit = results.run, results.run["unit"]
+    run, unit = results.run, results.run["metric_unit"]
     positions = str(run["positions"])
     explained = _POSITIONS.get(positions)
     sizes = results.sizes
@@ -342,7 +342,7 @@ def _screen_sentences(results: results_lib.Results) -> list[str]:
         ]
     sentences.append(
         f"At most {audit['bound']:,} {units} stronger than the {_ordinal(top)} strongest of the"
-        f" candidates ({numbers.number(audit['threshold'])} {run['unit']}) are missing, at"
+        f" candidates ({numbers.number(audit['threshold'])} {run['metric_unit']}) are missing, at"
         f" {numbers.percent(audit['confidence'])} confidence; the audit found {audit['hits']:,} of"
         f" {sampled:,}."
     )
@@ -363,7 +363,7 @@ def _screen_figure(results: results_lib.Results, audit: dict) -> Figure:
         exact=exact[both],
         candidates=audit["candidates"],
         threshold=audit["threshold"],
-        metric_unit=results.run["unit"],
+        metric_unit=results.run["metric_unit"],
     )
 
 

@@ -45,7 +45,7 @@ _CONSTANTS = {
     "circuit_sizes": circuits.CIRCUIT_SIZES,
     "minimum_share": controls.MINIMUM_SHARE,
     "draws": controls.DRAWS,
-    "columns": outcomes.ROW.names,
+    "columns": outcomes.ROW.names + outcomes.CURVE.names,
     "jaxmed": __version__,
 }
 
@@ -382,8 +382,8 @@ def _faithfulness(asked: Asked, ranked: dict[str, _Ranking]) -> dict[str, np.nda
 
 def _curve_rows(name: str, curve: np.ndarray) -> list[dict]:
     return [
-        {"method": name, "direction": direction, "fraction": fraction, "faithfulness": float(value)}
-        for direction, values in zip(ESTIMANDS, curve, strict=True)
+        {"method": name, "estimand": estimand, "fraction": fraction, "faithfulness": float(value)}
+        for estimand, values in zip(ESTIMANDS, curve, strict=True)
         for fraction, value in zip(circuits.CIRCUIT_SIZES, values, strict=True)
     ]
 

@@ -381,7 +381,7 @@ def _description(
 ) -> dict:
     """What `run.json` says of the run."""
     return (dataclasses.asdict(settings) | circumstances.circumstances()) | {
-        "unit": question.metric.unit,
+        "metric_unit": question.metric.metric_unit,
         "meaning": question.metric.meaning,
         # The name under which the results' arrays record it.
         "precision": settings.matmul_precision,
