@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import zarr
 
+import jaxmed
 import models
 from jaxmed.analysis import joint as joint_lib
 from jaxmed.analysis import ranking, screening
@@ -216,7 +217,7 @@ def test_effects_are_those_that_python_gets_from_scan(asked, finished):
     assert tokenizer is None
     pairs = pairs_lib.read(asked.pairs)
     for granularity in UNITS:
-        scanned = scan.scan(decoder, pairs, granularity, LogitDifference())
+        scanned = jaxmed.scan(decoder, pairs, granularity, LogitDifference())[granularity]
         for name in ("nie", "tie"):
             written = arrays(finished.folder)[f"{granularity}/{name}"]
             # Other batches round otherwise; effects that cancel do so relative to the others.
