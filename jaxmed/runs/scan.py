@@ -75,9 +75,6 @@ def scan(
     """
     granularities = _granularities(granularity)
     pairs = list(pairs)
-    ids = [pair.id for pair in pairs]
-    if not ids or len(set(ids)) < len(ids):
-        raise InputError("pairs: at least one is needed, and ids that differ from each other")
     _check_choice("matmul_precision", matmul_precision, propagate.MATMUL_PRECISIONS)
     _check_choice("positions", positions, Positions)
     _check_choice("align", align, Align)
@@ -96,6 +93,9 @@ def scan(
     )
     for pair in pairs:
         questions.check(decoder.config, pair, question, granularities)
+    ids = tuple(str(pair.id) for pair in pairs)
+    if not ids or len(set(ids)) < len(ids):
+        raise InputError("pairs: at least one is needed, and ids that differ from each other")
     sizes = questions.sizes(decoder.config, pairs, question, granularities)
     masks = _masks(chosen or {}, granularities, sizes, group_size)
     found = _scan_pairs(
@@ -103,7 +103,7 @@ def scan(
     )
     run = _description(decoder, pairs, question, granularities, matmul_precision)
     totals = Totals(
-        pair_ids=tuple(str(pair_id) for pair_id in ids),
+        pair_ids=ids,
         bases=tuple(pair.base for pair in pairs),
         te=np.array([one.y_source - one.y_base for one in found], np.float32),
         y_base=np.array([one.y_base for one in found], np.float32),

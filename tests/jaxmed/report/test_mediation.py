@@ -193,7 +193,7 @@ def test_a_run_that_has_measured_nothing_yet_can_be_reported(tmp_path):
     made.write(0, "layer", *np.full((2, LAYERS), math.nan))
     text = Page(mediation.write(tmp_path)).text
     assert "No total effect was measured" in text and "not finished" in text
-    assert "layer 0 0 6 0" in text and "neuron 0 0 0 192" in text  # failed, and not run
+    assert "layer 0 0 6 0 0" in text and "neuron 0 0 0 0 192" in text  # failed, and not run
 
 
 def test_text_is_shown_only_when_asked_for(planted):

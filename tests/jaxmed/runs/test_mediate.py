@@ -64,6 +64,7 @@ PAIRS = [
         "safe_ids": [13],
     },
 ]
+AXES = ("pair", "layer", "site", "head", "position", "neuron")
 TOTALS = ("te", "y_base", "y_source")
 UNITS = {
     "layer": (LAYERS,),
@@ -108,9 +109,12 @@ def to(asked, folder, **changes):
 
 
 def arrays(found):
-    """Every array of a results folder by name."""
+    """Every array of measured values in a results folder by name."""
     group = zarr.open_group(found / "effects.zarr", mode="r")
-    return {name: array[...] for name, array in group.members(None) if hasattr(array, "shape")}
+    members = {name: array for name, array in group.members(None) if hasattr(array, "shape")}
+    return {
+        name: array[...] for name, array in members.items() if name.rpartition("/")[2] not in AXES
+    }
 
 
 def described(folder):
@@ -149,8 +153,13 @@ def test_a_run_writes_the_files_of_the_contract(finished):
     group = zarr.open_group(finished.folder / "effects.zarr", mode="r")
     names = {f"{name}/{leaf}" for name in UNITS for leaf in ("nie", "tie", "done")}
     found = {name: array for name, array in group.members(None) if hasattr(array, "shape")}
-    assert set(found) == {*TOTALS, *names}
-    for name, array in found.items():
+    coordinates = {name for name in found if name.rpartition("/")[2] in AXES}
+    assert set(found) - coordinates == {*TOTALS, *names}
+    assert coordinates == {"pair"} | {
+        f"{name}/{axis}" for name in UNITS for axis in found[f"{name}/nie"].metadata.dimension_names
+    }
+    for name in set(found) - coordinates:
+        array = found[name]
         granularity, _, leaf = name.rpartition("/")
         assert array.shape == (3, *UNITS.get(granularity, ()))
         assert array.metadata.zarr_format == 3
