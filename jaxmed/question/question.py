@@ -9,6 +9,7 @@ from jaxmed.data.pairs import Pair
 from jaxmed.files.reading import DataError
 from jaxmed.question import positions, sites
 from jaxmed.question.directions import Directions
+from jaxmed.question.effects import Sizes
 from jaxmed.question.metrics import Metric
 from jaxmed.question.positions import Align, Positions
 from jaxmed.question.sites import SITES
@@ -73,6 +74,27 @@ def _units_shape(
         case "direction":
             raise ValueError("granularity 'direction', and the question has no directions")
     raise ValueError(f"granularity '{granularity}' is not one of {', '.join(SITES)}")
+
+
+def sizes(
+    config: DecoderConfig,
+    pairs: Iterable[Pair],
+    question: Question,
+    granularities: Iterable[str],
+) -> Sizes:
+    """How many units the model and these pairs have under the question."""
+    positions = 0
+    if "token" in granularities:
+        positions = max(shapes(config, pair, question, ["token"])["token"][-1] for pair in pairs)
+    directions = question.directions
+    return Sizes(
+        layers=config.num_layers,
+        heads=config.num_heads,
+        neurons=sites.group_count(config, question.group_size),
+        positions=positions,
+        sites=directions.sites if directions else (),
+        directions=directions.given.shape[-1] if directions else 0,
+    )
 
 
 def token_columns(pair: Pair, question: Question) -> np.ndarray:
