@@ -11,11 +11,13 @@ import pathlib
 from collections.abc import Iterable
 
 import numpy as np
-from matplotlib import figure
+from matplotlib.figure import Figure
 
 from jaxmed.intervention.outcomes import Found
 from jaxmed.report import numbers, pages
-from jaxmed.report.figures import canvas, clamp
+from jaxmed.report.figures import clamp
+from jaxmed.report.figures.canvas import BARS_IN_FIGURE, largest
+from jaxmed.report.numbers import Measured
 
 _UNITS_NAMED = 24  # run.json has all of them
 
@@ -539,12 +541,15 @@ def _alone_rows(table: _Table) -> list[dict]:
     return rows
 
 
-def _conditions_figure(table: _Table) -> figure.Figure | None:
+def _conditions_figure(table: _Table) -> Figure | None:
     if not table.questions:
         return None
     conditions = ["plain", "clamp", *(["random"] if table.draws else []), *table.of_kind("module")]
     return clamp.draw_conditions(
-        {_SHORT[key]: table.rows(conditions, key) for key in table.questions},
+        {
+            _SHORT[key]: {name: _measured(row) for name, row in table.rows(conditions, key).items()}
+            for key in table.questions
+        },
         {
             _SHORT[key]: [row["mean"] for row in table.rows(table.draws, key).values()]
             for key in (table.questions if table.draws else ())
@@ -553,23 +558,36 @@ def _conditions_figure(table: _Table) -> figure.Figure | None:
     )
 
 
-def _doses_figure(table: _Table) -> figure.Figure | None:
+def _doses_figure(table: _Table) -> Figure | None:
     curves = {
-        dose: {key[1]: points for key, points in found.items()}
+        dose: {
+            key[1]: [(place, _measured(row)) for place, row in points]
+            for key, points in found.items()
+        }
         for kind, dose in _DOSES.items()
         if (found := _curves(table, kind))
     }
     return clamp.draw_doses(curves, _series(table)) if curves else None
 
 
-def _alone_figure(table: _Table) -> figure.Figure | None:
+def _alone_figure(table: _Table) -> Figure | None:
     names = _alone(table)
     if not names:
         return None
     sizes = np.abs([table.row(name, table.target)["change"] for name in names])
-    names = [names[index] for index in sorted(canvas.largest(sizes, canvas.BARS_IN_FIGURE))]
-    changes = {key[1]: [table.row(name, key) for name in names] for key in table.main}
+    names = [names[index] for index in sorted(largest(sizes, BARS_IN_FIGURE))]
+    changes = {
+        key[1]: [
+            Measured(row["change"], row["change_low"], row["change_high"]) if row else None
+            for row in (table.row(name, key) for name in names)
+        ]
+        for key in table.main
+    }
     return clamp.draw_alone(list(map(_unit, names)), changes, _series(table))
+
+
+def _measured(row: dict) -> Measured:
+    return Measured(row["mean"], row["low"], row["high"])
 
 
 def _series(table: _Table) -> dict[str, str]:
@@ -653,5 +671,5 @@ _CAPTIONS = {
     " conditions differ is told by the paired changes above, not by whether bars overlap.",
     "doses": "Rates by how much is held, 0 being the plain model. Bars are 95% intervals.",
     "alone": f"The change that each unit makes when it is held alone; of more than"
-    f" {canvas.BARS_IN_FIGURE}, those with the largest.",
+    f" {BARS_IN_FIGURE}, those with the largest.",
 }

@@ -4,20 +4,21 @@ Everything shown comes from a results folder; nothing is computed here that `sta
 compute. The page carries its figures, has no scripts, and escapes all text.
 """
 
-import dataclasses
 import math
 import pathlib
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from matplotlib import figure
+from matplotlib.figure import Figure
 
 from jaxmed.analysis import ranking
 from jaxmed.analysis import summary as summary_lib
+from jaxmed.question.effects import ESTIMANDS, Status
 from jaxmed.report import numbers, pages
-from jaxmed.report.figures import canvas
-from jaxmed.report.figures import effects as effects_lib
+from jaxmed.report.figures import effects as figures
+from jaxmed.report.figures.canvas import BARS_IN_FIGURE, largest
+from jaxmed.report.figures.effects import EstimandValues, UnitTable
 from jaxmed.store import results as results_lib
 from jaxmed.validation import scoring
 from models.errors import InputError
@@ -65,14 +66,20 @@ def write(folder, show_text: bool = False, pairs=None) -> pathlib.Path:
     truth = results.run.get("truth")
     joint = _joint(results)
     audit = results.run.get("audit")
-    unit = results.run["unit"]
+    unit = results.run["metric_unit"]
 
     drawn = {}
+    mean_te = te and te["mean"]
     for granularity, units in found.items():
-        drawing = effects_lib.DRAWINGS[granularity](units, te, unit, _planted(units, truth))
+        drawing = figures.DRAWINGS[granularity](units, mean_te, unit, _planted(units, truth))
         drawn[granularity] = pages.save(drawing, results.folder, granularity)
     if joint:
-        drawn["joint"] = pages.save(effects_lib.draw_joint(joint), results.folder, "joint")
+        shares = ranking.joint_set(results)
+        drawn["joint"] = pages.save(
+            figures.draw_joint({"nie": shares.share_nie, "tie": shares.share_tie}),
+            results.folder,
+            "joint",
+        )
     if audit:
         drawn["screen"] = pages.save(_screen_figure(results, audit), results.folder, "screen")
 
@@ -117,7 +124,7 @@ def write(folder, show_text: bool = False, pairs=None) -> pathlib.Path:
 def closing_lines(results: results_lib.Results) -> list[str]:
     """What a run prints at its end: where the results are, and what was measured."""
     summary = summary_lib.read_summary(results)
-    unit = results.run["unit"]
+    unit = results.run["metric_unit"]
     missing = max(len(results.missing(name)) for name in results.granularities)
     lines = []
     if missing:
@@ -162,14 +169,12 @@ def _total(summary: pa.Table, estimand: str) -> dict | None:
     return rows[0] if rows else None
 
 
-def _found(results: results_lib.Results, summary: pa.Table) -> dict[str, effects_lib.Units]:
+def _found(results: results_lib.Results, summary: pa.Table) -> dict[str, UnitTable]:
     """The units of each granularity that has any, coarse to fine; exact effects alone."""
     found, te = {}, _total(summary, "te")
     for granularity in results.granularities:
         rows = summary.filter((pc.field("granularity") == granularity) & pc.field("exact"))
-        by_direction = [
-            rows.filter(pc.field("estimand") == name) for name in effects_lib.DIRECTIONS
-        ]
+        by_direction = [rows.filter(pc.field("estimand") == name) for name in ESTIMANDS]
         nie = by_direction[0]
         if not nie.num_rows:
             continue
@@ -180,34 +185,34 @@ def _found(results: results_lib.Results, summary: pa.Table) -> dict[str, effects
             if te and te["ci_low"] is not None and te["ci_low"] <= 0 <= te["ci_high"]:
                 share = np.full_like(share, np.nan)
             directions.append(
-                effects_lib.Direction(
-                    *(_column(table, name) for name in ("mean", "ci_low", "ci_high", "q_value")),
+                EstimandValues(
+                    mean=_column(table, "mean"),
+                    low=_column(table, "ci_low"),
+                    high=_column(table, "ci_high"),
+                    q=_column(table, "q_value"),
                     share=share[~np.isnan(values).all(axis=0)],
                 )
             )
-        found[granularity] = effects_lib.Units(
+        found[granularity] = UnitTable(
             granularity,
-            *(_column(nie, "layer"), nie["site"].to_numpy()),
-            *(_column(nie, name) for name in ("unit", "position", "n_pairs")),
-            *directions,
+            layer=_column(nie, "layer"),
+            site=nie["site"].to_numpy(),
+            unit=_column(nie, "unit"),
+            position=_column(nie, "position"),
+            n_pairs=_column(nie, "n_pairs"),
+            nie=directions[0],
+            tie=directions[1],
             group_size=results.run.get("group_size", 1),
         )
     return found
 
 
-def _ranked(units: effects_lib.Units) -> effects_lib.Units:
+def _ranked(units: UnitTable) -> UnitTable:
     """The units that are ranked: the residual stream is left to the map of tokens, as the whole of
     it at the last token of the last layer is TE by definition."""
     if units.granularity != "token":
         return units
-    kept = units.site != "residual"
-
-    def narrowed(record):
-        fields = vars(record).items()
-        arrays = {name: value[kept] for name, value in fields if isinstance(value, np.ndarray)}
-        return dataclasses.replace(record, **arrays)
-
-    return dataclasses.replace(narrowed(units), nie=narrowed(units.nie), tie=narrowed(units.tie))
+    return units.of(units.site != "residual")
 
 
 def _column(table: pa.Table, name: str) -> np.ndarray:
@@ -216,7 +221,7 @@ def _column(table: pa.Table, name: str) -> np.ndarray:
     return column.fill_null(missing).to_numpy()
 
 
-def _planted(units: effects_lib.Units, truth: dict | None) -> np.ndarray:
+def _planted(units: UnitTable, truth: dict | None) -> np.ndarray:
     """Which units are planted, bool [unit]; none without a truth."""
     places = {
         tuple(place) for place in (truth or {}).get(scoring.TRUTH_KEYS.get(units.granularity), [])
@@ -286,7 +291,7 @@ def _joint_sentence(joint: dict) -> str:
 
 
 def _facts(results: results_lib.Results, te: dict | None) -> list[tuple]:
-    run, unit = results.run, results.run["unit"]
+    run, unit = results.run, results.run["metric_unit"]
     positions = str(run["positions"])
     explained = _POSITIONS.get(positions)
     sizes = results.sizes
@@ -312,7 +317,7 @@ def _neurons_of_layer(results: results_lib.Results) -> str:
     return f"{results.sizes.neurons:,} groups of {group_size} neurons"
 
 
-def _count(results: results_lib.Results, units: effects_lib.Units) -> str:
+def _count(results: results_lib.Results, units: UnitTable) -> str:
     """How many units are ranked, and that there are others, if so."""
     screened = units.granularity == "neuron" and results.run.get("screen")
     return f"{len(units.layer):,}{' (those computed exactly)' if screened else ''}"
@@ -337,7 +342,7 @@ def _screen_sentences(results: results_lib.Results) -> list[str]:
         ]
     sentences.append(
         f"At most {audit['bound']:,} {units} stronger than the {_ordinal(top)} strongest of the"
-        f" candidates ({numbers.number(audit['threshold'])} {run['unit']}) are missing, at"
+        f" candidates ({numbers.number(audit['threshold'])} {run['metric_unit']}) are missing, at"
         f" {numbers.percent(audit['confidence'])} confidence; the audit found {audit['hits']:,} of"
         f" {sampled:,}."
     )
@@ -349,13 +354,16 @@ def _screen_sentences(results: results_lib.Results) -> list[str]:
     return sentences
 
 
-def _screen_figure(results: results_lib.Results, audit: dict) -> figure.Figure:
+def _screen_figure(results: results_lib.Results, audit: dict) -> Figure:
     exact = ranking.strength(*results.effects("neuron", exact=True))
     estimated = ranking.strength(*results.estimates())
     both = ~np.isnan(exact) & ~np.isnan(estimated)
-    return effects_lib.draw_screen(
-        *(estimated[both], exact[both], audit["candidates"]),
-        *(audit["threshold"], results.run["unit"]),
+    return figures.draw_screen(
+        estimated=estimated[both],
+        exact=exact[both],
+        candidates=audit["candidates"],
+        threshold=audit["threshold"],
+        metric_unit=results.run["metric_unit"],
     )
 
 
@@ -377,12 +385,10 @@ def _total_sentence(results: results_lib.Results, te: dict | None, unit: str) ->
     )
 
 
-def _largest_sentence(units: effects_lib.Units, unit: str) -> str:
-    best = [
-        canvas.largest(np.abs(getattr(units, name).mean), 1)[0] for name in effects_lib.DIRECTIONS
-    ]
+def _largest_sentence(units: UnitTable, unit: str) -> str:
+    best = [largest(np.abs(getattr(units, name).mean), 1)[0] for name in ESTIMANDS]
     measured = []
-    for index, name in zip(best, effects_lib.DIRECTIONS, strict=True):
+    for index, name in zip(best, ESTIMANDS, strict=True):
         direction = getattr(units, name)
         text = f"{numbers.number(direction.mean[index])} {unit}"
         if not np.isnan(direction.share[index]):
@@ -399,25 +405,23 @@ def _largest_sentence(units: effects_lib.Units, unit: str) -> str:
     )
 
 
-def _spread_sentence(units: effects_lib.Units, count: str) -> str:
+def _spread_sentence(units: UnitTable, count: str) -> str:
     """How many units stand out, and whether both directions name the same ones."""
     text = ""
     if len(units.layer) > 2 * _UNITS_IN_TABLE:
         nie, tie = (
-            set(canvas.largest(np.abs(getattr(units, name).mean), _UNITS_IN_TABLE).tolist())
-            for name in effects_lib.DIRECTIONS
+            set(largest(np.abs(getattr(units, name).mean), _UNITS_IN_TABLE).tolist())
+            for name in ESTIMANDS
         )
         text = f" {len(nie & tie)} of the {_UNITS_IN_TABLE} largest are the same in both."
     if np.isnan(units.nie.q).all():
         return f"{text} One pair is too few to test them."
-    nie, tie = (
-        int((getattr(units, name).q < _SIGNIFICANT).sum()) for name in effects_lib.DIRECTIONS
-    )
+    nie, tie = (int((getattr(units, name).q < _SIGNIFICANT).sum()) for name in ESTIMANDS)
     return f"{text} Of {count}, q < {_SIGNIFICANT} holds for {nie:,} by NIE and {tie:,} by TIE."
 
 
-def _table(units: effects_lib.Units, planted: np.ndarray) -> list[dict]:
-    chosen = canvas.largest(units.size(), _UNITS_IN_TABLE)
+def _table(units: UnitTable, planted: np.ndarray) -> list[dict]:
+    chosen = largest(units.size(), _UNITS_IN_TABLE)
     decimals = numbers.decimals(units.size()[chosen].max())
     return [
         {
@@ -445,18 +449,19 @@ def _statuses(results: results_lib.Results) -> list[dict]:
     rows = []
     for granularity in results.granularities:
         done = results.done(granularity)
-        counts = np.bincount(done.ravel(), minlength=4)
+        counts = np.bincount(done.ravel(), minlength=len(Status))
         # Positions beyond a pair's length, and directions that do not exist, are no work undone.
         if granularity in ("token", "direction"):
-            begun = (done != results_lib.NOT_RUN).any(axis=(1, 2, 3))
-            counts[results_lib.NOT_RUN] = done[~begun].size
+            begun = (done != Status.NOT_RUN).any(axis=(1, 2, 3))
+            counts[Status.NOT_RUN] = done[~begun].size
         rows.append(
             {
                 "granularity": granularity,
-                "exact": f"{counts[results_lib.EXACT]:,}",
-                "estimated": f"{counts[results_lib.ESTIMATED]:,}",
-                "failed": f"{counts[results_lib.FAILED]:,}",
-                "not_run": f"{counts[results_lib.NOT_RUN]:,}",
+                "exact": f"{counts[Status.EXACT]:,}",
+                "estimated": f"{counts[Status.ESTIMATED]:,}",
+                "failed": f"{counts[Status.FAILED]:,}",
+                "left_out": f"{counts[Status.LEFT_OUT]:,}",
+                "not_run": f"{counts[Status.NOT_RUN]:,}",
             }
         )
     return rows
@@ -535,9 +540,9 @@ _CAPTIONS = {
     " Far tokens are means over the pairs that are long enough. The residual stream is a block’s"
     " whole output, and is left out of the table: at the last token of the last layer it is TE by"
     " definition.",
-    "neuron": f"The {canvas.BARS_IN_FIGURE} neurons with the largest of |NIE| and |TIE|. Bars"
+    "neuron": f"The {BARS_IN_FIGURE} neurons with the largest of |NIE| and |TIE|. Bars"
     " are 95% bootstrap intervals over pairs, not corrected for having picked the largest.",
-    "direction": f"The {canvas.BARS_IN_FIGURE} directions with the largest of |NIE| and |TIE|,"
+    "direction": f"The {BARS_IN_FIGURE} directions with the largest of |NIE| and |TIE|,"
     " each numbered within its array of the file. Bars are 95% bootstrap intervals over pairs, not"
     " corrected for having picked the largest.",
     "screen": "Strength, the larger of |mean NIE| and |mean TIE|, of every neuron that was computed"
@@ -546,7 +551,7 @@ _CAPTIONS = {
 }
 
 
-def _caption(units: effects_lib.Units) -> str:
+def _caption(units: UnitTable) -> str:
     caption = _CAPTIONS[units.granularity]
     if units.granularity == "neuron" and units.group_size > 1:
         caption += (

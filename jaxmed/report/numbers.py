@@ -1,6 +1,16 @@
-"""Numbers as people read them."""
+"""Numbers as people read them; templates have these functions as filters."""
 
+import dataclasses
 import math
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """A number and its 95% interval; low and high are NaN where there is none."""
+
+    value: float
+    low: float
+    high: float
 
 
 def fixed(value: float | None, decimals: int) -> str:

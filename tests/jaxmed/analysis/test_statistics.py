@@ -11,6 +11,7 @@ from scipy import stats
 from jaxmed.analysis import ranking, statistics, summary
 from jaxmed.question import effects as effects_lib
 from jaxmed.question import sites
+from jaxmed.question.effects import Status
 from jaxmed.store import results
 
 NAN = np.nan
@@ -242,8 +243,8 @@ def test_a_family_of_tests_is_one_granularity_and_one_estimand(run):
 
 def test_estimates_are_not_tested_but_count_in_the_correction(run):
     whole = summary.summarise(run).to_pylist()
-    status = np.full(SIZES.shape("neuron"), results.ESTIMATED)
-    status[0, 1], status[1, 3] = results.EXACT, results.EXACT
+    status = np.full(SIZES.shape("neuron"), Status.ESTIMATED)
+    status[0, 1], status[1, 3] = Status.EXACT, Status.EXACT
     for pair, effects in enumerate(zip(*run.effects("neuron"), strict=True)):
         run.write(pair, "neuron", *effects, status)
     screened = summary.summarise(run).to_pylist()
