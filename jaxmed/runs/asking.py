@@ -341,10 +341,10 @@ def read_judges(settings: Settings, model: Model) -> list[Judge]:
     """
     first_tokens = {
         side: tokens_lib.first_tokens(
-            f"{side}_tokens",
             getattr(settings, f"{side}_tokens"),
             model.decoder.config.vocab_size,
             model.tokenizer,
+            where=f"--{side}_tokens",
         )
         for side in ("comply", "refuse")
     }

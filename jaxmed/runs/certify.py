@@ -26,8 +26,8 @@ from jaxmed.runs import mediate
 from jaxmed.runs.mediate import Asked, Settings
 from jaxmed.store.results import Results
 from jaxmed.validation import outcomes, scoring
-from jaxmed.validation import truth as truth_lib
 from jaxmed.validation.outcomes import GROUP_SIZE, Certificate
+from jaxmed.validation.truth import pairs_file
 from jaxmed.version import __version__
 from models import organisms
 from models.errors import InputError
@@ -160,7 +160,7 @@ def measure(organism: Organism, contrast: str, settings: Settings) -> dict[str, 
     settings = dataclasses.replace(
         settings,
         model=str(organism.folder),
-        pairs=str(truth_lib.pairs_file(organism, contrast)),
+        pairs=str(pairs_file(organism, contrast)),
         out=str(folder),
         overwrite=True,
     )

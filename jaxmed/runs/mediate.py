@@ -323,7 +323,9 @@ def _metric(settings: Settings, decoder: Decoder, tokenizer) -> metrics.Metric:
         return metrics.ResponseLogprobDifference(settings.response_part, settings.decision_tokens)
     return metrics.LogitDifference(
         *(
-            tokens.first_tokens(name, getattr(settings, name), decoder.config.vocab_size, tokenizer)
+            tokens.first_tokens(
+                getattr(settings, name), decoder.config.vocab_size, tokenizer, where=f"--{name}"
+            )
             for name in ("harmful_tokens", "safe_tokens")
         )
     )

@@ -531,7 +531,7 @@ def test_a_folder_that_cannot_be_the_results_is_refused(out, asked, scans, tmp_p
         ({"screen": 9, "group_size": 3}, "--screen=9: the model has 8 groups of neurons"),
         ({"joint_size": 25}, "--joint_size=25: the model has 24 neurons"),
         ({"memory_gb": 0.001}, "--memory_gb=0.001: model and program take"),
-        ({"directions": "gone.npz"}, "--directions=gone.npz: no npz file of plain arrays"),
+        ({"directions": "gone.npz"}, "gone.npz: no npz file of plain arrays"),
     ],
 )
 def test_settings_that_the_model_does_not_allow_are_refused_before_anything_is_written(
