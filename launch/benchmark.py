@@ -15,7 +15,7 @@ from absl import flags
 import models
 from jaxmed.data import pairs
 from jaxmed.report import benchmark as benchmark_lib
-from jaxmed.validation import benchmark, numerical_error, presets
+from jaxmed.validation import benchmark, numerical_error, presets, truth
 from launch import program
 from models import organisms
 from models.errors import InputError
@@ -99,7 +99,7 @@ def main() -> None:
 def _accuracy() -> tuple[list[dict], list[str]]:
     organism = organisms.build(_ORGANISM.value)
     decoder, tokenizer = models.load(organism.folder)
-    pair = pairs.read(str(organism.pairs("unlock")), tokenizer)[0]
+    pair = pairs.read(str(truth.pairs_file(organism, "unlock")), tokenizer)[0]
     runs = "hooks" in _AGAINST.value
     rows = numerical_error.measure("random", *numerical_error.random_model(), runs=runs)
     rows += numerical_error.measure("trained", decoder, pair, runs=runs)

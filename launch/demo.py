@@ -16,7 +16,7 @@ from jaxmed.report import clamp as clamp_lib
 from jaxmed.report import respond as respond_lib
 from jaxmed.runs import certify, clamp, mediate, respond
 from jaxmed.store.results import Results
-from jaxmed.validation import outcomes
+from jaxmed.validation import outcomes, truth
 from launch import program
 from models import organisms
 from models.organisms import Organism
@@ -50,7 +50,7 @@ def main() -> None:
     )
     settings = mediate.Settings(
         model=str(organism.folder),
-        pairs=str(organism.pairs(_CONTRAST)),
+        pairs=str(truth.pairs_file(organism, _CONTRAST)),
         out=_OUT.value,
         # Detectors read the middle of the prompt: at the last token they have no effect.
         positions="prompt",
@@ -85,7 +85,7 @@ def _settle(organism: Organism, results: Results) -> None:
         print(f"\nHolding the {what} that were found (--edit={edit}) ...", flush=True)
         settings = clamp.Settings(
             model=str(organism.folder),
-            prompts=(str(organism.prompts),),
+            prompts=(str(truth.prompts_file(organism)),),
             out=f"{_OUT.value}/clamp-{what}",
             units=tuple(str(unit) for unit in units if unit.layer == layer),
             edit=edit,
@@ -104,7 +104,7 @@ def _respond(organism: Organism) -> None:
     print("\nMaking pairs of the model's own answers ...", flush=True)
     settings = respond.Settings(
         model=str(organism.folder),
-        prompts=(str(organism.prompts),),
+        prompts=(str(truth.prompts_file(organism)),),
         out=f"{_OUT.value}/respond",
         samples=2,
         temperature=1.0,

@@ -236,6 +236,7 @@ def _rotary(parameters: Mapping, family: Family) -> Rotary:
     for key in needed.values():
         if key not in given:
             raise ValueError(f"rope_parameters: rope_type {kind!r} needs {key}")
+    check_above(0, needed["theta"], given[needed["theta"]])
     values = {field: given[key] for field, key in (optional | needed).items() if key in given}
     values = {f: tuple(value) if isinstance(value, list) else value for f, value in values.items()}
     return Rotary(kind=kind, **values)

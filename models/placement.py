@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from models.weights import Path
 
@@ -32,7 +32,7 @@ _BLOCK = 2**15
 _BLOCK_ROWS = 16
 
 
-def check(mesh: Mesh) -> None:
+def check(mesh: Mesh | AbstractMesh) -> None:
     """Refuses a mesh that parameters cannot be placed on.
 
     Raises:
@@ -44,7 +44,7 @@ def check(mesh: Mesh) -> None:
         )
 
 
-def sharding(path: Path, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+def sharding(path: Path, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> NamedSharding:
     """How a parameter lies on a mesh; an axis that `model` does not divide stays whole."""
     axis = _SPLIT_AXIS.get(".".join(path))
     if axis is None or shape[axis] % mesh.shape[MODEL]:

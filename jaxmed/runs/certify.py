@@ -26,6 +26,7 @@ from jaxmed.runs import mediate
 from jaxmed.runs.mediate import Asked, Settings
 from jaxmed.store.results import Results
 from jaxmed.validation import outcomes, scoring
+from jaxmed.validation import truth as truth_lib
 from jaxmed.validation.outcomes import GROUP_SIZE, Certificate
 from jaxmed.version import __version__
 from models import organisms
@@ -159,7 +160,7 @@ def measure(organism: Organism, contrast: str, settings: Settings) -> dict[str, 
     settings = dataclasses.replace(
         settings,
         model=str(organism.folder),
-        pairs=str(organism.pairs(contrast)),
+        pairs=str(truth_lib.pairs_file(organism, contrast)),
         out=str(folder),
         overwrite=True,
     )
@@ -174,7 +175,11 @@ def measure(organism: Organism, contrast: str, settings: Settings) -> dict[str, 
 def _identity(organism: Organism, contrast: str, settings: Settings) -> dict:
     """All that scores follow from, as JSON has it."""
     truth = organism.truth
-    made = {"files": truth["files"], "truth": truth["contrasts"][contrast]}
+    made = {
+        "files": truth["files"],
+        "truth": truth["contrasts"][contrast],
+        "pairs": truth["drawn"]["contrasts"][contrast],
+    }
     return json.loads(json.dumps({"organism": made} | _method(settings)))
 
 

@@ -11,9 +11,10 @@ from models.decoder import Decoder
 from models.organisms import language
 from models.organisms.planted import Channel, Role
 from models.organisms.recipes import Recipe
+from models.shapes import AnyArray
 
 # Tokens and their targets; where the first answer token is predicted, and where what follows is.
-Batch = tuple[Int[Array, "B T"], Int[Array, "B T"], Int[Array, "B"], Bool[Array, "B T"]]
+Batch = tuple[Int[AnyArray, "B T"], Int[AnyArray, "B T"], Int[AnyArray, "B"], Bool[AnyArray, "B T"]]
 
 # The learning rate of each role, as a share: the planted path starts where it works.
 _SHARE = {Role.FIXED: 0.0, Role.ORDINARY: 1.0, Role.PLANTED: 0.02}
@@ -74,7 +75,9 @@ def train(
         else:
             gradient = jax.tree.map(
                 lambda role, d, r: jnp.where(role == Role.PLANTED, d, r),
-                *(roles, of_decision, of_rest),
+                roles,
+                of_decision,
+                of_rest,
             )
         update, state = optimizer.update(gradient, state)
         update = jax.tree.map(lambda role, u: share[role] * u, roles, update)
@@ -123,5 +126,5 @@ def accuracy(decoder: Decoder, rng: np.random.Generator, size: int) -> tuple[flo
 
 
 @jax.jit
-def _likeliest(decoder: Decoder, tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:
+def _likeliest(decoder: Decoder, tokens: Int[AnyArray, "B T"]) -> Int[Array, "B T"]:
     return jnp.argmax(decoder(tokens)[0], axis=-1)
