@@ -11,7 +11,7 @@ demo: $(VENV)/installed  ## Train a model with a planted answer, find it, and wr
 test: $(VENV)/installed-test  ## All tests but those that need torch.
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not parity"
 
-parity: $(VENV)/installed-parity  ## The tests against transformers' torch models and TransformerLens.
+parity: $(VENV)/installed-parity  ## The tests against torch models and tools, and costly ones for all families.
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m parity
 
 clean:
