@@ -7,10 +7,10 @@ the same for every granularity: carry D through the later blocks and read the me
     carry(stage, D)          -> the change of the last block's output
     read_changes             -> dY
 
-Differences alone are carried (`jaxmed.difference`): the base run is computed once for a whole batch
+Differences alone are carried (`engine.difference`): the base run is computed once for a whole batch
 of edits, and rounding is relative to the effect.
 
-Shapes are named in `models.layers` and `jaxmed.capture`; U are all units of a piece of work, which
+Shapes are named in `models.shapes` and `engine.capture`; U are all units of a piece of work, which
 go through the model in chunks of n batches of B.
 """
 
