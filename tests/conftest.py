@@ -13,7 +13,7 @@ from tests import typecheck
 CHECKED = ("models",)
 jaxtyping.install_import_hook(CHECKED, f"{typecheck.__name__}.checked")
 
-from models import cache  # noqa: E402; only now, so that it is checked
+from models import cache  # noqa: E402 (only now, so that it is checked too)
 
 # Most of the time goes into compiling, so compiled programs are kept, where programs keep theirs:
 # for other modules, for the programs that tests start, and for the next time.
