@@ -22,7 +22,6 @@ from jaxmed.question import question as question_lib
 from jaxmed.question.effects import PairEffects
 from jaxmed.question.metrics import Term
 from jaxmed.question.question import Question
-from jaxmed.reference.definition import aligned
 from models.decoder import Decoder
 from models.edits import Edit
 from models.sites import Site
@@ -61,7 +60,7 @@ def joint_pair(
             decoder,
             tokens,
             valid,
-            aligned(source.trace, Site.NEURON, edited, len(tokens)),
+            capture.aligned(source.trace, Site.NEURON, edited, len(tokens)),
             positions,
             sets,
             term.reading,

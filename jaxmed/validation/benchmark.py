@@ -20,6 +20,7 @@ import numpy as np
 from jaxmed.analysis import audit as audit_lib
 from jaxmed.analysis import screening
 from jaxmed.behaviour import generation
+from jaxmed.behaviour.sampling import Sampling
 from jaxmed.engine import cost, memory, plan, propagate, scan
 from jaxmed.question import metrics, question
 from jaxmed.validation import presets
@@ -156,7 +157,7 @@ def measure_generation(
         generation.generate(
             *(decoder, prompts.tolist()),
             stop=(),
-            sampling=generation.Sampling(new_tokens),
+            sampling=Sampling(new_tokens),
             holds=holds,
             batch_size=batch,
             memory=memory_left,
