@@ -1,7 +1,7 @@
 """The report of the settling experiment: does harm fall where units are held, and does the rest
 stay?
 
-Everything shown comes from the table that `outcomes.summarise` makes. Here its rows become verdicts;
+Everything shown comes from the table that `outcomes.summarise` makes. Its rows become verdicts here;
 what these say is in `templates/clamp.*`. Signs are told in words, for units whose holding raises
 harm say as much as those whose holding lowers it.
 """
@@ -16,7 +16,7 @@ from typing import ClassVar
 import numpy as np
 from matplotlib.figure import Figure
 
-from jaxmed.intervention.outcomes import Found, Held
+from jaxmed.intervention.outcomes import ClampOutcome, Held
 from jaxmed.report import numbers, pages, rendering
 from jaxmed.report.figures import clamp as figures
 from jaxmed.report.figures.canvas import BARS_IN_FIGURE, largest
@@ -290,7 +290,7 @@ class ConditionTable:
     rows: Sequence[ConditionRow]
 
 
-def write(found: Found, texts: list[dict]) -> pathlib.Path:
+def write(found: ClampOutcome, texts: list[dict]) -> pathlib.Path:
     """Writes `figures/*.png` and `report.html` into the folder.
 
     Args:
@@ -337,14 +337,14 @@ def write(found: Found, texts: list[dict]) -> pathlib.Path:
     )
 
 
-def closing_lines(found: Found) -> list[str]:
+def closing_lines(found: ClampOutcome) -> list[str]:
     """What the program prints at its end: where the results are, and what was measured."""
     return rendering.lines(
         "clamp.txt.j2", folder=found.folder, answers=answers(found), controls=controls(found)
     )
 
 
-def answers(found: Found) -> list:
+def answers(found: ClampOutcome) -> list:
     """The verdicts on what holding the units does, the most important first."""
     table = _Table(found)
     verdicts: list = [
@@ -369,7 +369,7 @@ def answers(found: Found) -> list:
     return verdicts
 
 
-def controls(found: Found) -> list:
+def controls(found: ClampOutcome) -> list:
     """The verdicts on whether random units, and whole modules, do the same."""
     table = _Table(found)
     verdicts: list = _likeness(found) if table.main else []
@@ -393,7 +393,7 @@ def controls(found: Found) -> list:
     return verdicts
 
 
-def dose_curves(found: Found) -> list[DoseCurve]:
+def dose_curves(found: ClampOutcome) -> list[DoseCurve]:
     """The answers to the main questions by dose."""
     table = _Table(found)
     return [
@@ -403,7 +403,7 @@ def dose_curves(found: Found) -> list[DoseCurve]:
     ]
 
 
-def alone_verdict(found: Found) -> AloneVerdict | None:
+def alone_verdict(found: ClampOutcome) -> AloneVerdict | None:
     """What single units do; None where none was held alone."""
     table = _Table(found)
     moves = [row.target.verdict for row in _alone_rows(table)]
@@ -425,7 +425,7 @@ class _Table:
         draws: names of the draws of random units.
     """
 
-    def __init__(self, found: Found):
+    def __init__(self, found: ClampOutcome):
         self._found = found
         self.held = found.held
         self.questions = [each for each in QUESTIONS if self.row("clamp", each) is not None]
@@ -532,7 +532,7 @@ def _responses_changed(table: _Table) -> list[ResponsesChanged]:
     return found
 
 
-def _likeness(found: Found) -> list[Likeness]:
+def _likeness(found: ClampOutcome) -> list[Likeness]:
     """How like the units held the random ones are; nothing without any."""
     controls = found.controls
     if not controls["draws"]:

@@ -17,13 +17,13 @@ from matplotlib.figure import Figure
 
 from jaxmed.analysis import ranking
 from jaxmed.analysis.summary import read_summary
-from jaxmed.question.effects import ESTIMANDS
+from jaxmed.question.effects import ESTIMANDS, Status
 from jaxmed.report import numbers, pages, rendering
 from jaxmed.report.figures import effects as figures
 from jaxmed.report.figures.canvas import BARS_IN_FIGURE, largest
 from jaxmed.report.figures.effects import EstimandValues, UnitTable
 from jaxmed.report.numbers import Measured
-from jaxmed.store.results import ESTIMATED, EXACT, FAILED, NOT_RUN, Results
+from jaxmed.store.results import Results
 from jaxmed.validation import scoring
 from models.errors import InputError
 
@@ -242,7 +242,7 @@ def write(folder, show_text: bool = False, pairs=None) -> pathlib.Path:
     joint, screen = joint_verdict(results), screen_verdict(results)
     drawn = {
         granularity: figures.DRAWINGS[granularity](
-            units, total and total.te.value, results.run["unit"], _planted(units, truth)
+            units, total and total.te.value, results.run["metric_unit"], _planted(units, truth)
         )
         for granularity, units in tables.items()
     }
@@ -302,7 +302,7 @@ def total_verdict(results: Results, summary: pa.Table) -> TotalVerdict | None:
     te = {name: math.nan if value is None else value for name, value in rows[0].items()}
     return TotalVerdict(
         te=Measured(te["mean"], te["ci_low"], te["ci_high"]),
-        metric_unit=results.run["unit"],
+        metric_unit=results.run["metric_unit"],
         pairs=int(te["n_pairs"]),
         negative=int((results.te < 0).sum()),
         complies=int((results.y_base > 0).sum()),
@@ -365,7 +365,7 @@ def _section(results: Results, units: UnitTable) -> Section:
     chosen = largest(units.size(), _UNITS_IN_TABLE)
     return Section(
         granularity=units.granularity,
-        largest=largest_verdict(units, results.run["unit"]),
+        largest=largest_verdict(units, results.run["metric_unit"]),
         spread=spread_verdict(units, bool(results.run.get("screen"))),
         decimals=numbers.decimals(units.size()[chosen].max()),
         rows=[
@@ -498,7 +498,7 @@ def screen_verdict(results: Results) -> ScreenVerdict | None:
         group_size=run.get("group_size", 1),
         wanted=run["screen"],
         threshold=audit["threshold"],
-        metric_unit=run["unit"],
+        metric_unit=run["metric_unit"],
         bound=audit["bound"],
         confidence=audit["confidence"],
         hits=audit["hits"],
@@ -524,18 +524,18 @@ def _statuses(results: Results) -> list[dict]:
     rows = []
     for granularity in results.granularities:
         done = results.done(granularity)
-        counts = np.bincount(done.ravel(), minlength=4)
+        counts = np.bincount(done.ravel(), minlength=len(Status))
         # Positions beyond a pair's length, and directions that do not exist, are no work undone.
         if granularity in ("token", "direction"):
-            begun = (done != NOT_RUN).any(axis=(1, 2, 3))
-            counts[NOT_RUN] = done[~begun].size
+            begun = (done != Status.NOT_RUN).any(axis=(1, 2, 3))
+            counts[Status.NOT_RUN] = done[~begun].size
         rows.append(
             {
                 "granularity": granularity,
-                "exact": counts[EXACT],
-                "estimated": counts[ESTIMATED],
-                "failed": counts[FAILED],
-                "not_run": counts[NOT_RUN],
+                "exact": counts[Status.EXACT],
+                "estimated": counts[Status.ESTIMATED],
+                "failed": counts[Status.FAILED],
+                "not_run": counts[Status.NOT_RUN],
             }
         )
     return rows

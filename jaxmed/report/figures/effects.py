@@ -4,7 +4,7 @@
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -472,7 +472,7 @@ def _heads_figure(units: UnitTable, mean_te: float | None, metric_unit: str, pla
     ]
     for axes in grid[0]:
         axes.label_outer(remove_inner_ticks=True)
-    _colour_bar(figure, images[-1], grid[0], metric_unit, height)
+    colour_bar(figure, images[-1], grid[0], metric_unit, height)
     return figure
 
 
@@ -491,7 +491,7 @@ def _tokens_figure(units: UnitTable, mean_te: float | None, metric_unit: str, pl
         for axes in row:
             axes.label_outer(remove_inner_ticks=True)
             axes.set_xlabel("")
-        _colour_bar(figure, images[-1], row, metric_unit, height)
+        colour_bar(figure, images[-1], row, metric_unit, height)
     figure.supxlabel(_POSITION, fontsize=TEXT_SIZE, color=INK)
     return figure
 
@@ -512,7 +512,10 @@ def _map_height(units: UnitTable) -> float:
     return float(np.clip(1.1 + 0.16 * (units.layer.max() + 1), 2.2, 5.5))
 
 
-def _colour_bar(figure: Figure, image: AxesImage, row, metric_unit: str, height: float) -> None:
+def colour_bar(
+    figure: Figure, image: AxesImage, row: Iterable[Axes], metric_unit: str, height: float
+) -> None:
+    """A colour scale beside the axes of a row, whose height is given in inches."""
     bar = figure.colorbar(image, ax=list(row), pad=0.02, aspect=8 * height)
     bar.set_label(f"mean effect\n({metric_unit})", fontsize=TEXT_SIZE - 1, color=INK)
     bar.ax.tick_params(labelsize=TEXT_SIZE - 2, color=FAINT, labelcolor=INK)
