@@ -25,11 +25,11 @@ from jaxmed.report.numbers import Measured
 _UNITS_NAMED = 24  # run.json has all of them
 
 # What is asked of the responses, by label and measure, the most important first.
-Question = tuple[str, str]
-_HARM: Question = ("harmful", "harm")
-_REFUSAL: Question = ("harmful", "refusal")
-_COMPLIANCE: Question = ("benign", "compliance")
-QUESTIONS: tuple[Question, ...] = (
+LabelAndMeasure = tuple[str, str]
+_HARM: LabelAndMeasure = ("harmful", "harm")
+_REFUSAL: LabelAndMeasure = ("harmful", "refusal")
+_COMPLIANCE: LabelAndMeasure = ("benign", "compliance")
+QUESTIONS: tuple[LabelAndMeasure, ...] = (
     _HARM,
     _REFUSAL,
     _COMPLIANCE,
@@ -96,7 +96,7 @@ class Moved:
     """How the answer to a question changes; some of the prompts may have no verdict."""
 
     sentence: ClassVar[str] = "moved"
-    question: Question
+    question: LabelAndMeasure
     change: Change
     judged: int
     prompts: int
@@ -201,7 +201,7 @@ class AgainstRandom:
     """
 
     sentence: ClassVar[str] = "against_random"
-    question: Question
+    question: LabelAndMeasure
     held: float
     random: float
     draws: Sequence[float]
@@ -214,7 +214,7 @@ class ModulesHeld:
     """How the answer to a question changes where the units' whole modules are held."""
 
     sentence: ClassVar[str] = "modules"
-    question: Question
+    question: LabelAndMeasure
     change: Change
 
 
@@ -223,7 +223,7 @@ class DoseCurve:
     """The answer to a question by dose ("top" or "strength"), the plain model at 0."""
 
     sentence: ClassVar[str] = "dose_curve"
-    question: Question
+    question: LabelAndMeasure
     kind: str
     points: Sequence[tuple[float, float]]
 
@@ -233,7 +233,7 @@ class AloneVerdict:
     """Of so many units that were held alone, how many lower and raise the answer."""
 
     sentence: ClassVar[str] = "alone"
-    question: Question
+    question: LabelAndMeasure
     units: int
     lowering: int
     raising: int
@@ -433,15 +433,15 @@ class _Table:
         self.main = [each for each in (self.target, _COMPLIANCE) if each in self.questions]
         self.draws = self.of_kind("random")
 
-    def row(self, condition: str, question: Question) -> dict | None:
+    def row(self, condition: str, question: LabelAndMeasure) -> dict | None:
         """The row of a condition, label and measure; None where there is none."""
         return self._found.row(condition, *question)
 
-    def held_row(self, question: Question) -> dict:
+    def held_row(self, question: LabelAndMeasure) -> dict:
         """The row of the units held, which every question of `questions` has."""
         return self.rows(["clamp"], question)["clamp"]
 
-    def rows(self, conditions: Iterable[str], question: Question) -> dict[str, dict]:
+    def rows(self, conditions: Iterable[str], question: LabelAndMeasure) -> dict[str, dict]:
         """The rows that there are of a label and measure, by condition."""
         rows = {name: self.row(name, question) for name in conditions}
         return {name: row for name, row in rows.items() if row is not None}
@@ -491,7 +491,7 @@ def _change(row: dict) -> Change:
     )
 
 
-def _moved(table: _Table, question: Question) -> Moved:
+def _moved(table: _Table, question: LabelAndMeasure) -> Moved:
     row = table.held_row(question)
     return Moved(question, _change(row), judged=row["prompts"], prompts=table.prompts(question[0]))
 
@@ -568,7 +568,7 @@ def _decimals(measure: str) -> int:
     return {"tokens": 1}.get(measure, 2)
 
 
-def _curves(table: _Table, kind: str) -> dict[Question, list[tuple[float, dict]]]:
+def _curves(table: _Table, kind: str) -> dict[LabelAndMeasure, list[tuple[float, dict]]]:
     """By question: doses of a kind and their rows, the plain model at 0; none where no other dose
     was run."""
     if not table.of_kind(kind):
