@@ -1,5 +1,7 @@
 """Tokens of prompts and answers, from text, messages or token ids."""
 
+from collections.abc import Sequence
+
 from jaxmed.data import chat as chat_lib
 from jaxmed.files.reading import DataError
 from models.errors import InputError
@@ -77,24 +79,37 @@ def _check_tokenizer(tokenizer, text_name: str, ids_name: str, where: str) -> No
         )
 
 
-def first_tokens(flag: str, given: tuple[str, ...], vocab_size: int, tokenizer) -> tuple[int, ...]:
-    """Token ids, given as numbers or as texts whose first token counts."""
+def first_tokens(
+    given: Sequence[str], vocab_size: int, tokenizer, what: str = "first token"
+) -> tuple[int, ...]:
+    """Token ids, given as numbers or as texts whose first token counts.
+
+    Args:
+        given: the numbers and texts.
+        vocab_size: of the model.
+        tokenizer: of the texts; None where there is none.
+        what: what errors call them.
+
+    Returns:
+        Each id once, in the order given.
+
+    Raises:
+        InputError: one is no token of the model, or a text without a tokenizer or tokens.
+    """
     found = []
     for text in given:
         if text.isdecimal():
             # Python refuses to read a number of thousands of digits.
             if len(text) > 10 or int(text) >= vocab_size:
-                raise InputError(
-                    f"--{flag}={text}: token id outside the vocabulary of {vocab_size}"
-                )
+                raise InputError(f"{what}={text}: token id outside the vocabulary of {vocab_size}")
             found.append(int(text))
             continue
         if tokenizer is None:
             raise InputError(
-                f"--{flag}={text}: the checkpoint has no tokenizer; give token ids instead"
+                f"{what}={text}: the checkpoint has no tokenizer; give token ids instead"
             )
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         if not ids:
-            raise InputError(f"--{flag}: '{text}' has no tokens")
+            raise InputError(f"{what}: '{text}' has no tokens")
         found.append(ids[0])
     return tuple(dict.fromkeys(found))

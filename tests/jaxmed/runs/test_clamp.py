@@ -17,7 +17,7 @@ from jaxmed.data import prompts
 from jaxmed.intervention import export, outcomes
 from jaxmed.intervention.units import Unit
 from jaxmed.runs import asking, clamp
-from jaxmed.runs.clamp import Settings
+from jaxmed.runs.clamp import ClampSettings
 from models import organisms
 from models.errors import InputError
 
@@ -50,7 +50,7 @@ def settings(organism, out, **changes):
         "random": 3,
     }
     asked |= {"model": str(organism.folder), "prompts": (str(organism.prompts),), "out": str(out)}
-    return Settings(**asked | changes)
+    return ClampSettings(**asked | changes)
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +211,7 @@ def test_few_units_have_few_controls():
     units = [Unit("head", 0, 0), Unit("head", 0, 1)]
     traits = {"head": [np.ones((1, 4))]}
     experiment = object.__new__(clamp._Experiment)
-    experiment.settings = Settings("model", ("prompts",), "out")
+    experiment.settings = ClampSettings("model", ("prompts",), "out")
     first = experiment._draw(units, traits, 0, [])
     assert [str(unit) for unit in first] == ["head:0.2", "head:0.3"]
     assert experiment._draw(units, traits, 1, [first]) is None
@@ -463,8 +463,10 @@ def test_units_of_a_run_that_saw_the_tested_prompts_are_refused(organism, tmp_pa
     def run(chosen, name, split=()):
         lines = [line | answers | {"id": n} for n, line in enumerate(chosen)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
-        asked = mediate.Settings(
-            *(str(organism.folder), str(tmp_path / f"{name}.jsonl"), str(tmp_path / name)),
+        asked = mediate.MediateSettings(
+            model=str(organism.folder),
+            pairs=str(tmp_path / f"{name}.jsonl"),
+            out=str(tmp_path / name),
             granularity=("neuron",),
             positions="prompt",
             split=split,
