@@ -10,6 +10,7 @@ from launch import flags, program
 
 
 def main() -> None:
+    """Runs what the flags ask for."""
     program.start(
         flags.of(CertifySettings), lambda settings: certificate.lines(certify.run(settings))
     )

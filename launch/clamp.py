@@ -1,6 +1,6 @@
-"""Holds units still while a model answers: does harm fall, and does the rest stay?
+r"""Holds units still while a model answers: does harm fall, and does the rest stay?
 
-python -m launch.clamp --model=DIR_OR_HUB_ID --results=DIR --top=K --prompts=FILE --judge=NAME \\
+python -m launch.clamp --model=DIR_OR_HUB_ID --results=DIR --top=K --prompts=FILE --judge=NAME \
     --out=DIR
 """
 
@@ -11,6 +11,7 @@ from launch import flags, program
 
 
 def main() -> None:
+    """Runs what the flags ask for."""
     program.start(
         flags.of(ClampSettings), lambda settings: report.closing_lines(clamp.run(settings))
     )

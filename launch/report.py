@@ -10,6 +10,7 @@ from launch import flags, program
 
 
 def main() -> None:
+    """Runs what the flags ask for."""
     program.start(
         flags.of(ReportSettings), lambda settings: mediation.closing_lines(report.run(settings))
     )

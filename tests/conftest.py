@@ -3,7 +3,14 @@
 import gc
 
 import jax
+import jaxtyping
 import pytest
+
+from tests import typecheck
+
+# Packages whose annotations are checked, shapes included, whenever a test calls something in them.
+CHECKED = ("models",)
+jaxtyping.install_import_hook(CHECKED, f"{typecheck.__name__}.checked")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -14,7 +14,7 @@ from jaxmed.report import benchmark as tables
 from jaxmed.runs import settings as settings_lib
 from jaxmed.runs import sweep
 from jaxmed.runs.settings import setting
-from jaxmed.validation import benchmark, numerical_error, presets
+from jaxmed.validation import benchmark, numerical_error, presets, truth
 from models import organisms
 from models.errors import InputError
 
@@ -103,9 +103,9 @@ def run(settings: BenchmarkSettings, say: Callable[[str], None] = sweep.tell) ->
 def check(settings: BenchmarkSettings) -> None:
     """Raises `InputError` where settings contradict each other, or the file cannot be written."""
     settings_lib.check(settings)
-    rivals = benchmark.GENERATION_RIVALS if settings.generate else benchmark.RIVALS
-    if unknown := sorted(set(settings.against) - set(rivals)):
-        raise InputError(f"--against={','.join(unknown)}: not one of {', '.join(rivals)}")
+    known = benchmark.GENERATION_BASELINES if settings.generate else benchmark.BASELINES
+    if unknown := sorted(set(settings.against) - set(known)):
+        raise InputError(f"--against={','.join(unknown)}: not one of {', '.join(known)}")
     for mode, others in _IDLE.items():
         idle = [name for name in others if settings_lib.given(settings, name)]
         if getattr(settings, mode) and idle:
@@ -119,12 +119,12 @@ def check(settings: BenchmarkSettings) -> None:
 def _accuracy(settings: BenchmarkSettings) -> tuple[list[dict], list[str]]:
     organism = organisms.build(settings.organism)
     decoder, tokenizer = models.load(organism.folder)
-    pair = pairs.read(str(organism.pairs("unlock")), tokenizer)[0]
+    pair = pairs.read(str(truth.pairs_file(organism, "unlock")), tokenizer)[0]
     runs = "hooks" in settings.against
     random_decoder, random_pair = numerical_error.random_model()
     rows = numerical_error.measure("random", random_decoder, random_pair, runs=runs)
     rows += numerical_error.measure("trained", decoder, pair, runs=runs)
-    return [dataclasses.asdict(row) for row in rows], numerical_error.table(rows)
+    return [dataclasses.asdict(row) for row in rows], tables.numerical_error_table(rows)
 
 
 def _generation(settings: BenchmarkSettings) -> tuple[dict, list[str]]:

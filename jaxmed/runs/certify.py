@@ -20,9 +20,9 @@ from jaxmed.analysis import circuits, controls, screening
 from jaxmed.analysis import joint as joint_lib
 from jaxmed.analysis import ranking as ranking_lib
 from jaxmed.files import atomic
+from jaxmed.question.effects import ESTIMANDS
 from jaxmed.question.positions import Align, Positions
 from jaxmed.report import certificate
-from jaxmed.report.figures import effects
 from jaxmed.runs import mediate
 from jaxmed.runs import settings as settings_lib
 from jaxmed.runs.mediate import MediateRun, MediateSettings
@@ -30,6 +30,7 @@ from jaxmed.runs.settings import like, setting
 from jaxmed.store.results import Results
 from jaxmed.validation import outcomes, scoring
 from jaxmed.validation.outcomes import GROUP_SIZE, Certificate
+from jaxmed.validation.truth import pairs_file
 from jaxmed.version import __version__
 from models import organisms
 from models.errors import InputError
@@ -48,7 +49,7 @@ _CONSTANTS = {
     "circuit_sizes": circuits.CIRCUIT_SIZES,
     "minimum_share": controls.MINIMUM_SHARE,
     "draws": controls.DRAWS,
-    "columns": outcomes.ROW.names,
+    "columns": outcomes.ROW.names + outcomes.CURVE.names,
     "jaxmed": __version__,
 }
 
@@ -204,7 +205,7 @@ def measure(organism: Organism, contrast: str, settings: MediateSettings) -> dic
     settings = dataclasses.replace(
         settings,
         model=str(organism.folder),
-        pairs=str(organism.pairs(contrast)),
+        pairs=str(pairs_file(organism, contrast)),
         out=str(folder),
         overwrite=True,
     )
@@ -219,7 +220,11 @@ def measure(organism: Organism, contrast: str, settings: MediateSettings) -> dic
 def _identity(organism: Organism, contrast: str, settings: MediateSettings) -> dict:
     """All that scores follow from, as JSON has it."""
     truth = organism.truth
-    made = {"files": truth["files"], "truth": truth["contrasts"][contrast]}
+    made = {
+        "files": truth["files"],
+        "truth": truth["contrasts"][contrast],
+        "pairs": truth["drawn"]["contrasts"][contrast],
+    }
     return json.loads(json.dumps({"organism": made} | _method(settings)))
 
 
@@ -438,8 +443,8 @@ def _faithfulness(asked: MediateRun, ranked: dict[str, _Ranking]) -> dict[str, n
 
 def _curve_rows(name: str, curve: np.ndarray) -> list[dict]:
     return [
-        {"method": name, "direction": direction, "fraction": fraction, "faithfulness": float(value)}
-        for direction, values in zip(effects.DIRECTIONS, curve, strict=True)
+        {"method": name, "estimand": estimand, "fraction": fraction, "faithfulness": float(value)}
+        for estimand, values in zip(ESTIMANDS, curve, strict=True)
         for fraction, value in zip(circuits.CIRCUIT_SIZES, values, strict=True)
     ]
 

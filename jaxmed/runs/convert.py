@@ -162,7 +162,7 @@ def _verified(folder: pathlib.Path, cache_dir: pathlib.Path) -> str:
 
 def _transformers_logits(folder: pathlib.Path, prompt: np.ndarray) -> np.ndarray:
     """Logits of transformers' own model, [position, token], float32."""
-    import torch  # Here, because nothing else needs it.
+    import torch  # Here, because nothing else needs it.  # pyright: ignore[reportMissingImports]
 
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder,

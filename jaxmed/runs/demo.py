@@ -17,7 +17,7 @@ from jaxmed.runs.mediate import MediateSettings
 from jaxmed.runs.respond import RespondSettings
 from jaxmed.runs.settings import setting
 from jaxmed.store.results import Results
-from jaxmed.validation import outcomes
+from jaxmed.validation import outcomes, truth
 from models import organisms
 from models.organisms import Organism
 
@@ -63,7 +63,7 @@ def run(settings: DemoSettings, say: Callable[[str], None] = sweep.tell) -> None
     organism = organisms.build(folder, seed=settings.seed)
     asked = MediateSettings(
         model=str(organism.folder),
-        pairs=str(organism.pairs(_CONTRAST)),
+        pairs=str(truth.pairs_file(organism, _CONTRAST)),
         out=settings.out,
         # Detectors read the middle of the prompt: at the last token they have no effect.
         positions="prompt",
@@ -110,7 +110,7 @@ def _settle(
         say(f"\nHolding the {what} that were found (--edit={edit}) ...")
         asked = ClampSettings(
             model=str(organism.folder),
-            prompts=(str(organism.prompts),),
+            prompts=(str(truth.prompts_file(organism)),),
             out=f"{settings.out}/clamp-{what}",
             units=tuple(str(unit) for unit in units if unit.layer == layer),
             edit=edit,
@@ -129,7 +129,7 @@ def _respond(settings: DemoSettings, organism: Organism, say: Callable[[str], No
     say("\nMaking pairs of the model's own answers ...")
     asked = RespondSettings(
         model=str(organism.folder),
-        prompts=(str(organism.prompts),),
+        prompts=(str(truth.prompts_file(organism)),),
         out=f"{settings.out}/respond",
         samples=2,
         temperature=1.0,

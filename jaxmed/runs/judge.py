@@ -13,7 +13,6 @@ from jaxmed.behaviour import responses
 from jaxmed.behaviour.judges import agreement, named, protocol, rules
 from jaxmed.behaviour.judges.outcome import JudgeOutcome
 from jaxmed.files import atomic
-from jaxmed.runs import asking
 from jaxmed.runs import settings as settings_lib
 from jaxmed.runs.settings import setting
 from jaxmed.store import circumstances, claims
@@ -106,18 +105,19 @@ def run(settings: JudgeSettings) -> JudgeOutcome:
 
 def _judge(settings: JudgeSettings) -> protocol.Judge:
     """The judge that is asked for."""
-    name, _ = asking.judge_and_checkpoint(settings.judge)
-    if name in asking.WITHOUT_MODEL and settings.cut:
+    name, _ = named.name_and_checkpoint(settings.judge)
+    if name in named.WITHOUT_MODEL and settings.cut:
         raise InputError(f"--judge={name} runs no model: leave --cut out")
     if name != rules.FirstTokens.name and (settings.comply_tokens or settings.refuse_tokens):
         raise InputError("--comply_tokens and --refuse_tokens are for --judge=tokens alone")
-    return asking.read_judge(
-        settings.judge,
+    (judge,) = named.read(
+        [settings.judge],
+        settings.judge_template,
         cut=settings.cut,
-        templates=asking.template_files(settings.judge_template, [settings.judge]),
         comply=_ids(settings.comply_tokens, "comply_tokens"),
         refuse=_ids(settings.refuse_tokens, "refuse_tokens"),
     )
+    return judge
 
 
 def _ids(given: Sequence[str], name: str) -> tuple[int, ...]:
@@ -134,7 +134,7 @@ def _described(settings: JudgeSettings, judge: protocol.Judge) -> dict:
         "comply_tokens": _ids(settings.comply_tokens, "comply_tokens"),
         "refuse_tokens": _ids(settings.refuse_tokens, "refuse_tokens"),
         "judge_text_and_weights": protocol.fingerprint(judge),
-        "judge_model": asking.judge_and_checkpoint(settings.judge)[1] or None,
+        "judge_model": named.name_and_checkpoint(settings.judge)[1] or None,
         "judge_template": settings.judge_template,
         "meaning": judge.meaning,
         "responses": settings.responses,

@@ -21,9 +21,9 @@ from jaxmed.engine import cost, memory, propagate, scan
 from jaxmed.files.reading import DataError
 from jaxmed.question import directions as directions_lib
 from jaxmed.question import effects, metrics
-from jaxmed.question.effects import Sizes
+from jaxmed.question.effects import Status
 from jaxmed.question.positions import Align, Positions
-from jaxmed.question.question import Question, shapes
+from jaxmed.question.question import Question, sizes
 from jaxmed.question.question import check as check_pair
 from jaxmed.question.sites import SITES, group_count
 from jaxmed.report import mediation
@@ -31,7 +31,7 @@ from jaxmed.runs import loading, sweep
 from jaxmed.runs import settings as settings_lib
 from jaxmed.runs.settings import setting
 from jaxmed.store import circumstances
-from jaxmed.store.results import ESTIMATED, EXACT, NOT_RUN, Results
+from jaxmed.store.results import Results
 from models import checkpoint, organisms
 from models.config import DTYPES, DecoderConfig
 from models.decoder import Decoder
@@ -258,7 +258,7 @@ def measure(settings: MediateSettings, *, progress: bool = True) -> tuple[Result
     results = Results.resume_or_create(
         settings.out,
         _description(settings, question, folder, pairs, skipped),
-        _sizes(decoder, pairs, question, settings.granularities),
+        sizes(decoder.config, pairs, question, settings.granularities),
         [pair.id for pair in pairs],
         settings.granularities,
         overwrite=settings.overwrite,
@@ -309,8 +309,8 @@ def _metric(settings: MediateSettings, decoder: Decoder, tokenizer) -> metrics.M
         return metrics.ResponseLogprobDifference(settings.response_part, settings.decision_tokens)
     size = decoder.config.vocab_size
     return metrics.LogitDifference(
-        tokens.first_tokens(settings.harmful_tokens, size, tokenizer, "--harmful_tokens"),
-        tokens.first_tokens(settings.safe_tokens, size, tokenizer, "--safe_tokens"),
+        tokens.first_tokens(settings.harmful_tokens, size, tokenizer, where="--harmful_tokens"),
+        tokens.first_tokens(settings.safe_tokens, size, tokenizer, where="--safe_tokens"),
     )
 
 
@@ -361,29 +361,12 @@ def _read_pairs(
     return usable, len(bad)
 
 
-def _sizes(
-    decoder: Decoder,
-    pairs: list[Pair],
-    question: Question,
-    granularities: tuple[str, ...],
-) -> Sizes:
-    config, positions = decoder.config, 0
-    if "token" in granularities:
-        all_shapes = [shapes(config, pair, question, ["token"])["token"] for pair in pairs]
-        positions = max(shape[-1] for shape in all_shapes)
-    groups = group_count(config, question.group_size)
-    sites, most = (), 0
-    if question.directions:
-        sites, most = question.directions.sites, question.directions.given.shape[-1]
-    return Sizes(config.num_layers, config.num_heads, groups, positions, sites, most)
-
-
 def _description(
     settings: MediateSettings, question: Question, folder, pairs: list[Pair], skipped: int
 ) -> dict:
     """What `run.json` says of the run."""
     return (dataclasses.asdict(settings) | circumstances.circumstances()) | {
-        "unit": question.metric.unit,
+        "metric_unit": question.metric.metric_unit,
         "meaning": question.metric.meaning,
         # The name under which the results' arrays record it.
         "precision": settings.matmul_precision,
@@ -533,22 +516,16 @@ def _write(
 ) -> None:
     """Writes one pair's effects; estimates stand in for neurons that were not computed."""
     shape = results.sizes.shape(granularity)
-    nie, tie = (_fitted(side[granularity], shape) for side in (found.nie, found.tie))
-    status = EXACT
+    nie, tie = (effects.fitted(side[granularity], shape) for side in (found.nie, found.tie))
+    status = Status.EXACT
     if granularity == "direction" and question.directions:
-        status = np.where(question.directions.given, EXACT, NOT_RUN)
+        status = np.where(question.directions.given, Status.EXACT, Status.NOT_RUN)
     elif granularity == "neuron" and selection:
-        status = np.where(selection.computed, EXACT, ESTIMATED)
+        status = np.where(selection.computed, Status.EXACT, Status.ESTIMATED)
         estimates = results.estimates(index)
         nie = np.where(selection.computed, nie, estimates[0])
         tie = np.where(selection.computed, tie, estimates[1])
     results.write(index, granularity, nie, tie, status)
-
-
-def _fitted(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """A pair's effects in the shape of the results: NaN beyond its last position."""
-    extra = [(0, full - own) for full, own in zip(shape, values.shape, strict=True)]
-    return np.pad(values, extra, constant_values=np.nan)
 
 
 def _announce(

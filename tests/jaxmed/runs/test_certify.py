@@ -125,7 +125,7 @@ def test_curves_begin_with_few_neurons_and_end_with_all(found):
     curves = found.curves.to_pylist()
     assert {row["fraction"] for row in curves} == set(circuits.CIRCUIT_SIZES)
     whole = [row["faithfulness"] for row in curves if row["fraction"] == 1]
-    assert len(whole) == 2 * len(outcomes.METHODS)  # in both directions
+    assert len(whole) == 2 * len(outcomes.METHODS)  # by both estimands
     np.testing.assert_allclose(whole, 1, atol=1e-5)
 
 
@@ -183,7 +183,7 @@ def test_what_was_scored_is_not_run_again_unless_something_changed(
         run(other)
     folder = shutil.copytree(settings.out, tmp_path / "out")
     other = dataclasses.replace(other, out=str(folder), overwrite=True)
-    with pytest.raises(Ran):
+    with pytest.raises(HasRunError):
         run(other)
     monkeypatch.setitem(certify._CONSTANTS, "draws", 1)
     with pytest.raises(InputError, match="draws was 19, is now 1"):
@@ -202,13 +202,13 @@ def test_a_truth_that_changed_or_damaged_scores_are_scored_again(
     made = organisms.Organism(folder, truth)
     assert certify.measure(made, CONTRAST, asked)["rows"]
     truth["contrasts"][CONTRAST]["neurons"].pop()
-    with pytest.raises(Ran):
+    with pytest.raises(HasRunError):
         certify.measure(made, CONTRAST, asked)
     truth["contrasts"][CONTRAST] = organisms.truth(folder)["contrasts"][CONTRAST]
     assert certify.measure(made, CONTRAST, asked)["rows"]
     for damaged in ('{"rows": [', "[1]"):
         (kept / "runs" / f"decoys-0-{CONTRAST}" / "scores.json").write_text(damaged)
-        with pytest.raises(Ran):
+        with pytest.raises(HasRunError):
             certify.measure(made, CONTRAST, asked)
 
 
@@ -241,12 +241,12 @@ def test_a_screen_and_no_joint_set(found, settings, tmp_path):
     assert len(certificate.method_lines(outcomes.table_of(rows))) == 2 + 7
 
 
-class Ran(Exception):
+class HasRunError(Exception):
     """Something was run."""
 
 
 def refuse_to_run(*_, **__):
-    raise Ran
+    raise HasRunError
 
 
 @pytest.mark.parametrize(
