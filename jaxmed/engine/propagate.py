@@ -7,10 +7,10 @@ the same for every granularity: carry D through the later blocks and read the me
     carry(stage, D)          -> the change of the last block's output
     read_changes             -> dY
 
-Differences alone are carried (`jaxmed.difference`): the base run is computed once for a whole batch
+Differences alone are carried (`engine.difference`): the base run is computed once for a whole batch
 of edits, and rounding is relative to the effect.
 
-Shapes are named in `models.layers` and `jaxmed.capture`; U are all units of a piece of work, which
+Shapes are named in `models.shapes` and `engine.capture`; U are all units of a piece of work, which
 go through the model in chunks of n batches of B.
 """
 
@@ -27,6 +27,7 @@ from jaxmed.engine import capture, cost
 from jaxmed.engine.capture import Frame
 from jaxmed.engine.difference import difference
 from jaxmed.engine.plan import ALL_POSITIONS, Work
+from jaxmed.engine.rules import RULES
 from jaxmed.question.metrics import (
     VOCABULARY_CHUNK,
     Metric,
@@ -130,7 +131,7 @@ def _through_norm(
     blocks = decoder.blocks
     norms = blocks.mlp_post_norm if site == Site.NEURON else blocks.attention_post_norm
     norm = jax.tree.map(lambda stacked: stacked[layer], norms)
-    return difference(norm)((written[layer],), (change,))[1]
+    return difference(norm, rules=RULES)((written[layer],), (change,))[1]
 
 
 def direction_writes(
@@ -296,7 +297,7 @@ def _changes(
     f: Callable, value: Float[Array, "S d"], changes: Float[Array, "B S d"], matmul_precision: str
 ):
     """f(value + change) - f(value) for every change of a batch; the value stays unbatched."""
-    exact = difference(f, product_dtype=MATMUL_PRECISIONS[matmul_precision])
+    exact = difference(f, rules=RULES, product_dtype=MATMUL_PRECISIONS[matmul_precision])
     return jax.vmap(lambda change: exact((value,), (change,))[1])(changes)
 
 
