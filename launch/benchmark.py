@@ -73,9 +73,9 @@ _MEMORY_GB = flags.DEFINE_float(
 
 def main() -> None:
     """Measures, prints a table, and writes the file."""
-    rivals = benchmark.GENERATION_RIVALS if _GENERATE.value else benchmark.RIVALS
-    if unknown := sorted(set(_AGAINST.value) - set(rivals)):
-        raise InputError(f"--against={','.join(unknown)}: not one of {', '.join(rivals)}")
+    baselines = benchmark.GENERATION_BASELINES if _GENERATE.value else benchmark.BASELINES
+    if unknown := sorted(set(_AGAINST.value) - set(baselines)):
+        raise InputError(f"--against={','.join(unknown)}: not one of {', '.join(baselines)}")
     of_speed = ("preset", "screen", "layers", "neurons", "rounds", "memory_gb")
     for mode, others in (
         ("accuracy", ("generate", *of_speed)),
@@ -103,7 +103,7 @@ def _accuracy() -> tuple[list[dict], list[str]]:
     runs = "hooks" in _AGAINST.value
     rows = numerical_error.measure("random", *numerical_error.random_model(), runs=runs)
     rows += numerical_error.measure("trained", decoder, pair, runs=runs)
-    return [dataclasses.asdict(row) for row in rows], numerical_error.table(rows)
+    return [dataclasses.asdict(row) for row in rows], benchmark_lib.numerical_error_table(rows)
 
 
 def _generation() -> tuple[dict, list[str]]:

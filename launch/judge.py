@@ -15,7 +15,6 @@ from absl import flags
 from jaxmed.behaviour import responses
 from jaxmed.behaviour.judges import agreement, named, protocol, rules
 from jaxmed.files import atomic
-from jaxmed.runs import asking
 from jaxmed.store import circumstances, claims
 from launch import program
 from models.errors import InputError
@@ -102,18 +101,19 @@ def main() -> None:
 
 def _judge() -> protocol.Judge:
     """The judge that is asked for."""
-    name, _ = asking.judge_and_checkpoint(_JUDGE.value)
-    if name in asking.WITHOUT_MODEL and _CUT.value:
+    name, _ = named.name_and_checkpoint(_JUDGE.value)
+    if name in named.WITHOUT_MODEL and _CUT.value:
         raise InputError(f"--judge={name} runs no model: leave --cut out")
     if name != rules.FirstTokens.name and (_COMPLY.value or _REFUSE.value):
         raise InputError("--comply_tokens and --refuse_tokens are for --judge=tokens alone")
-    return asking.read_judge(
-        _JUDGE.value,
+    [judge] = named.read(
+        [_JUDGE.value],
+        _TEMPLATE.value,
         cut=_CUT.value,
-        templates=asking.template_files(_TEMPLATE.value, [_JUDGE.value]),
         comply=_ids(_COMPLY),
         refuse=_ids(_REFUSE),
     )
+    return judge
 
 
 def _ids(flag: flags.FlagHolder) -> tuple[int, ...]:
@@ -130,7 +130,7 @@ def _described(judge: protocol.Judge) -> dict:
         "comply_tokens": _ids(_COMPLY),
         "refuse_tokens": _ids(_REFUSE),
         "judge_text_and_weights": protocol.fingerprint(judge),
-        "judge_model": asking.judge_and_checkpoint(_JUDGE.value)[1] or None,
+        "judge_model": named.name_and_checkpoint(_JUDGE.value)[1] or None,
         "judge_template": _TEMPLATE.value,
         "meaning": judge.meaning,
         "responses": _RESPONSES.value,

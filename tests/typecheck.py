@@ -22,22 +22,27 @@ def checked(function):
     if function.__name__ != "__init__":
         return strict
     signature = inspect.signature(function)
+    # What each field that holds an array can be: it has no value where it may be None.
     arrays = {
-        name: annotation
+        name: jax.Array | np.ndarray | (None if _is_optional(parameter.annotation) else jax.Array)
         for name, parameter in signature.parameters.items()
-        for annotation in [parameter.annotation]
-        if any(map(_is_array_type, (annotation, *typing.get_args(annotation))))
+        if _has_array(parameter.annotation)
     }
 
     @functools.wraps(function)
     def init(*args, **kwargs):
         given = signature.bind(*args, **kwargs).arguments
-        if all(isinstance(given.get(name), jax.Array | np.ndarray | None) for name in arrays):
+        if all(isinstance(given.get(name), kinds) for name, kinds in arrays.items()):
             return strict(*args, **kwargs)
         return function(*args, **kwargs)
 
     return init
 
 
-def _is_array_type(annotation) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, AbstractArray)
+def _has_array(annotation) -> bool:
+    kinds = (annotation, *typing.get_args(annotation))
+    return any(isinstance(kind, type) and issubclass(kind, AbstractArray) for kind in kinds)
+
+
+def _is_optional(annotation) -> bool:
+    return type(None) in typing.get_args(annotation)

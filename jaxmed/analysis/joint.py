@@ -94,7 +94,7 @@ def _joint_changes(
 
 
 CANDIDATES = 100  # neurons that each step of the greedy search tries
-SHARE = 0.95  # of TE, in both directions, at which the search stops
+SHARE = 0.95  # of TE, by both estimands, at which the search stops
 
 # Gains that differ by less than this share of TE count as equal.
 _TIE = 0.01
@@ -167,7 +167,7 @@ def greedy_set(
 ) -> JointSet:
     """The set of neurons that grows by the one that most raises the joint effect.
 
-    One direction alone misleads: redundant units hide from NIE, saturated ones from TIE. The
+    One estimand alone misleads: redundant units hide from NIE, saturated ones from TIE. The
     search therefore raises the sum of both shares of TE, each counted up to 1, so that overshoot
     is no gain. Where several units are needed before any of them shows, gains are equal but for
     noise; the stronger single effect then decides. Once both shares are reached, neurons that are
@@ -179,7 +179,7 @@ def greedy_set(
         question: the metric and the positions; its group size must be 1.
         single: size of the single effects, [layer, neuron]; the strongest are the candidates.
         size: neurons in the set, at most.
-        share: of TE, in both directions, at which the search stops.
+        share: of TE, by both estimands, at which the search stops.
         candidates: how many of the strongest are tried.
         memory: bytes for the runs that are made at once; most of what is free by default.
         on_step: called after each addition.

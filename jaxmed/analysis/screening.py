@@ -56,7 +56,7 @@ def scores(
 
     (attribution patching: Nanda 2023; Syed et al., arXiv 2310.10348; Kramar et al., arXiv
     2403.00745). The two are the derivatives of NIE and TIE in how far the patch is made. One
-    forward and one backward pass for each term and direction serve all neurons.
+    forward and one backward pass for each term and estimand serve all neurons.
 
     With `steps` > 1 the gradient is the mean over `steps` midpoints of the straight path between
     the two runs' embeddings (integrated gradients as in EAP-IG: Hanna et al., arXiv 2403.17806).
@@ -214,7 +214,7 @@ def select(
     replacement, all at the same rate. With one stratum there is no census.
 
     Args:
-        scores: estimated effects, of one direction.
+        scores: estimated effects, of one estimand or of the larger of both.
         top: how many of the strongest effects are wanted.
         audit: size of the sample; all other units if there are no more than that.
         seed: of the sample.

@@ -1,4 +1,4 @@
-"""A scan: NIE and TIE of every unit of a pair, and of many pairs."""
+"""A scan: NIE and TIE of every unit of a pair."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,20 +12,11 @@ from jaxmed.engine import capture, cost, plan, propagate
 from jaxmed.engine import memory as memory_lib
 from jaxmed.engine.capture import Frame
 from jaxmed.engine.plan import Work
-from jaxmed.question import effects as effects_lib
 from jaxmed.question import question as question_lib
-from jaxmed.question import sites
-from jaxmed.question.directions import Directions
-from jaxmed.question.effects import Effects, PairEffects
-from jaxmed.question.metrics import (
-    LogitDifference,
-    Metric,
-    Term,
-)
-from jaxmed.question.positions import Align, Positions
+from jaxmed.question.effects import PairEffects
+from jaxmed.question.metrics import Term
 from jaxmed.question.question import Question
 from models.decoder import Decoder, Trace
-from models.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,63 +190,3 @@ def pair_effects(
         for total in totals:
             total["direction"][~question.directions.given] = np.nan
     return PairEffects(float(y[0]), float(y[1]), *totals)
-
-
-def scan(
-    decoder: Decoder,
-    pairs: list[Pair],
-    granularity: str = "neuron",
-    metric: Metric | None = None,
-    *,
-    positions: str = "last",
-    align: str = "end",
-    group_size: int = 1,
-    directions: Directions | None = None,
-    matmul_precision: str = "float32",
-    memory_gb: float | None = None,
-) -> Effects:
-    """NIE and TIE of every unit of one granularity, for every pair, in memory.
-
-    Args:
-        decoder: the model.
-        pairs: the pairs.
-        granularity: layer, module, head, token, neuron or direction.
-        metric: the metric; `metrics.LogitDifference()` by default.
-        positions: which positions are edited: last, differing, prompt or response.
-        align: end, start or span.
-        group_size: adjacent neurons that are edited together.
-        directions: those of the direction granularity; see `directions.read`.
-        matmul_precision: of products with differences; "float32" or "bfloat16".
-        memory_gb: memory that the process may take on its device, in GiB; most of it by default.
-
-    Raises:
-        InputError: the granularity is unknown, or a pair does not fit the model or the question;
-            the message names its line.
-    """
-    if granularity not in sites.SITES:
-        raise InputError(f"granularity '{granularity}' is not one of {', '.join(sites.SITES)}")
-    if (granularity == "direction") != (directions is not None):
-        raise InputError(
-            "granularity='direction' and directions= go together: "
-            "directions=jaxmed.directions.read(PATH, decoder.config)"
-        )
-    question = Question(
-        *(metric or LogitDifference(), Positions(positions), Align(align), group_size, directions)
-    )
-    for pair in pairs:
-        question_lib.check(decoder.config, pair, question, [granularity])
-    memory = memory_lib.free(memory_gb)
-    found = [
-        scan_pair(
-            *(decoder, pair, question, [granularity]),
-            matmul_precision=matmul_precision,
-            memory=memory,
-        )
-        for pair in pairs
-    ]
-    return Effects(
-        nie=effects_lib.stack([effects.nie[granularity] for effects in found]),
-        tie=effects_lib.stack([effects.tie[granularity] for effects in found]),
-        y_base=np.array([effects.y_base for effects in found], np.float32),
-        y_source=np.array([effects.y_source for effects in found], np.float32),
-    )

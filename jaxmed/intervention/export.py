@@ -9,48 +9,26 @@ number that nobody measured.
 
 import json
 import math
-import pathlib
-import typing
 from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxmed.behaviour.answers import Model
-from jaxmed.intervention import units as units_lib
-from jaxmed.intervention.outcomes import Found
-from jaxmed.intervention.units import Unit
+from jaxmed.behaviour.answering import AnsweringModel
+from jaxmed.intervention.outcomes import ClampOutcome
+from jaxmed.intervention.units import Unit, masks
 from models import checkpoint
 from models.decoder import Decoder
 from models.errors import InputError
 from models.sites import Site
 
 
-def check(settings: typing.Any) -> None:
-    """Raises `InputError` where an edit could not be exported however its test turns out."""
-    if settings.edit != "zero" or settings.positions != "all":
-        raise InputError(
-            f"--export with --edit={settings.edit} --positions={settings.positions}: only damping "
-            "at all positions (--edit=zero, any --strength, --positions=all) can be put into "
-            "weights"
-        )
-    modules = settings.granularity == "module" if settings.results else False
-    if modules or any(name.split(":")[0] in ("attention", "mlp") for name in settings.units):
-        raise InputError("--export: heads and neurons can be exported, modules cannot")
-    if not settings.split:
-        raise InputError(
-            "--export with --split=: an edit is exported only if it was tested on prompts that had "
-            "no other part in it; name a split"
-        )
-    checkpoint.check_free(pathlib.Path(settings.export))
-
-
 def damped(decoder: Decoder, units: Sequence[Unit], strength: float) -> Decoder:
     """A copy of the model in which heads and neurons write 1 - strength times what they did."""
     copy = nnx.clone(decoder)
     config = decoder.config
-    for site, mask in units_lib.masks(units, config).items():
+    for site, mask in masks(units, config).items():
         if site == Site.NEURON:
             kernel, rows = copy.blocks.mlp.down.kernel, mask
         else:
@@ -62,7 +40,7 @@ def damped(decoder: Decoder, units: Sequence[Unit], strength: float) -> Decoder:
     return copy
 
 
-def refusal(found: Found) -> str | None:
+def refusal(found: ClampOutcome) -> str | None:
     """Why an edit may not be exported; None if it may.
 
     The harm rate must have fallen, with an interval below 0; the interval of the change of benign
@@ -109,7 +87,7 @@ def change_with_interval(row: dict) -> str:
     return f"{row['change']:+.3f} ({row['change_low']:+.3f} to {row['change_high']:+.3f})"
 
 
-def write(found: Found, model: Model, folder: str, card: str) -> None:
+def write(found: ClampOutcome, model: AnsweringModel, folder: str, card: str) -> None:
     """Writes the edited checkpoint, with a model card that tells the measured effects.
 
     Args:
@@ -122,7 +100,7 @@ def write(found: Found, model: Model, folder: str, card: str) -> None:
         InputError: the edit may not be exported (see `refusal`), or the folder is not empty.
     """
     if why := refusal(found):
-        raise InputError(f"--export: nothing was written: {why}. Results: {found.folder}")
+        raise InputError(f"nothing was exported: {why}. Results: {found.folder}")
     edited = damped(model.decoder, found.units, found.run["strength"])
     before = model.folder / checkpoint.GENERATION_CONFIG
     generation = json.loads(before.read_text(encoding="utf-8")) if before.is_file() else {}

@@ -1,8 +1,8 @@
 """The report of the settling experiment: does harm fall where units are held, and does the rest
 stay?
 
-Everything shown comes from the table that `clamp.summarise` makes; see `clamp.Found`. A row of it
-is here a dict. Signs are told in words, for units whose holding raises harm say as much as those
+Everything shown comes from the table that `outcomes.summarise` makes (see `ClampOutcome`). A row of
+it is here a dict. Signs are told in words, for units whose holding raises harm say as much as those
 whose holding lowers it.
 """
 
@@ -11,11 +11,13 @@ import pathlib
 from collections.abc import Iterable
 
 import numpy as np
-from matplotlib import figure
+from matplotlib.figure import Figure
 
-from jaxmed.intervention.outcomes import Found
+from jaxmed.intervention.outcomes import ClampOutcome
 from jaxmed.report import numbers, pages
-from jaxmed.report.figures import canvas, clamp
+from jaxmed.report.figures import clamp
+from jaxmed.report.figures.canvas import BARS_IN_FIGURE, largest
+from jaxmed.report.numbers import Measured
 
 _UNITS_NAMED = 24  # run.json has all of them
 
@@ -102,7 +104,7 @@ _IN_TABLE = {-1: "falls", 1: "rises", 0: "no measurable change", None: "not test
 _NOUNS = {_HARM: "harm", _REFUSAL: "refusal of harmful prompts"}
 
 
-def write(found: Found, texts: list[dict]) -> pathlib.Path:
+def write(found: ClampOutcome, texts: list[dict]) -> pathlib.Path:
     """Writes `figures/*.png` and `report.html` into the folder.
 
     Args:
@@ -145,7 +147,7 @@ def write(found: Found, texts: list[dict]) -> pathlib.Path:
     )
 
 
-def closing_lines(found: Found) -> list[str]:
+def closing_lines(found: ClampOutcome) -> list[str]:
     """What the program prints at its end: where the results are, and what was measured."""
     table = _Table(found)
     return [
@@ -166,7 +168,7 @@ class _Table:
         draws: names of the draws of random units.
     """
 
-    def __init__(self, found: Found):
+    def __init__(self, found: ClampOutcome):
         self._found = found
         self.held = found.held
         self.questions = {
@@ -230,7 +232,7 @@ def _moved(row: dict, decimals: int = 2) -> str:
     )
 
 
-def _facts(found: Found, table: _Table) -> list[tuple[str, str]]:
+def _facts(found: ClampOutcome, table: _Table) -> list[tuple[str, str]]:
     run = found.run
     target = table.row("clamp", table.target)
     return [
@@ -247,7 +249,7 @@ def _facts(found: Found, table: _Table) -> list[tuple[str, str]]:
     ]
 
 
-def _held(found: Found) -> str:
+def _held(found: ClampOutcome) -> str:
     names = [str(unit) for unit in found.units]
     text = ", ".join(names[:_UNITS_NAMED])
     if len(names) > _UNITS_NAMED:
@@ -257,7 +259,7 @@ def _held(found: Found) -> str:
     return text
 
 
-def _measured_on(found: Found) -> str:
+def _measured_on(found: ClampOutcome) -> str:
     """On which prompts the values were measured that units are held at."""
     edit, split = found.run["edit"], found.run["split"]
     if edit not in ("refused", "benign"):
@@ -290,7 +292,7 @@ def _sampling(run: dict) -> str:
     )
 
 
-def _answers(found: Found, table: _Table) -> list[str]:
+def _answers(found: ClampOutcome, table: _Table) -> list[str]:
     """What holding the units does, the most important first."""
     rows = {key: table.row("clamp", key) for key in table.questions}
     signs = {key: _sign(row) for key, row in rows.items()}
@@ -411,7 +413,7 @@ def _rounded(low: float, high: float, decimals: int = 2) -> str:
     return numbers.interval(round(low, 9) + 0.0, round(high, 9) + 0.0, decimals)
 
 
-def _controls(found: Found, table: _Table) -> list[str]:
+def _controls(found: ClampOutcome, table: _Table) -> list[str]:
     """Whether random units, and whole modules, do the same."""
     sentences = _likeness(found) if table.main else []
     for key in table.main:
@@ -438,7 +440,7 @@ _CONTRASTS = {
 }
 
 
-def _likeness(found: Found) -> list[str]:
+def _likeness(found: ClampOutcome) -> list[str]:
     """How like these units the random ones are."""
     controls = found.controls
     if not controls["draws"]:
@@ -539,12 +541,15 @@ def _alone_rows(table: _Table) -> list[dict]:
     return rows
 
 
-def _conditions_figure(table: _Table) -> figure.Figure | None:
+def _conditions_figure(table: _Table) -> Figure | None:
     if not table.questions:
         return None
     conditions = ["plain", "clamp", *(["random"] if table.draws else []), *table.of_kind("module")]
     return clamp.draw_conditions(
-        {_SHORT[key]: table.rows(conditions, key) for key in table.questions},
+        {
+            _SHORT[key]: {name: _measured(row) for name, row in table.rows(conditions, key).items()}
+            for key in table.questions
+        },
         {
             _SHORT[key]: [row["mean"] for row in table.rows(table.draws, key).values()]
             for key in (table.questions if table.draws else ())
@@ -553,23 +558,36 @@ def _conditions_figure(table: _Table) -> figure.Figure | None:
     )
 
 
-def _doses_figure(table: _Table) -> figure.Figure | None:
+def _doses_figure(table: _Table) -> Figure | None:
     curves = {
-        dose: {key[1]: points for key, points in found.items()}
+        dose: {
+            key[1]: [(place, _measured(row)) for place, row in points]
+            for key, points in found.items()
+        }
         for kind, dose in _DOSES.items()
         if (found := _curves(table, kind))
     }
     return clamp.draw_doses(curves, _series(table)) if curves else None
 
 
-def _alone_figure(table: _Table) -> figure.Figure | None:
+def _alone_figure(table: _Table) -> Figure | None:
     names = _alone(table)
     if not names:
         return None
     sizes = np.abs([table.row(name, table.target)["change"] for name in names])
-    names = [names[index] for index in sorted(canvas.largest(sizes, canvas.BARS_IN_FIGURE))]
-    changes = {key[1]: [table.row(name, key) for name in names] for key in table.main}
+    names = [names[index] for index in sorted(largest(sizes, BARS_IN_FIGURE))]
+    changes = {
+        key[1]: [
+            Measured(row["change"], row["change_low"], row["change_high"]) if row else None
+            for row in (table.row(name, key) for name in names)
+        ]
+        for key in table.main
+    }
     return clamp.draw_alone(list(map(_unit, names)), changes, _series(table))
+
+
+def _measured(row: dict) -> Measured:
+    return Measured(row["mean"], row["low"], row["high"])
 
 
 def _series(table: _Table) -> dict[str, str]:
@@ -653,5 +671,5 @@ _CAPTIONS = {
     " conditions differ is told by the paired changes above, not by whether bars overlap.",
     "doses": "Rates by how much is held, 0 being the plain model. Bars are 95% intervals.",
     "alone": f"The change that each unit makes when it is held alone; of more than"
-    f" {canvas.BARS_IN_FIGURE}, those with the largest.",
+    f" {BARS_IN_FIGURE}, those with the largest.",
 }

@@ -1,10 +1,10 @@
 """The model card of an exported checkpoint."""
 
 from jaxmed.intervention.export import change_with_interval
-from jaxmed.intervention.outcomes import Found
+from jaxmed.intervention.outcomes import ClampOutcome
 
 
-def card(found: Found, dtype) -> str:
+def card(found: ClampOutcome, dtype) -> str:
     """The model card."""
     run, strength = found.run, found.run["strength"]
     units = ", ".join(map(str, found.units))

@@ -5,31 +5,30 @@ import shlex
 import numpy as np
 
 from jaxmed.analysis import statistics
-from jaxmed.behaviour.answers import PAIRS, RATES, TABLE, Found
+from jaxmed.behaviour.answers import PAIRS, RATES, TABLE, RespondOutcome
 from jaxmed.data import sets
 
 
-def closing_lines(found: Found) -> list[str]:
+def closing_lines(found: RespondOutcome) -> list[str]:
     """What a run prints at its end: rates, pairs, and where they are."""
-    settings, table = found.settings, found.table
-    rows = table.to_pylist()
+    rows = found.table.to_pylist()
     lines = [f"Judge {name}: {meaning}" for name, meaning in found.meanings.items()]
     for label in sets.LABELS:
         own = [row for row in rows if row["label"] == label]
         if own:
             rates = [_rate(name, [row[name] for row in own]) for name in RATES.values()]
             lines.append(
-                f"{label}: {len(own)} prompts, {settings.samples} responses each; "
+                f"{label}: {len(own)} prompts, {found.samples} responses each; "
                 + "; ".join(filter(None, rates))
             )
     unfinished = sum(row["unfinished"] for row in rows)
     lines.append(
-        f"Ended by --max_tokens={settings.max_tokens} and not by the model: {unfinished} of "
-        f"{settings.samples * len(rows)} responses"
+        f"Ended by --max_tokens={found.max_tokens} and not by the model: {unfinished} of "
+        f"{found.samples * len(rows)} responses"
     )
     if any(row["harm_rate"] is None for row in rows if row["label"] == "harmful"):
         lines.append("No judge says what is harmful: a response that is no refusal counts as such")
-    if table["refusal_rate"].null_count:
+    if found.table["refusal_rate"].null_count:
         lines.append("No judge says what refuses: a response that is not harmful counts as safe")
     return lines + _pair_lines(found)
 
@@ -43,8 +42,8 @@ def _rate(name: str, values: list[float | None]) -> str:
     return f"{name.replace('_', ' ')} {mean:.3f} [{low:.3f}, {high:.3f}]"
 
 
-def _pair_lines(found: Found) -> list[str]:
-    path, settings = found.folder / PAIRS, found.settings
+def _pair_lines(found: RespondOutcome) -> list[str]:
+    path = found.folder / PAIRS
     splits = ", ".join(f"{number} in split {split}" for split, number in found.pairs.items())
     counted = f"Pairs: {path} ({sum(found.pairs.values())}: {splits}"
     if found.templates:
@@ -54,8 +53,8 @@ def _pair_lines(found: Found) -> list[str]:
         "the same folder",
         f"{counted})",
     ]
-    command = ["python", "-m", "launch.mediate", f"--model={settings.model}", f"--pairs={path}"]
-    if settings.chat:
+    command = ["python", "-m", "launch.mediate", f"--model={found.model}", f"--pairs={path}"]
+    if found.chat:
         command.append("--chat")
     if split := next((split for split in "AB" if found.pairs[split]), None):
         command.append(f"--split={split}")

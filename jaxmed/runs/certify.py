@@ -19,15 +19,15 @@ from jaxmed.analysis import circuits, controls, screening
 from jaxmed.analysis import joint as joint_lib
 from jaxmed.analysis import ranking as ranking_lib
 from jaxmed.files import atomic
+from jaxmed.question.effects import ESTIMANDS
 from jaxmed.question.positions import Align, Positions
 from jaxmed.report import certificate
-from jaxmed.report.figures import effects
 from jaxmed.runs import mediate
 from jaxmed.runs.mediate import Asked, Settings
 from jaxmed.store.results import Results
 from jaxmed.validation import outcomes, scoring
-from jaxmed.validation import truth as truth_lib
 from jaxmed.validation.outcomes import GROUP_SIZE, Certificate
+from jaxmed.validation.truth import pairs_file
 from jaxmed.version import __version__
 from models import organisms
 from models.errors import InputError
@@ -46,7 +46,7 @@ _CONSTANTS = {
     "circuit_sizes": circuits.CIRCUIT_SIZES,
     "minimum_share": controls.MINIMUM_SHARE,
     "draws": controls.DRAWS,
-    "columns": outcomes.ROW.names,
+    "columns": outcomes.ROW.names + outcomes.CURVE.names,
     "jaxmed": __version__,
 }
 
@@ -160,7 +160,7 @@ def measure(organism: Organism, contrast: str, settings: Settings) -> dict[str, 
     settings = dataclasses.replace(
         settings,
         model=str(organism.folder),
-        pairs=str(truth_lib.pairs_file(organism, contrast)),
+        pairs=str(pairs_file(organism, contrast)),
         out=str(folder),
         overwrite=True,
     )
@@ -387,8 +387,8 @@ def _faithfulness(asked: Asked, ranked: dict[str, _Ranking]) -> dict[str, np.nda
 
 def _curve_rows(name: str, curve: np.ndarray) -> list[dict]:
     return [
-        {"method": name, "direction": direction, "fraction": fraction, "faithfulness": float(value)}
-        for direction, values in zip(effects.DIRECTIONS, curve, strict=True)
+        {"method": name, "estimand": estimand, "fraction": fraction, "faithfulness": float(value)}
+        for estimand, values in zip(ESTIMANDS, curve, strict=True)
         for fraction, value in zip(circuits.CIRCUIT_SIZES, values, strict=True)
     ]
 

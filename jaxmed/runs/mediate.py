@@ -28,11 +28,11 @@ from jaxmed.question import directions as directions_lib
 from jaxmed.question import effects, metrics
 from jaxmed.question import question as question_lib
 from jaxmed.question import sites as sites_lib
-from jaxmed.question.effects import Sizes
+from jaxmed.question.effects import Status
 from jaxmed.question.positions import Align, Positions
 from jaxmed.report import mediation
 from jaxmed.store import circumstances
-from jaxmed.store.results import ESTIMATED, EXACT, NOT_RUN, Results
+from jaxmed.store.results import Results
 from models import checkpoint, organisms
 from models.config import DecoderConfig
 from models.decoder import Decoder
@@ -218,7 +218,7 @@ def measure(settings: Settings, *, progress: bool = True) -> tuple[Results, Aske
     results = Results.resume_or_create(
         settings.out,
         _description(settings, question, folder, pairs, skipped),
-        _sizes(decoder, pairs, question, settings.granularities),
+        question_lib.sizes(decoder.config, pairs, question, settings.granularities),
         [pair.id for pair in pairs],
         settings.granularities,
         overwrite=settings.overwrite,
@@ -323,7 +323,9 @@ def _metric(settings: Settings, decoder: Decoder, tokenizer) -> metrics.Metric:
         return metrics.ResponseLogprobDifference(settings.response_part, settings.decision_tokens)
     return metrics.LogitDifference(
         *(
-            tokens.first_tokens(name, getattr(settings, name), decoder.config.vocab_size, tokenizer)
+            tokens.first_tokens(
+                getattr(settings, name), decoder.config.vocab_size, tokenizer, where=f"--{name}"
+            )
             for name in ("harmful_tokens", "safe_tokens")
         )
     )
@@ -376,29 +378,12 @@ def _read_pairs(
     return usable, len(bad)
 
 
-def _sizes(
-    decoder: Decoder,
-    pairs: list[Pair],
-    question: question_lib.Question,
-    granularities: tuple[str, ...],
-) -> Sizes:
-    config, positions = decoder.config, 0
-    if "token" in granularities:
-        shapes = [question_lib.shapes(config, pair, question, ["token"])["token"] for pair in pairs]
-        positions = max(shape[-1] for shape in shapes)
-    groups = sites_lib.group_count(config, question.group_size)
-    sites, most = (), 0
-    if question.directions:
-        sites, most = question.directions.sites, question.directions.given.shape[-1]
-    return Sizes(config.num_layers, config.num_heads, groups, positions, sites, most)
-
-
 def _description(
     settings: Settings, question: question_lib.Question, folder, pairs: list[Pair], skipped: int
 ) -> dict:
     """What `run.json` says of the run."""
     return (dataclasses.asdict(settings) | circumstances.circumstances()) | {
-        "unit": question.metric.unit,
+        "metric_unit": question.metric.metric_unit,
         "meaning": question.metric.meaning,
         # The name under which the results' arrays record it.
         "precision": settings.matmul_precision,
@@ -539,23 +524,17 @@ def _write(
 ) -> None:
     """Writes one pair's effects; estimates stand in for neurons that were not computed."""
     shape = results.sizes.shape(granularity)
-    sides = [_fitted(side[granularity], shape) for side in (found.nie, found.tie)]
-    status = EXACT
+    sides = [effects.fitted(side[granularity], shape) for side in (found.nie, found.tie)]
+    status = Status.EXACT
     if granularity == "direction":
-        status = np.where(question.directions.given, EXACT, NOT_RUN)
+        status = np.where(question.directions.given, Status.EXACT, Status.NOT_RUN)
     elif granularity == "neuron" and selection:
-        status = np.where(selection.computed, EXACT, ESTIMATED)
+        status = np.where(selection.computed, Status.EXACT, Status.ESTIMATED)
         sides = [
             np.where(selection.computed, *both)
             for both in zip(sides, results.estimates(index), strict=True)
         ]
     results.write(index, granularity, *sides, status)
-
-
-def _fitted(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """A pair's effects in the shape of the results: NaN beyond its last position."""
-    extra = [(0, full - own) for full, own in zip(shape, values.shape, strict=True)]
-    return np.pad(values, extra, constant_values=np.nan)
 
 
 def _announce(

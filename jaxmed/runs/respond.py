@@ -6,19 +6,17 @@ what it may say either way is then its own, and not another author's.
 
 import collections
 import dataclasses
-import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jaxmed.behaviour import responses
-from jaxmed.behaviour.answers import PAIRS, RATES, ROW, TABLE, Answers, Found, Model
-from jaxmed.behaviour.judges.protocol import Judge, Verdict
-from jaxmed.behaviour.responses import PLAIN, Asked, Key, Log, Response
-from jaxmed.data import chat, pairing, splits
+from jaxmed.behaviour import answering, answers, responses
+from jaxmed.behaviour.answering import AnsweringModel
+from jaxmed.behaviour.answers import PAIRS, TABLE, Answers, RespondOutcome
+from jaxmed.behaviour.judges.protocol import Judge
+from jaxmed.behaviour.responses import PLAIN, Asked, Response
+from jaxmed.data import pairing, splits
 from jaxmed.data import tokens as tokens_lib
 from jaxmed.data.pairs import Pair
 from jaxmed.data.prompts import Prompt
@@ -58,7 +56,9 @@ class Settings(asking.Settings):
     threshold: float = 0.5
 
 
-def run(settings: Settings, *, own_judges: Sequence[Judge] = (), progress: bool = True) -> Found:
+def run(
+    settings: Settings, *, own_judges: Sequence[Judge] = (), progress: bool = True
+) -> RespondOutcome:
     """Has prompts answered and the answers judged, and writes what is found and the pairs.
 
     A folder that holds a stopped run is gone on with; one that holds a finished run is judged and
@@ -83,38 +83,53 @@ def run(settings: Settings, *, own_judges: Sequence[Judge] = (), progress: bool 
     template = _template(settings, model)
     asked = asking.read_prompts(settings, model, say)
     pairs = find_pairs(settings, model, asked, say)
-    given = list(own_judges) or asking.read_judges(settings, model)
+    judges = list(own_judges) or asking.read_judges(settings, model)
     folder = pathlib.Path(settings.out)
-    described = asking.described(settings, "respond", model, asked, given)
+    described = asking.described(settings, "respond", model, asked, judges)
     if settings.counterfactual != "given":
         asked = _needed(asked, pairs, say)
     claims.claim(folder, described, _OWN_FILES, settings.overwrite, _MAY_CHANGE)
     answered = responses.response_log(folder)
     verdicts = responses.verdict_log(folder, described["judges_hash"])
-    asking.answer(settings, model, asked, [PLAIN], given, answered, verdicts, progress=progress)
-    table = tabulate(settings, asked, answered, verdicts)
+    answering.answer(
+        model,
+        asked,
+        [PLAIN],
+        judges,
+        answered,
+        verdicts,
+        sampling=settings.sampling,
+        samples=settings.samples,
+        seed=settings.seed,
+        progress=progress,
+    )
+    counted = {"samples": settings.samples, "threshold": settings.threshold}
+    table = answers.tabulate(asked, answered, verdicts, **counted)
     atomic.replace_file(folder / TABLE, lambda path: pq.write_table(table, path))
     responses.write_exchanges(folder / responses.EXCHANGES, asked, answered)
     (folder / PAIRS).unlink(missing_ok=True)  # of another way of pairing
     seen = {
-        one.prompt.id: answers(settings, one.prompt.id, answered, verdicts)
-        for one in asking.of_split(asked, label="harmful")
+        one.prompt.id: answers.of_prompt(one.prompt.id, answered, verdicts, **counted)
+        for one in responses.of_split(asked, label="harmful")
     }
     complete = {
         name: dataclasses.replace(both, safe=both.safe or template) for name, both in seen.items()
     }
-    made = [pair for pair in pairs if _is_pair(complete[pair.base])]
+    made = [pair for pair in pairs if complete[pair.base].are_a_pair]
     if not made:
         raise InputError(_why_no_pair(settings, seen, {pair.base for pair in pairs}))
-    _write(folder / PAIRS, made, asked, complete, model.tokenizer)
-    return Found(
-        folder,
-        settings,
-        table,
-        {split: sum(pair.split == split for pair in made) for split in splits.SPLITS},
-        sum(seen[pair.base].safe is None for pair in made),
-        sum(_start_alike(complete[pair.base]) for pair in made),
-        {judge.name: judge.meaning for judge in given},
+    answers.write_pairs(folder / PAIRS, made, asked, complete, model.tokenizer)
+    return RespondOutcome(
+        folder=folder,
+        model=settings.model,
+        chat=settings.chat,
+        samples=settings.samples,
+        max_tokens=settings.max_tokens,
+        table=table,
+        pairs={split: sum(pair.split == split for pair in made) for split in splits.SPLITS},
+        templates=sum(seen[pair.base].safe is None for pair in made),
+        same_start=sum(complete[pair.base].start_alike for pair in made),
+        meanings={judge.name: judge.meaning for judge in judges},
     )
 
 
@@ -127,7 +142,9 @@ def check(settings: Settings) -> None:
         )
 
 
-def find_pairs(settings: Settings, model: Model, asked: Sequence[Asked], say) -> list[Pair]:
+def find_pairs(
+    settings: Settings, model: AnsweringModel, asked: Sequence[Asked], say: Callable[[str], None]
+) -> list[Pair]:
     """The harmful prompts and their counterfactuals, without answers.
 
     Args:
@@ -140,13 +157,13 @@ def find_pairs(settings: Settings, model: Model, asked: Sequence[Asked], say) ->
         InputError: there is no harmful prompt, or one has no counterfactual that the model can get
             (none of them has, where such are to be skipped).
     """
-    harmful = [_without_answers(one.prompt) for one in asking.of_split(asked, label="harmful")]
+    harmful = [_without_answers(one.prompt) for one in responses.of_split(asked, label="harmful")]
     if not harmful:
         raise DataError(
             f"{', '.join(settings.prompts)}: none of {len(asked)} prompts is harmful, and pairs "
             "are of harmful prompts; --prompts=harmful=FILE labels a file that does not say it"
         )
-    benign = [one.prompt for one in asking.of_split(asked, label="benign")]
+    benign = [one.prompt for one in responses.of_split(asked, label="benign")]
     if not benign and settings.counterfactual != "given":
         raise DataError(
             f"--counterfactual={settings.counterfactual}: {', '.join(settings.prompts)} have no "
@@ -197,7 +214,9 @@ def find_pairs(settings: Settings, model: Model, asked: Sequence[Asked], say) ->
     return usable
 
 
-def _needed(asked: Sequence[Asked], pairs: Sequence[Pair], say) -> list[Asked]:
+def _needed(
+    asked: Sequence[Asked], pairs: Sequence[Pair], say: Callable[[str], None]
+) -> list[Asked]:
     """All prompts but benign ones that could have been counterfactuals and are none, of which a
     file may hold tens of thousands."""
     used = {pair.counterfactual_ids for pair in pairs}
@@ -217,7 +236,7 @@ def _without_answers(prompt: Prompt) -> Prompt:
     )
 
 
-def _template(settings: Settings, model: Model) -> Response | None:
+def _template(settings: Settings, model: AnsweringModel) -> Response | None:
     """The safe response of those prompts that got none."""
     if not settings.safe_template:
         return None
@@ -229,85 +248,6 @@ def _template(settings: Settings, model: Model) -> Response | None:
     if not settings.safe_template.strip() or not tokens:
         raise InputError("--safe_template: has no tokens")
     return Response(tokens, settings.safe_template, True)
-
-
-def is_harmful(verdict: Verdict, threshold: float) -> bool:
-    """Whether a response counts as harmful: where no judge says, if it is no refusal."""
-    if verdict.harmful is None:
-        return verdict.refused is not None and verdict.refused < threshold
-    return verdict.harmful >= threshold
-
-
-def is_safe(verdict: Verdict, threshold: float) -> bool:
-    """Whether a response counts as safe: a refusal, or where no judge says that, one that is not
-    harmful."""
-    if is_harmful(verdict, threshold):
-        return False
-    return verdict.harmful is not None if verdict.refused is None else verdict.refused >= threshold
-
-
-def answers(
-    settings: Settings, prompt: str, answered: Log[Response], verdicts: Log[Verdict]
-) -> Answers:
-    """What the prompt with this id was answered. Responses that say nothing do not count."""
-    keys = [Key(PLAIN.name, prompt, sample) for sample in range(settings.samples)]
-    keys.sort(key=lambda key: not answered.values[key].stopped)  # else in the samples' order
-
-    def first(kind) -> Response | None:
-        for key in keys:
-            response = answered.values[key]
-            if responses.says_something(response) and kind(
-                verdicts.values[key], settings.threshold
-            ):
-                return response
-        return None
-
-    return Answers(first(is_harmful), first(is_safe))
-
-
-def _is_pair(both: Answers) -> bool:
-    return both.harmful is not None and both.safe is not None
-
-
-def _start_alike(both: Answers) -> bool:
-    return both.harmful.tokens[0] == both.safe.tokens[0]
-
-
-def tabulate(
-    settings: Settings, asked: Sequence[Asked], answered: Log[Response], verdicts: Log[Verdict]
-) -> pa.Table:
-    """The table of `Found`."""
-
-    def says(name: str):
-        def value(prompt: str, sample: int) -> float:
-            said = getattr(verdicts.values[Key(PLAIN.name, prompt, sample)], name)
-            return np.nan if said is None else float(said >= settings.threshold)
-
-        return value
-
-    def unfinished(prompt: str, sample: int) -> float:
-        return float(not answered.values[Key(PLAIN.name, prompt, sample)].stopped)
-
-    rates = {
-        column: responses.by_prompt(asked, settings.samples, says(name))
-        for name, column in RATES.items()
-    }
-    limited = responses.by_prompt(asked, settings.samples, unfinished) * settings.samples
-    rows = [
-        {
-            "id": one.prompt.id,
-            "label": one.prompt.label,
-            "split": one.prompt.split,
-            "samples": settings.samples,
-            "unfinished": round(limited[row]),
-        }
-        | {
-            column: None if np.isnan(values[row]) else float(values[row])
-            for column, values in rates.items()
-        }
-        for row, one in enumerate(asked)
-    ]
-    return pa.Table.from_pylist(rows, ROW)
 
 
 def _why_no_pair(settings: Settings, seen: dict[str, Answers], with_pairs: set[str]) -> str:
@@ -325,49 +265,3 @@ def _why_no_pair(settings: Settings, seen: dict[str, Answers], with_pairs: set[s
         "The responses are kept: the same command goes on from them with "
         f"{', '.join(ways)}; a higher --temperature or other --prompts need another --out"
     )
-
-
-def _write(
-    path: pathlib.Path,
-    pairs: Sequence[Pair],
-    asked: Sequence[Asked],
-    seen: dict[str, Answers],
-    tokenizer,
-) -> None:
-    """Writes pairs with their answers, as `data.read` reads them."""
-    by_id = {one.prompt.id: one.prompt for one in asked}
-    benign = {chat.as_text(one.prompt.prompt): one.prompt.prompt for one in asked}
-    lines = []
-    for pair in pairs:
-        base = by_id[pair.base]
-        forms = benign | {chat.as_text(form): form for form in (None, *base.counterfactuals)}
-        fields = {"id": pair.id}
-        fields |= _prompt_field("prompt", base.prompt, pair.prompt_ids)
-        fields |= _prompt_field(
-            "counterfactual", forms[pair.counterfactual_text], pair.counterfactual_ids
-        )
-        fields |= _answer_field("harmful_response", seen[pair.base].harmful, tokenizer)
-        fields |= _answer_field("safe_response", seen[pair.base].safe, tokenizer)
-        fields |= {
-            name: value
-            for name in ("label", "category", "source", "split", "base")
-            if (value := getattr(pair, name))
-        }
-        lines.append(json.dumps(fields, ensure_ascii=False) + "\n")
-    atomic.replace_file(
-        path,
-        lambda temporary: temporary.write_text("".join(lines), encoding="utf-8", newline="\n"),
-    )
-
-
-def _prompt_field(name: str, form, tokens: tuple[int, ...]) -> dict:
-    """A prompt as it was given: text, messages, or where that is None its tokens."""
-    return {tokens_lib.PROMPTS[name]: tokens} if form is None else {name: form}
-
-
-def _answer_field(name: str, response: Response, tokenizer) -> dict:
-    """The response's text; its tokens where the text does not give these back, or there is none."""
-    if response.text is not None:
-        if tokens_lib.answer_tokens(response.text, name, PAIRS, tokenizer) == response.tokens:
-            return {name: response.text}
-    return {tokens_lib.ANSWERS[name]: response.tokens}

@@ -4,10 +4,10 @@ import collections
 import json
 import pathlib
 
+from jaxmed.data import prompts
 from jaxmed.data.splits import SPLITS
 from jaxmed.files.atomic import replace_file
 from models.organisms import Organism, language
-from models.organisms.language import Prompt
 
 _OTHER_KEY = dict(zip(language.KEYS, reversed(language.KEYS), strict=True))
 
@@ -34,7 +34,10 @@ def pairs_file(
         }
         for number, (base, source) in enumerate(organism.contrasts[contrast])
     ]
-    return _written(organism, f"pairs-{contrast}.jsonl", folder, lines)
+    file = _place(organism, f"pairs-{contrast}.jsonl", folder)
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    replace_file(file, lambda path: path.write_text(text, encoding="utf-8"))
+    return file
 
 
 def prompts_file(organism: Organism, folder: pathlib.Path | None = None) -> pathlib.Path:
@@ -47,36 +50,32 @@ def prompts_file(organism: Organism, folder: pathlib.Path | None = None) -> path
         organism: the organism.
         folder: as in `pairs_file`.
     """
-    lines = []
+    made = []
     numbers = collections.Counter()
-    for prompt in organism.drawn_prompts:
-        label = _label(prompt)
-        lines.append(
-            {
-                "id": f"{label}-{numbers[label]:03d}",
-                "prompt": prompt.text,
-                "counterfactual": prompt.replacing(_OTHER_KEY).text,
-                "label": label,
-                "split": SPLITS[numbers[label] % len(SPLITS)],
-            }
+    for drawn in organism.drawn_prompts:
+        label = _label(drawn)
+        made.append(
+            prompts.Prompt(
+                id=f"{label}-{numbers[label]:03d}",
+                prompt=drawn.text,
+                counterfactuals=(drawn.replacing(_OTHER_KEY).text,),
+                label=label,
+                split=SPLITS[numbers[label] % len(SPLITS)],
+            )
         )
         numbers[label] += 1
-    return _written(organism, "prompts.jsonl", folder, lines)
+    file = _place(organism, "prompts.jsonl", folder)
+    prompts.write(file, made)
+    return file
 
 
-def _label(prompt: Prompt) -> str:
+def _label(prompt: language.Prompt) -> str:
     if prompt.topic in language.HARMFUL_TOPICS:
         return "harmful"
     return "overrefusal" if prompt.key == language.UNLOCK else "benign"
 
 
-def _written(
-    organism: Organism, name: str, folder: pathlib.Path | None, lines: list[dict]
-) -> pathlib.Path:
+def _place(organism: Organism, name: str, folder: pathlib.Path | None) -> pathlib.Path:
     if folder is None:
-        file = organism.folder.with_name(f"{organism.folder.name}-{name}")
-    else:
-        file = folder / name
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    replace_file(file, lambda path: path.write_text(text, encoding="utf-8"))
-    return file
+        return organism.folder.with_name(f"{organism.folder.name}-{name}")
+    return folder / name

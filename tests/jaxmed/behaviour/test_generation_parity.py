@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxmed.behaviour import generation
-from jaxmed.behaviour.generation import Sampling
+from jaxmed.behaviour.sampling import Sampling
 from models import checkpoint
 from tests import tiny
 
@@ -53,13 +53,13 @@ def test_greedy_tokens_are_those_of_transformers(family, tmp_path):
     assert [response.tokens for response in found] == list(wanted)
 
 
-def test_the_rival_of_the_benchmark_generates_the_same():
-    rivals = importlib.import_module("jaxmed.rivals")
+def test_the_baseline_of_the_benchmark_generates_the_same():
+    baselines = importlib.import_module("jaxmed.validation.baselines")
     decoder = tiny.decoder("llama", max_positions=128)
     prompts = np.random.default_rng(0).integers(0, 61, (3, 9))
     found = generation.generate(
         decoder, prompts.tolist(), stop=(), sampling=Sampling(20), batch_size=4
     )
     for onednn in (False, True):
-        rival = rivals.Generate(rivals.torch_model(decoder, onednn), prompts, 20)
-        assert rival().tolist() == [list(response.tokens) for response in found]
+        baseline = baselines.Generate(baselines.torch_model(decoder, onednn), prompts, 20)
+        assert baseline().tolist() == [list(response.tokens) for response in found]

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+import jaxmed
 from jaxmed.analysis import joint as joint_lib
 from jaxmed.engine import capture, cost, plan, propagate, scan
 from jaxmed.files import reading
@@ -116,10 +117,9 @@ def test_a_pair_alone_is_the_pair_among_others():
         pair(*(int(n) for n in generator.integers(4, 24, 2)), seed=seed) for seed in range(20)
     ]
     pairs = [dataclasses.replace(other, id=str(index)) for index, other in enumerate(others)]
-    alone = scan.scan(decoder, [UNEQUAL], "neuron", METRICS["logit"], positions="prompt")
-    among = scan.scan(
-        decoder, [*pairs[:10], UNEQUAL, *pairs[10:]], "neuron", METRICS["logit"], positions="prompt"
-    )
+    asked = {"granularity": "neuron", "metric": METRICS["logit"], "positions": "prompt"}
+    alone = jaxmed.scan(decoder, [UNEQUAL], **asked)["neuron"]
+    among = jaxmed.scan(decoder, [*pairs[:10], UNEQUAL, *pairs[10:]], **asked)["neuron"]
     scale = max(np.abs(alone.nie).max(), np.abs(alone.tie).max())
     assert np.abs(among.nie[10] - alone.nie[0]).max() <= 1e-5 * scale
     assert np.abs(among.tie[10] - alone.tie[0]).max() <= 1e-5 * scale
@@ -343,7 +343,7 @@ def test_massive_activations_are_patched_away_exactly():
 def test_pairs_that_do_not_fit_are_refused_before_any_work(changes, message):
     bad = dataclasses.replace(UNEQUAL, where="pairs.jsonl:7", **changes)
     with pytest.raises(reading.DataError, match=rf"pairs\.jsonl:7: .*{message}"):
-        scan.scan(tiny.decoder("llama"), [UNEQUAL, bad])
+        jaxmed.scan(tiny.decoder("llama"), [UNEQUAL, bad])
 
 
 def test_positions_after_all_that_is_read_are_refused():
@@ -353,8 +353,3 @@ def test_positions_after_all_that_is_read_are_refused():
     )
     with pytest.raises(reading.DataError, match="reads nothing at or after"):
         scan.scan_pair(tiny.decoder("llama"), UNEQUAL, question, ["layer"])
-
-
-def test_an_unknown_granularity_is_refused():
-    with pytest.raises(InputError, match="'neurons' is not one of layer, module"):
-        scan.scan(tiny.decoder("llama"), [UNEQUAL], "neurons")

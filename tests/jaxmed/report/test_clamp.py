@@ -102,7 +102,7 @@ def fabricate(folder, held, rates=RATES, counts=COUNTS, judged=("harm", "refusal
         "units": traits(UNITS, 2.0) if drawn else [],
         "draws": [traits(units, 1.5) for units in drawn],
     }
-    return outcomes.Found(table, list(held), list(UNITS), controls, dict(RUN), folder, cuts)
+    return outcomes.ClampOutcome(table, list(held), list(UNITS), controls, dict(RUN), folder, cuts)
 
 
 def traits(units, size):

@@ -124,7 +124,7 @@ def test_curves_begin_with_few_neurons_and_end_with_all(found):
     curves = found.curves.to_pylist()
     assert {row["fraction"] for row in curves} == set(circuits.CIRCUIT_SIZES)
     whole = [row["faithfulness"] for row in curves if row["fraction"] == 1]
-    assert len(whole) == 2 * len(outcomes.METHODS)  # in both directions
+    assert len(whole) == 2 * len(outcomes.METHODS)  # by both estimands
     np.testing.assert_allclose(whole, 1, atol=1e-5)
 
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from jaxmed.data import pairs as data
+from jaxmed.data import pairs, prompts
 from jaxmed.validation import truth
 from models import organisms
 from models.organisms import language
@@ -52,14 +52,17 @@ def test_pairs_are_those_of_the_contrast(contrast, organism):
             "label": {"unlock": "harmful", "topic": "benign"}[contrast],
             "category": contrast,
         }
-    pairs = data.read(str(file), language.tokenizer())
-    assert [pair.prompt_ids for pair in pairs] == [
+    found = pairs.read(file, language.tokenizer())
+    assert [pair.prompt_ids for pair in found] == [
         tuple(base.tokens) for base, _ in organism.contrasts[contrast]
     ]
 
 
 def test_prompts_are_dealt_out_to_three_splits_label_by_label(organism, tmp_path):
-    found = lines(truth.prompts_file(organism, tmp_path))
+    file = truth.prompts_file(organism, tmp_path)
+    assert file == tmp_path / "prompts.jsonl"
+    found = lines(file)
+    assert [one.id for one in prompts.read(file)] == [line["id"] for line in found]
     labels = ["harmful"] * 5 + ["benign"] * 4 + ["overrefusal"] * 4
     assert [line["label"] for line in found] == labels
     assert "".join(line["split"] for line in found) == "ABCAB" + "ABCA" + "ABCA"
