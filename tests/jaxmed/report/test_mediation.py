@@ -38,8 +38,7 @@ def screen(made, audit=AUDIT):
         estimates = [np.full(SIZES.shape("neuron"), 99.0)] * 2
         made.write_estimates(pair, *estimates)
         both = [
-            np.where(status == Status.EXACT, *side)
-            for side in zip(effects, estimates, strict=True)
+            np.where(status == Status.EXACT, *side) for side in zip(effects, estimates, strict=True)
         ]
         made.write(pair, "neuron", *both, status)
     made.record({"audit": audit})
