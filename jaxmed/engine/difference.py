@@ -420,9 +420,13 @@ def _which_change(policy: Policy, jaxpr, changing: list[bool]) -> list[bool]:
         found.extend(change is not None for change in output_changes)
         return outputs
 
-    avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in _open(jaxpr)[0].invars]
+    avals = [_shape(variable) for variable in _open(jaxpr)[0].invars]
     jax.eval_shape(run, avals, [a if c else None for a, c in zip(avals, changing, strict=True)])
     return found
+
+
+def _shape(variable) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(variable.aval.shape, variable.aval.dtype)
 
 
 def _carries_that_change(policy: Policy, body, before, carried, after) -> list[bool]:
