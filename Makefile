@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-TESTS := -m pytest -n 2 --dist loadfile
+# A file's tests run in one worker, and files in the order that tests/conftest.py gives them.
+TESTS := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo check test parity newest clean
 

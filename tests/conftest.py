@@ -10,7 +10,7 @@ import pytest
 from tests import typecheck
 
 # Packages whose annotations are checked, shapes included, whenever a test calls something in them.
-CHECKED = ("models",)
+CHECKED = ("models", "jaxmed.data", "jaxmed.files", "jaxmed.question")
 jaxtyping.install_import_hook(CHECKED, f"{typecheck.__name__}.checked")
 
 from models import cache  # noqa: E402 (only now, so that it is checked too)
@@ -33,3 +33,29 @@ def compiled_programs_are_forgotten():
     yield
     jax.clear_caches()
     gc.collect()
+
+
+# Where most of the time goes, longest first: workers that begin with these end together.
+_LONGEST = (
+    "tests/jaxmed/behaviour/test_generation.py",
+    "tests/jaxmed/runs/test_certify.py",
+    "tests/models/test_decoder.py",
+    "tests/jaxmed/engine/test_scan_families.py",
+    "tests/jaxmed/runs/test_clamp.py",
+    "tests/jaxmed/engine/test_scan.py",
+    "tests/models/test_organisms.py",
+    "tests/jaxmed/analysis/test_screening.py",
+    "tests/jaxmed/runs/test_mediate.py",
+    "tests/jaxmed/analysis/test_controls.py",
+    "tests/launch/test_clamp.py",
+    "tests/launch/test_mediate.py",
+    "tests/models/test_placement.py",
+    "tests/jaxmed/validation/test_numerical_error.py",
+    "tests/jaxmed/validation/test_benchmark.py",
+    "tests/test_tutorial.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    place = {file: index for index, file in enumerate(_LONGEST)}
+    items.sort(key=lambda item: place.get(item.location[0], len(place)))

@@ -165,21 +165,25 @@ def test_edits_can_be_vmapped(distinct):
     np.testing.assert_allclose(together, alone, atol=1e-5)
 
 
-def test_a_cached_prefix_changes_nothing(decoder):
-    logits, trace = plain(decoder)
-    prefix = decoder(TOKENS[:4])[1].cache
-    rest, rest_trace = decoder(TOKENS[4:], cache=prefix)
-    np.testing.assert_allclose(rest, logits[4:], atol=2e-6)
-    np.testing.assert_allclose(rest_trace.residual, trace.residual[:, 4:], atol=2e-6)
-    # Room at the cache's end that holds no token is not seen.
-    room = ((0, 0), (0, 3), (0, 0), (0, 0))
-    padded = Cache(
-        keys=jnp.pad(prefix.keys, room),
-        values=jnp.pad(prefix.values, room),
-        positions=jnp.arange(7),
-        valid=jnp.arange(7) < 4,
-    )
-    np.testing.assert_allclose(decoder(TOKENS[4:], cache=padded)[0], logits[4:], atol=2e-6)
+@pytest.mark.parametrize("family", tiny.costly_families())
+def test_a_cached_prefix_changes_nothing(family):
+    """In float64: how the two round in float32 differs from version to version of XLA."""
+    with jax.enable_x64(True):
+        decoder = tiny.decoder(family, dtype="float64")
+        logits, trace = decoder(TOKENS)
+        prefix = decoder(TOKENS[:4])[1].cache
+        rest, rest_trace = decoder(TOKENS[4:], cache=prefix)
+        np.testing.assert_allclose(rest, logits[4:], atol=1e-13)
+        np.testing.assert_allclose(rest_trace.residual, trace.residual[:, 4:], atol=1e-13)
+        # Room at the cache's end that holds no token is not seen.
+        room = ((0, 0), (0, 3), (0, 0), (0, 0))
+        padded = Cache(
+            keys=jnp.pad(prefix.keys, room),
+            values=jnp.pad(prefix.values, room),
+            positions=jnp.arange(7),
+            valid=jnp.arange(7) < 4,
+        )
+        np.testing.assert_allclose(decoder(TOKENS[4:], cache=padded)[0], logits[4:], atol=1e-13)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +201,8 @@ def test_a_trace_holds_what_was_asked_for_and_nothing_else(llama, sites):
     jaxpr = jax.make_jaxpr(lambda tokens: llama(tokens, sites=sites))(TOKENS)
     [run] = [eqn.params["jaxpr"] for eqn in jaxpr.eqns if eqn.primitive.name == "jit"][-1:]
     [loop] = [eqn for eqn in run.eqns if eqn.primitive.name == "scan"]
-    assert len(loop.outvars) - loop.params["num_carry"] == len(held - {"embedding"})
+    stacked = [each for each in loop.outvars if each.aval.shape[:1] == (loop.params["length"],)]
+    assert len(stacked) == len(held - {"embedding"})
 
 
 def test_a_trace_without_keys_and_values_is_no_prefix(llama):

@@ -80,8 +80,8 @@ def test_a_file_of_another_kind_is_named(tmp_path, content):
 
 def test_damaged_content_is_named(tmp_path):
     path = saved(tmp_path, **{"mlp.1": np.random.default_rng(0).normal(size=(50, 24))})
-    data = bytearray(open(path, "rb").read())
-    data[200:400] = bytes(200)
-    open(path, "wb").write(data)
+    with open(path, "r+b") as file:
+        file.seek(200)
+        file.write(bytes(200))
     with pytest.raises(InputError, match="no npz file of plain arrays"):
         directions.read(path, CONFIG)
