@@ -4,11 +4,9 @@ It is a run like those of the programs, and so stands among them, but keeps what
 """
 
 import os
-import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
-import tqdm
 
 from jaxmed.analysis.findings import Findings
 from jaxmed.data.pairs import Pair
@@ -23,11 +21,10 @@ from jaxmed.question.metrics import LogitDifference, Metric
 from jaxmed.question.positions import Align, Positions
 from jaxmed.question.question import Question
 from jaxmed.question.sites import GRANULARITIES
+from jaxmed.runs import sweep
 from jaxmed.store import circumstances
 from models.decoder import Decoder
 from models.errors import InputError
-
-_BAR = "{desc}{percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} to go"
 
 
 def scan(
@@ -190,32 +187,29 @@ def _scan_pairs(
 ) -> list[PairEffects]:
     """The effects of each pair, with a bar of the operations that they take."""
     budget = memory.free(memory_gb)
-    of_pairs = [_masks_of(decoder, pair, question, masks) for pair in pairs]
-    costs = [
-        cost.operations(decoder.config, pair, question, granularities, chosen)
-        for pair, chosen in zip(pairs, of_pairs, strict=True)
-    ]
-    found = []
-    with tqdm.tqdm(total=sum(costs), bar_format=_BAR, disable=not progress, file=sys.stderr) as bar:
+    chosen = [_masks_of(decoder, pair, question, masks) for pair in pairs]
+    costs = {
+        index: cost.operations(decoder.config, pair, question, granularities, chosen[index])
+        for index, pair in enumerate(pairs)
+    }
+    found: dict[int, PairEffects] = {}
 
-        def advance(operations: float) -> None:
-            bar.update(operations)
+    def compute(index: int, advance: Callable[[float], None]) -> PairEffects:
+        return engine.scan_pair(
+            decoder,
+            pairs[index],
+            question,
+            granularities,
+            chosen=chosen[index],
+            matmul_precision=matmul_precision,
+            memory=budget,
+            on_operations=advance,
+        )
 
-        for number, (pair, chosen) in enumerate(zip(pairs, of_pairs, strict=True), start=1):
-            bar.set_description(f"pair {number}/{len(pairs)}")
-            found.append(
-                engine.scan_pair(
-                    decoder,
-                    pair,
-                    question,
-                    granularities,
-                    chosen=chosen,
-                    matmul_precision=matmul_precision,
-                    memory=budget,
-                    on_operations=advance,
-                )
-            )
-    return found
+    sweep.run(
+        range(len(pairs)), compute, found.__setitem__, name="pair", costs=costs, progress=progress
+    )
+    return [found[index] for index in range(len(pairs))]
 
 
 def _masks_of(

@@ -81,6 +81,13 @@ def claim(
 def check_same_settings(
     folder: pathlib.Path, earlier: dict, wanted: dict, ignored: Collection[str]
 ) -> None:
+    """Raises `InputError` where a run is asked for otherwise than the folder's, and says in what.
+
+    Args:
+        folder: for the message.
+        earlier, wanted: what the folder's `run.json` says, and what is asked now.
+        ignored: the keys that may differ.
+    """
     for key in dict.fromkeys((*wanted, *earlier)):
         if key not in ignored and earlier.get(key) != wanted.get(key):
             raise InputError(
@@ -91,6 +98,7 @@ def check_same_settings(
 
 
 def read_object(path: pathlib.Path) -> dict:
+    """The JSON object that a file holds; `InputError` if it is damaged or holds something else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -101,6 +109,7 @@ def read_object(path: pathlib.Path) -> dict:
 
 
 def write_run(folder: pathlib.Path, run: dict) -> None:
+    """Writes `run.json`, whole or not at all."""
     text = json.dumps(run, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     atomic.replace_file(folder / RUN_FILE, lambda path: path.write_text(text, encoding="utf-8"))
 
@@ -124,6 +133,7 @@ def _shortened(value) -> str:
 
 
 def delete(path: pathlib.Path) -> None:
+    """Deletes a file, a folder with all that is in it, or nothing if there is none."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

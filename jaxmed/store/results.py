@@ -425,7 +425,7 @@ def _write_coordinate(group: zarr.Group, path: str, values: np.ndarray) -> None:
 def _consolidate(path: pathlib.Path, groups: Iterable[str]) -> None:
     """Gathers what readers of the whole, or of one group, need to know of the arrays in it."""
     with warnings.catch_warnings():
-        # Zarr 3 has no word on consolidated metadata yet; who does not know them reads each array's.
+        # Zarr 3 has no word on them yet; a reader that does not know them reads each array's own.
         warnings.filterwarnings("ignore", "Consolidated metadata", ZarrUserWarning)
         for name in sorted(groups, reverse=True):  # the whole last
             zarr.consolidate_metadata(str(path), path=name or None)

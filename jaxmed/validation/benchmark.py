@@ -240,7 +240,7 @@ def measure(
         neurons: how many neurons, spread evenly over all; 0 for all.
         rounds: runs of the engine after the first, which compiles.
         screen: how many of the strongest neurons the screened mode looks for; 0 not to time it.
-        memory_gb: as in `effects.scan`.
+        memory_gb: as in `jaxmed.scan`.
         say: where progress is told.
 
     Raises:
