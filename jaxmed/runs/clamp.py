@@ -237,9 +237,22 @@ def run(
     responses.write_exchanges(folder / responses.EXCHANGES, tested, made.responses)
     clamp.write(found, made.texts(held, tested) if settings.show_text else [])
     if settings.export:
-        card = model_card.card(found, model.decoder.embedding.dtype)
-        export.write(found, model, settings.export, card)
+        _export(found, model, settings.export)
     return found
+
+
+def _export(found: ClampOutcome, model: AnsweringModel, folder: str) -> None:
+    """Writes the edited checkpoint.
+
+    Raises:
+        InputError: its own test does not allow that.
+    """
+    card = model_card.card(found, str(model.decoder.embedding.dtype))
+    try:
+        export.write(found, model, folder, card)
+    except export.RefusedError as refused:
+        why = model_card.refusal(refused.refusal)
+        raise InputError(f"--export: nothing was written: {why}. Results: {found.folder}") from None
 
 
 def check(settings: ClampSettings) -> None:
