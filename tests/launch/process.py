@@ -1,35 +1,20 @@
-"""Programs, started as a user starts them."""
+"""Programs, started as a user starts them, or called in this process."""
 
 import contextlib
-import json
+import importlib
+import io
 import os
 import pathlib
 import subprocess
 import sys
+from unittest import mock
+
+from absl.testing import flagsaver
 
 ROOT = pathlib.Path(__file__).parents[2]
-ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
-
-_SERVE = """
-import contextlib, importlib, io, json, sys
-from absl.testing import flagsaver
-from launch import program
-
-name = sys.argv[1]
-main = importlib.import_module(f"launch.{name}").main
-for line in sys.stdin:
-    sys.argv = [name, *json.loads(line)]
-    out, error = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error), flagsaver.flagsaver():
-        try:
-            program.start(main)
-        except SystemExit as ended:
-            status = ended.code or 0
-            if isinstance(status, str):
-                print(status, file=sys.stderr)
-                status = 1
-    print(json.dumps([status, out.getvalue(), error.getvalue()]), flush=True)
-"""
+# Compiled programs are kept where the tests keep them, or not at all.
+COMPILED = {"JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", "")}
+ENVIRONMENT = os.environ | COMPILED | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
 
 
 def run(program: str, *flags: str) -> subprocess.CompletedProcess:
@@ -45,25 +30,26 @@ def run(program: str, *flags: str) -> subprocess.CompletedProcess:
     )
 
 
-@contextlib.contextmanager
-def serving(program: str):
-    """A function that does what `run` does, but for all commands in one process.
+def call(program: str, *flags: str) -> subprocess.CompletedProcess:
+    """What `run` does, but without a process of its own: many commands then start once.
 
-    That a process starts and ends as it should is tested with others.
+    That a process starts and ends as it should is tested with `run`, once for each program.
     """
-    child = subprocess.Popen(
-        [sys.executable, "-c", _SERVE, program],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-    def run(*flags: str) -> subprocess.CompletedProcess:
-        print(json.dumps(flags), file=child.stdin, flush=True)
-        return subprocess.CompletedProcess(flags, *json.loads(child.stdout.readline()))
-
-    yield run
-    child.stdin.close()
-    assert child.wait(timeout=60) == 0
+    main = importlib.import_module(f"launch.{program}").main
+    out, error = io.StringIO(), io.StringIO()
+    with (
+        mock.patch.object(sys, "argv", [program, *flags]),
+        mock.patch.dict(os.environ, COMPILED),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(error),
+        flagsaver.flagsaver(),  # forgets the flags that the program defines
+    ):
+        try:
+            main()
+            status = 0
+        except SystemExit as ended:
+            status = ended.code or 0
+            if isinstance(status, str):  # the interpreter prints it, with status 1
+                print(status, file=sys.stderr)
+                status = 1
+    return subprocess.CompletedProcess(flags, status, out.getvalue(), error.getvalue())

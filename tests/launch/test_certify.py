@@ -1,4 +1,4 @@
-"""`launch.certify` as a program; what it does is tested in `tests/jaxmed/test_certify.py`."""
+"""`launch.certify` as a program; what it does is tested in `tests/jaxmed/runs/test_certify.py`."""
 
 import re
 
@@ -13,9 +13,8 @@ def test_help_shows_the_flags_of_a_sweep_that_organisms_have_a_use_for():
 
 
 def test_bad_flags(tmp_path):
-    with process.serving("certify") as run:
-        unknown = run("--organism=late-mlp,early-mlp", f"--out={tmp_path}")
-        response = run("--positions=response", f"--out={tmp_path}")
+    unknown = process.call("certify", "--organism=late-mlp,early-mlp", f"--out={tmp_path}")
+    response = process.call("certify", "--positions=response", f"--out={tmp_path}")
     names = ", ".join(organisms.RECIPES)
     assert unknown.returncode == 1
     assert unknown.stderr.endswith(f"Error: --organism=early-mlp: not one of {names}\n")

@@ -1,13 +1,13 @@
 """`launch.clamp` as a user starts it, at the end of the way that leads to it."""
 
-import dataclasses
 import itertools
 import json
 
 import pytest
 
 from jaxmed.runs import clamp, mediate, respond
-from launch import settings
+from jaxmed.runs.mediate import MediateSettings
+from jaxmed.runs.respond import RespondSettings
 from models import checkpoint
 from tests import tiny, words
 from tests.launch import process
@@ -49,8 +49,10 @@ def prompts(model):
 @pytest.fixture(scope="module")
 def pairs(model, prompts):
     """Of the model's own answers."""
-    asked = respond.Settings(
-        *(str(model), (str(prompts),), str(model.parent / "respond")),
+    asked = RespondSettings(
+        model=str(model),
+        prompts=(str(prompts),),
+        out=str(model.parent / "respond"),
         counterfactual="length",
         samples=6,
         temperature=1.0,
@@ -64,7 +66,7 @@ def pairs(model, prompts):
 def mediated(model, pairs, split):
     """A run that ranks neurons by the pairs of these splits."""
     out = model.parent / f"mediate-{''.join(split)}"
-    asked = mediate.Settings(str(model), str(pairs), str(out), ("neuron",), split=split)
+    asked = MediateSettings(str(model), str(pairs), str(out), ("neuron",), split=split)
     return mediate.run(asked).folder
 
 
@@ -106,12 +108,6 @@ def test_prompts_that_chose_the_units_are_not_tested(model, prompts, pairs, tmp_
     renamed = model.parent / "renamed.jsonl"
     renamed.write_text("\n".join(map(json.dumps, lines)))
     results = mediated(model, renamed, ("C",))
-    with process.serving("clamp") as run:
-        failed = run(*flags(model, prompts, results, tmp_path / "out"))
+    failed = process.call("clamp", *flags(model, prompts, results, tmp_path / "out"))
     assert failed.returncode == 1 and not (tmp_path / "out").exists()
     assert "are among those that" in failed.stderr and "--split=A,B" in failed.stderr
-
-
-def test_every_setting_has_a_help():
-    names = {field.name for field in dataclasses.fields(clamp.Settings)}
-    assert set(settings._HELP["clamp"]) == names

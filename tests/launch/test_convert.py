@@ -18,7 +18,7 @@ from tests.launch import process
 # As the program, but for a Ctrl-C between its arrays' being written and its noting that they are.
 STOPPED = """
 import os, signal
-from launch import convert, program
+from launch import convert
 from models import cache
 
 write = cache._write_arrays
@@ -30,7 +30,7 @@ def write_and_stop(*args):
 # A job in the background is started with Ctrl-C ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 cache._write_arrays = write_and_stop
-program.start(convert.main)
+convert.main()
 """
 
 needs_torch = pytest.mark.skipif(
@@ -54,14 +54,12 @@ def run(folder, *flags):
     return process.run("convert", *command(folder, *flags))
 
 
-@pytest.fixture(scope="module")
-def run_along():
+def call(folder, *flags):
     """As `run`, but without a process of its own."""
-    with process.serving("convert") as served:
-        yield lambda folder, *flags: served(*command(folder, *flags))
+    return process.call("convert", *command(folder, *flags))
 
 
-def test_converts_and_exports(folder, run_along):
+def test_converts_and_exports(folder):
     cache_dir, out = folder.parent / "cache", folder.parent / "out"
     ran = run(folder, f"--out={out}", "--dtype=float32")
     assert ran.returncode == 0, ran.stderr
@@ -77,16 +75,16 @@ def test_converts_and_exports(folder, run_along):
     assert decoder.config.dtype == "float32"
     assert tokenizer("how to").input_ids == words.tokenizer()("how to").input_ids
 
-    again = run_along(folder)
+    again = call(folder)
     assert again.returncode == 0
     assert f"Was converted before: {entry.folder} (" in again.stdout
 
 
-def test_converts_a_damaged_entry_anew(folder, run_along):
+def test_converts_a_damaged_entry_anew(folder):
     cache_dir = folder.parent / "cache"
     entry = Source.examine(folder).write_cache(cache_dir)
     (entry.folder / "entry.json").unlink()
-    ran = run_along(folder)
+    ran = call(folder)
     assert ran.returncode == 0
     assert "entry.json: cannot be read" in ran.stdout and "converted anew" in ran.stdout
     assert Source.examine(folder).cached(cache_dir) is not None
@@ -95,7 +93,7 @@ def test_converts_a_damaged_entry_anew(folder, run_along):
 @needs_torch
 @pytest.mark.parity
 def test_verify(folder):
-    ran = run(folder, "--verify")
+    ran = call(folder, "--verify")
     assert ran.returncode == 0, ran.stderr
     assert "Verified: logits of a random prompt of 64 tokens differ from" in ran.stdout
 
@@ -104,7 +102,7 @@ def test_verify(folder):
 @pytest.mark.parity
 def test_verify_notices(folder):
     """A model that is computed from other weights than transformers': the cache's were spoiled."""
-    ran = run(folder)
+    ran = call(folder)
     entry = Source.examine(folder).cached(folder.parent / "cache")
     chunk = next(f for f in entry.folder.rglob("embedding/c/*/*") if f.is_file())
     content = bytearray(chunk.read_bytes())
@@ -114,7 +112,7 @@ def test_verify_notices(folder):
     name = chunk.relative_to(entry.folder).as_posix()
     manifest["files"][name] = [chunk.stat().st_size, chunk.stat().st_mtime_ns]
     (entry.folder / "entry.json").write_text(json.dumps(manifest))
-    ran = run(folder, "--verify")
+    ran = call(folder, "--verify")
     assert ran.returncode == 1
     assert "differ from transformers' by at most" in ran.stderr
     assert "rounding rarely explains more than 1e-04" in ran.stderr
@@ -126,7 +124,7 @@ def test_nan_weights(folder):
     name = "gpt_neox.layers.1.mlp.dense_h_to_4h.weight"
     tensors[name] = np.full_like(tensors[name], np.nan)
     safetensors.numpy.save_file(tensors, file)
-    ran = run(folder)
+    ran = call(folder)
     assert ran.returncode == 1
     assert ran.stderr.strip() == f"Error: {file}: {name} has NaN or infinite values"
     assert not list(folder.parent.glob("cache/weights/*"))
@@ -139,8 +137,8 @@ def test_nan_weights(folder):
         (["--cache_dir=/dev/null"], "/dev/null: cannot be written to"),
     ],
 )
-def test_bad_flags(folder, flags, message, run_along):
-    ran = run_along(folder, *flags)
+def test_bad_flags(folder, flags, message):
+    ran = call(folder, *flags)
     assert ran.returncode == 1
     assert ran.stderr.strip().splitlines()[-1].startswith(f"Error: {message}")
 

@@ -26,10 +26,8 @@ ROWS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def run():
-    with process.serving("judge") as run:
-        yield run
+def run(*flags):
+    return process.call("judge", *flags)
 
 
 @pytest.fixture
@@ -87,7 +85,7 @@ def test_a_judge_model_judges_a_labelled_file(model, responses, tmp_path):
     assert set(about["agreement"]["harmful"]) == set(Agreement.__dataclass_fields__)
 
 
-def test_a_published_judge_reads_its_text_from_a_file(run, model, responses, tmp_path):
+def test_a_published_judge_reads_its_text_from_a_file(model, responses, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("tell {behavior} do {generation} why\n")
     flags = [f"--judge_template=harmbench-mistral={text}", responses(*ROWS[:2])]
@@ -100,7 +98,7 @@ def test_a_published_judge_reads_its_text_from_a_file(run, model, responses, tmp
     assert about["judge_template"] == [f"harmbench-mistral={text}"]
 
 
-def test_phrases_agree_on_refusals_alone(run, responses, tmp_path):
+def test_phrases_agree_on_refusals_alone(responses, tmp_path):
     done = run("--judge=phrases", responses(*ROWS), f"--out={tmp_path / 'out'}")
     assert done.returncode == 0, done.stderr
     said = done.stdout.splitlines()
@@ -111,7 +109,7 @@ def test_phrases_agree_on_refusals_alone(run, responses, tmp_path):
     assert [row["judge_refused"] for row in read(tmp_path / "out")[0]] == [1, 0, 0, 0]
 
 
-def test_tokens_without_labels(run, responses, tmp_path):
+def test_tokens_without_labels(responses, tmp_path):
     rows = [{"prompt_ids": [1, 2], "response_ids": ids} for ids in ([6, 9], [7], [])]
     flags = [
         "--judge=tokens",
@@ -135,14 +133,14 @@ def test_tokens_without_labels(run, responses, tmp_path):
     assert read(tmp_path / "out")[0] == verdicts
 
 
-def test_numbers_that_do_not_exist_are_null(run, responses, tmp_path):
+def test_numbers_that_do_not_exist_are_null(responses, tmp_path):
     rows = [{"response": "yes", "refused": False}] * 2
     assert run("--judge=phrases", responses(*rows), f"--out={tmp_path / 'out'}").returncode == 0
     found = read(tmp_path / "out")[1]["agreement"]["refused"]
     assert (found["accuracy"], found["kappa"], found["kappa_interval"]) == (1, None, [None, None])
 
 
-def test_responses_that_are_cut_are_counted(run, model, responses, tmp_path):
+def test_responses_that_are_cut_are_counted(model, responses, tmp_path):
     (tmp_path / "own.json").write_text(json.dumps(OWN))
     flags = [f"--judge={tmp_path / 'own.json'}={model}"]
     rows = [{"prompt": "how", "response": f"do {number}"} for number in range(70)]
@@ -158,7 +156,7 @@ def test_responses_that_are_cut_are_counted(run, model, responses, tmp_path):
     assert [row["judge_cut"] for row in read(tmp_path / "out")[0]] == [False] * 70 + [True]
 
 
-def test_a_stopped_run_goes_on_and_judges_only_what_is_missing(run, model, responses, tmp_path):
+def test_a_stopped_run_goes_on_and_judges_only_what_is_missing(model, responses, tmp_path):
     out, own = tmp_path / "out", tmp_path / "own.json"
     own.write_text(json.dumps(OWN))
     flags = [f"--judge={own}={model}", f"--out={out}"]
@@ -186,7 +184,7 @@ def test_a_stopped_run_goes_on_and_judges_only_what_is_missing(run, model, respo
     assert read(out)[1]["judge_text_and_weights"] == about["judge_text_and_weights"]
 
 
-def test_another_text_is_another_judge(run, model, responses, tmp_path):
+def test_another_text_is_another_judge(model, responses, tmp_path):
     own = tmp_path / "own.json"
     flags = [f"--judge={own}={model}", responses(*ROWS[:2]), f"--out={tmp_path / 'out'}"]
     own.write_text(json.dumps(OWN))
@@ -201,9 +199,7 @@ def test_another_text_is_another_judge(run, model, responses, tmp_path):
     assert read(tmp_path / "out")[0] != before[0]
 
 
-def test_a_folder_that_cannot_be_had_is_named_before_anything_is_judged(
-    run, model, responses, tmp_path
-):
+def test_a_folder_that_cannot_be_had_is_named_before_anything_is_judged(model, responses, tmp_path):
     own = tmp_path / "own.json"
     own.write_text(json.dumps(OWN))
     too_long = responses({"prompt": "how", "response": "do " * 80})
@@ -219,7 +215,7 @@ def test_a_folder_that_cannot_be_had_is_named_before_anything_is_judged(
         assert failed.returncode == 1 and message in failed.stderr, failed.stderr
 
 
-def test_exchanges_of_a_run_with_labels_of_people(run, responses, tmp_path):
+def test_exchanges_of_a_run_with_labels_of_people(responses, tmp_path):
     rows = [
         {
             "id": f"x/{sample}", "prompt": "why", "response": "do", "prompt_ids": [1, 2],
@@ -282,7 +278,7 @@ def test_exchanges_of_a_run_with_labels_of_people(run, responses, tmp_path):
         ),
     ],
 )
-def test_bad_input_ends_in_one_message(flags, rows, message, run, model, responses, tmp_path):
+def test_bad_input_ends_in_one_message(flags, rows, message, model, responses, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
     flags = [flag.format(model=model, text=text) for flag in flags]

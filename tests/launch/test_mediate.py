@@ -1,14 +1,12 @@
 """The command line: what it writes and says, and how it fails."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
 import zarr
-from absl.testing import flagsaver
 
-from launch import mediate, program
+from jaxmed.runs import mediate
 from tests import tiny
 from tests.launch import process
 
@@ -43,23 +41,13 @@ def pairs(tmp_path):
     return write
 
 
-@pytest.fixture
-def launch(monkeypatch, capsys):
+def launch(**flags):
     """Runs the program in this process; gives its exit status, and what it says at its end."""
-
-    def run(**flags):
-        command = ["mediate", *(f"--{name}={value}" for name, value in flags.items())]
-        monkeypatch.setattr(sys, "argv", command)
-        with flagsaver.flagsaver(), pytest.raises(SystemExit) as caught:
-            program.start(mediate.main)
-        code = caught.value.code
-        # A text is printed by the interpreter, with status 1.
-        if isinstance(code, str):
-            return 1, code
-        printed = capsys.readouterr()
-        return code or 0, printed.err if code else printed.out
-
-    return run
+    done = process.call("mediate", *(f"--{name}={value}" for name, value in flags.items()))
+    if not done.returncode:
+        return 0, done.stdout
+    _, error, message = done.stderr.rstrip("\n").partition("Error: ")
+    return done.returncode, error + message if error else done.stderr
 
 
 # Success.
@@ -67,7 +55,7 @@ def launch(monkeypatch, capsys):
 
 def test_a_run_ends_with_status_0_and_says_where_its_results_are(model, pairs, tmp_path):
     out = tmp_path / "out"
-    done = process.run(
+    done = process.call(
         "mediate",
         f"--model={model}",
         f"--pairs={pairs(PAIR)}",
@@ -90,7 +78,7 @@ def test_a_run_ends_with_status_0_and_says_where_its_results_are(model, pairs, t
     assert np.isfinite(group["neuron/nie"][...]).all()
 
 
-def test_flags_reach_the_run(model, pairs, tmp_path, launch):
+def test_flags_reach_the_run(model, pairs, tmp_path):
     status, said = launch(
         model=model,
         pairs=pairs(PAIR),
@@ -114,7 +102,7 @@ def test_flags_reach_the_run(model, pairs, tmp_path, launch):
     assert (run["align"], run["group_size"], run["harmful_tokens"]) == ("end", 1, [])
 
 
-def test_a_screen_with_directions_says_both_at_its_end(model, pairs, tmp_path, launch):
+def test_a_screen_with_directions_says_both_at_its_end(model, pairs, tmp_path):
     np.savez(tmp_path / "vectors.npz", **{"residual.1": np.eye(16)[:2]})
     status, said = launch(
         model=model,
@@ -176,7 +164,7 @@ OF_EVERY_PAIR = ("no spans",)
 
 
 @pytest.mark.parametrize("fault", BAD_PAIRS)
-def test_a_bad_pair_gets_one_line_that_names_file_and_line(fault, model, pairs, tmp_path, launch):
+def test_a_bad_pair_gets_one_line_that_names_file_and_line(fault, model, pairs, tmp_path):
     line, flags, said = BAD_PAIRS[fault]
     file = pairs(PAIR, line)
     status, message = launch(model=model, pairs=file, out=tmp_path / "out", **flags)
@@ -208,7 +196,7 @@ BAD_MODELS = {
 
 
 @pytest.mark.parametrize("fault", BAD_MODELS)
-def test_a_bad_checkpoint_gets_one_line_that_names_it(fault, pairs, tmp_path, launch):
+def test_a_bad_checkpoint_gets_one_line_that_names_it(fault, pairs, tmp_path):
     spoil, said = BAD_MODELS[fault]
     tiny.save(tmp_path / "model", **SHAPE)
     spoil(tmp_path / "model")
@@ -253,7 +241,7 @@ BAD_FLAGS = {
 
 
 @pytest.mark.parametrize("fault", BAD_FLAGS)
-def test_a_bad_flag_gets_one_line_that_names_it(fault, model, pairs, tmp_path, launch):
+def test_a_bad_flag_gets_one_line_that_names_it(fault, model, pairs, tmp_path):
     changes, said = BAD_FLAGS[fault]
     flags = {"model": model, "pairs": pairs(PAIR), "out": tmp_path / "out"} | changes
     status, message = launch(**flags)
@@ -277,38 +265,31 @@ def test_a_bad_flag_gets_one_line_that_names_it(fault, model, pairs, tmp_path, l
         ),
     ],
 )
-def test_flags_that_absl_refuses_are_named_without_a_traceback(flags, said, launch):
+def test_flags_that_absl_refuses_are_named_without_a_traceback(flags, said):
     status, message = launch(**flags)
     assert status == 1 and said in message and "Traceback" not in message, message
 
 
-def test_words_that_are_no_flags_are_refused(monkeypatch):
-    command = ["mediate", "--model=x", "--pairs=y", "--out=z", "stray", "word"]
-    monkeypatch.setattr(sys, "argv", command)
-    with flagsaver.flagsaver(), pytest.raises(SystemExit) as caught:
-        program.start(mediate.main)
-    assert caught.value.code == "Error: flags only, as --name=value; not stray word"
+def test_words_that_are_no_flags_are_refused():
+    done = process.call("mediate", "--model=x", "--pairs=y", "--out=z", "stray", "word")
+    assert done.returncode == 1
+    assert done.stderr == "Error: flags only, as --name=value; not stray word\n"
 
 
-def test_a_stopped_program_says_how_to_go_on(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["mediate", "--model=x", "--pairs=y", "--out=z"])
-
+def test_a_stopped_program_says_how_to_go_on(monkeypatch):
     def interrupted(settings):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(mediate.mediate, "run", interrupted)
-    with flagsaver.flagsaver(), pytest.raises(SystemExit) as caught:
-        program.start(mediate.main)
-    assert caught.value.code == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    monkeypatch.setattr(mediate, "run", interrupted)
+    done = process.call("mediate", "--model=x", "--pairs=y", "--out=z")
+    assert done.returncode == 130
+    assert "the same command goes on" in done.stderr
 
 
 def test_a_defect_of_the_program_shows_its_traceback(monkeypatch, model, pairs, tmp_path):
-    monkeypatch.setattr(mediate.mediate, "run", lambda settings: 1 // 0)
-    flags = [f"--model={model}", f"--pairs={pairs(PAIR)}", f"--out={tmp_path / 'out'}"]
-    monkeypatch.setattr(sys, "argv", ["mediate", *flags])
-    with flagsaver.flagsaver(), pytest.raises(ZeroDivisionError):
-        program.start(mediate.main)
+    monkeypatch.setattr(mediate, "run", lambda settings: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        launch(model=model, pairs=pairs(PAIR), out=tmp_path / "out")
 
 
 def test_bad_input_ends_the_process_with_status_1_and_one_error(model, pairs, tmp_path):

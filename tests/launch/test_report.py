@@ -1,7 +1,5 @@
 """The report is written again from a results folder alone."""
 
-# Each program defines flags of its own, some under the same name: it runs in its own process.
-
 import json
 
 import numpy as np
@@ -58,7 +56,7 @@ def test_a_report_is_written_again_with_text_if_asked_for(finished):
 
 
 def test_a_folder_without_results_is_refused_in_one_line(tmp_path):
-    failed = process.run("report", f"--results={tmp_path}")
+    failed = process.call("report", f"--results={tmp_path}")
     assert (failed.returncode, failed.stdout) == (1, "")
     assert failed.stderr == f"Error: {tmp_path} is not a results folder: it has no run.json\n"
     assert list(tmp_path.iterdir()) == []

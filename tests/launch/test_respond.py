@@ -1,13 +1,10 @@
 """`launch.respond` as a user starts it: flags, what it says, and pairs that can be mediated."""
 
-import dataclasses
 import json
 
 import pytest
 
 from jaxmed.data import pairs as pairs_lib
-from jaxmed.runs import mediate, respond
-from launch import settings
 from models import checkpoint
 from tests import tiny, words
 from tests.launch import process
@@ -27,12 +24,6 @@ def model(tmp_path_factory):
     checkpoint.save(decoder, folder, tokenizer=words.tokenizer())
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 3}))
     return folder
-
-
-@pytest.fixture(scope="module")
-def run():
-    with process.serving("respond") as run:
-        yield run
 
 
 @pytest.fixture
@@ -78,21 +69,19 @@ def test_flags_reach_the_run_and_its_end_says_what_to_do_next(model, prompts, tm
         (["--max_tokens=100"], "which with --max_tokens=100 are more than the model's 64"),
     ],
 )
-def test_bad_input_ends_in_one_message(flags, message, run, model, prompts, tmp_path):
-    failed = run(f"--model={model}", *prompts, *SAMPLED, *flags, f"--out={tmp_path / 'out'}")
+def test_bad_input_ends_in_one_message(flags, message, model, prompts, tmp_path):
+    failed = process.call(
+        "respond", f"--model={model}", *prompts, *SAMPLED, *flags, f"--out={tmp_path / 'out'}"
+    )
     assert failed.returncode == 1
     assert failed.stderr.splitlines()[-1].startswith("Error: ") and message in failed.stderr
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("flag", ["prompts", "model", "out"])
-def test_what_must_be_given(flag, run, model, prompts, tmp_path):
+def test_what_must_be_given(flag, model, prompts, tmp_path):
     flags = [f"--model={model}", *prompts, f"--out={tmp_path / 'out'}"]
-    failed = run(*(given for given in flags if not given.startswith(f"--{flag}=")))
+    failed = process.call(
+        "respond", *(given for given in flags if not given.startswith(f"--{flag}="))
+    )
     assert failed.returncode == 1 and f"--{flag}" in failed.stderr
-
-
-@pytest.mark.parametrize("module", [mediate, respond])
-def test_every_setting_has_a_help(module):
-    names = {field.name for field in dataclasses.fields(module.Settings)}
-    assert set(settings._HELP[module.__name__.rpartition(".")[2]]) == names

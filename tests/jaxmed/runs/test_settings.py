@@ -1,0 +1,102 @@
+"""A setting is one field: its help, range and default are written there and nowhere else."""
+
+import dataclasses
+import math
+
+import pytest
+
+from jaxmed.runs import settings as settings_lib
+from jaxmed.runs.settings import like, setting
+from models.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    model: str = setting(help="A folder.")
+    rounds: int = setting(help="How often.", default=5, least=1)
+    share: float = setting(help="Of all.", default=0.5, above=0, most=1)
+    gigabytes: float | None = setting(help="Memory.", default=None, least=0.25)
+    side: str = setting(help="Which.", default="nie", choices=("nie", "tie"))
+    sites: tuple[str, ...] = setting(help="Where.", default=(), choices=("mlp", "head"))
+    steps: int = setting(help="Of the rounds.", default=1, least=1, needs="side=tie")
+    draws: int = setting(help="Of the rounds.", default=1, needs="gigabytes")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rounds": 0}, "--rounds=0: must be a number, and at least 1"),
+        ({"rounds": -math.inf}, "--rounds=-inf: must be a number, and at least 1"),
+        ({"rounds": math.inf}, "--rounds=inf: must be a number, and at least 1"),
+        ({"gigabytes": math.nan}, "--gigabytes=nan: must be a number, and at least 0.25"),
+        ({"gigabytes": 0}, "--gigabytes=0: must be a number, and at least 0.25"),
+        ({"share": 0.0}, "--share=0.0: must be above 0"),
+        ({"share": math.nan}, "--share=nan: must be above 0"),
+        ({"share": 1.5}, "--share=1.5: must be a number, and at most 1"),
+        ({"side": "te"}, "--side=te: not one of nie, tie"),
+        ({"sites": ("mlp", "wall", "gate")}, "--sites=gate,wall: not one of mlp, head"),
+        ({"steps": 2}, "--steps needs --side=tie"),
+        ({"draws": 2}, "--draws needs --gigabytes=K"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_name(changes, said):
+    with pytest.raises(InputError) as caught:
+        settings_lib.check(Example("m", **changes))
+    assert str(caught.value) == said
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"rounds": 1, "share": 1, "gigabytes": 0.25},
+        {"side": "tie", "steps": 2},
+        {"gigabytes": 1.0, "draws": 2},
+        {"sites": ("head", "mlp")},
+    ],
+)
+def test_values_in_range_pass(changes):
+    settings_lib.check(Example("m", **changes))
+
+
+def test_a_setting_without_a_default_must_be_given():
+    with pytest.raises(TypeError, match="model"):
+        Example()
+
+
+def test_a_setting_of_another_program_keeps_what_is_not_said_anew():
+    @dataclasses.dataclass(frozen=True)
+    class Other:
+        model: str = like(Example, "model")
+        rounds: int = like(Example, "rounds", default=7, least=3)
+
+    model, rounds = dataclasses.fields(Other)
+    assert model.default is dataclasses.MISSING
+    assert settings_lib.about_field(model).help == "A folder."
+    assert settings_lib.about_field(rounds) == settings_lib.Setting("How often.", least=3)
+    assert Other("m").rounds == 7
+    assert Example("m").rounds == 5
+    with pytest.raises(InputError, match="--rounds=2: must be a number, and at least 3"):
+        settings_lib.check(Other("m", rounds=2))
+
+
+def test_a_setting_is_given_if_it_is_not_its_default():
+    assert not settings_lib.given(Example("m", rounds=5), "rounds")
+    assert settings_lib.given(Example("m", rounds=6), "rounds")
+
+
+def test_types_of_settings():
+    types = {
+        field.name: settings_lib.value_type(Example, field.name)
+        for field in dataclasses.fields(Example)
+    }
+    assert types == {
+        "model": str,
+        "rounds": int,
+        "share": float,
+        "gigabytes": float,
+        "side": str,
+        "sites": tuple,
+        "steps": int,
+        "draws": int,
+    }
