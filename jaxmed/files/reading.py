@@ -4,7 +4,7 @@ import json
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from models.errors import InputError
 
@@ -21,6 +21,7 @@ def existing_file(path: str | os.PathLike) -> pathlib.Path:
     return path
 
 
+@runtime_checkable
 class HasId(Protocol):
     """What `collect` makes."""
 

@@ -8,7 +8,7 @@ the rows and tokens that are read, and goes through the vocabulary in chunks.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from models.shapes import AnyArray
 VOCABULARY_CHUNK = 4096
 
 
+@runtime_checkable
 class Logits(Protocol):
     """The logits at the R rows that a metric reads."""
 
@@ -87,6 +88,7 @@ class Term:
     whole_vocabulary: bool
 
 
+@runtime_checkable
 class Metric(Protocol):
     """What every metric provides: one of those here, or an object of your own (see `OfLogits`).
 

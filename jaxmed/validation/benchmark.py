@@ -332,26 +332,20 @@ class _Engine:
         (work,) = plan.plan(
             config, pair, term, self.question, ["neuron"], False, {"neuron": chosen}
         )
-        held = config, decoder.embedding[...].dtype, work, term, memory_left
-        self.batch = cost.batching(*held, jax.default_backend())[1]
+        dtype = decoder.embedding[...].dtype
+        _, self.batch = cost.batching(config, dtype, work, term, memory_left, jax.default_backend())
         blocks_after = np.sum(config.num_layers - 1 - work.units.layers)
         self.operations = cost.operations(
             config, pair, self.question, ["neuron"], {"neuron": chosen}
         )
         self.operations /= 2
-        self.product_operations = float(blocks_after) * block_operations(config)
+        self.product_operations = float(blocks_after) * cost.block_operations(config)
 
     def seconds(self) -> float:
         """Of one estimand: half of what both take."""
         start = time.perf_counter()
         self.scan()
         return (time.perf_counter() - start) / 2
-
-
-def block_operations(config: DecoderConfig) -> float:
-    """Floating-point operations of a block's products with its weights, for one position."""
-    heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    return 2.0 * config.hidden_size * (2 * heads + 2 * kv + 3 * config.intermediate_size)
 
 
 class _Products:
@@ -367,7 +361,7 @@ class _Products:
         self.weights = [jax.random.normal(next(keys), shape, dtype) for shape in shapes]
         sizes = sorted({width, heads, hidden})
         self.inputs = {n: jax.random.normal(next(keys), (rows, n), dtype) for n in sizes}
-        self.operations = rows * block_operations(config)
+        self.operations = rows * cost.block_operations(config)
         # An accelerator is kept busy by what is under way; a CPU would run products side by side.
         self.under_way = 1 if jax.default_backend() == "cpu" else 16
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 import numpy as np
@@ -58,7 +59,8 @@ def _trace(decoder, tokens):
 
 def trace(decoder, ids):
     """Every site's value in a plain run, as numpy arrays."""
-    return jax.tree.map(np.asarray, _trace(decoder, np.pad(ids, (0, LENGTH))[:LENGTH]))
+    found = vars(_trace(decoder, np.pad(ids, (0, LENGTH))[:LENGTH]))
+    return types.SimpleNamespace(**{name: np.asarray(value) for name, value in found.items()})
 
 
 # Differences of activations

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxmed.engine import scan
+from jaxmed.files import reading
 from jaxmed.question import metrics, positions
 from jaxmed.question.positions import Align, Edited, Positions
 from jaxmed.question.question import Question
@@ -118,9 +119,9 @@ def test_a_fault_in_the_engine_s_alignment_shows(owner, name, wrong, monkeypatch
 
 def test_positions_that_do_not_pair_up_are_refused():
     decoder = tiny.decoder("llama")
-    with pytest.raises(positions.DataError, match="ends do not correspond"):
-        question = Question(metrics.LogitDifference(), Positions.LAST, Align.START)
+    question = Question(metrics.LogitDifference(), Positions.LAST, Align.START)
+    with pytest.raises(reading.DataError, match="ends do not correspond"):
         definition.define_pair(decoder, UNEQUAL, question, ["layer"])
-    with pytest.raises(positions.DataError, match="no spans"):
-        question = Question(metrics.LogitDifference(), Positions.PROMPT, Align.SPAN)
+    question = Question(metrics.LogitDifference(), Positions.PROMPT, Align.SPAN)
+    with pytest.raises(reading.DataError, match="no spans"):
         definition.define_pair(decoder, UNEQUAL, question, ["layer"])
