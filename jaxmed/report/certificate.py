@@ -2,7 +2,6 @@
 `templates/certificate*`."""
 
 import dataclasses
-import pathlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
