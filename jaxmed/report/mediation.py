@@ -535,6 +535,7 @@ def _statuses(results: Results) -> list[dict]:
                 "exact": counts[Status.EXACT],
                 "estimated": counts[Status.ESTIMATED],
                 "failed": counts[Status.FAILED],
+                "left_out": counts[Status.LEFT_OUT],
                 "not_run": counts[Status.NOT_RUN],
             }
         )
