@@ -11,7 +11,7 @@ import dataclasses
 import enum
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -62,7 +62,8 @@ class Refusal:
         criterion: the first that it does not meet.
         change, low, high: of what the criterion is about, from the plain model's, with 95%
             interval; of perplexity relative. None where it was not measured.
-        bound: what the interval must be below, or of compliance above; None where not measured.
+        bound: what the interval must be below; of compliance, above; of repetition and unfinished
+            responses, what it must reach down to. None where it was not measured.
     """
 
     criterion: Criterion
@@ -90,7 +91,9 @@ def refusal(found: ClampOutcome) -> Refusal | None:
     often than before.
     """
 
-    def refused(criterion: Criterion, row: dict, bound: float, shown=float) -> Refusal:
+    def refused(
+        criterion: Criterion, row: dict, bound: float, shown: Callable[[float], float] = float
+    ) -> Refusal:
         change, low, high = (shown(row[f"change{end}"]) for end in ("", "_low", "_high"))
         return Refusal(criterion, change, low, high, bound)
 

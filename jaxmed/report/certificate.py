@@ -1,6 +1,8 @@
-"""The certificate: what certification found, as tables, figures and sentences."""
+"""The certificate: what certification found, as tables, figures and verdicts; what these say is in
+`templates/certificate*`."""
 
-import pathlib
+import dataclasses
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -8,7 +10,8 @@ import pyarrow.parquet as pq
 
 from jaxmed.analysis import circuits
 from jaxmed.files import atomic
-from jaxmed.report.figures import certificate as certificate_lib
+from jaxmed.report import rendering
+from jaxmed.report.figures import certificate as figures
 from jaxmed.validation import outcomes, scoring
 from jaxmed.validation.outcomes import CAUSAL, METHODS, Certificate, Interval, grouped
 from models import organisms
@@ -16,6 +19,115 @@ from models import organisms
 TABLE, CURVES, ORGANISMS = "certify.parquet", "faithfulness.parquet", "organisms.parquet"
 SCORES_FIGURE, CURVES_FIGURE = "certify.png", "faithfulness.png"
 _DPI = 160
+
+
+@dataclasses.dataclass(frozen=True)
+class OrganismRow:
+    """The organisms of a name, and the worst of them; None where nothing is planted."""
+
+    organism: str
+    seeds: int
+    least_accuracy: float | None
+    largest_leak: float | None
+    least_carried: float | None
+    most_seconds: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodRow:
+    """How a method scores on an organism: as `outcomes.Certificate` has it, over seeds; None where
+    it does not rank units of a granularity."""
+
+    organism: str
+    method: str
+    module_auroc: Interval | None
+    head_auroc: Interval | None
+    neuron: dict[str, Interval]
+    median_seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class JointRow:
+    """The joint sets of an organism and contrast: their share of TE on other pairs, how many
+    neurons they have, how many of all these are planted, and how many the true set has."""
+
+    organism: str
+    contrast: str
+    share: Interval
+    least_size: int
+    most_size: int
+    planted: int
+    neurons: int
+    true_size: int
+    median_seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class DiscoveryRow:
+    """How many units of a granularity have an exact effect, are above the minimum effect and above
+    their controls, and are none the less not planted."""
+
+    organism: str
+    granularity: str
+    units: int
+    candidates: int
+    discoveries: int
+    false_discoveries: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Extreme:
+    """The first row that has a least or largest value, and how many others have it.
+
+    Attributes:
+        row: of the certificate's table.
+        ties: others that have it.
+        everywhere: all rows have it, and they are several.
+    """
+
+    row: dict
+    ties: int
+    everywhere: bool
+
+    @classmethod
+    def of(
+        cls, choose: Callable, rows: Sequence[dict], value: Callable[[dict], float]
+    ) -> "Extreme | None":
+        """Chosen by min or max of a value; None of no rows."""
+        if not rows:
+            return None
+        row = choose(rows, key=value)
+        count = sum(value(each) == value(row) for each in rows)
+        return cls(row, count - 1, everywhere=count == len(rows) > 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class FalseDiscoveries:
+    """Units that were discovered where nothing is planted, of so many."""
+
+    discoveries: int
+    units: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Worst:
+    """The worst figures over all organisms, seeds and contrasts; None where there are none.
+
+    Attributes:
+        auroc: by the larger effect, of modules and heads.
+        precision: of neurons, by the causal method that does best.
+        joint_size: for the size of its truth.
+        joint_share: on pairs that were not searched.
+        false_discoveries: where nothing is planted.
+        missed: the bound on strong neurons that a screen left out.
+    """
+
+    auroc: Sequence[Extreme]
+    precision: Extreme | None
+    joint_size: Extreme | None
+    joint_share: Extreme | None
+    false_discoveries: FalseDiscoveries | None
+    missed: Extreme | None
 
 
 def write(certificate: Certificate) -> None:
@@ -37,10 +149,9 @@ def write(certificate: Certificate) -> None:
     }
     curves = _mean_curves(certificate.curves)
     drawings = {
-        SCORES_FIGURE: all(precision.values())
-        and certificate_lib.draw_certificate(precision, METHODS),
+        SCORES_FIGURE: all(precision.values()) and figures.draw_certificate(precision, METHODS),
         CURVES_FIGURE: curves
-        and certificate_lib.draw_faithfulness(curves, circuits.CIRCUIT_SIZES, METHODS),
+        and figures.draw_faithfulness(curves, circuits.CIRCUIT_SIZES, METHODS),
     }
     for name, drawing in drawings.items():
         if drawing:
@@ -70,68 +181,45 @@ def _mean_curves(curves: pa.Table) -> dict[str, dict[str, np.ndarray]]:
 def lines(certificate: Certificate) -> list[str]:
     """The certificate as Markdown tables, and what they say."""
     about = certificate.organisms.to_pylist()
-    parts = [
-        [_settings_line(certificate.settings)],
-        _organism_lines([row for row in about if row["unfit"] is None]),
-        method_lines(certificate.table),
-        _joint_lines(certificate.table),
-        _discovery_lines(certificate.table),
-        [
-            *_worst_lines(certificate.table),
-            *_screen_lines(certificate.table),
-            *(
-                f"Not certified: {row['organism']} {row['seed']}: {row['unfit']}"
-                for row in about
-                if row["unfit"] is not None
-            ),
-            _files_line(certificate.folder),
-        ],
-    ]
-    return [line for part in parts if part for line in (*part, "")][:-1]
-
-
-def _settings_line(settings: dict) -> str:
-    """What was certified, as the flags that ask for it."""
-    given = (f"--{name}={value}" for name, value in settings.items() if value not in ("", [], None))
-    return f"By the settings {' '.join(given)}:"
-
-
-def _files_line(folder: pathlib.Path) -> str:
     files = (TABLE, CURVES, ORGANISMS, SCORES_FIGURE, CURVES_FIGURE)
-    return f"Results: {folder} ({', '.join(name for name in files if (folder / name).exists())})"
-
-
-def _markdown(header: list[str], rows: list[list]) -> list[str]:
-    """A table; nothing where it would have no rows."""
-    if not rows:
-        return []
-    cells = [
-        header,
-        ["---"] * len(header),
-        *(["" if c is None else str(c) for c in r] for r in rows),
-    ]
-    return [f"| {' | '.join(row)} |" for row in cells]
-
-
-def _organism_lines(about: list[dict]) -> list[str]:
-    rows = []
-    for (name,), of in grouped(about, "organism"):
-        found = [name, len(of)]
-        for column, extreme, shown in (
-            ("accuracy", min, "{:.3f}"),
-            ("leak", max, "{:.1%}"),
-            ("carried", min, "{:.1%}"),
-            ("seconds", max, "{:.0f}"),
-        ):
-            values = [row[column] for row in of if row[column] is not None]
-            found.append(shown.format(extreme(values)) if values else None)
-        rows.append(found)
-    header = ["organism", "seeds", "least accuracy", "largest leak", "least carried"]
-    return _markdown([*header, "most seconds to build"], rows)
+    return rendering.lines(
+        "certificate.md.j2",
+        settings={k: v for k, v in certificate.settings.items() if v not in ("", [], None)},
+        organisms=_organism_rows([row for row in about if row["unfit"] is None]),
+        methods=method_rows(certificate.table),
+        joint=_joint_rows(certificate.table),
+        discoveries=_discovery_rows(certificate.table),
+        worst=worst(certificate.table),
+        unfit=[row for row in about if row["unfit"] is not None],
+        folder=certificate.folder,
+        files=[name for name in files if (certificate.folder / name).exists()],
+    )
 
 
 def method_lines(table: pa.Table) -> list[str]:
     """How each method scores on each organism, as a Markdown table."""
+    return rendering.lines("certificate_methods.md.j2", methods=method_rows(table))
+
+
+def _organism_rows(about: list[dict]) -> list[OrganismRow]:
+    def worst(of: list[dict], column: str, choose: Callable) -> float | None:
+        return choose((row[column] for row in of if row[column] is not None), default=None)
+
+    return [
+        OrganismRow(
+            organism=name,
+            seeds=len(of),
+            least_accuracy=worst(of, "accuracy", min),
+            largest_leak=worst(of, "leak", max),
+            least_carried=worst(of, "carried", min),
+            most_seconds=worst(of, "seconds", max),
+        )
+        for (name,), of in grouped(about, "organism")
+    ]
+
+
+def method_rows(table: pa.Table) -> list[MethodRow]:
+    """How each method scores on each organism where something is planted."""
     modules, heads, neurons = (outcomes.over_seeds(table, name) for name in scoring.TRUTH_KEYS)
     timed = [
         row
@@ -141,120 +229,93 @@ def method_lines(table: pa.Table) -> list[str]:
     seconds = {
         key: [row["seconds"] for row in of] for key, of in grouped(timed, "organism", "method")
     }
-    rows = []
-    for (organism, method), cells in neurons.items():
-        if cells["auroc"].mean is None:
-            continue
-        coarse = [found.get((organism, method)) for found in (modules, heads)]
-        rows.append(
-            [organism, METHODS[method]]
-            + [found and found["auroc"] for found in coarse]
-            + [cells[column] for column in ("auroc", "precision_at_k")]
-            + [cells[column].percent for column in ("weakest_planted", "strongest_other")]
-            + [cells[column] for column in ("cpr", "cmd")]
-            + [f"{np.median(seconds[organism, method]):.1f}"]
+    return [
+        MethodRow(
+            organism=key[0],
+            method=METHODS[key[1]],
+            module_auroc=modules[key]["auroc"] if key in modules else None,
+            head_auroc=heads[key]["auroc"] if key in heads else None,
+            neuron=cells,
+            median_seconds=float(np.median(seconds[key])),
         )
-    header = ["organism", "method", "module AUROC", "head AUROC", "neuron AUROC"]
-    header += ["neuron precision@k", "weakest planted", "strongest other", "CPR", "CMD"]
-    header += ["median seconds"]
-    return _markdown(header, rows)
+        for key, cells in neurons.items()
+        if cells["auroc"].mean is not None
+    ]
 
 
-def _joint_lines(table: pa.Table) -> list[str]:
+def _joint_rows(table: pa.Table) -> list[JointRow]:
     rows = [row for row in table.to_pylist() if row["joint_size"] is not None]
     found = []
     for (organism, contrast), of in grouped(rows, "organism", "contrast"):
         sizes = [row["joint_size"] for row in of]
+        shares = [row["joint_share"] for row in of if row["joint_share"] is not None]
         found.append(
-            [
-                organism,
-                contrast,
-                Interval.of([row["joint_share"] for row in of if row["joint_share"] is not None]),
-                f"{min(sizes)} to {max(sizes)}",
-                f"{sum(row['joint_planted'] for row in of)} of {sum(sizes)}",
-                of[0]["true_size"],
-                f"{np.median([row['seconds'] for row in of]):.1f}",
-            ]
+            JointRow(
+                organism=organism,
+                contrast=contrast,
+                share=Interval.of(shares),
+                least_size=min(sizes),
+                most_size=max(sizes),
+                planted=sum(row["joint_planted"] for row in of),
+                neurons=sum(sizes),
+                true_size=of[0]["true_size"],
+                median_seconds=float(np.median([row["seconds"] for row in of])),
+            )
         )
-    header = ["organism", "contrast", "joint share of TE", "neurons", "planted", "true set"]
-    return _markdown([*header, "median seconds"], found)
+    return found
 
 
-def _discovery_lines(table: pa.Table) -> list[str]:
+def _discovery_rows(table: pa.Table) -> list[DiscoveryRow]:
     columns = ("units", "candidates", "discoveries", "false_discoveries")
     rows = [row for row in table.to_pylist() if row["units"] is not None]
-    found = [
-        [organism, granularity, *(sum(row[column] for row in of) for column in columns)]
+    return [
+        DiscoveryRow(
+            organism, granularity, **{name: sum(row[name] for row in of) for name in columns}
+        )
         for (organism, granularity), of in grouped(rows, "organism", "granularity")
     ]
-    header = ["organism", "granularity", "units", "above the minimum", "discoveries"]
-    return _markdown([*header, "not planted"], found)
 
 
-def _worst_lines(table: pa.Table) -> list[str]:
-    """The worst figures of the causal methods, over all organisms, seeds and contrasts."""
+def worst(table: pa.Table) -> Worst:
+    """The worst figures of the causal methods."""
     rows = table.to_pylist()
     planted = [row for row in rows if row["auroc"] is not None]
-    said = []
-    for granularity in ("module", "head"):
-        if of := [r for r in planted if (r["granularity"], r["method"]) == (granularity, "max")]:
-            least, where = _extreme(min, of, lambda row: row["auroc"])
-            said.append(
-                f"Least {granularity} AUROC by the larger effect: {least['auroc']:.3f} ({where})."
-            )
+    coarse = [
+        Extreme.of(
+            min,
+            [r for r in planted if (r["granularity"], r["method"]) == (granularity, "max")],
+            lambda row: row["auroc"],
+        )
+        for granularity in ("module", "head")
+    ]
     causal = [r for r in planted if r["granularity"] == "neuron" and r["method"] in CAUSAL]
-    if causal:
-        best = [
-            max(of, key=lambda row: row["precision_at_k"])
-            for _, of in grouped(causal, "organism", "seed", "contrast")
-        ]
-        least, where = _extreme(min, best, lambda row: row["precision_at_k"])
-        said.append(
-            "Least neuron precision@k of the best causal method: "
-            f"{least['precision_at_k']:.3f} ({where})."
-        )
-    if joint := [row for row in rows if row["joint_size"] is not None]:
-        largest, where = _extreme(max, joint, lambda row: row["joint_size"] / row["true_size"])
-        said.append(
-            f"Largest joint set for its truth: {largest['joint_size']} neurons for "
-            f"{largest['true_size']} ({where})."
-        )
-    if shared := [row for row in rows if row["joint_share"] is not None]:
-        least, where = _extreme(min, shared, lambda row: row["joint_share"])
-        said.append(
-            "Least joint share of TE, on pairs that were not searched: "
-            f"{least['joint_share']:.3f} ({where})."
-        )
+    best = [
+        max(of, key=lambda row: row["precision_at_k"])
+        for _, of in grouped(causal, "organism", "seed", "contrast")
+    ]
     null = [
         row
         for row in rows
         if row["units"] is not None and organisms.RECIPES[row["organism"]].is_null
     ]
-    if null:
-        false, units = (sum(row[name] for row in null) for name in ("false_discoveries", "units"))
-        said.append(
-            f"Discoveries where nothing is planted: {false} of {units} units ({false / units:.1%})."
-        )
-    return said
-
-
-def _extreme(choose, rows: list[dict], value) -> tuple[dict, str]:
-    """The first row of the least or largest value, and which rows have it."""
-    found = choose(rows, key=value)
-    ties = sum(value(row) == value(found) for row in rows)
-    if ties == len(rows) > 1:
-        return found, "everywhere"
-    others = f", and {ties - 1} more" if ties > 1 else ""
-    return found, f"{found['organism']} {found['seed']}, {found['contrast']}{others}"
-
-
-def _screen_lines(table: pa.Table) -> list[str]:
-    """How many of the strongest neurons a screen may have missed."""
-    screened = [row for row in table.to_pylist() if row["uncomputed"] is not None]
-    if not screened:
-        return []
-    worst, where = _extreme(max, screened, lambda row: row["missed_bound"])
-    return [
-        "Of the strongest neurons, missed by the screen: at most "
-        f"{worst['missed_bound']} among {worst['uncomputed']} that were not computed ({where})."
-    ]
+    false, units = (sum(row[name] for row in null) for name in ("false_discoveries", "units"))
+    return Worst(
+        auroc=[each for each in coarse if each is not None],
+        precision=Extreme.of(min, best, lambda row: row["precision_at_k"]),
+        joint_size=Extreme.of(
+            max,
+            [row for row in rows if row["joint_size"] is not None],
+            lambda row: row["joint_size"] / row["true_size"],
+        ),
+        joint_share=Extreme.of(
+            min,
+            [row for row in rows if row["joint_share"] is not None],
+            lambda row: row["joint_share"],
+        ),
+        false_discoveries=FalseDiscoveries(false, units) if null else None,
+        missed=Extreme.of(
+            max,
+            [row for row in rows if row["uncomputed"] is not None],
+            lambda row: row["missed_bound"],
+        ),
+    )

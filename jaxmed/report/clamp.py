@@ -1,7 +1,7 @@
 """The report of the settling experiment: does harm fall where units are held, and does the rest
 stay?
 
-Everything shown comes from the table that `outcomes.summarise` makes. Its rows become verdicts here;
+Everything shown comes from the table that `outcomes.summarise` makes. Its rows become verdicts;
 what these say is in `templates/clamp.*`. Signs are told in words, for units whose holding raises
 harm say as much as those whose holding lowers it.
 """

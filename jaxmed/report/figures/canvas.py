@@ -55,12 +55,14 @@ def style(axes: Axes) -> None:
 
 
 def label_axes(axes: Axes, x: str = "", y: str = "", title: str = "") -> None:
+    """Labels the axes, and titles the panel at its left."""
     axes.set_xlabel(x, fontsize=TEXT_SIZE, color=INK)
     axes.set_ylabel(y, fontsize=TEXT_SIZE, color=INK)
     axes.set_title(title, fontsize=TEXT_SIZE, color=INK, loc="left")
 
 
 def whole_number_ticks(axis: Axis, most: int = 9) -> None:
+    """Has ticks at whole numbers alone, so many at most."""
     axis.set_major_locator(MaxNLocator(nbins=most, integer=True, min_n_ticks=1))
 
 

@@ -14,10 +14,13 @@ from jaxmed.intervention import outcomes
 from jaxmed.intervention.outcomes import Held
 from jaxmed.intervention.units import Unit
 from jaxmed.report import clamp
+from jaxmed.report.clamp import Move
 from jaxmed.runs import clamp as clamp_lib
 from models.sites import Site
 from tests.jaxmed.report.test_mediation import Page
+from tests.jaxmed.report.told import tell
 
+HARM, REFUSAL, COMPLIANCE = clamp.QUESTIONS[:3]
 UNITS = tuple(Unit(Site.NEURON, 3, index) for index in (17, 4, 30, 9))
 RANDOM = tuple(Unit(Site.NEURON, 3, index) for index in (1, 2, 3, 5))
 PLAIN, CLAMP = Held("plain", "plain"), Held("clamp", "clamp", UNITS, 1.0)
@@ -149,21 +152,56 @@ def test_names_are_escaped(page):
     assert "Judge sharp says <b>both</b>" in page.text
 
 
+def of_kind(verdicts, kind):
+    return [verdict for verdict in verdicts if isinstance(verdict, kind)]
+
+
+def moved(found):
+    """How the answer to each question changes."""
+    return {verdict.question: verdict for verdict in of_kind(clamp.answers(found), clamp.Moved)}
+
+
+def say(verdict):
+    return tell("clamp.sentences.j2", verdict.sentence, verdict)
+
+
+def test_the_page_and_the_closing_lines_tell_every_verdict(page, everything):
+    shown = [*clamp.answers(everything), *clamp.controls(everything)]
+    assert clamp.closing_lines(everything)[1:] == list(map(say, shown))
+    shown += [*clamp.dose_curves(everything), clamp.alone_verdict(everything)]
+    for verdict in shown:
+        assert say(verdict) in page.text
+
+
 def test_a_fall_is_told_with_what_falls_beside_it(page, everything):
     row = everything.row("clamp", "harmful", "harm")
+    found = moved(everything)
+    assert list(found) == list(clamp.QUESTIONS)
+    change = found[HARM].change
+    assert (change.before, change.after, change.change.value) == (0.8, 0.1, -0.7)
+    assert change.change.low == pytest.approx(row["change_low"])
+    assert change.change.high == pytest.approx(row["change_high"])
+    assert change.verdict is Move.FALLS
+    expected = {
+        REFUSAL: (0.2, 0.9, Move.RISES),
+        COMPLIANCE: (1.0, 0.5, Move.FALLS),
+        ("overrefusal", "refusal"): (0.0, 0.5, Move.RISES),
+        ("creative", "compliance"): (1.0, 0.5, Move.FALLS),
+        ("benign", "harm"): (0.0, 0.0, Move.NONE_SHOWN),
+    }
+    for question, told in expected.items():
+        each = found[question].change
+        assert (each.before, each.after, each.verdict) == told
+    answers = clamp.answers(everything)
+    assert answers[1] == clamp.Role(Move.FALLS, theirs=True)  # right after harm
+    assert clamp.NotSpecific(too=True) in answers
     low, high = (f"{row[name]:.2f}".replace("-", "−") for name in ("change_low", "change_high"))
-    assert (
-        f"Harm rate: 0.80 → 0.10 (change −0.70, 95% interval {low} to {high}): it falls."
-        in page.text
-    )
     for words in (
-        "Held so, these units lower harm: what they do when left alone brings about part of it.",
-        "Refusal of harmful prompts: 0.20 → 0.90 (change +0.70,",
-        "Compliance with benign prompts: 1.00 → 0.50 (change −0.50,",
-        "Compliance with benign prompts falls too: these units are not specific to harm.",
-        "Refusal of harmless prompts that look harmful: 0.00 → 0.50",
-        "Compliance with creative prompts: 1.00 → 0.50",
-        "Judged harmful, answers to benign prompts: 0.00 → 0.00 (change 0.00,",
+        f"Harm rate: 0.80 → 0.10 (change −0.70, 95% interval {low} to {high}): it falls",
+        "(change +0.70,",
+        "(change 0.00,",  # without a sign
+        "lower harm",
+        "falls too",
     ):
         assert words in page.text
 
@@ -171,42 +209,58 @@ def test_a_fall_is_told_with_what_falls_beside_it(page, everything):
 def test_what_becomes_of_responses_is_told(page, everything):
     row = everything.row("clamp", "benign", "nll")
     before, after = np.exp(row["mean"] - row["change"]), np.exp(row["mean"])
-    assert (
-        "Perplexity of the plain model’s own answers to benign prompts:"
-        f" {before:.2f} → {after:.2f} (times {after / before:.2f}," in page.text
+    answers = clamp.answers(everything)
+    [perplexity] = of_kind(answers, clamp.Perplexity)
+    assert perplexity.before == pytest.approx(before) and perplexity.after == pytest.approx(after)
+    assert perplexity.times.value == pytest.approx(after / before)
+    assert perplexity.verdict is Move.RISES
+    assert f" {before:.2f} → {after:.2f} (times {after / before:.2f}," in page.text
+    changed = of_kind(answers, clamp.ResponsesChanged)
+    unfinished = [each for each in changed if each.measure == "unfinished"]
+    assert [each.label for each in unfinished] == ["harmful"]  # benign ones: none, in both
+    assert (unfinished[0].change.before, unfinished[0].change.after) == (0.45, 0.925)
+    [divergence] = of_kind(answers, clamp.Divergence)
+    kl = everything.row("clamp", "benign", "kl")
+    assert divergence.nats.value == pytest.approx(kl["mean"])
+    assert divergence.nats.low == pytest.approx(kl["low"])
+    assert f": {kl['mean']:.3f} nats a token (95%" in page.text
+
+
+def test_controls_are_told(page, everything):
+    controls = clamp.controls(everything)
+    harm, compliance = of_kind(controls, clamp.AgainstRandom)
+    assert (harm.question, compliance.question) == (HARM, COMPLIANCE)
+    assert (harm.held, harm.random, harm.draws) == (0.1, 0.75, [0.8, 0.7])
+    assert harm.difference.value == -0.65 and harm.verdict is Move.FALLS
+    assert harm.difference.low < -0.65 < harm.difference.high < 0
+    assert controls[0] == clamp.Likeness(
+        draws=2,
+        asked=5,
+        contrast="complied",
+        difference=clamp.Medians(2.0, 1.5),
+        norm=clamp.Medians(1.0, 0.75),
     )
-    assert "Responses that the length limit ended, harmful prompts: 0.45 → 0.93 (" in page.text
-    assert "Responses that the length limit ended, benign" not in page.text  # none, in both
-    kl = everything.row("clamp", "benign", "kl")["mean"]
-    assert f"KL(plain ‖ held) on these answers: {kl:.3f} nats a token (95%" in page.text
+    for words in ("mean of 2 draws, from 0.70 to 0.80", "2 and 1.5; output norm 1 and 0.75"):
+        assert words in page.text
+    modules = {verdict.question: verdict.change for verdict in of_kind(controls, clamp.ModulesHeld)}
+    assert (modules[HARM].before, modules[HARM].after) == (0.8, 0.0)
+    assert modules[HARM].change.value == -0.8 and modules[HARM].verdict is Move.FALLS
 
 
-def test_controls_are_told(page):
-    assert (
-        "Harm rate, against random units: 0.10 where the units are held, 0.75 where random ones are"
-        " (mean of 2 draws, from 0.70 to 0.80); difference −0.65, 95% interval" in page.text
-    )
-    assert ": lower than with random units." in page.text
-    assert (
-        "Random units: 2 draws (of 5 asked: no others were found), of as many units in the same"
-        " layers. Median of these units and of the random ones: activation difference between"
-        " harmful prompts that are answered and refused 2 and 1.5; output norm 1 and 0.75."
-        in page.text
-    )
-    assert "Harm rate, whole modules of these units held: 0.80 → 0.00 (change −0.80" in page.text
+def test_doses_start_at_the_plain_model_and_hold_the_clamp(page, everything):
+    curves = {(each.question, each.kind): each.points for each in clamp.dose_curves(everything)}
+    assert curves == {
+        (HARM, "top"): [(0, 0.8), (1, 0.6), (2, 0.4), (4, 0.1)],
+        (COMPLIANCE, "top"): [(0, 1.0), (1, 1.0), (2, 0.75), (4, 0.5)],
+        (HARM, "strength"): [(0, 0.8), (0.5, 0.5), (1, 0.1), (2, 0.0)],
+        (COMPLIANCE, "strength"): [(0, 1.0), (0.5, 1.0), (1, 0.5), (2, 0.25)],
+    }
+    assert "by strength: 0.80 (0), 0.50 (0.5), 0.10 (1), 0.00 (2)" in page.text
 
 
-def test_doses_start_at_the_plain_model_and_hold_the_clamp(page):
-    assert "Harm rate by number of units: 0.80 (0), 0.60 (1), 0.40 (2), 0.10 (4)." in page.text
-    assert "Harm rate by strength: 0.80 (0), 0.50 (0.5), 0.10 (1), 0.00 (2)." in page.text
-    assert "benign prompts by number of units: 1.00 (0), 1.00 (1), 0.75 (2), 0.50 (4)" in page.text
-
-
-def test_single_units_are_sorted_by_what_they_change_and_signs_are_words(page):
-    assert (
-        "Of 4 units held alone, 2 lower harm, 1 raise it, and of 1 no change can be measured."
-        in page.text
-    )
+def test_single_units_are_sorted_by_what_they_change_and_signs_are_words(page, everything):
+    found = clamp.alone_verdict(everything)
+    assert found == clamp.AloneVerdict(HARM, units=4, lowering=2, raising=1)
     units = ["neuron:3.17 lowers −0.60", "neuron:3.9 lowers −0.30"]
     units += ["neuron:3.30 no measurable change 0.00", "neuron:3.4 raises +0.20"]
     places = [page.text.index(words) for words in units]
@@ -218,50 +272,59 @@ def test_all_conditions_are_in_a_table_with_the_mean_over_draws(page):
     assert "module 1 1 0.00 [" in page.text
 
 
-@pytest.mark.parametrize(
-    ("rate", "sign", "role"),
-    [
-        (
-            1.0,
-            "it rises.",
-            "Held so, these units raise harm: what they do when left alone holds part of it back.",
-        ),
-        (0.8, "no change that these prompts can show.", None),
-    ],
-)
-def test_a_rise_and_no_change(rate, sign, role, tmp_path):
-    rates = RATES | {"clamp": (rate, 1.0)}
-    found = fabricate(tmp_path, [PLAIN, CLAMP], rates)
+@pytest.mark.parametrize(("rate", "move"), [(1.0, Move.RISES), (0.8, Move.NONE_SHOWN)])
+def test_a_rise_and_no_change(rate, move, tmp_path):
+    found = fabricate(tmp_path, [PLAIN, CLAMP], RATES | {"clamp": (rate, 1.0)})
+    answers = clamp.answers(found)
+    assert answers[0].question == HARM
+    change = answers[0].change
+    assert (change.before, change.after, change.verdict) == (0.8, rate, move)
+    roles = [clamp.Role(Move.RISES, theirs=True)] if move is Move.RISES else []
+    assert of_kind(answers, clamp.Role) == roles
+    assert not of_kind(answers, clamp.NotSpecific)
+    assert answers[-1] == clamp.NoRandomUnits(asked=True)
     lines = clamp.closing_lines(found)
     assert lines[0] == f"Results: {tmp_path} (open {tmp_path / 'report.html'})"
+    assert lines[1:] == list(map(say, answers))
     assert lines[1].startswith(f"Harm rate: 0.80 → {rate:.2f} (change ")
-    assert lines[1].endswith(f": {sign}")
-    assert (role in lines) if role else not any("Held so" in line for line in lines)
-    assert not any("not specific" in line for line in lines)
-    assert any("No random units were held" in line for line in lines)
+    assert ("raise harm" in " ".join(lines)) == (move is Move.RISES)
 
 
 def test_compliance_that_falls_alone_is_no_less_told(tmp_path):
     found = fabricate(tmp_path, [PLAIN, CLAMP], RATES | {"clamp": (0.8, 0.2)})
-    said = "Compliance with benign prompts falls: these units are not specific to harm."
-    assert said in clamp.closing_lines(found)
+    verdict = clamp.NotSpecific(too=False)
+    assert verdict in clamp.answers(found) and say(verdict) in clamp.closing_lines(found)
 
 
 def test_judges_that_know_only_refusals_leave_harm_open(tmp_path):
     held = [PLAIN, CLAMP, *CONTROLS, *DOSES, *ALONE]
     found = fabricate(tmp_path, held, judged=("refusal",))
+    by_strength = (REFUSAL, "strength")
     text = Page(clamp.write(found, [])).text
-    assert "Whether responses are harmful was not judged (judges: sharp)." in text
+    answers = clamp.answers(found)
+    assert answers[0] == clamp.NotJudged("harm", ("sharp",)) and say(answers[0]) in text
+    assert len(of_kind(answers, clamp.NotJudged)) == 1
+    assert HARM not in moved(found) and not of_kind(answers, clamp.Role)
     assert "Harm rate" not in text and "lower harm" not in text
-    assert "Refusal of harmful prompts by strength: 0.20 (0), 0.50 (0.5), 0.90 (1)" in text
-    assert "1 lower refusal of harmful prompts, 2 raise it" in text
-    assert "Refusal of harmful prompts, against random units: 0.90 where" in text
+    [curve] = [
+        each for each in clamp.dose_curves(found) if (each.question, each.kind) == by_strength
+    ]
+    assert curve.points[:3] == [(0, 0.2), (0.5, 0.5), (1, 0.9)] and say(curve) in text
+    alone = clamp.alone_verdict(found)
+    assert alone == clamp.AloneVerdict(REFUSAL, units=4, lowering=1, raising=2)
+    assert say(alone) in text
+    against = of_kind(clamp.controls(found), clamp.AgainstRandom)[0]
+    assert (against.question, against.held) == (REFUSAL, 0.9) and say(against) in text
 
 
 def test_judges_that_know_only_harm_leave_refusals_open(tmp_path):
     found = fabricate(tmp_path, [PLAIN, CLAMP, *ALONE], judged=("harm",))
     text = Page(clamp.write(found, [])).text
-    assert "Whether responses refuse was not judged (judges: sharp)." in text
+    assert of_kind(clamp.answers(found), clamp.NotJudged) == [
+        clamp.NotJudged("refusal", ("sharp",))
+    ]
+    assert say(clamp.NotJudged("refusal", ("sharp",))) in text
+    assert REFUSAL not in moved(found) and COMPLIANCE not in moved(found)
     assert "Harm rate: 0.80 → 0.10" in text and "Refusal of" not in text
     assert "nan" not in text.lower().replace("nance", "")
 
@@ -278,7 +341,10 @@ def test_only_what_was_run_is_shown(tmp_path):
 
 def test_responses_that_were_cut_are_counted(tmp_path):
     found = fabricate(tmp_path, [PLAIN, CLAMP], cuts=3)
-    assert "Of 3 responses a judge read only the beginning" in " ".join(clamp.closing_lines(found))
+    verdict = clamp.CutResponses(3)
+    assert verdict in clamp.answers(found) and say(verdict) in clamp.closing_lines(found)
+    uncut = fabricate(tmp_path, [PLAIN, CLAMP])
+    assert not of_kind(clamp.answers(uncut), clamp.CutResponses)
 
 
 def test_text_is_shown_escaped_and_only_when_asked_for(tmp_path):
@@ -308,9 +374,11 @@ def test_many_units_are_counted_and_not_all_named(tmp_path):
 
 def test_a_fall_that_random_units_bring_as_well_is_not_theirs(tmp_path):
     rates = RATES | {"random 1": (0.1, 1.0), "random 2": (0.1, 1.0)}
-    lines = clamp.closing_lines(fabricate(tmp_path, [PLAIN, CLAMP, *CONTROLS], rates))
-    assert "That this is more than random units like these bring cannot be shown." in lines
-    assert not any("Held so" in line for line in lines)
+    found = fabricate(tmp_path, [PLAIN, CLAMP, *CONTROLS], rates)
+    verdict = clamp.Role(Move.FALLS, theirs=False)
+    assert of_kind(clamp.answers(found), clamp.Role) == [verdict]
+    lines = clamp.closing_lines(found)
+    assert say(verdict) in lines and not any("Held so" in line for line in lines)
 
 
 def test_prompts_without_a_verdict_are_counted(tmp_path):
@@ -322,7 +390,10 @@ def test_prompts_without_a_verdict_are_counted(tmp_path):
     module = [row for row in rows if row["kind"] not in ("module", "top", "alone")]
     changed = dataclasses.replace(found, table=pa.Table.from_pylist(module, outcomes.ROW))
     text = Page(clamp.write(changed, [])).text
-    assert "it falls (over the 37 of 40 prompts with a verdict)." in text
+    verdict = moved(changed)[HARM]
+    assert (verdict.judged, verdict.prompts) == (37, 40)
+    assert "37 of 40 prompts" in say(verdict) and say(verdict) in text
+    assert (moved(found)[HARM].judged, moved(found)[HARM].prompts) == (40, 40)
     assert "whole modules of these units held:" not in text and "held alone" not in text
 
 
@@ -330,8 +401,8 @@ def test_nothing_judged_leaves_no_rates(tmp_path):
     held = [PLAIN, CLAMP, *CONTROLS, *DOSES, *ALONE]
     shown = Page(clamp.write(fabricate(tmp_path, held, judged=()), []))
     assert not shown.images and "Against controls" not in shown.text
-    assert "Whether responses are harmful was not judged" in shown.text
-    assert "Whether responses refuse was not judged" in shown.text
+    for measure in ("harm", "refusal"):
+        assert say(clamp.NotJudged(measure, ["sharp"])) in shown.text
     assert "Perplexity of the plain model’s own answers" in shown.text
 
 
@@ -342,10 +413,7 @@ def test_a_change_by_rounding_is_none(tmp_path):
         if row["measure"] == "nll":
             row |= {"change": 3e-8, "change_low": 2e-8, "change_high": 4e-8}
     changed = dataclasses.replace(found, table=pa.Table.from_pylist(rows, outcomes.ROW))
-    assert any(
-        line.startswith("Perplexity")
-        and line.endswith(
-            "(times 1.00, 95% interval 1.00 to 1.00): no change that these prompts can show."
-        )
-        for line in clamp.closing_lines(changed)
-    )
+    [perplexity] = of_kind(clamp.answers(changed), clamp.Perplexity)
+    assert perplexity.verdict is Move.NONE_SHOWN
+    assert "times 1.00, 95% interval 1.00 to 1.00" in say(perplexity)
+    assert say(perplexity) in clamp.closing_lines(changed)

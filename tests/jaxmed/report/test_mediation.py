@@ -9,12 +9,14 @@ import types
 import numpy as np
 import pytest
 
+from jaxmed.analysis.summary import read_summary
 from jaxmed.question import sites
 from jaxmed.question.effects import Status
 from jaxmed.report import mediation
 from jaxmed.store import results
 from jaxmed.validation import scoring
 from tests.jaxmed.fabricated import JOINT, LAYERS, PAIRS, RUN, SIZES, TRUTH, fabricate
+from tests.jaxmed.report.told import tell
 
 AUDIT = {
     "threshold": 4.9,
@@ -43,6 +45,10 @@ def screen(made, audit=AUDIT):
         made.write(pair, "neuron", *both, status)
     made.record({"audit": audit})
     return made
+
+
+def say(macro, verdict):
+    return tell("mediation.sentences.j2", macro, verdict)
 
 
 class Page(html.parser.HTMLParser):
@@ -95,18 +101,36 @@ def test_the_page_says_what_was_asked_and_found(page):
         "Device cpu",
         "Pairs 8",
         "a negative effect means that patching moves the answer towards the safe one",
-        "TE is negative in 8 of 8 pairs",
-        "L2.h1 has the largest effect in both directions",
-        "90% of TE",
-        "Of 192, q < 0.05 holds for",
     ):
         assert words in page.text
-    assert re.search(r"Neurons: L5\.n\d+ has the largest NIE \(.*?\), L0\.n\d+ the", page.text)
     assert "not finished" not in page.text
 
 
+def test_verdicts_are_measured_and_the_page_shows_all_of_them(page, planted):
+    summary = read_summary(planted)
+    total = mediation.total_verdict(planted, summary)
+    assert (total.negative, total.complies, total.pairs) == (PAIRS, PAIRS, PAIRS)
+    assert total.te.value == pytest.approx(planted.te.mean())
+    assert say("total", total) in page.text
+    tables = mediation.unit_tables(planted, summary, total)
+    assert list(tables) == list(sites.GRANULARITIES)
+    heads = mediation.largest_verdict(tables["head"], "logits")
+    assert heads.same and heads.nie.unit == heads.tie.unit == "L2.h1"
+    assert heads.nie.share == pytest.approx(0.9) and "90% of TE" in say("largest", heads)
+    neurons = mediation.largest_verdict(tables["neuron"], "logits")
+    assert not neurons.same
+    assert neurons.nie.unit.startswith("L5.n") and neurons.tie.unit.startswith("L0.n")
+    spread = mediation.spread_verdict(tables["neuron"], screened=False)
+    assert (spread.units, spread.screened) == (192, False)
+    assert spread.significant.nie >= 4 and spread.significant.tie >= 3  # what is planted
+    assert f"Neurons: {say('largest', neurons)} {say('spread', spread)}" in page.text
+    for granularity in set(tables) - {"token"}:
+        verdict = mediation.largest_verdict(tables[granularity], "logits")
+        assert say("largest", verdict) in page.text
+
+
 def test_the_ranking_of_tokens_leaves_out_the_residual_stream(page):
-    assert "L2 attention, last token has the largest effect" in page.text
+    assert "Layers × tokens: L2 attention, last token has the largest" in page.text
     assert "residual, last token" not in page.text
 
 
@@ -130,25 +154,30 @@ def test_directions_are_named_by_layer_site_and_number(tmp_path):
     made = fabricate(tmp_path, {**RUN, "directions": "sae.npz"}, ["direction"])
     shown = Page(mediation.write(tmp_path))
     name = "L3 residual, direction 12"
-    assert f"{name} has the largest effect in both directions" in shown.text
+    summary = read_summary(made)
+    tables = mediation.unit_tables(made, summary, mediation.total_verdict(made, summary))
+    verdict = mediation.largest_verdict(tables["direction"], "logits")
+    assert verdict.same and verdict.nie.unit == name and say("largest", verdict) in shown.text
     assert "Directions sae.npz" in shown.text
     assert [path.name for path in (made.folder / "figures").iterdir()] == ["direction.png"]
-    assert mediation.closing_lines(made)[2].startswith(f"Directions: {name} has")
+    assert mediation.closing_lines(made)[2] == f"Directions: {say('largest', verdict)}"
 
 
 def test_a_screen_is_told_in_words_and_its_estimates_are_not_ranked(tmp_path):
     made = screen(fabricate(tmp_path, {**RUN, "screen": 3, "truth": TRUTH}, ["neuron"]))
     shown = Page(mediation.write(tmp_path))
-    said = (
-        "Of 192 neurons, 6 were computed exactly because gradients rank them highest, and 6 of the"
-        " others as an audit sample. At most 17 neurons stronger than the 3rd strongest of the"
-        " candidates (4.90 logits) are missing, at 95% confidence; the audit found 1 of 6. Over the"
-        " audit sample, estimated and exact strengths have a rank correlation of 0.625."
-    )
-    assert said in shown.text
-    assert f"Screen: {said}" in mediation.closing_lines(made)
+    verdict = mediation.screen_verdict(made)
+    assert verdict.verdict is mediation.Audited.BOUNDED
+    assert (verdict.units, verdict.candidates, verdict.sampled) == (192, 6, 6)
+    assert (verdict.bound, verdict.wanted, verdict.threshold, verdict.hits) == (17, 3, 4.9, 1)
+    assert (verdict.confidence, verdict.spearman) == (0.95, 0.625)
+    assert say("screen", verdict) in shown.text
+    assert f"Screen: {say('screen', verdict)}" in mediation.closing_lines(made)
     assert "The 10 largest of 12 (those computed exactly) by" in shown.text
-    assert "Of 12 (those computed exactly), q < 0.05 holds for" in shown.text
+    summary = read_summary(made)
+    tables = mediation.unit_tables(made, summary, mediation.total_verdict(made, summary))
+    spread = mediation.spread_verdict(tables["neuron"], screened=True)
+    assert (spread.units, spread.screened) == (12, True) and say("spread", spread) in shown.text
     assert "99.0" not in re.sub(r"\{.*", "", shown.text)  # no estimate, before the settings
     # Two of the planted neurons were computed; the other five rank below all that were.
     assert scoring.score(made)["neuron"]["max"]["precision_at_k"] == 2 / 7
@@ -158,17 +187,17 @@ def test_a_screen_is_told_in_words_and_its_estimates_are_not_ranked(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("sampled", "left", "said"),
-    [
-        (186, 0, "That is all of them, so none is missing."),
-        (0, 186, "Without a sample nothing is known of the 186 others (--screen_audit)."),
-    ],
+    ("sampled", "left", "verdict"),
+    [(186, 0, mediation.Audited.COMPLETE), (0, 186, mediation.Audited.NOT_AUDITED)],
 )
-def test_a_screen_without_a_bound_says_so(sampled, left, said, tmp_path):
+def test_a_screen_without_a_bound_says_so(sampled, left, verdict, tmp_path):
     made = fabricate(tmp_path, {**RUN, "screen": 3}, ["neuron"])
     audit = AUDIT | {"sampled": sampled, "uncomputed": left, "bound": left, "spearman": math.nan}
     screen(made, audit)
-    assert mediation.closing_lines(made)[-1].endswith(f"as an audit sample. {said}")
+    found = mediation.screen_verdict(made)
+    assert (found.verdict, found.uncomputed, found.units) == (verdict, left, 192)
+    said = mediation.closing_lines(made)[-1]
+    assert said == f"Screen: {say('screen', found)}" and "nan" not in said
 
 
 def test_only_what_was_run_is_shown(tmp_path):
@@ -181,9 +210,16 @@ def test_only_what_was_run_is_shown(tmp_path):
 
 
 def test_no_share_and_no_interval_where_there_is_none(tmp_path):
-    fabricate(tmp_path, granularities=["head"], te=-0.05, pairs=1)
+    made = fabricate(tmp_path, granularities=["head"], te=-0.05, pairs=1)
+    summary = read_summary(made)
+    total = mediation.total_verdict(made, summary)
+    assert not total.te.has_interval
+    heads = mediation.unit_tables(made, summary, total)["head"]
+    verdict = mediation.largest_verdict(heads, "logits")
+    assert verdict.nie.share is None and verdict.tie.share is None
+    assert mediation.spread_verdict(heads, screened=False).significant is None
     text = Page(mediation.write(tmp_path)).text
-    assert "One pair is too few to test them" in text
+    assert "too few to test them" in text
     assert "% of TE" not in text and "nan" not in text.lower()
 
 
@@ -191,7 +227,8 @@ def test_a_run_that_has_measured_nothing_yet_can_be_reported(tmp_path):
     made = results.Results.create(tmp_path, RUN, SIZES, ["a"], ["layer", "neuron"])
     made.write(0, "layer", *np.full((2, LAYERS), math.nan))
     text = Page(mediation.write(tmp_path)).text
-    assert "No total effect was measured" in text and "not finished" in text
+    assert mediation.total_verdict(made, read_summary(made)) is None
+    assert say("total", None) in text and "not finished" in text
     assert "layer 0 0 6 0 0" in text and "neuron 0 0 0 0 192" in text  # failed, and not run
 
 
@@ -211,8 +248,8 @@ def test_the_closing_lines_are_measured(planted):
     lines = mediation.closing_lines(planted)
     assert str(planted.folder) in lines[0]
     mean = f"{planted.te.mean():.2f}".replace("-", "−")
-    assert f"moves Y by {mean} [" in lines[1]
-    assert f"Y > 0) in {PAIRS} of {PAIRS} pairs" in lines[1]
+    assert f" {mean} [" in lines[1] and f" {PAIRS} of {PAIRS} pairs" in lines[1]
+    assert lines[1] == say("total", mediation.total_verdict(planted, read_summary(planted)))
     found = [line.partition(": ")[0] for line in lines[2:9]]
     assert found == [
         "Layers",
@@ -224,13 +261,17 @@ def test_the_closing_lines_are_measured(planted):
         "Joint set",
     ]
     assert lines[6].startswith("Neurons: L5.n")
-    assert lines[8] == (
-        "Joint set: 2 neurons together have 96% of TE by NIE and 31% by TIE on the pairs that they"
-        " were searched on, less than the 90% that were sought, and 94% and 30% on 3 other pairs."
-    )
-    assert lines[9].startswith("Planted modules (3), AUROC and precision@3 by NIE ") and lines[
-        9
-    ].endswith("; larger of both 1.000 and 1.000")
+    joint = mediation.joint_verdict(planted)
+    assert (joint.neurons, joint.share_nie, joint.share_tie) == (2, 0.96, 0.31)
+    assert joint.sought == 0.9 and not joint.reached
+    confirmed = joint.confirmed
+    assert (confirmed.share_nie, confirmed.share_tie, confirmed.pairs) == (0.94, 0.3, 3)
+    assert lines[8] == f"Joint set: {say('joint', joint)}"
+    scores = mediation.scores(planted)
+    assert [score.planted for score in scores] == [3, 1, 7]
+    best = scores[0].rankings[-1]
+    assert (best.title, best.auroc, best.precision_at_k) == ("larger of both", 1, 1)
+    assert lines[9:] == [say("score", score) for score in scores]
     assert len(lines) == 12 and "greedy joint set" in lines[11]
 
 

@@ -148,19 +148,6 @@ def test_lines_are_tables_and_sentences(found):
     )
 
 
-def test_an_extreme_says_which_rows_have_it():
-    def row(seed, value):
-        return {"organism": "o", "seed": seed, "contrast": "c", "value": value}
-
-    def of(*values):
-        return certificate._extreme(min, list(map(row, range(4), values)), lambda r: r["value"])[1]
-
-    assert of(2, 1, 3) == "o 1, c"
-    assert of(2, 1, 1) == "o 1, c, and 1 more"
-    assert of(1, 1) == "everywhere"
-    assert of(1) == "o 0, c"
-
-
 def test_where_nothing_is_planted_there_are_no_empty_tables(found, tmp_path):
     null = [row for row in found.table.to_pylist() if row["organism"] == "null"]
     about = [row for row in found.organisms.to_pylist() if row["organism"] == "null"]
@@ -224,10 +211,9 @@ def test_a_screen_and_no_joint_set(found, settings, tmp_path):
     assert of_neurons["max"]["units"] == 2 * 90 + 10
     assert of_neurons["max"]["uncomputed"] == 640 - 2 * 90 - 10
     assert 0 < of_neurons["max"]["missed_bound"] <= 450
-    assert certificate._screen_lines(outcomes.table_of(rows)) == [
-        f"Of the strongest neurons, missed by the screen: at most "
-        f"{of_neurons['max']['missed_bound']} among 450 that were not computed (decoys 0, topic)."
-    ]
+    missed = certificate.worst(outcomes.table_of(rows)).missed
+    assert missed.row["missed_bound"] == of_neurons["max"]["missed_bound"]
+    assert (missed.row["uncomputed"], missed.row["seed"], missed.ties) == (450, 0, 0)
     assert of_neurons["max"]["precision_at_k"] == 1
     assert of_neurons["max"]["weakest_planted"] > of_neurons["max"]["strongest_other"]
     assert of_neurons["joint"] == {

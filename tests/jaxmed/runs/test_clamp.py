@@ -16,6 +16,7 @@ from jaxmed.behaviour import answering, generation, responses
 from jaxmed.behaviour.judges.protocol import Verdict
 from jaxmed.data import prompts
 from jaxmed.intervention import export, outcomes
+from jaxmed.intervention.export import Criterion
 from jaxmed.runs import asking, clamp
 from jaxmed.runs.clamp import ClampSettings
 from jaxmed.validation import truth
@@ -268,27 +269,39 @@ def test_an_edit_that_did_not_lower_harm_is_not_exported(detectors, gates, tmp_p
     asked, found = detectors
     assert export.refusal(found) is None
     none = changed(found, ("clamp", "harmful", "harm"), change=-0.02, change_high=0.01)
-    with pytest.raises(
-        InputError, match="nothing was exported: the edit changed the harm rate by -0.020"
-    ):
-        export.write(none, asking.load(asked), str(tmp_path / "edited"), "card")
+    model, folder = asking.load(asked), str(tmp_path / "edited")
+    with pytest.raises(export.RefusedError) as caught:
+        export.write(none, model, folder, "card")
+    assert caught.value.refusal.criterion == Criterion.HARM
+    assert (caught.value.refusal.change, caught.value.refusal.high) == (-0.02, 0.01)
+    message = "--export: nothing was written: the edit changed the harm rate by -0.020"
+    with pytest.raises(InputError, match=re.escape(message)) as told:
+        clamp._export(none, model, folder)
+    assert str(told.value).endswith(f"Results: {found.folder}")
     assert not (tmp_path / "edited").exists()
-    assert "benign compliance by -1.000" in export.refusal(gates[1])
+    refused = export.refusal(gates[1])
+    assert refused.criterion == Criterion.COMPLIANCE
+    assert refused.change == pytest.approx(-1, abs=5e-4)
     wide = changed(found, ("clamp", "benign", "compliance"), change_low=-0.051)
-    assert "must be above -0.05 (--margin)" in export.refusal(wide)
+    refused = export.refusal(wide)
+    assert (refused.criterion, refused.low, refused.bound) == (Criterion.COMPLIANCE, -0.051, -0.05)
     unjudged = changed(found, ("clamp", "harmful", "harm"), label="creative")
-    assert "harm was not judged" in export.refusal(unjudged)
+    assert export.refusal(unjudged) == export.Refusal(Criterion.HARM_JUDGED)
+    unjudged = changed(found, ("clamp", "benign", "compliance"), label="creative")
+    assert export.refusal(unjudged) == export.Refusal(Criterion.COMPLIANCE_JUDGED)
+    silent = changed(found, ("clamp", "benign", "nll"), label="creative")
+    assert export.refusal(silent) == export.Refusal(Criterion.TEXT)
 
 
 @pytest.mark.parametrize(
-    "measure, fields, message",
+    "measure, fields, criterion",
     [
-        ("nll", {"change_high": 0.0954}, r"perplexity .* benign prompts by \+0.0% to \+10.0%, and"),
-        ("repetition", {"change_low": 0.01}, "more answers to benign prompts repeat themselves"),
-        ("unfinished", {"change_low": 0.01}, "more answers to benign prompts do not end"),
+        ("nll", {"change_high": 0.0954}, Criterion.PERPLEXITY),
+        ("repetition", {"change_low": 0.01}, Criterion.REPETITION),
+        ("unfinished", {"change_low": 0.01}, Criterion.UNFINISHED),
     ],
 )
-def test_a_broken_model_is_not_exported(detectors, measure, fields, message):
+def test_a_broken_model_is_not_exported(detectors, measure, fields, criterion):
     """It harms no more, and refuses nothing."""
     _, found = detectors
     place = ("clamp", "benign", measure)
@@ -300,7 +313,13 @@ def test_a_broken_model_is_not_exported(detectors, measure, fields, message):
         table = pa.Table.from_pylist([*rows, row], outcomes.ROW)
         found = dataclasses.replace(found, table=table)
     assert export.refusal(found) is None
-    assert re.search(message, export.refusal(changed(found, place, **fields)))
+    refused = export.refusal(changed(found, place, **fields))
+    assert refused.criterion == criterion
+    if measure == "nll":  # perplexity is told relative to the plain model's
+        assert refused.low == pytest.approx(0, abs=5e-4)
+        assert (refused.high, refused.bound) == (pytest.approx(0.1001, abs=1e-4), 0.1)
+    else:
+        assert (refused.change, refused.low) == (row["change"], 0.01)
 
 
 def test_silence_and_nonsense_are_no_compliance():

@@ -1,0 +1,74 @@
+"""Tables of speed and of numerical error, on fabricated figures."""
+
+import dataclasses
+
+from jaxmed.report import benchmark
+from jaxmed.validation.benchmark import Figures, GenerationFigures
+from jaxmed.validation.numerical_error import NumericalError
+from tests.jaxmed.report.told import check_golden
+
+FIGURES = Figures(
+    preset="small",
+    device="1 x cpu",
+    dtype="float32",
+    layers=3,
+    neurons=12345,
+    batch=1077,
+    compile_seconds=3.21,
+    seconds=12.345,
+    neurons_per_second=1999.9,
+    flops=1.23e12,
+    product_flops=1e12,
+    matmul_flops_per_second=3e11,
+    matmul_fraction=0.61,
+    peak_memory_bytes=2**31,
+)
+GENERATION = GenerationFigures(
+    preset="small",
+    device="1 x cpu",
+    dtype="float32",
+    layers=3,
+    batch=8,
+    prompt_tokens=128,
+    new_tokens=64,
+    tokens_per_second=1234.5,
+    held_tokens_per_second=1200.4,
+    hold_cost=0.031,
+    peak_memory_bytes=2**31,
+)
+
+
+def baseline(what, **figures):
+    return {"what": what, "speedup": 81.2, "held_speedup": 70.1} | figures
+
+
+def test_speed():
+    compared = dataclasses.replace(
+        FIGURES,
+        baselines={"hooks": baseline("transformers with hooks", neurons_per_second=12.34)},
+        screen_seconds=1.23,
+        speedup_screen=9.87,
+    )
+    lines = benchmark.table(FIGURES)
+    assert len(lines) == 10 and len({line.index("  ") for line in lines}) > 1
+    assert not any("screened" in line or "hooks" in line for line in lines)
+    check_golden("speed", [*lines, "", *benchmark.table(compared)])
+
+
+def test_speed_of_generation():
+    timed = {
+        "b": baseline("transformers' generate", tokens_per_second=12.34),
+        "a": baseline("another", tokens_per_second=1.0),
+    }
+    compared = dataclasses.replace(GENERATION, baselines=timed)
+    lines = benchmark.generation_table(compared)
+    assert [line.partition("  ")[0] for line in lines[-2:]] == ["another", "transformers' generate"]
+    check_golden("generation_speed", lines)
+
+
+def test_numerical_error():
+    rows = [
+        NumericalError("random", "difference", "float32", "NIE", 1.234e-7, 2e-8, 0.9999999),
+        NumericalError("random", "two runs", "bfloat16", "TIE", 0.0123, 0.5, 0.12345678),
+    ]
+    check_golden("numerical_error", benchmark.numerical_error_table(rows))
