@@ -1,6 +1,6 @@
 """Base and source runs, captured once per pair; what the engine needs of them.
 
-Shapes are named in `models.layers`; L is the number of layers, N the padded length of a captured
+Shapes are named in `models.shapes`; L is the number of layers, N the padded length of a captured
 run, S that of the span (the positions that are recomputed), P that of the prefix before it.
 """
 

@@ -12,6 +12,11 @@ class Measured:
     low: float
     high: float
 
+    @property
+    def has_interval(self) -> bool:
+        """Whether there is one."""
+        return not math.isnan(self.low)
+
 
 def fixed(value: float | None, decimals: int = 2) -> str:
     """A number with so many decimals; a small one is not shown as 0, which it is not."""
@@ -40,7 +45,7 @@ def number(value: float) -> str:
 
 def interval(measured: Measured, decimals: int = 2) -> str:
     """The interval in brackets, with so many decimals."""
-    if math.isnan(measured.low):
+    if not measured.has_interval:
         return "–"
     return f"[{fixed(measured.low, decimals)}, {fixed(measured.high, decimals)}]"
 
@@ -50,7 +55,7 @@ def with_interval(measured: Measured | None) -> str:
     if measured is None:
         return "–"
     shown = number(measured.value)
-    if math.isnan(measured.low):
+    if not measured.has_interval:
         return shown
     return f"{shown} {interval(measured, decimals(measured.value))}"
 

@@ -17,7 +17,7 @@ from jaxmed.behaviour.judges.protocol import Verdict
 from jaxmed.data import prompts
 from jaxmed.intervention import export, outcomes
 from jaxmed.runs import asking, clamp
-from jaxmed.runs.clamp import Settings
+from jaxmed.runs.clamp import ClampSettings
 from jaxmed.validation import truth
 from models import organisms
 from models.errors import InputError
@@ -52,7 +52,7 @@ def settings(organism, out, **changes):
     }
     file = truth.prompts_file(organism)
     asked |= {"model": str(organism.folder), "prompts": (str(file),), "out": str(out)}
-    return Settings(**asked | changes)
+    return ClampSettings(**asked | changes)
 
 
 @pytest.fixture(scope="module")
@@ -423,7 +423,7 @@ def test_what_cannot_be_used_is_refused_before_anything_is_written(
 
 
 def test_an_edit_that_no_weights_hold_is_not_to_be_exported(tmp_path):
-    asked = Settings(
+    asked = ClampSettings(
         "model",
         ("prompts",),
         "out",
@@ -492,7 +492,7 @@ def test_units_of_a_run_that_saw_the_tested_prompts_are_refused(organism, tmp_pa
     def run(chosen, name, split=()):
         lines = [line | answers | {"id": n} for n, line in enumerate(chosen)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
-        asked = mediate.Settings(
+        asked = mediate.MediateSettings(
             str(organism.folder),
             str(tmp_path / f"{name}.jsonl"),
             str(tmp_path / name),
