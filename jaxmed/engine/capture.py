@@ -31,8 +31,8 @@ class Frame:
         span: the span's positions.
     """
 
-    inputs: Float[Array, "L+1 S d"]
-    middles: Float[Array, "L S d"]
+    inputs: Float[Array, "*batch stages S d"]
+    middles: Float[Array, "*batch L S d"]
     prefix: Cache | None
     span: Span
 

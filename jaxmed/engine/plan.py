@@ -133,7 +133,7 @@ def plan(
         if granularity == "token":
             work += _token_work(config, edited, columns, last_read)
             continue
-        start, size = _span(min(edited.base[0], first_read), last_read)
+        start, size = _span(min(int(edited.base[0]), first_read), last_read)
         if granularity == "direction":
             work += _direction_work(question.directions, edited, start, size)
             continue
@@ -163,7 +163,7 @@ def _direction_work(
 
 def _token_work(config, edited: Edited, columns: np.ndarray, last_read: int) -> list[Work]:
     """Each position alone, in groups of positions whose spans have the same padded length."""
-    spans = [_span(position, last_read, smallest=16) for position in edited.base]
+    spans = [_span(position, last_read, smallest=16) for position in edited.base.tolist()]
     work = []
     for start, size in sorted(set(spans)):
         here = np.array([span == (start, size) for span in spans])
@@ -181,10 +181,10 @@ def _span(first: int, last: int, smallest: int = 1) -> tuple[int, int]:
 
     Its length is 1, 4, 16 or a larger power of two: each length is compiled once.
     """
-    length = int(last - first) + 1
+    length = last - first + 1
     size = next((size for size in (1, 4) if smallest <= size and length <= size), 0)
     size = size or capture.bucket(length, smallest=16)
-    return max(0, int(last) + 1 - size), size
+    return max(0, last + 1 - size), size
 
 
 def stage(config: DecoderConfig, site: Site, layer: np.ndarray) -> np.ndarray:

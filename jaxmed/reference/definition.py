@@ -99,11 +99,6 @@ def define_pair(
     # By granularity and place. What no unit has is not there.
     nie, tie = ({name: collections.defaultdict(float) for name in granularities} for _ in range(2))
     for term in question.metric.terms(pair):
-        base = _plain_run(decoder, pair.prompt_ids, term, question.metric)
-        source = _plain_run(decoder, pair.counterfactual_ids, term, question.metric)
-        y_base += term.sign * base.y
-        y_source += term.sign * source.y
-
         partners = _partners(pair, question.align, len(term.response))
         back = {there: here for here, there in partners.items()}
         units = [
@@ -111,6 +106,10 @@ def define_pair(
             for name in granularities
             for unit in _units(decoder.config, pair, question, name, partners)
         ]
+        base = _plain_run(decoder, pair.prompt_ids, term, question.metric)
+        source = _plain_run(decoder, pair.counterfactual_ids, term, question.metric)
+        y_base += term.sign * base.y
+        y_source += term.sign * source.y
         for unit, change in _changes(decoder, question, term, base, source, partners, units):
             nie[unit.granularity][unit.place] += term.sign * change
         units = [

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -152,7 +153,7 @@ def test_a_batch_leaves_the_prefix_and_the_base_values_unbatched(family):
     decoder, start, size, batch = tiny.decoder(family), 7, 3, 13
     # Shapes are all that is looked at: nothing is compiled.
     frame = jax.tree.map(
-        lambda array: np.zeros(array.shape, array.dtype),
+        lambda array: jnp.zeros(array.shape, array.dtype),
         jax.eval_shape(
             lambda d: capture.frame(d, capture.capture(d, UNEQUAL.prompt_ids), start, size), decoder
         ),

@@ -45,7 +45,7 @@ def batches_of(monkeypatch):
     return set_to
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", tiny.costly_families())
 def test_the_engine_gives_the_plain_definition(family, tmp_path, batches_of):
     # The two sizes that a scan of this span has, one for each precision.
     batches_of(2)
@@ -73,7 +73,7 @@ def test_the_engine_gives_the_plain_definition(family, tmp_path, batches_of):
     assert largest(scan.scan_pair(decoder, same, question, names)) == 0
 
 
-@pytest.mark.parametrize("family", ["mistral", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("family", tiny.costly_families(["mistral", "gpt2", "gpt_neox"]))
 def test_padding_of_runs_and_prefixes_changes_nothing(family, tmp_path, monkeypatch):
     """They are padded to lengths that are compiled once; in float64 a leak would show."""
     with jax.enable_x64(True):

@@ -24,7 +24,7 @@ def test_the_definition_is_an_explicit_patch():
     question = Question(metrics.LogitDifference(), Positions.PROMPT)
     with jax.enable_x64(True):
         decoder = tiny.decoder("llama", dtype="float64")
-        found = definition.define_pair(decoder, UNEQUAL, question, ["neuron", "head", "token"])
+        found = define(decoder, UNEQUAL, question, ["neuron", "head", "token"])
         base, source = np.array(UNEQUAL.prompt_ids), np.array(UNEQUAL.counterfactual_ids)
 
         def value(tokens, *edits):
