@@ -27,8 +27,8 @@ def table(figures: Figures) -> list[str]:
         )
     rows += [
         (
-            baseline["what"],
-            f"{baseline['neurons_per_second']:,.1f} a second: x {baseline['speedup']:.2f}",
+            baseline.what,
+            f"{baseline.neurons_per_second:,.1f} a second: x {baseline.speedup:.2f}",
         )
         for baseline in figures.baselines.values()
     ]
@@ -54,9 +54,9 @@ def generation_table(figures: GenerationFigures) -> list[str]:
     ]
     rows += [
         (
-            baseline["what"],
-            f"{baseline['tokens_per_second']:,.1f} a second: x {baseline['speedup']:.2f}, with the hold "
-            f"x {baseline['held_speedup']:.2f}",
+            baseline.what,
+            f"{baseline.tokens_per_second:,.1f} a second: x {baseline.speedup:.2f}, with the hold "
+            f"x {baseline.held_speedup:.2f}",
         )
         for _, baseline in sorted(figures.baselines.items())
     ]

@@ -16,6 +16,7 @@ Nothing else in jaxmed needs torch, so nothing else imports this module; `pip in
 'jaxmed[parity]'` or `pip install torch==2.13.0` brings it.
 """
 
+import abc
 import tempfile
 from collections.abc import Sequence
 
@@ -55,22 +56,33 @@ def torch_model(decoder: Decoder, onednn: bool = True) -> LlamaForCausalLM:
 
 
 def in_dtype(model: LlamaForCausalLM, dtype: str) -> LlamaForCausalLM:
-    """The model with its weights and activations in another type, as "bfloat16"."""
+    """The model itself, its weights and activations now in another type, as "bfloat16"."""
     return model.to(getattr(torch, dtype))
 
 
-class Baseline:
-    """Neurons in the order of their layers, in batches.
+class Baseline(abc.ABC):
+    """A way to find the effects of neurons, in the order of their layers, in batches.
 
     Args:
         model: LlamaForCausalLM, as of `torch_model`.
         base_ids, source_ids: tokens of the two prompts.
         harmful_token, safe_token: the tokens whose logits are compared.
-        batch: neurons that are run at once.
+        batch: neurons that are run at once; the class's own number by default.
     """
 
+    batch: int
+    base_value: torch.Tensor  # Y of the plain run; `prepare` makes it
+
     @torch.inference_mode()
-    def __init__(self, model, base_ids, source_ids, harmful_token, safe_token, batch=None):
+    def __init__(
+        self,
+        model: LlamaForCausalLM,
+        base_ids: Sequence[int],
+        source_ids: Sequence[int],
+        harmful_token: int,
+        safe_token: int,
+        batch: int | None = None,
+    ):
         self.model, self.batch = model, batch or self.batch
         self.tokens = torch.tensor([list(base_ids)])
         self.compared = [harmful_token, safe_token]
@@ -78,12 +90,22 @@ class Baseline:
         self.source_neurons = _capture(model, source_ids)[0]
         self.prepare()
 
+    @abc.abstractmethod
+    def prepare(self) -> None:
+        """Makes what all batches share, and the base value."""
+
+    @abc.abstractmethod
+    def patched(self, layers: torch.Tensor, neurons: torch.Tensor) -> torch.Tensor:
+        """Y of the runs with these neurons patched, in the order of their layers, [B]."""
+
     @torch.inference_mode()
-    def effects(self, layers: Sequence[int], neurons: Sequence[int]) -> np.ndarray:
+    def effects(self, layers: np.ndarray, neurons: np.ndarray) -> np.ndarray:
         """NIE of the neurons with these layers and indices, each patched alone, float32 [U]."""
-        layers, order = torch.tensor(np.asarray(layers), dtype=torch.long).sort()
-        neurons = torch.tensor(np.asarray(neurons), dtype=torch.long)[order]
-        batches = map(self.patched, layers.split(self.batch), neurons.split(self.batch))
+        sorted_layers, order = torch.tensor(layers, dtype=torch.long).sort()
+        sorted_neurons = torch.tensor(neurons, dtype=torch.long)[order]
+        batches = map(
+            self.patched, sorted_layers.split(self.batch), sorted_neurons.split(self.batch)
+        )
         found = torch.empty(len(order))
         found[order] = (torch.cat(list(batches)) - self.base_value).float()
         return found.numpy()
@@ -98,12 +120,10 @@ class Hooks(Baseline):
 
     batch = 64
 
-    def prepare(self):
+    def prepare(self) -> None:
         self.base_value = self._values(self.tokens)
 
     def patched(self, layers: torch.Tensor, neurons: torch.Tensor) -> torch.Tensor:
-        """Y of the runs with these neurons patched, [B]."""
-
         def patch(layer):
             rows = (layers == layer).nonzero().squeeze(1)
             units = neurons[rows]
@@ -138,7 +158,7 @@ class Prefix(Baseline):
 
     batch = 512
 
-    def prepare(self):
+    def prepare(self) -> None:
         self.layers, self.final_norm = self.model.model.layers, self.model.model.norm
         self.unembedding = self.model.lm_head.weight.to_dense()[self.compared]
         self.down = [layer.mlp.down_proj.weight.to_dense() for layer in self.layers]
@@ -151,7 +171,6 @@ class Prefix(Baseline):
         self.base_value = self._read(self.residual[-1:])
 
     def patched(self, layers: torch.Tensor, neurons: torch.Tensor) -> torch.Tensor:
-        """Y of the runs with these neurons patched, in the order of their layers, [B]."""
         x = self.residual[:0]
         for index in range(int(layers[0]), len(self.layers)):
             if len(x):
