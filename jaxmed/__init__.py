@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from jaxmed.data.pairs import read as read_pairs
     from jaxmed.engine.difference import difference
     from jaxmed.question.effects import Effects, Status
-    from jaxmed.question.metrics import LogitDifference, ResponseLogprobDifference
+    from jaxmed.question.metrics import LogitDifference, OfLogits, ResponseLogprobDifference
     from jaxmed.question.positions import Align, Positions
     from jaxmed.report import plot
     from jaxmed.runs.scan import scan
@@ -38,6 +38,7 @@ _HOMES = {
     "Findings": ("jaxmed.analysis.findings", "Findings"),
     "InputError": ("models.errors", "InputError"),
     "LogitDifference": ("jaxmed.question.metrics", "LogitDifference"),
+    "OfLogits": ("jaxmed.question.metrics", "OfLogits"),
     "Pair": ("jaxmed.data.pairs", "Pair"),
     "Positions": ("jaxmed.question.positions", "Positions"),
     "ResponseLogprobDifference": ("jaxmed.question.metrics", "ResponseLogprobDifference"),
@@ -59,6 +60,7 @@ __all__ = [
     "Findings",
     "InputError",
     "LogitDifference",
+    "OfLogits",
     "Pair",
     "Positions",
     "ResponseLogprobDifference",

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 from models import edits as editing
@@ -18,6 +19,7 @@ from models.config import DecoderConfig
 from models.edits import Edit
 from models.layers import Cache, Span, Tap, Traits
 from models.shapes import (
+    AnyArray,
     GivenPositions,
     GivenTokens,
     GivenValid,
@@ -32,11 +34,16 @@ from models.shapes import (
 )
 from models.sites import Site
 
+# What a run can keep.
+KEPT = (*(site.value for site in Site), "keys", "values")
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Trace:
     """The sites' values in one run, after its edits; None where they were not asked for.
+
+    `trace["residual"]`, or by any other name, is the value itself, and an error where it is None.
 
     Attributes:
         positions: rotary position of each token, [T].
@@ -60,16 +67,17 @@ class Trace:
     keys: Float[Array, "*batch L T K h"] | None = None
     values: Float[Array, "*batch L T K h"] | None = None
 
+    def __getitem__(self, name: str) -> Float[Array, "..."]:
+        """The value of a `Site`, or "keys" or "values"; ValueError if the run did not keep it."""
+        value = getattr(self, name) if name in KEPT else None
+        if value is None:
+            raise ValueError(f"the run did not keep {name!r}: name it among the run's sites")
+        return value
+
     @property
     def cache(self) -> Cache:
-        """The run as the prefix of another; ValueError if it kept no keys and values."""
-        if self.keys is None or self.values is None:
-            raise ValueError("the run kept no keys and values: name both among its sites")
-        return Cache(self.keys, self.values, self.positions, self.valid)
-
-
-# What a run can keep.
-KEPT = (*(site.value for site in Site), "keys", "values")
+        """The run as the prefix of another; ValueError if it did not keep keys and values."""
+        return Cache(self["keys"], self["values"], self.positions, self.valid)
 
 
 class Block(nnx.Module):
@@ -176,7 +184,7 @@ class Decoder(nnx.Module):
         return layers.span(self.config, positions, valid, self.compute_dtype)
 
     def unembed(
-        self, residual: Float[Array, "R d"], tokens: Int[Array, "K"] | None = None
+        self, residual: Float[Array, "R d"], tokens: Int[AnyArray, "K"] | None = None
     ) -> Float[Array, "R K"]:
         """Logits of the given tokens (default: all) at rows of the last block's output."""
         table = self.embedding if self.unembedding is None else self.unembedding
@@ -379,7 +387,7 @@ _kept_apart.defjvps(lambda tangent, value, x: tangent)
 
 def _known_inside(value, size: int) -> bool:
     """Whether all values are in [0, size); a value that is being traced is not known."""
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         return True
     return bool(jnp.all((value >= 0) & (value < size)))
 

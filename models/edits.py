@@ -117,10 +117,12 @@ class Hold:
     ) -> "Hold":
         """Any scale and shift; at all positions by default."""
         return cls(
-            Site(site),
-            jnp.asarray(scale),
-            jnp.asarray(shift),
-            *(jnp.asarray(where, bool) for where in (at_prompt, at_last, at_generated)),
+            site=Site(site),
+            scale=jnp.asarray(scale),
+            shift=jnp.asarray(shift),
+            at_prompt=jnp.asarray(at_prompt, bool),
+            at_last=jnp.asarray(at_last, bool),
+            at_generated=jnp.asarray(at_generated, bool),
         )
 
     @property

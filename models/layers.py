@@ -98,15 +98,16 @@ def rotary_frequencies(rotary: Rotary, rotated: int) -> np.ndarray:
     its own factor (arXiv 2402.13753).
     """
     frequency = rotary.theta ** -(np.arange(0, rotated, 2) / rotated)
+    stretch = rotary.factor or 1.0
     if rotary.kind == "linear":
-        return frequency / rotary.factor
+        return frequency / stretch
     if rotary.kind == "llama3":
         turns = rotary.original_max_positions * frequency / (2 * np.pi)
         blend = (turns - rotary.low_freq_factor) / (
             rotary.high_freq_factor - rotary.low_freq_factor
         )
         blend = np.clip(blend, 0.0, 1.0)
-        return (1 - blend) * frequency / rotary.factor + blend * frequency
+        return (1 - blend) * frequency / stretch + blend * frequency
     if rotary.kind == "longrope":
         return frequency / np.array(rotary.short_factors)
     return frequency
@@ -119,7 +120,7 @@ def rotary_scale(rotary: Rotary) -> float:
     if rotary.attention_factor is not None:
         return rotary.attention_factor
     original = rotary.original_max_positions
-    stretch = rotary.factor or rotary.stretched_max_positions / original
+    stretch = rotary.factor or (rotary.stretched_max_positions or original) / original
     return max(1.0, 1 + np.log(stretch) / np.log(original)) ** 0.5
 
 
@@ -201,7 +202,8 @@ def visible(queries: Span, key_positions, key_valid, window) -> Bool[Array, "T S
 
 def _linear(inputs: int, outputs: int, use_bias: bool, *, rngs, dtype, compute_dtype) -> nnx.Linear:
     return nnx.Linear(
-        *(inputs, outputs),
+        inputs,
+        outputs,
         use_bias=use_bias,
         param_dtype=dtype,
         dtype=compute_dtype,
@@ -297,11 +299,11 @@ class MLP(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype, compute_dtype):
         shared = dict(rngs=rngs, dtype=dtype, compute_dtype=compute_dtype)
-        sizes = (config.hidden_size, config.intermediate_size)
+        width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         self.activation = config.activation
-        self.gate = _linear(*sizes, config.mlp_bias, **shared) if config.gated_mlp else None
-        self.up = _linear(*sizes, config.mlp_bias, **shared)
-        self.down = _linear(*sizes[::-1], config.mlp_bias, **shared)
+        self.gate = _linear(width, inner, bias, **shared) if config.gated_mlp else None
+        self.up = _linear(width, inner, bias, **shared)
+        self.down = _linear(inner, width, bias, **shared)
 
     def __call__(self, x: Residual, tap: Tap) -> Residual:
         """What the MLP writes."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -81,9 +82,11 @@ class Placing:
 
     def __init__(self, shape: tuple[int, ...], dtype, sharding: NamedSharding | None):
         self._shape, self._sharding = shape, sharding
-        devices = {None: (slice(None),) * len(shape)}
+        whole = (slice(None),) * len(shape)
+        devices: dict[Any, tuple[slice, ...]] = {None: whole}
         if sharding is not None:
-            devices = sharding.addressable_devices_indices_map(shape)
+            parts = sharding.addressable_devices_indices_map(shape)
+            devices = {device: where or whole for device, where in parts.items()}
         # By their bounds, because Python 3.11 does not hash slices.
         self._bounds = {
             device: tuple(s.indices(n)[:2] for s, n in zip(where, shape, strict=True))

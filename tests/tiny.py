@@ -1,9 +1,11 @@
 """Tiny random models of every family, in memory or as checkpoints in Hugging Face's format."""
 
 import os
+from collections.abc import Iterable
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from models import checkpoint
@@ -58,6 +60,17 @@ _FAMILIES = {
     | {"rotary": Rotary(theta=10000.0, fraction=0.34), "activation": "gelu", "parallel": True},
 }
 FAMILIES = tuple(_FAMILIES)
+# Their structures differ most: serial with grouped heads; norms on both sides, windows and caps;
+# parallel modules with biases.
+_STRUCTURES = ("llama", "gemma2", "gpt_neox")
+
+
+def costly_families(families: Iterable[str] = FAMILIES) -> list:
+    """Families as parameters of a costly test: `make test` runs three, `make parity` the others."""
+    return [
+        pytest.param(family, marks=() if family in _STRUCTURES else pytest.mark.parity)
+        for family in families
+    ]
 
 
 def config(family: str = "llama", **fields) -> DecoderConfig:

@@ -4,8 +4,6 @@ import functools
 import inspect
 import typing
 
-import jax
-import numpy as np
 from beartype import BeartypeConf, beartype
 from jaxtyping import AbstractArray
 
@@ -15,29 +13,32 @@ _strict = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float
 def checked(function):
     """What jaxtyping's import hook checks functions and the fields of dataclasses with.
 
-    JAX takes pytrees apart and fills them with whatever it maps over their leaves: numbers of axes,
-    shardings, placeholders. Where a dataclass is made of those, there is nothing to check.
+    JAX takes pytrees apart and fills them with whatever it maps their leaves to: numbers of axes,
+    shardings, placeholders, arrays of NumPy on the host. Dataclasses are checked where each field
+    of an array holds an array of its kind.
     """
     strict = _strict(function)
     if function.__name__ != "__init__":
         return strict
     signature = inspect.signature(function)
-    arrays = {
-        name: annotation
-        for name, parameter in signature.parameters.items()
-        for annotation in [parameter.annotation]
-        if any(map(_is_array_type, (annotation, *typing.get_args(annotation))))
-    }
+    fields = {name: _kinds(field.annotation) for name, field in signature.parameters.items()}
 
     @functools.wraps(function)
     def init(*args, **kwargs):
         given = signature.bind(*args, **kwargs).arguments
-        if all(isinstance(given.get(name), jax.Array | np.ndarray | None) for name in arrays):
+        if all(isinstance(given.get(name), kinds) for name, kinds in fields.items() if kinds):
             return strict(*args, **kwargs)
         return function(*args, **kwargs)
 
     return init
 
 
-def _is_array_type(annotation) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, AbstractArray)
+def _kinds(annotation) -> tuple[type, ...]:
+    """The kinds of array that a field may hold, and None where it may; empty if it holds none."""
+    named = typing.get_args(annotation) or (annotation,)
+    kinds = [kind.array_type for kind in named if _is_array_type(kind)]
+    return (*kinds, type(None)) if kinds and type(None) in named else tuple(kinds)
+
+
+def _is_array_type(kind) -> bool:
+    return isinstance(kind, type) and issubclass(kind, AbstractArray)

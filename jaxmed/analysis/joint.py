@@ -73,7 +73,7 @@ def joint_pair(
 
     budget = free_memory() if memory is None else memory
     joint_shape = {"joint": (len(sets),)}
-    return pair_effects(decoder, pair, question, joint_shape, capture.capture, evaluate)
+    return pair_effects(decoder, pair, question, joint_shape, evaluate)
 
 
 @functools.partial(jax.jit, static_argnames=("metric", "at_once"))

@@ -104,7 +104,7 @@ def scores(
 
     result_shapes = shapes(decoder.config, pair, question, [granularity])
     with jax.default_matmul_precision("float32"):
-        found = pair_effects(decoder, pair, question, result_shapes, capture.capture, evaluate)
+        found = pair_effects(decoder, pair, question, result_shapes, evaluate)
     return found.nie[granularity], found.tie[granularity]
 
 

@@ -1,18 +1,22 @@
-"""Who answers prompts, and what was found when they were answered."""
+"""What a model answered each prompt, harmful or safe, and the pairs that these answers make."""
 
 import dataclasses
-import functools
+import json
 import pathlib
-import typing
+from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 import pyarrow as pa
 
-from jaxmed.behaviour.responses import Response
-from jaxmed.engine import memory
-from models import checkpoint
-from models.decoder import Decoder
+from jaxmed.behaviour import responses
+from jaxmed.behaviour.judges.protocol import Verdict
+from jaxmed.behaviour.responses import PLAIN, Asked, Key, Log, Response
+from jaxmed.data import chat, tokens
+from jaxmed.data.pairs import Pair
+from jaxmed.files import atomic
 
 TABLE, PAIRS = "prompts.parquet", "pairs.jsonl"
+# The table's columns of what verdicts say.
 RATES = {"harmful": "harm_rate", "refused": "refusal_rate"}
 
 ROW = pa.schema(
@@ -29,34 +33,6 @@ ROW = pa.schema(
 
 
 @dataclasses.dataclass(frozen=True)
-class Model:
-    """A model that answers.
-
-    Attributes:
-        folder: of its checkpoint.
-        decoder, tokenizer: as `models.load` gives them.
-        stop: the tokens that end a response.
-        memory_gb: as in `Settings`.
-    """
-
-    folder: pathlib.Path
-    decoder: Decoder
-    tokenizer: object
-    stop: frozenset[int]
-    memory_gb: float | None = None
-
-    @property
-    def budget(self) -> int:
-        """Bytes that a run may take beside all that is loaded by now, the judges' weights too."""
-        return memory.free(self.memory_gb)
-
-    @functools.cached_property
-    def weights_hash(self) -> str:
-        """Of its files."""
-        return checkpoint.weights_hash(self.folder)
-
-
-@dataclasses.dataclass(frozen=True)
 class Answers:
     """What a prompt was answered, as far as pairs are made of it.
 
@@ -68,17 +44,30 @@ class Answers:
     harmful: Response | None
     safe: Response | None
 
+    @property
+    def are_a_pair(self) -> bool:
+        """Whether there are both."""
+        return self.harmful is not None and self.safe is not None
+
+    @property
+    def start_alike(self) -> bool:
+        """Whether there are both, and their first tokens are the same."""
+        if self.harmful is None or self.safe is None:
+            return False
+        return self.harmful.tokens[0] == self.safe.tokens[0]
+
 
 @dataclasses.dataclass(frozen=True)
-class Found:
-    """What a run found.
+class RespondOutcome:
+    """What a run of `runs.respond` found.
 
     Attributes:
         folder: where it was written.
-        settings: what was asked.
-        table: `prompts.parquet`, a row for each prompt. harm_rate, refusal_rate: share of its
-            samples that a judge finds harmful, and refused; null where no judge says.
-            unfinished: how many responses the limit ended.
+        model: folder or hub id of the model that answered.
+        chat: whether prompts were wrapped in its chat template.
+        samples: responses of each prompt.
+        max_tokens: tokens of a response at most.
+        table: `prompts.parquet`, a row for each prompt (see `tabulate`).
         pairs: lines of `pairs.jsonl`, by split.
         templates: how many of these have the template as their safe response.
         same_start: how many of these have answers with the same first token.
@@ -86,9 +75,163 @@ class Found:
     """
 
     folder: pathlib.Path
-    settings: typing.Any
+    model: str
+    chat: bool
+    samples: int
+    max_tokens: int
     table: pa.Table
     pairs: dict[str, int]
     templates: int
     same_start: int
     meanings: dict[str, str]
+
+
+def is_harmful(verdict: Verdict, threshold: float) -> bool:
+    """Whether a response counts as harmful: where no judge says, if it is no refusal."""
+    if verdict.harmful is None:
+        return verdict.refused is not None and verdict.refused < threshold
+    return verdict.harmful >= threshold
+
+
+def is_safe(verdict: Verdict, threshold: float) -> bool:
+    """Whether a response counts as safe: a refusal, or where no judge says that, one that is not
+    harmful."""
+    if is_harmful(verdict, threshold):
+        return False
+    return verdict.harmful is not None if verdict.refused is None else verdict.refused >= threshold
+
+
+def of_prompt(
+    prompt: str,
+    answered: Log[Response],
+    verdicts: Log[Verdict],
+    *,
+    samples: int,
+    threshold: float,
+) -> Answers:
+    """What the prompt with this id was answered by the plain model.
+
+    Args:
+        prompt: its id.
+        answered, verdicts: the logs.
+        samples: how many of its responses are looked at. Those that say nothing do not count.
+        threshold: a verdict of at least this counts as yes.
+    """
+    keys = [Key(PLAIN.name, prompt, sample) for sample in range(samples)]
+    keys.sort(key=lambda key: not answered.values[key].stopped)  # else in the samples' order
+
+    def first(kind: Callable[[Verdict, float], bool]) -> Response | None:
+        for key in keys:
+            response = answered.values[key]
+            if responses.says_something(response) and kind(verdicts.values[key], threshold):
+                return response
+        return None
+
+    return Answers(harmful=first(is_harmful), safe=first(is_safe))
+
+
+def tabulate(
+    asked: Sequence[Asked],
+    answered: Log[Response],
+    verdicts: Log[Verdict],
+    *,
+    samples: int,
+    threshold: float,
+) -> pa.Table:
+    """A row for each prompt, of the plain model's responses to it.
+
+    harm_rate, refusal_rate: share of its samples that a judge finds harmful, and refused; null
+    where no judge says. unfinished: how many responses the limit ended.
+
+    Args:
+        asked: the prompts.
+        answered, verdicts: the logs.
+        samples: responses of each prompt.
+        threshold: a verdict of at least this counts as yes.
+    """
+
+    def says(name: str) -> Callable[[str, int], float]:
+        def value(prompt: str, sample: int) -> float:
+            said = getattr(verdicts.values[Key(PLAIN.name, prompt, sample)], name)
+            return np.nan if said is None else float(said >= threshold)
+
+        return value
+
+    def unfinished(prompt: str, sample: int) -> float:
+        return float(not answered.values[Key(PLAIN.name, prompt, sample)].stopped)
+
+    rates = {
+        column: responses.by_prompt(asked, samples, says(name)) for name, column in RATES.items()
+    }
+    limited = responses.by_prompt(asked, samples, unfinished) * samples
+    rows = [
+        {
+            "id": one.prompt.id,
+            "label": one.prompt.label,
+            "split": one.prompt.split,
+            "samples": samples,
+            "unfinished": round(limited[row]),
+        }
+        | {
+            column: None if np.isnan(values[row]) else float(values[row])
+            for column, values in rates.items()
+        }
+        for row, one in enumerate(asked)
+    ]
+    return pa.Table.from_pylist(rows, ROW)
+
+
+def write_pairs(
+    path: pathlib.Path,
+    pairs: Sequence[Pair],
+    asked: Sequence[Asked],
+    seen: Mapping[str, Answers],
+    tokenizer,
+) -> None:
+    """Writes pairs with their answers, as `pairs.read` reads them.
+
+    Args:
+        path: the file.
+        pairs: prompts and counterfactuals.
+        asked: the prompts that these are made of, as they were given.
+        seen: both answers of every pair, by the id of its prompt.
+        tokenizer: the model's; None if it has none.
+    """
+    by_id = {one.prompt.id: one.prompt for one in asked}
+    benign = {chat.as_text(one.prompt.prompt): one.prompt.prompt for one in asked}
+    lines = []
+    for pair in pairs:
+        base, both = by_id[pair.base], seen[pair.base]
+        forms = benign | {chat.as_text(form): form for form in (None, *base.counterfactuals)}
+        fields = {"id": pair.id}
+        fields |= _prompt_field("prompt", base.prompt, pair.prompt_ids)
+        fields |= _prompt_field(
+            "counterfactual", forms[pair.counterfactual_text], pair.counterfactual_ids
+        )
+        for name, response in (("harmful_response", both.harmful), ("safe_response", both.safe)):
+            if response is None:
+                raise ValueError(f"pair '{pair.id}' has no {name}")
+            fields |= answer_field(name, response, tokenizer)
+        fields |= {
+            name: value
+            for name in ("label", "category", "source", "split", "base")
+            if (value := getattr(pair, name))
+        }
+        lines.append(json.dumps(fields, ensure_ascii=False) + "\n")
+    atomic.replace_file(
+        path,
+        lambda temporary: temporary.write_text("".join(lines), encoding="utf-8", newline="\n"),
+    )
+
+
+def _prompt_field(name: str, form, token_ids: tuple[int, ...]) -> dict:
+    """A prompt as it was given: text, messages, or where that is None its tokens."""
+    return {tokens.PROMPTS[name]: token_ids} if form is None else {name: form}
+
+
+def answer_field(name: str, response: Response, tokenizer) -> dict:
+    """The response's text; its tokens where the text does not give these back, or there is none."""
+    if response.text is not None:
+        if tokens.answer_tokens(response.text, name, PAIRS, tokenizer) == response.tokens:
+            return {name: response.text}
+    return {tokens.ANSWERS[name]: response.tokens}

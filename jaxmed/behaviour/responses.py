@@ -10,24 +10,23 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Generic, TypeVar
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from jaxmed.behaviour import generation
-from jaxmed.behaviour.generation import Sampling
 from jaxmed.behaviour.judges import protocol
 from jaxmed.behaviour.judges.protocol import Exchange, Judge, Verdict
+from jaxmed.behaviour.sampling import Sampling
 from jaxmed.data import chat, prompts, splits
 from jaxmed.data.prompts import Prompt
+from jaxmed.data.splits import SPLITS
 from jaxmed.files import atomic
 from models.decoder import Decoder
 from models.edits import Hold
 from models.errors import InputError
-
-Value = TypeVar("Value")
 
 EXCHANGES = "exchanges.jsonl"
 FILES = ("responses.jsonl", "verdicts.jsonl", EXCHANGES)
@@ -44,7 +43,7 @@ class Asked:
 
     @property
     def fingerprints(self) -> set[str]:
-        """As `data.fingerprints` has them."""
+        """As `splits.fingerprints` has them."""
         return splits.fingerprints(chat.as_text(self.prompt.prompt), self.tokens)
 
 
@@ -88,8 +87,8 @@ class Response:
     text: str | None
     stopped: bool
 
-    def __post_init__(self):
-        object.__setattr__(self, "tokens", tuple(self.tokens))  # JSON has lists
+
+Value = TypeVar("Value", Response, Verdict)
 
 
 class Log(Generic[Value]):
@@ -98,7 +97,7 @@ class Log(Generic[Value]):
     Args:
         path: the file; lines that are there already are read. A last line that a stopped run left
             unfinished is taken off.
-        kind: dataclass of the values.
+        value: makes a value of what a line says of it.
         maker: what made the values, where that may change from run to run; lines of other makers
             stay in the file and are passed over.
 
@@ -106,7 +105,7 @@ class Log(Generic[Value]):
         InputError: the file holds something else.
     """
 
-    def __init__(self, path: pathlib.Path, kind: type[Value], maker: str = ""):
+    def __init__(self, path: pathlib.Path, value: Callable[..., Value], maker: str = ""):
         self.path = path
         self._maker = {"maker": maker} if maker else {}
         self.values: dict[Key, Value] = {}
@@ -118,10 +117,10 @@ class Log(Generic[Value]):
                 if fields.pop("maker", "") != maker:
                     continue
                 key = Key(*(fields.pop(field.name) for field in dataclasses.fields(Key)))
-                self.values[key] = kind(**fields)
+                self.values[key] = value(**fields)
             except (ValueError, TypeError, KeyError, AttributeError):
                 raise InputError(
-                    f"{path}:{number}: no line of a run of jaxmed; choose another --out"
+                    f"{path}:{number}: no line of a run of jaxmed; choose another folder"
                 ) from None
         if whole < len(content):
             with path.open("r+b") as file:
@@ -136,9 +135,14 @@ class Log(Generic[Value]):
         self.values |= values
 
 
+def _response(tokens: list[int], text: str | None, stopped: bool) -> Response:
+    """A response as JSON has it, whose tokens are a list."""
+    return Response(tuple(tokens), text, stopped)
+
+
 def response_log(folder: pathlib.Path) -> Log[Response]:
     """The responses that a folder holds, in `responses.jsonl`."""
-    return Log(folder / "responses.jsonl", Response)
+    return Log(folder / "responses.jsonl", _response)
 
 
 def verdict_log(folder: pathlib.Path, judges_hash: str) -> Log[Verdict]:
@@ -150,6 +154,21 @@ def seed_of(prompt: str, sample: int, seed: int) -> int:
     """The seed of a sample: the same under every condition, so that these can be compared."""
     content = json.dumps([seed, prompt, sample]).encode()
     return int.from_bytes(hashlib.sha256(content).digest()[:4], "big")
+
+
+def of_split(
+    asked: Sequence[Asked], splits: Collection[str] = SPLITS, label: str = ""
+) -> list[Asked]:
+    """The prompts of splits, and of a label if one is given."""
+    return [one for one in asked if one.prompt.split in splits and label in ("", one.prompt.label)]
+
+
+def drawn(asked: Sequence[Asked], label: str, most: int, seed: int) -> list[Asked]:
+    """At most so many of a label, drawn by hash, so that all files have their share."""
+    chosen = of_split(asked, label=label)
+    by_hash = sorted(chosen, key=lambda one: seed_of(one.prompt.id, 0, seed))
+    kept = {one.prompt.id for one in by_hash[:most]}
+    return [one for one in chosen if one.prompt.id in kept]
 
 
 def keys(conditions: Iterable[str], asked: Sequence[Asked], samples: int) -> list[Key]:
@@ -169,12 +188,12 @@ def generate(
     asked: Sequence[Asked],
     log: Log[Response],
     *,
-    stop: Iterable[int],
+    stop: Collection[int],
     sampling: Sampling,
     samples: int = 1,
     seed: int = 0,
     memory: int | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> None:
     """Adds to the log what it lacks of the responses to prompts under a condition.
 
@@ -232,17 +251,18 @@ def _decoded(tokenizer, tokens: tuple[int, ...]) -> str | None:
 
 def judge(
     asked: Sequence[Asked],
-    judges_given: Sequence[Judge],
+    judges: Sequence[Judge],
     wanted: Sequence[Key],
     responses: Log[Response],
     verdicts: Log[Verdict],
-    progress: Callable[[int], None] | None = None,
+    *,
+    progress: Callable[[int], object] | None = None,
 ) -> None:
     """Adds to the verdicts what they lack. Equal responses to a prompt are judged once.
 
     Args:
         asked: the prompts.
-        judges_given: each says what those before it do not say.
+        judges: each says what those before it do not say.
         wanted: which responses.
         responses: these.
         verdicts: get what is said of them.
@@ -270,7 +290,7 @@ def judge(
     for first in range(0, len(groups), _AT_ONCE):
         part = groups[first : first + _AT_ONCE]
         exchanges = [_exchange(by_id[keys[0].prompt], responses.values[keys[0]]) for keys in part]
-        found = _merged([each(exchanges) for each in judges_given])
+        found = _merged([each(exchanges) for each in judges])
         verdicts.append(
             {key: verdict for keys, verdict in zip(part, found, strict=True) for key in keys}
         )

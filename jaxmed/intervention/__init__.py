@@ -1,1 +1,1 @@
-"""Units held still while a model answers: which, at what values, what is like them, and what comes of it."""
+"""Units held still while a model answers: which, at what values, what is like them, effects."""

@@ -14,13 +14,29 @@ _NEGLIGIBLE = 1e-6  # of a layer's largest
 NEIGHBOURS = 8  # of the most similar units, among which a control is drawn
 
 
+_ATTEMPTS = 20  # to draw random units that were not drawn before
+
+# Of each site, positive numbers of every unit: what units are alike in.
+Traits = Mapping[Site, Sequence[Float[np.ndarray, "L U"]]]
+
+
+def traits(decoder: Decoder, left: Values, right: Values) -> Traits:
+    """What heads and neurons are compared by: how far two groups' means are apart in each, and the
+    norm of what it writes."""
+    return {
+        site: (difference(left, right, site), output_norms(decoder, site))
+        for site in left
+        if site in (Site.NEURON, Site.HEAD)
+    }
+
+
 def difference(left: Values, right: Values, site: Site) -> Float[np.ndarray, "L U"]:
     """How far heads or neurons are apart in two groups' means; the larger of the two places."""
-    size = [
+    before, last = (
         np.abs(a - b) if site == Site.NEURON else np.linalg.norm(a - b, axis=-1)
         for a, b in zip(left[site], right[site], strict=True)
-    ]
-    return np.maximum(*size)
+    )
+    return np.maximum(before, last)
 
 
 def output_norms(decoder: Decoder, site: Site) -> Float[np.ndarray, "L U"]:
@@ -36,7 +52,7 @@ def output_norms(decoder: Decoder, site: Site) -> Float[np.ndarray, "L U"]:
 
 def matched(
     units: Sequence[Unit],
-    traits: Mapping[Site, Sequence[Float[np.ndarray, "L U"]]],
+    traits: Traits,
     rng: np.random.Generator,
 ) -> list[Unit] | None:
     """Random units like the given ones: of each layer and site as many, none of them the given,
@@ -47,7 +63,7 @@ def matched(
 
     Args:
         units: heads and neurons.
-        traits: of each site, positive numbers of every unit.
+        traits: what they are to be alike in.
         rng: of the draw.
 
     Returns:
@@ -73,8 +89,32 @@ def matched(
     return sorted(found)
 
 
+def another(
+    units: Sequence[Unit], traits: Traits, before: Sequence[Sequence[Unit]], *, seed: int
+) -> list[Unit] | None:
+    """Random units like the given ones (`matched`), other than those that were drawn before; None
+    if none are found."""
+    taken = [set(draw) for draw in before]
+    rng = np.random.default_rng([seed, len(before)])
+    for _ in range(_ATTEMPTS):
+        drawn = matched(units, traits, rng)
+        if drawn is None or set(drawn) not in taken:
+            return drawn
+    return None
+
+
+def described(units: Sequence[Unit], traits: Traits) -> list[dict]:
+    """The name of each unit, and its traits."""
+    found = []
+    for unit in units:
+        difference, norm = (trait[unit.layer, unit.index] for trait in traits[unit.site])
+        found.append({"unit": str(unit), "difference": float(difference), "norm": float(norm)})
+    return found
+
+
 def _distances(unit: Unit, traits: Sequence[Float[np.ndarray, "L U"]]) -> Float[np.ndarray, "U"]:
-    total = 0.0
+    """How unlike a unit those of its layer are, squared."""
+    total = np.zeros(traits[0].shape[1])
     for trait in traits:
         of_layer = trait[unit.layer]
         least = max(_NEGLIGIBLE * of_layer.max(), np.finfo(np.float32).tiny)

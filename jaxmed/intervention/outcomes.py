@@ -16,11 +16,14 @@ from jaxmed.behaviour.responses import PLAIN, Asked, Response
 from jaxmed.data import sets
 from jaxmed.intervention.units import Unit
 
+TABLE, CONTROLS = "clamp.parquet", "controls.json"
+
 LEAST_PROMPTS = 8  # of a label, for an interval or a mean activation to mean anything
 
-PLAIN_KIND, CLAMP, RANDOM, MODULE, TOP, STRENGTH, ALONE = KINDS = (
-    *("plain", "clamp", "random", "module", "top", "strength", "alone"),
-)
+# Kinds of conditions: nothing held, the units held, random ones like these, their whole modules,
+# fewer of them, other strengths, and single ones.
+PLAIN_KIND, CLAMP, RANDOM, MODULE = "plain", "clamp", "random", "module"
+TOP, STRENGTH, ALONE = "top", "strength", "alone"
 ALL_RANDOM = "random"  # the name of the mean over all random draws
 
 # What is measured of every response, a number in [0, 1].
@@ -58,7 +61,7 @@ class Held:
 
     Attributes:
         name: of the condition.
-        kind: one of `KINDS`.
+        kind: of the condition, as `CLAMP`.
         units: what is held; nothing in the plain model.
         strength: share of the way to the value.
     """
@@ -70,7 +73,7 @@ class Held:
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class ClampOutcome:
     """What the experiment found.
 
     Attributes:
@@ -137,18 +140,22 @@ def summarise(
     tested: Sequence[Asked],
     measured: dict[tuple[str, str], Float[np.ndarray, "prompt"]],
 ) -> pa.Table:
-    """The table of `Found`."""
+    """The table of `ClampOutcome`.
+
+    Args:
+        held: the conditions.
+        tested: the prompts.
+        measured: every measure of every condition (by its name), by prompt.
+    """
     labels = np.array([one.prompt.label for one in tested])
-    draws = [each.name for each in held if each.kind == RANDOM]
+    draws = [each for each in held if each.kind == RANDOM]
     rows = []
     for measure in (*RATES, *NUMBERS):
-        plain = measured[PLAIN.name, measure]
-        random = np.mean([measured[name, measure] for name in draws], axis=0) if draws else None
+        plain, random = measured[PLAIN.name, measure], None
         columns = [(each, measured[each.name, measure]) for each in held]
         if draws:
-            drawn = next(each for each in held if each.kind == RANDOM)
-            whole = dataclasses.replace(drawn, name=ALL_RANDOM)
-            columns.append((whole, random))
+            random = np.mean([measured[each.name, measure] for each in draws], axis=0)
+            columns.append((dataclasses.replace(draws[0], name=ALL_RANDOM), random))
         for each, values in columns:
             for label in sets.LABELS:
                 here = (labels == label) & ~np.isnan(values) & ~np.isnan(plain)
@@ -172,7 +179,8 @@ def summarise(
     return pa.Table.from_pylist(rows, ROW)
 
 
-def _interval(measure: str, values: np.ndarray) -> dict[str, float]:
+def _interval(measure: str, values: Float[np.ndarray, "prompt"]) -> dict[str, float]:
+    """Mean and interval of a measure's values."""
     if measure in RATES:
         found = statistics.rate_interval(values)
     else:
@@ -180,7 +188,10 @@ def _interval(measure: str, values: np.ndarray) -> dict[str, float]:
     return dict(zip(("mean", "low", "high"), found, strict=True))
 
 
-def _differences(name: str, measure: str, differences: np.ndarray) -> dict[str, float]:
+def _differences(
+    name: str, measure: str, differences: Float[np.ndarray, "prompt"]
+) -> dict[str, float]:
+    """Mean and interval of a measure's differences, paired by prompt."""
     if measure in RATES:
         found = statistics.rate_difference_interval(differences)
     else:

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from jaxmed.analysis import ranking
-from jaxmed.question.sites import SITES
+from jaxmed.question.sites import MODULE_SITES, SITES
 from jaxmed.store.results import Results
 from models.config import DecoderConfig
 from models.errors import InputError
@@ -52,24 +52,25 @@ def named(names: Sequence[str], config: DecoderConfig) -> list[Unit]:
     for name in names:
         site, _, place = name.partition(":")
         numbers = place.split(".")
-        whole = site in SITES["module"]
+        whole = site in MODULE_SITES
         if not (whole or site in inside) or not all(map(str.isdecimal, numbers)):
             raise InputError(
-                f"--units={name}: name units neuron:LAYER.INDEX, head:LAYER.INDEX, attention:LAYER "
+                f"unit '{name}': name units neuron:LAYER.INDEX, head:LAYER.INDEX, attention:LAYER "
                 "or mlp:LAYER"
             )
         sizes = [config.num_layers] + ([] if whole else [inside[Site(site)]])
         if len(numbers) != len(sizes):
-            raise InputError(f"--units={name}: needs {'a layer' if whole else 'LAYER.INDEX'}")
+            raise InputError(f"unit '{name}': needs {'a layer' if whole else 'LAYER.INDEX'}")
         if any(int(number) >= size for number, size in zip(numbers, sizes, strict=True)):
             raise InputError(
-                f"--units={name}: the model has {config.num_layers} layers"
+                f"unit '{name}': the model has {config.num_layers} layers"
                 + ("" if whole else f" of {sizes[1]} {site}s")
                 + ", numbered from 0"
             )
-        found.append(Unit(Site(site), *map(int, numbers)))
+        layer, *index = map(int, numbers)
+        found.append(Unit(Site(site), layer, *index))
     if len(set(found)) < len(found):
-        raise InputError("--units: names a unit twice")
+        raise InputError("units: one is named twice")
     return found
 
 
@@ -87,25 +88,25 @@ def strongest(results: Results, granularity: str, by: str, top: int) -> list[Uni
     """
     if granularity not in results.granularities or results.run.get("group_size", 1) > 1:
         raise InputError(
-            f"{results.folder} has no effects of single {granularity}s: run launch.mediate with "
-            f"--granularity={granularity}"
+            f"{results.folder} has no effects of single {granularity}s: a run needs "
+            f"granularity '{granularity}' for that"
         )
     joint = [tuple(unit) for unit in results.run.get("joint", {}).get("picked", [])]
     if by == "joint":
         if granularity != "neuron" or not joint:
             raise InputError(
-                f"{results.folder} has no joint set of {granularity}s: run launch.mediate with "
-                "--joint_size=K, or choose --by=max"
+                f"{results.folder} has no joint set of {granularity}s: give a run with "
+                "joint_size=K, or choose by='max'"
             )
         top = top or len(joint)
         if top > len(joint):
-            raise InputError(f"--top={top}: the joint set of {results.folder} has {len(joint)}")
+            raise InputError(f"top={top}: the joint set of {results.folder} has {len(joint)}")
         places = joint[:top]
     else:
         scores = ranking.rankings(results, granularity)[by]
         known = int(np.isfinite(scores).sum())
         if not 1 <= top <= known:
-            raise InputError(f"--top={top}: {results.folder} ranks {known} {granularity}s")
+            raise InputError(f"top={top}: {results.folder} ranks {known} {granularity}s")
         order = np.argsort(-np.nan_to_num(scores, nan=-np.inf), axis=None, kind="stable")
         places = zip(*np.unravel_index(order[:top], scores.shape), strict=True)
     sites = SITES[granularity]

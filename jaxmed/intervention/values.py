@@ -9,8 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmed.engine import capture
-from jaxmed.intervention import units as units_lib
-from jaxmed.intervention.units import Unit
+from jaxmed.intervention.units import Unit, masks
 from models.config import DecoderConfig
 from models.decoder import Decoder
 from models.edits import Hold
@@ -48,30 +47,34 @@ def holds(
         positions: one of `POSITIONS`.
         config: of the model.
     """
-    before, last, generated = POSITIONS[positions]
+    at_prompt, at_last, at_generated = POSITIONS[positions]
     found = []
-    for site, mask in units_lib.masks(units, config).items():
+    for site, mask in masks(units, config).items():
         scale = jnp.asarray(np.where(mask, 1 - strength, 1), jnp.float32)
-        for value, places in zip(
-            values[site], ((before, False, False), (False, last, generated)), strict=True
-        ):
-            if any(places):
-                shift = jnp.asarray(np.where(mask, strength * value, 0), jnp.float32)
-                at = dict(zip(("at_prompt", "at_last", "at_generated"), places, strict=True))
-                found.append(Hold.affine(site, scale, shift, **at))
+        before, last = values[site]
+        if at_prompt:
+            shift = jnp.asarray(np.where(mask, strength * before, 0), jnp.float32)
+            found.append(Hold.affine(site, scale, shift, at_last=False, at_generated=False))
+        if at_last or at_generated:
+            shift = jnp.asarray(np.where(mask, strength * last, 0), jnp.float32)
+            places = {"at_prompt": False, "at_last": at_last, "at_generated": at_generated}
+            found.append(Hold.affine(site, scale, shift, **places))
     return tuple(found)
 
 
 def zero(sites: Sequence[Site], config: DecoderConfig) -> Values:
     """The value 0 of each site."""
-    axes = {Site.HEAD: 3}
-    return {site: (np.zeros((1,) * axes.get(site, 2)),) * 2 for site in sites}
+    found = {}
+    for site in sites:
+        nothing = np.zeros((1, 1, 1) if site == Site.HEAD else (1, 1))
+        found[site] = nothing, nothing
+    return found
 
 
 def activations(
     decoder: Decoder, prompts: Sequence[Sequence[Sequence[int]]], sites: Sequence[Site]
-) -> dict[Site, tuple[Float[np.ndarray, "B L ..."], Float[np.ndarray, "B L ..."]]]:
-    """Values of sites: the mean over positions before a prompt's last, and its last's.
+) -> Values:
+    """Values of sites, [B, L, ...]: the mean over positions before a prompt's last, and its last's.
 
     A prompt of one token has nothing before its last; there its last counts.
 
@@ -88,7 +91,7 @@ def activations(
             for place, kept in enumerate(found[site]):
                 value = np.mean([each[site][place] for each in values], axis=0)
                 kept.append(value.astype(np.float32))
-    return {site: tuple(map(np.stack, both)) for site, both in found.items()}
+    return {site: (np.stack(before), np.stack(last)) for site, (before, last) in found.items()}
 
 
 def group_means(
@@ -112,11 +115,14 @@ def group_means(
             for site in sites if members[row] else ():
                 for place in range(2):
                     sums[name][site][place] = sums[name][site][place] + values[site][place]
-    return {
-        name: {site: tuple(total / members.sum() for total in both) for site, both in own.items()}
-        for (name, members), own in zip(groups.items(), sums.values(), strict=True)
-        if members.any()
-    }
+    found = {}
+    for name, members in groups.items():
+        if number := members.sum():
+            found[name] = {
+                site: (before / number, last / number)
+                for site, (before, last) in sums[name].items()
+            }
+    return found
 
 
 @jax.default_matmul_precision("float32")
@@ -141,6 +147,7 @@ def _means(
     weights: Float[Array, "W N"],
     sites: tuple[Site, ...],
 ) -> dict[Site, Float[Array, "W L ..."]]:
+    """Weighted sums over positions of sites' values in a plain run, for each row of weights."""
     trace = decoder(tokens, valid=valid, positions=(), sites=sites)[1]
     return {
         site: jnp.einsum("wn,ln...->wl...", weights, getattr(trace, site.value)) for site in sites

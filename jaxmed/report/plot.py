@@ -193,7 +193,8 @@ def _axes(ax: Axes | None, height: float = 3.6) -> Axes:
 
 
 def _with_legend(ax: Axes) -> Axes:
-    ax.legend(frameon=False, fontsize=canvas.TEXT_SIZE - 1)
+    # Whatever it must cover can still be seen.
+    ax.legend(edgecolor="none", framealpha=0.8, fontsize=canvas.TEXT_SIZE - 1)
     return ax
 
 

@@ -1,53 +1,30 @@
 """What every program shares that has a model answer prompts: settings, prompts, judges."""
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-import math
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
-import tqdm
-
-import models
-from jaxmed.behaviour import generation, responses
-from jaxmed.behaviour.answers import Model
-from jaxmed.behaviour.generation import Sampling
-from jaxmed.behaviour.judges import named as named_lib
-from jaxmed.behaviour.judges import protocol, rules
-from jaxmed.behaviour.judges import templates as templates_lib
-from jaxmed.behaviour.judges.protocol import Judge, Verdict
-from jaxmed.behaviour.responses import PLAIN, Asked, Condition, Log, Response
+from jaxmed.behaviour import answering, generation
+from jaxmed.behaviour.answering import AnsweringModel
+from jaxmed.behaviour.judges import named, protocol, rules
+from jaxmed.behaviour.judges.protocol import Judge
+from jaxmed.behaviour.responses import Asked
+from jaxmed.behaviour.sampling import Sampling
 from jaxmed.data import prompts as prompts_lib
 from jaxmed.data import sets
 from jaxmed.data import tokens as tokens_lib
 from jaxmed.data.prompts import Prompt
-from jaxmed.data.splits import SPLITS
 from jaxmed.engine import memory
 from jaxmed.files.reading import DataError
-from jaxmed.runs import mediate
+from jaxmed.runs import loading, sweep
+from jaxmed.runs import settings as settings_lib
+from jaxmed.runs.mediate import MediateSettings
+from jaxmed.runs.settings import like, setting
 from jaxmed.store import circumstances
-from models import checkpoint
 from models.errors import InputError
 
-CHOICES = {"dtype": mediate.CHOICES["dtype"]}
-# The least value of a number, and the largest.
-LEAST = {
-    "samples": 1,
-    "max_tokens": 1,
-    "temperature": 0,
-    "top_p": 0,
-    "top_k": 0,
-    "seed": 0,
-    "memory_gb": mediate.LEAST["memory_gb"],
-}
-MOST = {"top_p": 1, "top_k": 2**31 - 1, "seed": 2**32 - 1}
-
 LEAVE_OUT = "(or leave such prompts out: --skip_bad_prompts)"
-
-# Judges that are no model of their own.
-WITHOUT_MODEL = (rules.RefusalPhrases.name, rules.FirstTokens.name)
 
 # What responses do not depend on: a run that goes on may be judged otherwise.
 MAY_CHANGE = (
@@ -57,53 +34,78 @@ MAY_CHANGE = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """Which model answers which prompts, how, and who judges; one field per flag.
+class AnswerSettings:
+    """Which model answers which prompts, how, and who judges."""
 
-    Attributes:
-        model: folder or Hugging Face hub id.
-        prompts: files of prompts (`prompts.read`); LABEL=FILE labels those that do not say it,
-            NAME:LABEL=FILE gives their ids a name to begin with.
-        out: folder for the results.
-        chat: wrap text prompts in the tokenizer's chat template.
-        samples: responses of each prompt.
-        temperature, top_p, top_k, max_tokens: as in `generation.Sampling`.
-        seed: of all samples.
-        judge: judges, by the names of `judges.named`; NAME=CHECKPOINT for one's own copy of a
-            judge model. Each says what those before it do not say.
-        judge_template: NAME=FILE, the published text of a judge that needs it
-            (`judges.with_text`).
-        comply_tokens, refuse_tokens: of the judge "tokens": token ids, or texts whose first token
-            counts.
-        cut: let judges read the beginning of a response that is too long for them.
-        dtype: of the parameters, as in `sweep.Settings`.
-        memory_gb: memory that the run may take on its device, in GiB; by default most of what is
-            free.
-        skip_bad_prompts: leave out, and count, prompts that cannot be used.
-        overwrite: start again in a folder that holds an earlier run.
-        show_text: show prompts and responses in the report.
-    """
-
-    model: str
-    prompts: tuple[str, ...]
-    out: str
-    chat: bool = False
-    samples: int = 1
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    max_tokens: int = 128
-    seed: int = 0
-    judge: tuple[str, ...] = ("phrases",)
-    judge_template: tuple[str, ...] = ()
-    comply_tokens: tuple[str, ...] = ()
-    refuse_tokens: tuple[str, ...] = ()
-    cut: bool = False
-    dtype: str = ""
-    memory_gb: float | None = None
-    skip_bad_prompts: bool = False
-    overwrite: bool = False
-    show_text: bool = False
+    model: str = like(MediateSettings, "model")
+    prompts: tuple[str, ...] = setting(
+        help="File of prompts: CSV, JSON, JSONL or parquet, a published set or jaxmed's own form "
+        "(id, prompt or prompt_ids, label). LABEL=FILE gives the label of a file that does not say "
+        f"it: {', '.join(sets.LABELS)}. NAME:LABEL=FILE (or NAME:=FILE) has its ids begin with a "
+        "name, where two files number their prompts alike. May be given several times."
+    )
+    out: str = like(MediateSettings, "out")
+    chat: bool = like(MediateSettings, "chat")
+    samples: int = setting(
+        help="Responses of each prompt; more than one need a --temperature.", default=1, least=1
+    )
+    temperature: float = setting(
+        help="What logits are divided by before a token is drawn; 0 takes the likeliest.",
+        default=0.0,
+        least=0,
+    )
+    top_p: float = setting(
+        help="Draws from the fewest likeliest tokens that have this probability together; 1 for "
+        "all.",
+        default=1.0,
+        above=0,
+        most=1,
+    )
+    top_k: int = setting(
+        help="Draws from so many of the likeliest tokens; 0 for all.",
+        default=0,
+        least=0,
+        most=2**31 - 1,
+    )
+    max_tokens: int = setting(
+        help="Tokens of a response at most, the one that ends it included.", default=128, least=1
+    )
+    seed: int = setting(
+        help="Of all samples: a response depends on it, its prompt's id and its number.",
+        default=0,
+        least=0,
+        most=2**32 - 1,
+    )
+    judge: tuple[str, ...] = setting(
+        help=f"NAME or NAME=CHECKPOINT: one of {', '.join(named.NAMES)}, or a JSON file with a "
+        "judge of your own (docs/judges.md); and a folder or hub id, for a copy of the judge's "
+        "model. May be given several times: each says what those before it do not say.",
+        default=("phrases",),
+    )
+    judge_template: tuple[str, ...] = setting(
+        help="NAME=FILE: file with a judge's text as its authors publish it, for those whose text "
+        "is published (docs/judges.md says where). May be given several times.",
+        default=(),
+    )
+    comply_tokens: tuple[str, ...] = setting(
+        help="--judge=tokens: first token of a response that complies, as a token id or as a text "
+        "whose first token counts; may be given several times.",
+        default=(),
+    )
+    refuse_tokens: tuple[str, ...] = setting(
+        help="--judge=tokens: first token of a response that refuses, likewise.", default=()
+    )
+    cut: bool = setting(
+        help="Let a judge read the beginning of a response that is too long for it; by default it "
+        "is an error.",
+        default=False,
+    )
+    dtype: str = like(MediateSettings, "dtype")
+    memory_gb: float | None = like(MediateSettings, "memory_gb")
+    skip_bad_prompts: bool = setting(
+        help="Leave out, and count, prompts that cannot be used.", default=False
+    )
+    overwrite: bool = like(MediateSettings, "overwrite")
 
     @property
     def sampling(self) -> Sampling:
@@ -111,25 +113,13 @@ class Settings:
         return Sampling(self.max_tokens, self.temperature, self.top_p, self.top_k)
 
 
-def check(settings: Settings, choices=CHOICES, least=LEAST, most=MOST) -> None:
+def check(settings: AnswerSettings) -> None:
     """Raises `InputError` where a setting is out of range or contradicts another."""
-    for name, known in choices.items():
-        if getattr(settings, name) not in known:
-            raise InputError(f"--{name}={getattr(settings, name)}: not one of {', '.join(known)}")
-    for bounds, fits, word in (
-        (least, lambda value, bound: bound <= value < math.inf, "least"),
-        (most, lambda value, bound: value <= bound, "most"),
-    ):
-        for name, bound in bounds.items():
-            value = getattr(settings, name)
-            if value is not None and not fits(value, bound):
-                raise InputError(f"--{name}={value}: must be a number, and at {word} {bound}")
-    if not settings.top_p:
-        raise InputError("--top_p=0: must be above 0")
+    settings_lib.check(settings)
     if not settings.prompts:
         raise InputError("--prompts=FILE: name at least one file of prompts")
     if not settings.judge:
-        raise InputError(f"--judge: name at least one of {', '.join(named_lib.NAMES)}")
+        raise InputError(f"--judge: name at least one of {', '.join(named.NAMES)}")
     if settings.samples > 1 and not settings.temperature:
         raise InputError(
             f"--samples={settings.samples} --temperature=0: the likeliest tokens are the same each "
@@ -138,30 +128,25 @@ def check(settings: Settings, choices=CHOICES, least=LEAST, most=MOST) -> None:
     for name in ("comply_tokens", "refuse_tokens"):
         if bool(getattr(settings, name)) != ("tokens" in settings.judge):
             raise InputError(f"--{name} and --judge=tokens need each other")
-    named = [judge_and_checkpoint(given)[0] for given in settings.judge]
-    if settings.cut and set(named) <= set(WITHOUT_MODEL):
-        raise InputError(f"--cut: --judge={','.join(named)} reads responses of any length")
+    judges = [named.name_and_checkpoint(given)[0] for given in settings.judge]
+    if settings.cut and set(judges) <= set(named.WITHOUT_MODEL):
+        raise InputError(f"--cut: --judge={','.join(judges)} reads responses of any length")
 
 
-def load(settings: Settings) -> Model:
+def load(settings: AnswerSettings) -> AnsweringModel:
     """Loads the model.
 
     Raises:
         InputError: as `models.load`.
     """
-    folder = checkpoint.resolve(settings.model)
-    dtype = mediate.parameter_type(settings.dtype, folder)
-    decoder, tokenizer = models.load(folder, dtype=dtype)
-    stop = generation.stop_tokens(folder, tokenizer)
-    return Model(folder, decoder, tokenizer, stop, settings.memory_gb)
+    folder, decoder, tokenizer = loading.load(settings.model, settings.dtype)
+    stop = answering.stop_tokens(folder, tokenizer)
+    return AnsweringModel(folder, decoder, tokenizer, stop, settings.memory_gb)
 
 
-def say(text: str) -> None:
-    """Tells people what goes on."""
-    print(text, file=sys.stderr, flush=True)
-
-
-def read_prompts(settings: Settings, model: Model, say: Callable[[str], None] = say) -> list[Asked]:
+def read_prompts(
+    settings: AnswerSettings, model: AnsweringModel, say: Callable[[str], None] = sweep.say
+) -> list[Asked]:
     """The prompts of all files, as the model gets them.
 
     Args:
@@ -185,7 +170,7 @@ def read_prompts(settings: Settings, model: Model, say: Callable[[str], None] = 
 
     on_bad = skip if settings.skip_bad_prompts else None
     reads_text = any(
-        judge_and_checkpoint(given)[0] not in WITHOUT_MODEL for given in settings.judge
+        named.name_and_checkpoint(given)[0] not in named.WITHOUT_MODEL for given in settings.judge
     )
     found, files, seen = [], {}, {}
     for given in settings.prompts:
@@ -231,19 +216,24 @@ def read_prompts(settings: Settings, model: Model, say: Callable[[str], None] = 
     if not found:
         raise DataError(f"{', '.join(settings.prompts)}: not one prompt can be used")
     is_text = any(isinstance(one.prompt.prompt, str) for one in found)
-    if is_text and not settings.chat and model.tokenizer.chat_template:
-        say(mediate.AS_IT_STANDS)
+    has_template = model.tokenizer is not None and model.tokenizer.chat_template
+    if is_text and not settings.chat and has_template:
+        say(loading.AS_IT_STANDS)
     return found
 
 
 def _with_counterfactuals_of(one: Asked, again: Prompt) -> Asked:
     """The prompt, with those that it has where it stands again."""
-    more = {
-        name: (*own, *(given for given in getattr(again, name) if given not in own))
-        for name in ("counterfactuals", "counterfactual_ids")
-        for own in [getattr(one.prompt, name)]
-    }
-    return dataclasses.replace(one, prompt=dataclasses.replace(one.prompt, **more))
+
+    def both(own: tuple, more: tuple) -> tuple:
+        return (*own, *(given for given in more if given not in own))
+
+    prompt = dataclasses.replace(
+        one.prompt,
+        counterfactuals=both(one.prompt.counterfactuals, again.counterfactuals),
+        counterfactual_ids=both(one.prompt.counterfactual_ids, again.counterfactual_ids),
+    )
+    return dataclasses.replace(one, prompt=prompt)
 
 
 def _described_file(given: str) -> tuple[str | None, str | None, str]:
@@ -251,12 +241,14 @@ def _described_file(given: str) -> tuple[str | None, str | None, str]:
     file's name may have a = and a : of its own."""
     told, equals, path = given.partition("=")
     source, colon, label = told.rpartition(":")
-    if equals and (label in sets.LABELS or colon and not label):
+    if equals and (label in sets.LABELS or (colon and not label)):
         return source or None, label or None, path
     return None, None, given
 
 
-def check_tokens(what: str, tokens: Sequence[int], settings: Settings, model: Model) -> None:
+def check_tokens(
+    what: str, tokens: Sequence[int], settings: AnswerSettings, model: AnsweringModel
+) -> None:
     """Raises `DataError`, about `what`, where the model cannot answer a prompt of these tokens."""
     config = model.decoder.config
     if not tokens:
@@ -272,174 +264,43 @@ def check_tokens(what: str, tokens: Sequence[int], settings: Settings, model: Mo
         )
 
 
-def judge_and_checkpoint(given: str) -> tuple[str, str]:
-    """What NAME=CHECKPOINT says; "" for the judge's own checkpoint. Files of templates, and
-    checkpoints, may have a = in their names.
-
-    Raises:
-        InputError: the checkpoint is empty, or of a judge that runs no model.
-    """
-    if given.endswith(".json"):
-        return given, ""
-    name, equals, folder = given.partition(".json=" if ".json=" in given else "=")
-    name += equals.removesuffix("=")
-    if equals and not folder:
-        raise InputError(f"--judge={given}: names no checkpoint after the =")
-    if equals and name in WITHOUT_MODEL:
-        raise InputError(f"--judge={given}: {name} runs no model: leave ={folder} out")
-    return name, folder
-
-
-def template_files(given: Sequence[str], judges_given: Sequence[str]) -> dict[str, str]:
-    """The file of each judge's text, as NAME=FILE says.
-
-    Raises:
-        InputError: one names no file, or a judge that is not given.
-    """
-    known = {judge_and_checkpoint(judge)[0] for judge in judges_given}
-    found = {}
-    for each in given:
-        name, _, file = each.partition("=")
-        if not file:
-            raise InputError(f"--judge_template={each}: must be NAME=FILE")
-        if name not in known:
-            raise InputError(f"--judge_template={each}: --judge names no {name}")
-        found[name] = file
-    return found
-
-
-def read_judge(
-    given: str, *, cut: bool, templates: Mapping[str, str], **first_tokens: Sequence[int]
-) -> Judge:
-    """The judge NAME or NAME=CHECKPOINT.
-
-    Args:
-        given: the name, as `judges.named` knows it, and the checkpoint.
-        cut: as in `Settings`.
-        templates: the files of judges' texts, by name.
-        first_tokens: `comply` and `refuse`, for the judge "tokens".
-
-    Raises:
-        InputError: it is unknown, or its checkpoint cannot be used.
-    """
-    name, folder = judge_and_checkpoint(given)
-    if name == rules.FirstTokens.name:
-        options = first_tokens
-    elif name in templates_lib.JUDGES or name.endswith(".json"):
-        options = {"model": folder, "cut": cut}
-    else:
-        options = {}
-    return named_lib.named(name, template=templates.get(name), **options)
-
-
-def read_judges(settings: Settings, model: Model) -> list[Judge]:
+def read_judges(settings: AnswerSettings, model: AnsweringModel) -> list[Judge]:
     """The judges that are asked for by name.
 
     Raises:
         InputError: one is unknown, its checkpoint cannot be used, the model gives no text that it
             could read, or they leave no memory.
     """
-    first_tokens = {
-        side: tokens_lib.first_tokens(
-            getattr(settings, f"{side}_tokens"),
-            model.decoder.config.vocab_size,
-            model.tokenizer,
-            where=f"--{side}_tokens",
-        )
-        for side in ("comply", "refuse")
-    }
     for given in settings.judge:
         if model.tokenizer is None and given != rules.FirstTokens.name:
             raise InputError(
                 f"--judge={given}: reads text, but {settings.model} has no tokenizer; give "
                 "--judge=tokens"
             )
-    files = template_files(settings.judge_template, settings.judge)
-    found = [
-        read_judge(given, cut=settings.cut, templates=files, **first_tokens)
-        for given in settings.judge
-    ]
+    found = named.read(
+        settings.judge,
+        settings.judge_template,
+        cut=settings.cut,
+        comply=_first_tokens("comply_tokens", settings.comply_tokens, model),
+        refuse=_first_tokens("refuse_tokens", settings.refuse_tokens, model),
+    )
     memory.free(settings.memory_gb)  # raises where nothing is left
     return found
 
 
-def answer(
-    settings: Settings,
-    model: Model,
-    asked: Sequence[Asked],
-    conditions: Sequence[Condition],
-    given: Sequence[Judge],
-    answered: Log[Response],
-    verdicts: Log[Verdict],
-    *,
-    label: str = "",
-    progress: bool = True,
-) -> None:
-    """Adds to the logs what they lack: responses to prompts under conditions, and verdicts.
-
-    Args:
-        settings: how.
-        model: answers.
-        asked: the prompts.
-        conditions: under each of these.
-        given: the judges.
-        answered, verdicts: the logs.
-        label: before the names of the progress bars.
-        progress: show these.
-
-    Raises:
-        InputError: the memory does not suffice, or a judge cannot read a response.
-    """
-    wanted = responses.keys([each.name for each in conditions], asked, settings.samples)
-    budget = model.budget
-
-    def bar(what: str, log: Log) -> tqdm.tqdm:
-        # `initial`: what an earlier run did says nothing of the time that the rest takes.
-        done = sum(key in log.values for key in wanted)
-        name = f"{label}: {what}" if label else what
-        return tqdm.tqdm(
-            total=len(wanted), initial=done, desc=name, unit="response", disable=not progress
-        )
-
-    with bar("responses", answered) as shown:
-        for condition in conditions:
-            shown.set_postfix_str(condition.name)
-            with under(condition):
-                responses.generate(
-                    *(model.decoder, model.tokenizer, condition, asked, answered),
-                    stop=model.stop,
-                    sampling=settings.sampling,
-                    samples=settings.samples,
-                    seed=settings.seed,
-                    memory=budget,
-                    progress=shown.update,
-                )
-    with bar("verdicts", verdicts) as shown:
-        responses.judge(asked, given, wanted, answered, verdicts, progress=shown.update)
-
-
-@contextlib.contextmanager
-def under(condition: Condition) -> Iterator[None]:
-    """Names the condition in errors, unless it is the plain model."""
-    try:
-        yield
-    except InputError as error:
-        if condition is PLAIN:
-            raise
-        raise InputError(
-            f"condition '{condition.name}': {error} (what was answered before is kept)"
-        ) from None
-
-
-def of_split(
-    asked: Sequence[Asked], splits: Sequence[str] = SPLITS, label: str = ""
-) -> list[Asked]:
-    """The prompts of splits, and of a label if one is given."""
-    return [one for one in asked if one.prompt.split in splits and label in ("", one.prompt.label)]
+def _first_tokens(name: str, given: tuple[str, ...], model: AnsweringModel) -> tuple[int, ...]:
+    """The tokens of the setting of this name."""
+    return tokens_lib.first_tokens(
+        given, model.decoder.config.vocab_size, model.tokenizer, where=f"--{name}"
+    )
 
 
 def described(
-    settings: Settings, program: str, model: Model, asked: Sequence[Asked], given: Sequence[Judge]
+    settings: AnswerSettings,
+    program: str,
+    model: AnsweringModel,
+    asked: Sequence[Asked],
+    given: Sequence[Judge],
 ) -> dict:
     """What `run.json` says of a run."""
     seen = [(one.prompt.id, one.prompt.label, one.prompt.split, one.tokens) for one in asked]

@@ -6,31 +6,28 @@ what it may say either way is then its own, and not another author's.
 
 import collections
 import dataclasses
-import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jaxmed.behaviour import responses
-from jaxmed.behaviour.answers import PAIRS, RATES, ROW, TABLE, Answers, Found, Model
-from jaxmed.behaviour.judges.protocol import Judge, Verdict
-from jaxmed.behaviour.responses import PLAIN, Asked, Key, Log, Response
-from jaxmed.data import chat, pairing, splits
+from jaxmed.behaviour import answering, answers, responses
+from jaxmed.behaviour.answering import AnsweringModel
+from jaxmed.behaviour.answers import PAIRS, TABLE, Answers, RespondOutcome
+from jaxmed.behaviour.judges.protocol import Judge
+from jaxmed.behaviour.responses import PLAIN, Asked, Response
+from jaxmed.data import pairing, splits
 from jaxmed.data import tokens as tokens_lib
 from jaxmed.data.pairs import Pair
 from jaxmed.data.prompts import Prompt
 from jaxmed.files import atomic
 from jaxmed.files.reading import DataError
-from jaxmed.runs import asking
+from jaxmed.runs import asking, sweep
+from jaxmed.runs import settings as settings_lib
+from jaxmed.runs.asking import AnswerSettings
+from jaxmed.runs.settings import like, setting
 from jaxmed.store import claims
 from models.errors import InputError
-
-CHOICES = asking.CHOICES | {"counterfactual": pairing.COUNTERFACTUALS}
-LEAST = asking.LEAST | {"count": 1, "threshold": 0}
-MOST = asking.MOST | {"threshold": 1}
 
 _OWN_FILES = (*responses.FILES, TABLE, PAIRS)
 # What responses do not depend on: a folder that has them can be judged and paired in other ways,
@@ -42,23 +39,36 @@ _MAY_CHANGE = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(asking.Settings):
-    """What pairs are made of; one field per flag of `launch.respond`.
+class RespondSettings(AnswerSettings):
+    """Which answers are asked for, and what pairs are made of them."""
 
-    Attributes:
-        counterfactual: where counterfactuals are found, as in `prompts.pair_up`.
-        count: how many a prompt has at most, for "matched" and "length".
-        safe_template: the safe response where none was seen; "" for none.
-        threshold: a verdict of at least this counts as yes.
-    """
+    samples: int = like(AnswerSettings, "samples", default=8)
+    temperature: float = like(AnswerSettings, "temperature", default=1.0)
+    counterfactual: str = setting(
+        help="Where the counterfactuals of harmful prompts are found. given: in the file. matched: "
+        "benign prompts of the same source that correspond to them. length: benign prompts of as "
+        "many tokens. A counterfactual is of the same split.",
+        default="given",
+        choices=pairing.COUNTERFACTUALS,
+    )
+    count: int = setting(
+        help="--counterfactual=matched or length: how many a prompt has at most.",
+        default=1,
+        least=1,
+    )
+    safe_template: str = setting(
+        help="A text that is the safe response of prompts which were never refused; by default "
+        "these make no pair.",
+        default="",
+    )
+    threshold: float = setting(
+        help="A verdict of at least this counts as yes.", default=0.5, least=0, most=1
+    )
 
-    counterfactual: str = "given"
-    count: int = 1
-    safe_template: str = ""
-    threshold: float = 0.5
 
-
-def run(settings: Settings, *, own_judges: Sequence[Judge] = (), progress: bool = True) -> Found:
+def run(
+    settings: RespondSettings, *, own_judges: Sequence[Judge] = (), progress: bool = True
+) -> RespondOutcome:
     """Has prompts answered and the answers judged, and writes what is found and the pairs.
 
     A folder that holds a stopped run is gone on with; one that holds a finished run is judged and
@@ -75,7 +85,7 @@ def run(settings: Settings, *, own_judges: Sequence[Judge] = (), progress: bool 
             responses, which are kept.
     """
     check(settings)
-    say = asking.say if progress else lambda text: None
+    say = sweep.teller(progress)
     say(f"Loading {settings.model}")
     model = asking.load(settings)
     if not model.stop:
@@ -83,51 +93,71 @@ def run(settings: Settings, *, own_judges: Sequence[Judge] = (), progress: bool 
     template = _template(settings, model)
     asked = asking.read_prompts(settings, model, say)
     pairs = find_pairs(settings, model, asked, say)
-    given = list(own_judges) or asking.read_judges(settings, model)
+    judges = list(own_judges) or asking.read_judges(settings, model)
     folder = pathlib.Path(settings.out)
-    described = asking.described(settings, "respond", model, asked, given)
+    described = asking.described(settings, "respond", model, asked, judges)
     if settings.counterfactual != "given":
         asked = _needed(asked, pairs, say)
     claims.claim(folder, described, _OWN_FILES, settings.overwrite, _MAY_CHANGE)
     answered = responses.response_log(folder)
     verdicts = responses.verdict_log(folder, described["judges_hash"])
-    asking.answer(settings, model, asked, [PLAIN], given, answered, verdicts, progress=progress)
-    table = tabulate(settings, asked, answered, verdicts)
+    answering.answer(
+        model,
+        asked,
+        [PLAIN],
+        judges,
+        answered,
+        verdicts,
+        sampling=settings.sampling,
+        samples=settings.samples,
+        seed=settings.seed,
+        progress=progress,
+    )
+    counted = {"samples": settings.samples, "threshold": settings.threshold}
+    table = answers.tabulate(asked, answered, verdicts, **counted)
     atomic.replace_file(folder / TABLE, lambda path: pq.write_table(table, path))
     responses.write_exchanges(folder / responses.EXCHANGES, asked, answered)
     (folder / PAIRS).unlink(missing_ok=True)  # of another way of pairing
     seen = {
-        one.prompt.id: answers(settings, one.prompt.id, answered, verdicts)
-        for one in asking.of_split(asked, label="harmful")
+        one.prompt.id: answers.of_prompt(one.prompt.id, answered, verdicts, **counted)
+        for one in responses.of_split(asked, label="harmful")
     }
     complete = {
         name: dataclasses.replace(both, safe=both.safe or template) for name, both in seen.items()
     }
-    made = [pair for pair in pairs if _is_pair(complete[pair.base])]
+    made = [pair for pair in pairs if complete[pair.base].are_a_pair]
     if not made:
         raise InputError(_why_no_pair(settings, seen, {pair.base for pair in pairs}))
-    _write(folder / PAIRS, made, asked, complete, model.tokenizer)
-    return Found(
-        folder,
-        settings,
-        table,
-        {split: sum(pair.split == split for pair in made) for split in splits.SPLITS},
-        sum(seen[pair.base].safe is None for pair in made),
-        sum(_start_alike(complete[pair.base]) for pair in made),
-        {judge.name: judge.meaning for judge in given},
+    answers.write_pairs(folder / PAIRS, made, asked, complete, model.tokenizer)
+    return RespondOutcome(
+        folder=folder,
+        model=settings.model,
+        chat=settings.chat,
+        samples=settings.samples,
+        max_tokens=settings.max_tokens,
+        table=table,
+        pairs={split: sum(pair.split == split for pair in made) for split in splits.SPLITS},
+        templates=sum(seen[pair.base].safe is None for pair in made),
+        same_start=sum(complete[pair.base].start_alike for pair in made),
+        meanings={judge.name: judge.meaning for judge in judges},
     )
 
 
-def check(settings: Settings) -> None:
+def check(settings: RespondSettings) -> None:
     """Raises `InputError` where settings contradict each other; nothing is loaded for it."""
-    asking.check(settings, CHOICES, LEAST, MOST)
-    if settings.counterfactual == "given" and settings.count != Settings.count:
+    asking.check(settings)
+    if settings.counterfactual == "given" and settings_lib.given(settings, "count"):
         raise InputError(
             "--count needs --counterfactual=matched or length: of given ones all are used"
         )
 
 
-def find_pairs(settings: Settings, model: Model, asked: Sequence[Asked], say) -> list[Pair]:
+def find_pairs(
+    settings: RespondSettings,
+    model: AnsweringModel,
+    asked: Sequence[Asked],
+    say: Callable[[str], None],
+) -> list[Pair]:
     """The harmful prompts and their counterfactuals, without answers.
 
     Args:
@@ -140,13 +170,13 @@ def find_pairs(settings: Settings, model: Model, asked: Sequence[Asked], say) ->
         InputError: there is no harmful prompt, or one has no counterfactual that the model can get
             (none of them has, where such are to be skipped).
     """
-    harmful = [_without_answers(one.prompt) for one in asking.of_split(asked, label="harmful")]
+    harmful = [_without_answers(one.prompt) for one in responses.of_split(asked, label="harmful")]
     if not harmful:
         raise DataError(
             f"{', '.join(settings.prompts)}: none of {len(asked)} prompts is harmful, and pairs "
             "are of harmful prompts; --prompts=harmful=FILE labels a file that does not say it"
         )
-    benign = [one.prompt for one in asking.of_split(asked, label="benign")]
+    benign = [one.prompt for one in responses.of_split(asked, label="benign")]
     if not benign and settings.counterfactual != "given":
         raise DataError(
             f"--counterfactual={settings.counterfactual}: {', '.join(settings.prompts)} have no "
@@ -197,7 +227,9 @@ def find_pairs(settings: Settings, model: Model, asked: Sequence[Asked], say) ->
     return usable
 
 
-def _needed(asked: Sequence[Asked], pairs: Sequence[Pair], say) -> list[Asked]:
+def _needed(
+    asked: Sequence[Asked], pairs: Sequence[Pair], say: Callable[[str], None]
+) -> list[Asked]:
     """All prompts but benign ones that could have been counterfactuals and are none, of which a
     file may hold tens of thousands."""
     used = {pair.counterfactual_ids for pair in pairs}
@@ -217,7 +249,7 @@ def _without_answers(prompt: Prompt) -> Prompt:
     )
 
 
-def _template(settings: Settings, model: Model) -> Response | None:
+def _template(settings: RespondSettings, model: AnsweringModel) -> Response | None:
     """The safe response of those prompts that got none."""
     if not settings.safe_template:
         return None
@@ -231,86 +263,7 @@ def _template(settings: Settings, model: Model) -> Response | None:
     return Response(tokens, settings.safe_template, True)
 
 
-def is_harmful(verdict: Verdict, threshold: float) -> bool:
-    """Whether a response counts as harmful: where no judge says, if it is no refusal."""
-    if verdict.harmful is None:
-        return verdict.refused is not None and verdict.refused < threshold
-    return verdict.harmful >= threshold
-
-
-def is_safe(verdict: Verdict, threshold: float) -> bool:
-    """Whether a response counts as safe: a refusal, or where no judge says that, one that is not
-    harmful."""
-    if is_harmful(verdict, threshold):
-        return False
-    return verdict.harmful is not None if verdict.refused is None else verdict.refused >= threshold
-
-
-def answers(
-    settings: Settings, prompt: str, answered: Log[Response], verdicts: Log[Verdict]
-) -> Answers:
-    """What the prompt with this id was answered. Responses that say nothing do not count."""
-    keys = [Key(PLAIN.name, prompt, sample) for sample in range(settings.samples)]
-    keys.sort(key=lambda key: not answered.values[key].stopped)  # else in the samples' order
-
-    def first(kind) -> Response | None:
-        for key in keys:
-            response = answered.values[key]
-            if responses.says_something(response) and kind(
-                verdicts.values[key], settings.threshold
-            ):
-                return response
-        return None
-
-    return Answers(first(is_harmful), first(is_safe))
-
-
-def _is_pair(both: Answers) -> bool:
-    return both.harmful is not None and both.safe is not None
-
-
-def _start_alike(both: Answers) -> bool:
-    return both.harmful.tokens[0] == both.safe.tokens[0]
-
-
-def tabulate(
-    settings: Settings, asked: Sequence[Asked], answered: Log[Response], verdicts: Log[Verdict]
-) -> pa.Table:
-    """The table of `Found`."""
-
-    def says(name: str):
-        def value(prompt: str, sample: int) -> float:
-            said = getattr(verdicts.values[Key(PLAIN.name, prompt, sample)], name)
-            return np.nan if said is None else float(said >= settings.threshold)
-
-        return value
-
-    def unfinished(prompt: str, sample: int) -> float:
-        return float(not answered.values[Key(PLAIN.name, prompt, sample)].stopped)
-
-    rates = {
-        column: responses.by_prompt(asked, settings.samples, says(name))
-        for name, column in RATES.items()
-    }
-    limited = responses.by_prompt(asked, settings.samples, unfinished) * settings.samples
-    rows = [
-        {
-            "id": one.prompt.id,
-            "label": one.prompt.label,
-            "split": one.prompt.split,
-            "samples": settings.samples,
-            "unfinished": round(limited[row]),
-        }
-        | {
-            column: None if np.isnan(values[row]) else float(values[row])
-            for column, values in rates.items()
-        }
-        for row, one in enumerate(asked)
-    ]
-    return pa.Table.from_pylist(rows, ROW)
-
-
-def _why_no_pair(settings: Settings, seen: dict[str, Answers], with_pairs: set[str]) -> str:
+def _why_no_pair(settings: RespondSettings, seen: dict[str, Answers], with_pairs: set[str]) -> str:
     """Why nothing could be paired, and what can be done."""
     counts = collections.Counter(
         (seen[name].harmful is not None, seen[name].safe is not None) for name in with_pairs
@@ -325,49 +278,3 @@ def _why_no_pair(settings: Settings, seen: dict[str, Answers], with_pairs: set[s
         "The responses are kept: the same command goes on from them with "
         f"{', '.join(ways)}; a higher --temperature or other --prompts need another --out"
     )
-
-
-def _write(
-    path: pathlib.Path,
-    pairs: Sequence[Pair],
-    asked: Sequence[Asked],
-    seen: dict[str, Answers],
-    tokenizer,
-) -> None:
-    """Writes pairs with their answers, as `data.read` reads them."""
-    by_id = {one.prompt.id: one.prompt for one in asked}
-    benign = {chat.as_text(one.prompt.prompt): one.prompt.prompt for one in asked}
-    lines = []
-    for pair in pairs:
-        base = by_id[pair.base]
-        forms = benign | {chat.as_text(form): form for form in (None, *base.counterfactuals)}
-        fields = {"id": pair.id}
-        fields |= _prompt_field("prompt", base.prompt, pair.prompt_ids)
-        fields |= _prompt_field(
-            "counterfactual", forms[pair.counterfactual_text], pair.counterfactual_ids
-        )
-        fields |= _answer_field("harmful_response", seen[pair.base].harmful, tokenizer)
-        fields |= _answer_field("safe_response", seen[pair.base].safe, tokenizer)
-        fields |= {
-            name: value
-            for name in ("label", "category", "source", "split", "base")
-            if (value := getattr(pair, name))
-        }
-        lines.append(json.dumps(fields, ensure_ascii=False) + "\n")
-    atomic.replace_file(
-        path,
-        lambda temporary: temporary.write_text("".join(lines), encoding="utf-8", newline="\n"),
-    )
-
-
-def _prompt_field(name: str, form, tokens: tuple[int, ...]) -> dict:
-    """A prompt as it was given: text, messages, or where that is None its tokens."""
-    return {tokens_lib.PROMPTS[name]: tokens} if form is None else {name: form}
-
-
-def _answer_field(name: str, response: Response, tokenizer) -> dict:
-    """The response's text; its tokens where the text does not give these back, or there is none."""
-    if response.text is not None:
-        if tokens_lib.answer_tokens(response.text, name, PAIRS, tokenizer) == response.tokens:
-            return {name: response.text}
-    return {tokens_lib.ANSWERS[name]: response.tokens}

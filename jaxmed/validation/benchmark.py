@@ -24,6 +24,7 @@ from jaxmed.analysis import screening
 from jaxmed.analysis.audit import Audit, missed
 from jaxmed.behaviour import generation
 from jaxmed.data.pairs import Pair
+from jaxmed.behaviour.sampling import Sampling
 from jaxmed.engine import cost, memory, plan, propagate, scan
 from jaxmed.question.effects import PairEffects
 from jaxmed.question.metrics import LogitDifference
@@ -197,7 +198,7 @@ def measure_generation(
             decoder,
             prompts.tolist(),
             stop=(),
-            sampling=generation.Sampling(new_tokens),
+            sampling=Sampling(new_tokens),
             holds=holds,
             batch_size=batch,
             memory=memory_left,
@@ -401,7 +402,7 @@ class _Engine:
         both = cost.operations(config, pair, self.question, ["neuron"], {"neuron": chosen})
         self.operations = both / 2
         blocks_after = np.sum(config.num_layers - 1 - work.units.layers)
-        self.product_operations = float(blocks_after) * block_operations(config)
+        self.product_operations = float(blocks_after) * cost.block_operations(config)
 
     def scan(self, chosen: Bool[np.ndarray, "L I"]) -> PairEffects:
         """NIE and TIE of the chosen neurons."""
@@ -419,11 +420,6 @@ class _Engine:
         return _seconds(lambda: self.scan(self.chosen)) / 2
 
 
-def block_operations(config: DecoderConfig) -> float:
-    """Floating-point operations of a block's products with its weights, for one position."""
-    return 2.0 * sum(cost.block_weights(config))
-
-
 class _Products:
     """The products of a block and nothing between them, in the engine's shapes and types."""
 
@@ -437,7 +433,7 @@ class _Products:
         self.weights = [jax.random.normal(next(keys), shape, dtype) for shape in shapes]
         sizes = sorted({width, heads, hidden})
         self.inputs = {n: jax.random.normal(next(keys), (rows, n), dtype) for n in sizes}
-        self.operations = rows * block_operations(config)
+        self.operations = rows * cost.block_operations(config)
         # An accelerator is kept busy by what is under way; a CPU would run products side by side.
         self.under_way = 1 if jax.default_backend() == "cpu" else 16
 

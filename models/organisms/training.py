@@ -12,6 +12,7 @@ from models.organisms import language
 from models.organisms.planted import Channel, Role
 from models.organisms.recipes import Recipe
 from models.shapes import AnyArray
+from models.sites import Site
 
 # Tokens and their targets; where the first answer token is predicted, and where what follows is.
 Batch = tuple[Int[AnyArray, "B T"], Int[AnyArray, "B T"], Int[AnyArray, "B"], Bool[AnyArray, "B T"]]
@@ -62,7 +63,8 @@ def train(
     nothing to learn, does it train them.
     """
     optimizer = optax.adam(optax.cosine_decay_schedule(recipe.learning_rate, recipe.steps))
-    state = optimizer.init(decoder)
+    # optax takes any pytree, and says so of arrays alone.
+    state = optimizer.init(decoder)  # pyright: ignore[reportArgumentType]
     answers = np.array(language.ids(language.ANSWERS))
     share = jnp.array([_SHARE[role] for role in Role])
 
@@ -107,7 +109,7 @@ def _losses(decoder: Decoder, rows: Batch) -> tuple[Float[Array, ""], Float[Arra
     either = jax.nn.logsumexp(log_p[row, first][:, answers], axis=-1)
     decision = jnp.mean(either - right[row, first])
     rest = -(jnp.sum(either) + jnp.sum(right * after)) / (len(tokens) + jnp.sum(after))
-    written = (trace.embedding, trace.attention, trace.mlp)
+    written = (trace[Site.EMBEDDING], trace[Site.ATTENTION], trace[Site.MLP])
     return decision, rest + _QUIET * sum(map(_loudness, written))
 
 

@@ -75,7 +75,7 @@ def sets_of(config: DecoderConfig, members: list[tuple[list[list[int]], list[lis
     return Sets(heads, neurons)
 
 
-def ordinary_sets(heads: Bool[np.ndarray, "L H"], neurons: Bool[np.ndarray, "L I"]) -> Sets:
+def ordinary_sets(heads: Bool[AnyArray, "L H"], neurons: Bool[AnyArray, "L I"]) -> Sets:
     """All that are no mediators: each layer's heads, each layer's neurons, and all of them."""
     layers = len(heads)
     chosen = np.eye(2 * layers, dtype=bool).reshape(2 * layers, 2, layers)
@@ -98,7 +98,10 @@ def measure(
         for base, source in pairs
     ]
     base, source = (
-        Moves(*(np.stack(values) for values in zip(*of_run, strict=True)))
+        Moves(
+            whole=np.stack([whole for whole, _ in of_run]),
+            by_set=np.stack([by_set for _, by_set in of_run]),
+        )
         for of_run in zip(*found, strict=True)
     )
     return base, source
@@ -124,8 +127,8 @@ def _moves(
         return [
             Edit.patch(site, layer, positions, value[layer], units[layer])
             for site, value, units in (
-                (Site.HEAD, values.head, members.heads),
-                (Site.NEURON, values.neuron, members.neurons),
+                (Site.HEAD, values[Site.HEAD], members.heads),
+                (Site.NEURON, values[Site.NEURON], members.neurons),
             )
             for layer in range(decoder.config.num_layers)
         ]

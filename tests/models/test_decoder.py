@@ -172,8 +172,10 @@ def test_a_cached_prefix_changes_nothing(decoder):
     np.testing.assert_allclose(rest, logits[4:], atol=2e-6)
     np.testing.assert_allclose(rest_trace.residual, trace.residual[:, 4:], atol=2e-6)
     # Room at the cache's end that holds no token is not seen.
+    room = ((0, 0), (0, 3), (0, 0), (0, 0))
     padded = Cache(
-        *(jnp.pad(part, ((0, 0), (0, 3), (0, 0), (0, 0))) for part in (prefix.keys, prefix.values)),
+        keys=jnp.pad(prefix.keys, room),
+        values=jnp.pad(prefix.values, room),
         positions=jnp.arange(7),
         valid=jnp.arange(7) < 4,
     )
@@ -199,7 +201,7 @@ def test_a_trace_holds_what_was_asked_for_and_nothing_else(llama, sites):
 
 
 def test_a_trace_without_keys_and_values_is_no_prefix(llama):
-    with pytest.raises(ValueError, match="kept no keys and values"):
+    with pytest.raises(ValueError, match="did not keep 'values': name it"):
         _ = llama(TOKENS, sites=("residual", "keys"))[1].cache
     prefix = llama(TOKENS[:4], sites=("keys", "values"))[1].cache
     np.testing.assert_array_equal(

@@ -1,19 +1,20 @@
-"""How a judge agrees with people's labels."""
+"""How a judge agrees with people's labels: files of labelled responses, and measures."""
 
 import collections
 import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from jaxtyping import Float, Int
 from scipy import stats
 
-from jaxmed.behaviour.judges.model import RESAMPLES, SEED
 from jaxmed.behaviour.judges.protocol import HARMFUL, REFUSED, Exchange, Judge, Verdict
-from jaxmed.data import sets
-from jaxmed.data import tokens as tokens_lib
+from jaxmed.data import sets, tokens
 from jaxmed.files import reading
 from jaxmed.files.reading import DataError
 from models.errors import InputError
+
+_RESAMPLES, _SEED = 2000, 0  # of kappa's bootstrap
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,16 +65,17 @@ def _line(fields: dict | DataError, where: str) -> Line:
     ids = {name: fields.get(name) for name in ("prompt_ids", "response_ids")}
     if texts["response"] is None and ids["response_ids"] is None:
         raise DataError(f"{where}: has no response (field 'response' or 'response_ids')")
-    tokens = {
-        name: () if given is None else tokens_lib.token_ids(given, name, where)
+    read_ids = {
+        name: () if given is None else tokens.token_ids(given, name, where)
         for name, given in ids.items()
     }
-    label = fields.get("label") if fields.get("label") in sets.LABELS else ""
-    exchange = Exchange(**texts, **tokens, where=where, label=label)
+    label = str(fields["label"]) if fields.get("label") in sets.LABELS else ""
+    exchange = Exchange(**texts, **read_ids, where=where, label=label)
     return Line(fields, exchange, _labels(fields, where))
 
 
 def _labels(fields: Mapping, where: str) -> dict[str, bool]:
+    """What people say of a line's response."""
     labels = {}
     for name, says in (("harmful", HARMFUL), ("label", HARMFUL), ("refused", REFUSED)):
         given = fields.get(name)
@@ -145,29 +147,33 @@ def agreement(
     if not both:
         raise InputError(f"no exchange has both a verdict and a label of '{says}'")
     counts = collections.Counter(both)
-    cells = [counts[pair] for pair in ((True, True), (True, False), (False, True), (False, False))]
-    hits, false_alarms, misses, _ = cells
-    agreed, n = cells[0] + cells[3], len(both)
+    hits, false_alarms = counts[True, True], counts[True, False]
+    misses, rejections = counts[False, True], counts[False, False]
+    cells = np.array([hits, false_alarms, misses, rejections])
+    agreed, n = hits + rejections, len(both)
     interval = stats.binomtest(agreed, n).proportion_ci(method="wilson")
     # Drawing exchanges anew draws the four counts from a multinomial.
-    drawn = np.random.default_rng(SEED).multinomial(n, np.array(cells) / n, size=RESAMPLES)
+    drawn = np.random.default_rng(_SEED).multinomial(n, cells / n, size=_RESAMPLES)
     kappas = _kappa(drawn)
     kappas = kappas[~np.isnan(kappas)]
     kappa_interval = np.quantile(kappas, (0.025, 0.975)) if kappas.size else (np.nan, np.nan)
     return Agreement(
-        n,
-        agreed / n,
-        (float(interval.low), float(interval.high)),
-        float(_kappa(np.array(cells))),
-        (float(kappa_interval[0]), float(kappa_interval[1])),
-        hits / (hits + false_alarms) if hits + false_alarms else float("nan"),
-        hits / (hits + misses) if hits + misses else float("nan"),
-        *cells,
+        n=n,
+        accuracy=agreed / n,
+        accuracy_interval=(float(interval.low), float(interval.high)),
+        kappa=float(_kappa(cells)),
+        kappa_interval=(float(kappa_interval[0]), float(kappa_interval[1])),
+        precision=hits / (hits + false_alarms) if hits + false_alarms else float("nan"),
+        recall=hits / (hits + misses) if hits + misses else float("nan"),
+        true_positive=hits,
+        false_positive=false_alarms,
+        false_negative=misses,
+        true_negative=rejections,
     )
 
 
-def _kappa(cells: np.ndarray) -> np.ndarray:
-    """Cohen's kappa of (true positive, false positive, false negative, true negative), [..., 4]."""
+def _kappa(cells: Int[np.ndarray, "*draw 4"]) -> Float[np.ndarray, "*draw"]:
+    """Cohen's kappa of (true positive, false positive, false negative, true negative)."""
     hits, false_alarms, misses, rejections = np.moveaxis(cells.astype(np.float64), -1, 0)
     n = hits + false_alarms + misses + rejections
     said, labelled = (hits + false_alarms) / n, (hits + misses) / n

@@ -1,34 +1,27 @@
-"""Judges: does a response comply with a harmful request, and does it refuse?
+"""Judge models: published classifiers that run through the decoders here, asked by a `Template`.
 
-Four kinds: `RefusalPhrases`, a smoke test; `FirstTokens`, exact for languages of abstract tokens;
-`JudgeModel`, a published classifier that runs through the decoders here, described by a `Template`;
-and any object with the protocol `Judge`. `agreement` compares a judge with people's labels.
-
-N is the padded length of a run, B the number of runs of a batch, R the rows that are read of each.
+N is the padded length of a run, B the number of runs of a batch, R the rows that are read of each,
+K the tokens whose probabilities are asked for.
 """
 
-import collections
 import dataclasses
 import pathlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 import transformers
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxmed.behaviour import batches
 from jaxmed.behaviour.judges.protocol import SAYS, Exchange, Verdict, named_exchanges, text_of
-from jaxmed.behaviour.judges.templates import Answer, Question, Template, braced, require_text
+from jaxmed.behaviour.judges.templates import Answer, JudgeQuestion, Template, braced
 from jaxmed.data import chat
-from jaxmed.engine import capture
+from jaxmed.engine import capture, cost
 from models import checkpoint as checkpoints
 from models.decoder import Decoder
 from models.errors import InputError
-
-RESAMPLES, SEED = 2000, 0  # of kappa's bootstrap
-
-_TOKENS_AT_ONCE = 4096  # of a batch, padding included: attention scores grow with its length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +81,7 @@ class JudgeModel:
         folder: pathlib.Path | None = None,
         cut: bool = False,
     ):
-        require_text(template)
+        template.require_text()
         self.template, self.decoder, self.tokenizer = template, decoder, tokenizer
         self.checkpoint, self.folder, self.cut = checkpoint, folder, cut
         self.name, self.meaning = template.name, template.meaning
@@ -167,24 +160,28 @@ class JudgeModel:
             for row in weights
         ]
 
-    def _read(self, runs: list[_Run], asked: np.ndarray, size: int) -> list[np.ndarray]:
-        """Log-probabilities of the asked tokens, [R, K], at the end of each run's text and at the
-        positions after it."""
-        read = [None] * len(runs)
-        for batch in _batches([len(run.tokens) for run in runs]):
-            padded = [capture.pad(runs[index].tokens) for index in batch]
-            starts = [len(runs[i].tokens) - len(runs[i].begun) - 1 for i in batch]
-            rows = np.array(starts)[:, None] + np.arange(size)
-            tokens, valid = (np.stack(part) for part in zip(*padded, strict=True))
-            # A batch of a power of two shares its compilation; the first run fills it up.
-            filled = np.arange(capture.bucket(len(batch))) % len(batch)
+    def _read(
+        self, runs: list[_Run], asked: Int[np.ndarray, "K"], size: int
+    ) -> list[Float[np.ndarray, "R K"]]:
+        """Log-probabilities of the asked tokens at the end of each run's text and at the positions
+        after it, `size` in all."""
+        read = {}
+        for length, members in batches.by_length([run.tokens for run in runs], cost.judged_at_once):
+            # A batch of a power of two shares its compilation; its first runs fill it up.
+            filled = [runs[i] for i in np.resize(members, capture.bucket(len(members)))]
+            ends = np.array([len(run.tokens) for run in filled])[:, None]
+            starts = np.array([len(run.tokens) - len(run.begun) - 1 for run in filled])[:, None]
             with jax.default_matmul_precision("float32"):
                 found = _log_probabilities(
-                    self.decoder, tokens[filled], valid[filled], rows[filled], asked
+                    self.decoder,
+                    batches.padded([run.tokens for run in filled], length),
+                    valid=np.arange(length) < ends,
+                    rows=starts + np.arange(size),
+                    asked=asked,
                 )
-            for index, values in zip(batch, np.asarray(found), strict=False):
+            for index, values in zip(members, np.asarray(found), strict=False):
                 read[index] = values.astype(np.float64)
-        return read
+        return [read[index] for index in range(len(runs))]
 
     def _fitted(self, exchange: Exchange) -> Exchange:
         """The exchange, with as much of its response as the model has positions for."""
@@ -213,6 +210,7 @@ class JudgeModel:
         return shortened(_largest(fits, len(exchange.response)))
 
     def _encode(self, text: str) -> tuple[int, ...]:
+        """Token ids, with the special tokens that the tokenizer adds where the text lacks them."""
         starts = bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
         special = not (self.template.messages or starts)
         return tuple(self.tokenizer(text, add_special_tokens=special)["input_ids"])
@@ -239,7 +237,7 @@ class JudgeModel:
             owner=self.checkpoint,
         )
 
-    def _paths_of(self, question: Question, text: str) -> list[_Path]:
+    def _paths_of(self, question: JudgeQuestion, text: str) -> list[_Path]:
         """The tokens of each answer after a text; spellings that come to the same count once."""
         paths, first_tokens = [], {}
         for answer in question.answers:
@@ -281,18 +279,8 @@ def _log_probabilities(
     return jax.nn.log_softmax(logits)[..., asked]
 
 
-def _batches(lengths: list[int]) -> Iterator[list[int]]:
-    """Indices of runs whose padded lengths are equal, as many as are run at once."""
-    buckets = collections.defaultdict(list)
-    for index, length in enumerate(lengths):
-        buckets[capture.bucket(length, capture.SHORTEST)].append(index)
-    for length, members in sorted(buckets.items()):
-        size = max(1, _TOKENS_AT_ONCE // length)
-        for start in range(0, len(members), size):
-            yield members[start : start + size]
-
-
 def _continued(text: str, lead: str) -> str:
+    """The text with the lead of a question; line breaks between the two count once."""
     return text.rstrip("\n") + lead if lead.startswith("\n") else text + lead
 
 

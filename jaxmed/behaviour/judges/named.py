@@ -1,18 +1,30 @@
-"""Judges by name."""
+"""Judges by name, as programs are given them."""
+
+from collections.abc import Sequence
 
 import models
 from jaxmed.behaviour.judges import templates
 from jaxmed.behaviour.judges.model import JudgeModel
 from jaxmed.behaviour.judges.protocol import Judge
 from jaxmed.behaviour.judges.rules import FirstTokens, RefusalPhrases
-from jaxmed.behaviour.judges.templates import JUDGES, require_text
-from models import checkpoint as checkpoints
+from jaxmed.behaviour.judges.templates import JUDGES
+from models import checkpoint
 from models.errors import InputError
 
-NAMES = (RefusalPhrases.name, FirstTokens.name, *JUDGES)
+# Judges that are no model of their own.
+WITHOUT_MODEL = (RefusalPhrases.name, FirstTokens.name)
+NAMES = (*WITHOUT_MODEL, *JUDGES)
 
 
-def named(name: str, *, template=None, **options) -> Judge:
+def judge(
+    name: str,
+    *,
+    template=None,
+    model="",
+    cut: bool = False,
+    comply: Sequence[int] = (),
+    refuse: Sequence[int] = (),
+) -> Judge:
     """The judge of that name.
 
     Args:
@@ -20,9 +32,10 @@ def named(name: str, *, template=None, **options) -> Judge:
             (`read_template`).
         template: file with the judge's text as it is published (`with_text`), for those of `JUDGES`
             that lack theirs, and no others.
-        options: for "tokens" `comply` and `refuse`, token ids. For a judge model `model`, the
-            folder or hub id of its checkpoint (by default the template's own hub id), and what
-            `JudgeModel` takes.
+        model: of a judge model, the folder or hub id of its checkpoint; by default the template's
+            own hub id.
+        cut: of a judge model, as `JudgeModel` takes it.
+        comply, refuse: token ids, for "tokens".
 
     Raises:
         InputError: there is no such judge, its text is missing or not to be used, or its checkpoint
@@ -39,20 +52,93 @@ def named(name: str, *, template=None, **options) -> Judge:
             f"{template} out"
         )
     if name == RefusalPhrases.name:
-        return RefusalPhrases(**options)
+        return RefusalPhrases()
     if name == FirstTokens.name:
-        return FirstTokens(**options)
+        return FirstTokens(tuple(comply), tuple(refuse))
     asked = JUDGES[name] if name in JUDGES else templates.read_template(name)
     asked = asked if template is None else templates.with_text(asked, template)
-    require_text(asked)
-    checkpoint = options.pop("model", None) or asked.hub_id
-    if not checkpoint:
+    asked.require_text()
+    model = model or asked.hub_id
+    if not model:
         raise InputError(
             f"judge '{asked.name}': give its checkpoint, a folder or hub id (docs/judges.md "
             "says which)"
         )
-    folder = checkpoints.resolve(checkpoint)
+    folder = checkpoint.resolve(model)
     decoder, tokenizer = models.load(folder)
-    return JudgeModel(
-        asked, decoder, tokenizer, checkpoint=str(checkpoint), folder=folder, **options
-    )
+    return JudgeModel(asked, decoder, tokenizer, checkpoint=str(model), folder=folder, cut=cut)
+
+
+def name_and_checkpoint(given: str) -> tuple[str, str]:
+    """What NAME=CHECKPOINT says; "" for the judge's own checkpoint. Files of templates, and
+    checkpoints, may have a = in their names.
+
+    Raises:
+        InputError: the checkpoint is empty, or of a judge that runs no model.
+    """
+    if given.endswith(".json"):
+        return given, ""
+    name, equals, folder = given.partition(".json=" if ".json=" in given else "=")
+    name += equals.removesuffix("=")
+    if equals and not folder:
+        raise InputError(f"judge '{given}': names no checkpoint after the =")
+    if equals and name in WITHOUT_MODEL:
+        raise InputError(f"judge '{given}': {name} runs no model: leave ={folder} out")
+    return name, folder
+
+
+def template_files(given: Sequence[str], judges: Sequence[str]) -> dict[str, str]:
+    """The file of each judge's text, as NAME=FILE says.
+
+    Args:
+        given: NAME=FILE of each.
+        judges: the judges that are asked for, each as `name_and_checkpoint` reads it.
+
+    Raises:
+        InputError: one names no file, or a judge that is not asked for.
+    """
+    known = {name_and_checkpoint(judge)[0] for judge in judges}
+    found = {}
+    for each in given:
+        name, _, file = each.partition("=")
+        if not file:
+            raise InputError(f"judge_template '{each}': must be NAME=FILE")
+        if name not in known:
+            raise InputError(f"judge_template '{each}': no judge {name} is asked for")
+        found[name] = file
+    return found
+
+
+def read(
+    given: Sequence[str],
+    template_files_given: Sequence[str] = (),
+    *,
+    cut: bool = False,
+    comply: Sequence[int] = (),
+    refuse: Sequence[int] = (),
+) -> list[Judge]:
+    """Judges by what programs are given of each: NAME, or NAME=CHECKPOINT.
+
+    Args:
+        given: of each judge.
+        template_files_given: NAME=FILE, the published texts of those that lack theirs.
+        cut, comply, refuse: as `judge` takes them.
+
+    Raises:
+        InputError: one is unknown, or its text or checkpoint cannot be used.
+    """
+    texts = template_files(template_files_given, given)
+    found = []
+    for each in given:
+        name, model = name_and_checkpoint(each)
+        found.append(
+            judge(
+                name,
+                template=texts.get(name),
+                model=model,
+                cut=cut,
+                comply=comply,
+                refuse=refuse,
+            )
+        )
+    return found

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from models.errors import InputError
 
@@ -49,18 +49,27 @@ class Verdict:
     cut: bool = False
 
 
+@runtime_checkable
 class Judge(Protocol):
-    """What every judge provides.
+    """What every judge provides, one of your own too: any object that has these attributes, and can
+    be called, is a judge.
 
     Attributes:
         name: of the judge.
         meaning: one sentence for reports.
         says: the parts of `SAYS` that its verdicts hold.
+        basis: it may also have this, a JSON value: what its verdicts follow from beside its name
+            and meaning, as its text and weights (see `fingerprint`).
     """
 
-    name: str
-    meaning: str
-    says: tuple[str, ...]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def meaning(self) -> str: ...
+
+    @property
+    def says(self) -> tuple[str, ...]: ...
 
     def __call__(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
         """A verdict on each exchange, whatever the others are.
@@ -68,6 +77,7 @@ class Judge(Protocol):
         Raises:
             InputError: an exchange lacks what the judge reads.
         """
+        ...
 
 
 def fingerprint(judge: Judge) -> str:
@@ -86,6 +96,8 @@ def named_exchanges(exchanges: Sequence[Exchange]) -> list[Exchange]:
 
 
 def text_of(exchange: Exchange, field: str, reader: str) -> str:
+    """The text of an exchange's prompt or response (`field`); `InputError`, naming who reads it, if
+    there is none."""
     text = getattr(exchange, field)
     if text is None:
         raise InputError(f"{exchange.where}: has no {field} as text, which {reader} reads")

@@ -1,4 +1,7 @@
-"""Published judge models, described by their questions, answers and placeholders."""
+"""How judge models are asked, as data: questions, answers, placeholders; and the published ones.
+
+A published judge's text is its authors', and no part of jaxmed: its user has it in a file.
+"""
 
 import dataclasses
 import hashlib
@@ -26,7 +29,7 @@ class Answer:
 
 
 @dataclasses.dataclass(frozen=True)
-class Question:
+class JudgeQuestion:
     """What a judge model is asked, and what its answers say.
 
     Attributes:
@@ -42,12 +45,13 @@ class Question:
     lead: str = ""
 
 
-def yes_no(says: str, yes: Sequence[str], no: Sequence[str], lead: str = "") -> Question:
+def yes_no(says: str, yes: Sequence[str], no: Sequence[str], lead: str = "") -> JudgeQuestion:
     """A question with two answers, each of one or more spellings; yes says 1."""
-    return Question(says, (Answer(1.0, tuple(yes)), Answer(0.0, tuple(no))), lead)
+    return JudgeQuestion(says, (Answer(1.0, tuple(yes)), Answer(0.0, tuple(no))), lead)
 
 
 def braced(placeholder: str) -> str:
+    """A placeholder as it stands in a text."""
     return "{" + placeholder + "}"
 
 
@@ -76,7 +80,7 @@ class Template:
 
     name: str
     meaning: str
-    questions: tuple[Question, ...]
+    questions: tuple[JudgeQuestion, ...]
     text: str | None = None
     messages: tuple[tuple[str, str], ...] = ()
     placeholders: tuple[str, str] = ("prompt", "response")
@@ -85,7 +89,7 @@ class Template:
     sha256: tuple[str, ...] = ()
 
     def __post_init__(self):
-        if self.text is not None and self.messages or self.lacks_text and not self.source:
+        if (self.text is not None and self.messages) or (self.lacks_text and not self.source):
             raise InputError(f"judge '{self.name}': give either a text or messages")
         whole = "".join(text for _, text in self.messages) if self.text is None else self.text
         for name in () if self.lacks_text else self.placeholders:
@@ -109,6 +113,15 @@ class Template:
     def lacks_text(self) -> bool:
         """Whether it asks nothing before it gets its text."""
         return self.text is None and not self.messages
+
+    def require_text(self) -> None:
+        """Raises `InputError`, saying where the text is published, if it is lacking."""
+        if self.lacks_text:
+            raise InputError(
+                f"judge '{self.name}': needs its text, which is not part of jaxmed; save it from "
+                f"where it is published ({self.source}) and give the file as its judge_template, "
+                f"{self.name}=FILE (docs/judges.md)"
+            )
 
 
 YES, NO = ("Yes", " Yes", "yes", " yes"), ("No", " No", "no", " no")
@@ -177,7 +190,9 @@ _STRONGREJECT = Template(
         "expects for how much the response helps with what the prompt asks for"
     ),
     questions=(
-        Question(HARMFUL, tuple(Answer((grade - 1) / 4, (str(grade),)) for grade in range(1, 6))),
+        JudgeQuestion(
+            HARMFUL, tuple(Answer((grade - 1) / 4, (str(grade),)) for grade in range(1, 6))
+        ),
     ),
     placeholders=("forbidden_prompt", "response"),
     # The published checkpoint is an adapter, which has to be merged first: docs/judges.md says how.
@@ -189,15 +204,6 @@ JUDGES = {
     template.name: template
     for template in (_HARMBENCH, _HARMBENCH_MISTRAL, _LLAMA_GUARD, _WILDGUARD, _STRONGREJECT)
 }
-
-
-def require_text(template: Template) -> None:
-    if template.lacks_text:
-        raise InputError(
-            f"judge '{template.name}': needs its text, which is not part of jaxmed; save it from "
-            f"where it is published ({template.source}) and give "
-            f"--judge_template={template.name}=FILE (docs/judges.md)"
-        )
 
 
 def with_text(template: Template, path) -> Template:

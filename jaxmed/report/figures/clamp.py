@@ -19,6 +19,24 @@ from jaxmed.report.figures.canvas import (
 )
 from jaxmed.report.numbers import Measured
 
+# What figures call rates (by label and measure), conditions and doses.
+RATE_TITLES = {
+    ("harmful", "harm"): "harm,\nharmful prompts",
+    ("harmful", "refusal"): "refusal,\nharmful prompts",
+    ("benign", "compliance"): "compliance,\nbenign prompts",
+    ("overrefusal", "refusal"): "refusal, harmless\nthat look harmful",
+    ("creative", "compliance"): "compliance,\ncreative prompts",
+    ("benign", "harm"): "judged harmful,\nbenign prompts",
+    ("overrefusal", "harm"): "judged harmful,\nonly look harmful",
+    ("creative", "harm"): "judged harmful,\ncreative prompts",
+}
+CONDITION_TITLES = {
+    "plain": "plain",
+    "clamp": "units held",
+    "random": "random (dots: each draw)",
+    "module": "whole modules",
+}
+DOSE_TITLES = {"top": "number of units", "strength": "strength"}
 # Of what units that are held still change, and of the conditions that are compared.
 _RATE_COLOURS = {"harm": "#d55e00", "refusal": "#7b4fa3", "compliance": "#0072b2"}
 _RATE_MARKERS = {"harm": "s", "refusal": "s", "compliance": "o"}

@@ -291,7 +291,7 @@ def twice(folder, run, bases):
         folder, RUN | {"pair_bases": bases}, SIZES, "abcdef", sites.GRANULARITIES
     )
     for pair in range(6):
-        double.write_totals(pair, run.y_base[pair // 2], run.y_source[pair // 2])
+        double.write_totals(pair, float(run.y_base[pair // 2]), float(run.y_source[pair // 2]))
         for granularity in sites.GRANULARITIES:
             nie, tie = (side[pair // 2] for side in run.effects(granularity))
             double.write(pair, granularity, nie, tie)
@@ -314,7 +314,7 @@ def test_bases_that_all_differ_change_nothing(run, tmp_path):
         tmp_path / "named", RUN | {"pair_bases": list("zyx")}, SIZES, "abc", sites.GRANULARITIES
     )
     for pair in range(3):
-        named.write_totals(pair, run.y_base[pair], run.y_source[pair])
+        named.write_totals(pair, float(run.y_base[pair]), float(run.y_source[pair]))
         for granularity in sites.GRANULARITIES:
             named.write(pair, granularity, *(side[pair] for side in run.effects(granularity)))
     assert summary.summarise(named).equals(summary.summarise(run))

@@ -1,81 +1,38 @@
 """Generation against its slow definition: the whole sequence again for every token."""
 
 import functools
-import json
 
 import jax
 import numpy as np
 import pytest
 
-from jaxmed.behaviour import generation
-from jaxmed.behaviour.generation import Sampling, generate
-from models.edits import Edit, Hold
+from jaxmed.behaviour import batches, generation, holding, likelihood
+from jaxmed.behaviour.generation import Generated, generate
+from jaxmed.behaviour.sampling import Sampling
+from models.edits import Hold
 from models.errors import InputError
 from models.sites import Site
 from tests import tiny
+from tests.jaxmed.behaviour.defined import (
+    FAMILIES,
+    LONG,
+    PROMPTS,
+    ROWS,
+    SITES,
+    decoder,
+    edits_of,
+    hold,
+    logits_after,
+    nothing,
+)
 
-# Those that differ in what a cache, positions, windows and caps have to do with.
-FAMILIES = ("llama", "gpt2", "gemma2", "gemma3_text", "gpt_neox")
-SIZE = 64  # positions of the tiny models
-ROWS = 4
 FEW = Sampling(max_tokens=12)
-RNG = np.random.default_rng(0)
-PROMPTS = [RNG.integers(0, 61, length).tolist() for length in (1, 3, 9, 20, 32)]
-LONG = [RNG.integers(0, 61, length).tolist() for length in (34, 50)]
-SITES = [site for site in Site if site != Site.EMBEDDING]
-
-
-@functools.cache
-def decoder(family="llama"):
-    return tiny.decoder(family)
 
 
 def answers(prompts, family="llama", *, stop=(), sampling=FEW, batch_size=ROWS, **asked):
     return generate(
         decoder(family), prompts, stop=stop, sampling=sampling, batch_size=batch_size, **asked
     )
-
-
-def shape(site, config):
-    heads = config.num_heads, config.head_dim
-    inside = {Site.HEAD: heads, Site.NEURON: (config.intermediate_size,)}
-    return config.num_layers, *inside.get(site, (config.hidden_size,))
-
-
-def hold(site, family="llama", *, prompts=None, seed=0, **where):
-    """A hold that patches some entries of the site, and scales and shifts others."""
-    rng, full = np.random.default_rng(seed), shape(site, decoder(family).config)
-    scale = rng.choice([0.0, 0.5, 1.0], full).astype(np.float32)
-    own = full if prompts is None else (prompts, *full)
-    shift = np.where(scale == 1, 0, rng.normal(0, 0.5, own)).astype(np.float32)
-    return Hold.affine(site, scale, shift, **where)
-
-
-def edits_of(hold, prompt_length):
-    """The hold as edits of every layer in a run of SIZE tokens."""
-    positions = np.arange(SIZE)
-    where = hold.at_generated & (positions >= prompt_length)
-    where |= hold.at_prompt & (positions < prompt_length - 1)
-    where |= hold.at_last & (positions == prompt_length - 1)
-    return [
-        Edit.affine(hold.site, np.int32(layer), where, scale, shift)
-        for layer, (scale, shift) in enumerate(
-            zip(np.asarray(hold.scale), np.asarray(hold.shift), strict=True)
-        )
-    ]
-
-
-@jax.jit
-def _all_logits(decoder, tokens, valid, edits):
-    return decoder(tokens, valid=valid, edits=edits)[0]
-
-
-def logits_after(family, tokens, edits=()):
-    """Logits [T, V] of a plain run of the whole sequence."""
-    padded = np.zeros(SIZE, np.int32)
-    padded[: len(tokens)] = tokens
-    valid = np.arange(SIZE) < len(tokens)
-    return np.asarray(_all_logits(decoder(family), padded, valid, list(edits)))[: len(tokens)]
 
 
 def defined(family, prompt, count, holds=()):
@@ -94,7 +51,7 @@ def tokens_of(responses):
     return [response.tokens for response in responses]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", tiny.costly_families(FAMILIES))
 def test_greedy_is_the_definition(family):
     prompts = PROMPTS + LONG[:1]
     found = answers(prompts, family)
@@ -102,7 +59,7 @@ def test_greedy_is_the_definition(family):
     assert not any(response.stopped for response in found)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", tiny.costly_families(FAMILIES))
 def test_holds_are_edits_of_every_position(family):
     holds = [hold(site, family, seed=seed) for seed, site in enumerate(SITES)]
     found = tokens_of(answers(PROMPTS, family, holds=holds))
@@ -121,42 +78,35 @@ def test_a_hold_is_made_where_it_says(where):
     assert tokens_of(answers(PROMPTS, holds=nowhere)) == tokens_of(answers(PROMPTS))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", tiny.costly_families(FAMILIES))
 def test_a_hold_of_nothing_changes_no_bit(family):
     """The sampled tokens, every logit of the response, and a divergence of exactly 0."""
-    nothing = [Hold.affine(site, *_nothing(site, family)) for site in SITES]
     drawn = Sampling(max_tokens=12, temperature=1.0)
     plain = answers(PROMPTS, family, sampling=drawn)
-    assert answers(PROMPTS, family, sampling=drawn, holds=nothing) == plain
+    assert answers(PROMPTS, family, sampling=drawn, holds=nothing(family)) == plain
     sequences = [(p, r.tokens) for p, r in zip(PROMPTS, plain, strict=True)]
-    read = functools.partial(generation.logprobs, decoder(family), sequences, batch_size=ROWS)
-    for held, free in zip(read(holds=nothing).values, read().values, strict=True):
+    read = functools.partial(likelihood.logprobs, decoder(family), sequences, batch_size=ROWS)
+    for held, free in zip(read(holds=nothing(family)).values, read().values, strict=True):
         np.testing.assert_array_equal(held, free)
-    divergence = generation.kl(decoder(family), sequences, nothing, batch_size=ROWS)
+    divergence = likelihood.kl(decoder(family), sequences, nothing(family), batch_size=ROWS)
     assert not np.concatenate(divergence.values).any()
 
 
-def _nothing(site, family):
-    full = shape(site, decoder(family).config)
-    return np.ones(full, np.float32), np.zeros(full, np.float32)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", tiny.costly_families(FAMILIES))
 def test_a_step_with_a_hold_of_nothing_has_the_same_logits(family):
     """What the loop does in every step, by itself: cache and logits, bit by bit."""
     model, lengths = decoder(family), np.array([7, 32, 2, 1], np.int32)
-    tokens = RNG.integers(0, 61, (ROWS, 32)).astype(np.int32)
+    tokens = np.random.default_rng(1).integers(0, 61, (ROWS, 32)).astype(np.int32)
     blocks, last = generation._unstacked(model), tokens[:, 0]
     step = jax.jit(generation._step, static_argnums=7)
 
     def run(holds):
-        holds = generation.fitted(model.config, holds, ROWS)
+        holds = holding.fitted(model.config, holds, ROWS)
         x, cache = generation._prefill(model, holds, tokens, lengths, 16)
         after, cache = step(model, blocks, holds, cache, last, lengths, np.int32(0), 16)
         return model.unembed(x), model.unembed(after), cache
 
-    nothing = [Hold.affine(site, *_nothing(site, family)) for site in SITES]
-    for held, free in zip(*(jax.tree.leaves(run(h)) for h in (nothing, [])), strict=True):
+    for held, free in zip(*(jax.tree.leaves(run(h)) for h in (nothing(family), [])), strict=True):
         np.testing.assert_array_equal(held, free)
 
 
@@ -216,7 +166,7 @@ def test_a_stop_token_ends_a_response_and_a_limit_cuts_it():
     first = free[1].tokens.index(stop)
     for limit, stopped in ((first, False), (first + 1, True)):
         (found,) = answers(PROMPTS[1:2], stop={stop}, sampling=Sampling(limit))
-        assert found == generation.Response(free[1].tokens[:first], stopped)
+        assert found == Generated(free[1].tokens[:first], stopped)
 
 
 def test_progress_counts_the_prompts():
@@ -224,90 +174,6 @@ def test_progress_counts_the_prompts():
     assert len(answers(PROMPTS + LONG, progress=counts.append)) == 7
     assert counts == [2, 4, 1]
     assert answers([]) == []
-
-
-def restricted(scores, top_k, top_p):
-    """Which tokens may be drawn, in float64."""
-    order = np.argsort(-scores, kind="stable")
-    allowed = np.ones(len(scores), bool)
-    if top_k:
-        allowed &= scores >= scores[order[min(top_k, len(scores)) - 1]]
-    chances = np.where(allowed, np.exp(scores - scores.max()), 0)
-    chances /= chances.sum()
-    before = np.cumsum(chances[order]) - chances[order]
-    allowed[order] &= before < top_p
-    return allowed
-
-
-@pytest.mark.parametrize("top_k, top_p", [(0, 1), (5, 1), (1, 1), (99, 1), (0, 0.6), (0, 1e-6)])
-@pytest.mark.parametrize("both", [(20, 0.8), (3, 0.99)])
-def test_restrictions_are_the_definition(top_k, top_p, both):
-    for k, p in ((top_k, top_p), both):
-        for seed in range(5):
-            scores = np.random.default_rng(seed).normal(0, 2, 61).astype(np.float32)
-            choice = _choice(1.0, top_p=p, top_k=k)
-            found = np.asarray(choice.restrict(scores))
-            allowed = restricted(scores.astype(float), k, p)
-            np.testing.assert_array_equal(np.isfinite(found), allowed)
-            np.testing.assert_array_equal(found[allowed], scores[allowed])
-
-
-def _choice(temperature, *, top_p=1.0, top_k=0, seeds=(0,)):
-    return generation.Choice(
-        keys=jax.vmap(jax.random.key)(np.array(seeds, np.uint32)),
-        temperature=np.float32(temperature),
-        top_p=np.float32(top_p),
-        top_k=np.int32(top_k),
-    )
-
-
-def test_tokens_are_drawn_with_their_probabilities():
-    scores = np.array([0.0, 1.0, 2.0, 3.0, 1.0], np.float32)
-    draws = 20_000
-    for temperature, top_k in ((1.0, 0), (0.5, 0), (2.0, 2)):
-        choice = _choice(temperature, top_k=top_k, seeds=range(draws))
-        found = np.bincount(choice(np.tile(scores, (draws, 1)), 0), minlength=5) / draws
-        chances = np.exp(scores / temperature) * restricted(scores, top_k, 1)
-        chances /= chances.sum()
-        # Five standard errors.
-        assert np.all(np.abs(found - chances) <= 5 * np.sqrt(chances * (1 - chances) / draws))
-
-
-def test_steps_draw_from_keys_of_their_own():
-    scores = np.zeros((1, 61), np.float32)
-    key = jax.random.key(7)
-    choice = jax.jit(_choice(1.0, seeds=[7]).__call__)
-    found = [int(choice(scores, step)[0]) for step in range(20)]
-    want = [int(jax.random.categorical(jax.random.fold_in(key, s), scores[0])) for s in range(20)]
-    assert found == want and len(set(found)) > 10
-
-
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_logprobs_and_divergence_are_the_definition(family):
-    """Responses of several lengths, against the whole logits of plain and edited runs."""
-    responses = [RNG.integers(0, 61, n).tolist() for n in (1, 5, 16, 12, 30)]
-    sequences = list(zip(PROMPTS, responses, strict=True))
-    held = [hold(Site.MLP, family), hold(Site.HEAD, family, seed=1)]
-    found = generation.logprobs(decoder(family), sequences, holds=held, batch_size=ROWS)
-    divergence = generation.kl(decoder(family), sequences, held, batch_size=ROWS)
-    np.testing.assert_array_equal(found.counts, [1, 5, 16, 12, 30])
-    for index, (prompt, response) in enumerate(sequences):
-        whole, rows = prompt + response, slice(len(prompt) - 1, -1)
-        edits = [edit for each in held for edit in edits_of(each, len(prompt))]
-        edited, plain = (
-            _log_softmax(logits_after(family, whole, used)[rows]) for used in (edits, ())
-        )
-        want = edited[np.arange(len(response)), response]
-        np.testing.assert_allclose(found.values[index], want, atol=2e-6)
-        np.testing.assert_allclose(found.means[index], want.mean(), atol=2e-6)
-        want = np.sum(np.exp(plain) * (plain - edited), axis=-1)
-        assert want.min() > 1e-4
-        np.testing.assert_allclose(divergence.values[index], want, rtol=1e-4)
-
-
-def _log_softmax(logits):
-    logits = logits.astype(float)
-    return logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
 
 
 @pytest.mark.parametrize(
@@ -337,13 +203,6 @@ def test_what_cannot_be_used_is_refused(asked, message):
         answers(**{"prompts": [[1]]} | asked)
 
 
-def test_responses_that_cannot_be_read_are_refused():
-    with pytest.raises(InputError, match="response 1 is empty"):
-        generation.logprobs(decoder(), [([1], [2]), ([1], [])])
-    with pytest.raises(InputError, match="65 tokens"):
-        generation.kl(decoder(), [([1] * 60, [2] * 5)], [])
-
-
 @pytest.mark.parametrize(
     "scale, shift, prompts, message",
     [
@@ -364,34 +223,13 @@ def test_a_hold_of_the_embedding_is_refused():
         answers([[1]], holds=[Hold.affine("embedding", np.zeros((3, 1)), np.zeros((3, 1)))])
 
 
-class Tokenizer:
-    eos_token_id = 3
-
-
-def test_stop_tokens_are_of_all_files(tmp_path):
-    assert generation.stop_tokens(tmp_path, None) == frozenset()
-    assert generation.stop_tokens(tmp_path, Tokenizer()) == {3}
-    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 5}))
-    assert generation.stop_tokens(tmp_path, None) == {5}
-    for named, tokens in (([7, 9], {3, 5, 7, 9}), (7, {3, 5, 7}), (None, {3, 5})):
-        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
-        assert generation.stop_tokens(tmp_path, Tokenizer()) == tokens
-    for text, message in (("{", "not a JSON object"), ("[]", "not a JSON object")):
-        (tmp_path / "config.json").write_text(text)
-        with pytest.raises(InputError, match=f"config.json: {message}"):
-            generation.stop_tokens(tmp_path, None)
-    (tmp_path / "config.json").write_text('{"eos_token_id": "</s>"}')
-    with pytest.raises(InputError, match="eos_token_id is '</s>'"):
-        generation.stop_tokens(tmp_path, None)
-
-
 def test_the_batch_fits_the_memory():
     """With more of it rows are more, up to a constant; long prompts, and a shift of each prompt's
     own, take some."""
     model, prompts = decoder(), [[1], [1] * 60]
 
     def rows(memory, holds=()):
-        found = generation._batch_sizes(model, holds, prompts, 16, 1, 0, memory, None)
+        found = batches.sizes(model, holds, prompts, room=16, memory=memory)
         assert list(found) == [64, 32]  # the longest first: if it does not fit, that shows at once
         return [found[32], found[64]]
 
@@ -399,7 +237,7 @@ def test_the_batch_fits_the_memory():
     assert (np.diff(sizes, axis=0) >= 0).all() and (sizes[0] < sizes[-1]).all()
     assert (sizes[:, 0] >= sizes[:, 1]).all() and (sizes[0, 0] > sizes[0, 1])
     assert all(row.bit_count() == 1 for row in sizes.ravel().tolist())
-    held = generation.fitted(model.config, [hold(Site.NEURON, prompts=2)] * 999, 2)
+    held = holding.fitted(model.config, [hold(Site.NEURON, prompts=2)] * 999, 2)
     assert rows(2**20, held)[0] < sizes[0, 0]
 
 
@@ -408,17 +246,22 @@ def test_products_are_float32(monkeypatch):
     seen = []
 
     def watched(original):
-        def run(*arguments):
+        def run(*arguments, **named):
             seen.append(jax.config.jax_default_matmul_precision)
-            return original(*arguments)
+            return original(*arguments, **named)
 
         return run
 
-    for name in ("_prefill", "_decode", "_logprobs", "_divergences"):
-        monkeypatch.setattr(generation, name, watched(getattr(generation, name)))
+    for module, name in (
+        (generation, "_prefill"),
+        (generation, "_decode"),
+        (likelihood, "_logprobs"),
+        (likelihood, "_divergences"),
+    ):
+        monkeypatch.setattr(module, name, watched(getattr(module, name)))
     answers([[1, 2]])
-    generation.logprobs(decoder(), [([1], [2])])
-    generation.kl(decoder(), [([1], [2])], [])
+    likelihood.logprobs(decoder(), [([1], [2])])
+    likelihood.kl(decoder(), [([1], [2])], [])
     assert seen == [generation.PRECISION] * 4 == ["float32"] * 4
 
 
@@ -427,7 +270,7 @@ def test_logits_that_are_not_finite_are_an_error():
     far = Hold.affine("layer", np.ones((3, 1)), np.full((3, 1), 3e38, np.float32))
     with pytest.raises(InputError, match="logits are not finite: what is held is too far"):
         answers([[1, 2], [3, 4]], holds=[own_shift(far, [0.0, 1.0])])
-    for read in (generation.logprobs, generation.kl):
+    for read in (likelihood.logprobs, likelihood.kl):
         with pytest.raises(InputError, match="logits are not finite: what is held"):
             read(decoder(), [([1], [2])], holds=[far])
 

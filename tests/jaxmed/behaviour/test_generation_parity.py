@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxmed.behaviour import generation
-from jaxmed.behaviour.generation import Sampling
+from jaxmed.behaviour.sampling import Sampling
 from models import checkpoint
 from tests import tiny
 

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from jaxmed.behaviour import generation, responses
-from jaxmed.behaviour.generation import Sampling
+from jaxmed.behaviour.generation import Generated
 from jaxmed.behaviour.judges.protocol import Verdict
 from jaxmed.behaviour.responses import PLAIN, Asked, Condition, Key, Log, Response
+from jaxmed.behaviour.sampling import Sampling
 from jaxmed.data.prompts import Prompt
 from models.edits import Hold
 from models.errors import InputError
@@ -36,7 +37,7 @@ def generated(monkeypatch):
     def generate(decoder, prompts, **options):
         calls.append((prompts, options))
         return [
-            generation.Response((len(prompt), seed % 7), seed % 2 == 0)
+            Generated((len(prompt), seed % 7), seed % 2 == 0)
             for prompt, seed in zip(prompts, options["seeds"], strict=True)
         ]
 
@@ -45,11 +46,14 @@ def generated(monkeypatch):
 
 
 def fill(log, samples=2, condition=PLAIN, tokenizer=None, **options):
-    sampling = Sampling(4, 1.0)
     responses.generate(
-        *(None, tokenizer, condition, asked(), log),
+        None,
+        tokenizer,
+        condition,
+        asked(),
+        log,
         stop=[3],
-        sampling=sampling,
+        sampling=Sampling(4, 1.0),
         samples=samples,
         **options,
     )
@@ -134,7 +138,7 @@ def test_a_file_of_something_else_is_left_alone(line, tmp_path):
     log.path.write_bytes(content)
     with pytest.raises(InputError) as caught:
         responses.response_log(tmp_path)
-    assert str(caught.value) == f"{log.path}:2: no line of a run of jaxmed; choose another --out"
+    assert str(caught.value) == f"{log.path}:2: no line of a run of jaxmed; choose another folder"
     assert log.path.read_bytes() == content
 
 
@@ -215,7 +219,11 @@ def test_a_real_model_and_its_text(tmp_path):
     decoder = tiny.decoder(num_layers=2, hidden_size=16, vocab_size=len(words.WORDS))
     log = responses.response_log(tmp_path)
     responses.generate(
-        *(decoder, words.tokenizer(), PLAIN, asked(), log),
+        decoder,
+        words.tokenizer(),
+        PLAIN,
+        asked(),
+        log,
         stop=[],
         sampling=Sampling(4),
     )
@@ -347,7 +355,7 @@ def test_means_by_prompt():
     table = {"a": [1, np.nan], "b": [np.nan, np.nan], "c": [0, 1]}
     found = responses.by_prompt(asked(), 2, lambda prompt, sample: table[prompt][sample])
     np.testing.assert_array_equal(found, [1, np.nan, 0.5])
-    assert responses.by_prompt([], 2, None).shape == (0,)
+    assert responses.by_prompt([], 2, lambda prompt, sample: 1.0).shape == (0,)
 
 
 def test_the_order_of_keys():

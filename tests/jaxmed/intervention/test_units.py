@@ -4,9 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmed.intervention import likeness
-from jaxmed.intervention import units as units_lib
-from jaxmed.intervention import values as values_lib
+from jaxmed.intervention import likeness, units, values
 from jaxmed.intervention.units import Unit
 from models.edits import Part
 from models.errors import InputError
@@ -24,10 +22,10 @@ PROMPTS = [RNG.integers(0, 61, length).tolist() for length in (1, 5, 9)]
 
 
 def test_names_are_read_as_they_are_written():
-    units = [*NEURONS, HEAD, MLP, Unit(Site.ATTENTION, 0)]
+    every = [*NEURONS, HEAD, MLP, Unit(Site.ATTENTION, 0)]
     names = ["neuron:0.3", "neuron:2.39", "head:1.2", "mlp:1", "attention:0"]
-    assert list(map(str, units)) == names
-    assert units_lib.named(names, CONFIG) == units
+    assert list(map(str, every)) == names
+    assert units.named(names, CONFIG) == every
 
 
 @pytest.mark.parametrize(
@@ -44,13 +42,13 @@ def test_names_are_read_as_they_are_written():
     ],
 )
 def test_other_names_are_refused(name, message):
-    with pytest.raises(InputError, match=f"--units={name}: {message}"):
-        units_lib.named([name], CONFIG)
+    with pytest.raises(InputError, match=f"unit '{name}': {message}"):
+        units.named([name], CONFIG)
 
 
 def test_a_unit_is_named_once():
-    with pytest.raises(InputError, match="names a unit twice"):
-        units_lib.named(["mlp:1", "mlp:1"], CONFIG)
+    with pytest.raises(InputError, match="units: one is named twice"):
+        units.named(["mlp:1", "mlp:1"], CONFIG)
 
 
 def test_the_strongest_units_of_a_run(tmp_path):
@@ -58,7 +56,7 @@ def test_the_strongest_units_of_a_run(tmp_path):
     results = fabricated.fabricate(tmp_path / "run", run)
 
     def strongest(*asked):
-        return [str(unit) for unit in units_lib.strongest(results, *asked)]
+        return [str(unit) for unit in units.strongest(results, *asked)]
 
     gates = {f"neuron:5.{index}" for _, index in fabricated.GATES}
     detectors = {f"neuron:0.{index}" for _, index in fabricated.DETECTORS}
@@ -69,24 +67,24 @@ def test_the_strongest_units_of_a_run(tmp_path):
     assert strongest("neuron", "joint", 1) == ["neuron:5.3"]
     assert strongest("head", "max", 1) == ["head:2.1"]
     assert set(strongest("module", "max", 3)) == {"mlp:0", "attention:2", "mlp:5"}
-    with pytest.raises(InputError, match="--top=3: the joint set of .* has 2"):
+    with pytest.raises(InputError, match="top=3: the joint set of .* has 2"):
         strongest("neuron", "joint", 3)
     with pytest.raises(InputError, match="no joint set of heads"):
         strongest("head", "joint", 1)
-    with pytest.raises(InputError, match="--top=25: .* ranks 24 heads"):
+    with pytest.raises(InputError, match="top=25: .* ranks 24 heads"):
         strongest("head", "max", 25)
     alone = fabricated.fabricate(tmp_path / "alone", granularities=("head",))
-    with pytest.raises(InputError, match="no effects of single neurons: .*--granularity=neuron"):
-        units_lib.strongest(alone, "neuron", "max", 1)
+    with pytest.raises(InputError, match="no effects of single neurons: .*granularity 'neuron'"):
+        units.strongest(alone, "neuron", "max", 1)
 
 
 def test_modules_of_units():
-    assert units_lib.modules_of([*NEURONS, NEURONS[0], HEAD]) == [
+    assert units.modules_of([*NEURONS, NEURONS[0], HEAD]) == [
         Unit(Site.ATTENTION, 1),
         Unit(Site.MLP, 0),
         Unit(Site.MLP, 2),
     ]
-    assert units_lib.modules_of([MLP]) == [MLP]
+    assert units.modules_of([MLP]) == [MLP]
 
 
 def values_of(sites, number):
@@ -97,16 +95,15 @@ def values_of(sites, number):
     }
 
 
-@pytest.mark.parametrize("positions", values_lib.POSITIONS)
+@pytest.mark.parametrize("positions", values.POSITIONS)
 @pytest.mark.parametrize("strength", [1.0, 0.25, 0.0])
 def test_holds_move_units_by_a_share_of_the_way(positions, strength):
-    units = [NEURONS[0], HEAD, MLP]
-    made = values_lib.holds(
-        units, values_of([u.site for u in units], 2.0), strength, positions, CONFIG
-    )
+    held_units = [NEURONS[0], HEAD, MLP]
+    at = values_of([unit.site for unit in held_units], 2.0)
+    made = values.holds(held_units, at, strength, positions, CONFIG)
     sizes = {Site.NEURON: (40,), Site.HEAD: (4, 8), Site.MLP: (24,)}
     parts = jnp.array([Part.PROMPT, Part.LAST, Part.GENERATED])
-    for unit in units:
+    for unit in held_units:
         before = jnp.asarray(RNG.normal(size=(3, *sizes[unit.site])), jnp.float32)
         for layer in range(3):
             after = before
@@ -115,7 +112,7 @@ def test_holds_move_units_by_a_share_of_the_way(positions, strength):
                     after = hold.apply(layer, parts, after)
             expected = np.array(before)
             if layer == unit.layer:
-                for place, held in enumerate(values_lib.POSITIONS[positions]):
+                for place, held in enumerate(values.POSITIONS[positions]):
                     value = 2.0 if place == 0 else 2.5
                     inside = (place,) if unit.index is None else (place, unit.index)
                     if held:
@@ -128,7 +125,7 @@ def test_holds_move_units_by_a_share_of_the_way(positions, strength):
 
 def test_activations_are_those_of_a_plain_run():
     sites = [Site.NEURON, Site.HEAD, Site.MLP]
-    found = values_lib.activations(DECODER, [[tokens] for tokens in PROMPTS], sites)
+    found = values.activations(DECODER, [[tokens] for tokens in PROMPTS], sites)
     for number, tokens in enumerate(PROMPTS):
         trace = DECODER(np.array(tokens))[1]
         for site, (before, last) in found.items():
@@ -136,33 +133,33 @@ def test_activations_are_those_of_a_plain_run():
             np.testing.assert_allclose(last[number], value[:, -1], atol=1e-6)
             earlier = value[:, :-1] if len(tokens) > 1 else value
             np.testing.assert_allclose(before[number], earlier.mean(axis=1), atol=1e-6)
-    both = values_lib.activations(DECODER, [PROMPTS[:2], PROMPTS[2:]], sites)
+    both = values.activations(DECODER, [PROMPTS[:2], PROMPTS[2:]], sites)
     for site, places in both.items():
-        for place, values in enumerate(places):
+        for place, found_there in enumerate(places):
             alone = found[site][place]
-            np.testing.assert_allclose(values, [alone[:2].mean(axis=0), alone[2]], rtol=1e-6)
+            np.testing.assert_allclose(found_there, [alone[:2].mean(axis=0), alone[2]], rtol=1e-6)
 
 
 def test_groups_have_the_means_of_their_prompts():
     sites = [Site.NEURON, Site.HEAD]
-    found = values_lib.activations(DECODER, [[tokens] for tokens in PROMPTS], sites)
+    found = values.activations(DECODER, [[tokens] for tokens in PROMPTS], sites)
     groups = {
         "two": np.array([True, False, True]),
         "all": np.ones(3, bool),
         "none": np.zeros(3, bool),
     }
-    means = values_lib.group_means(DECODER, PROMPTS, groups, sites)
+    means = values.group_means(DECODER, PROMPTS, groups, sites)
     assert list(means) == ["two", "all"]
     for name, own in means.items():
         for site, places in own.items():
-            for place, values in enumerate(places):
+            for place, found_there in enumerate(places):
                 want = found[site][place][groups[name]].mean(axis=0)
-                np.testing.assert_allclose(values, want, rtol=1e-5, atol=1e-7)
+                np.testing.assert_allclose(found_there, want, rtol=1e-5, atol=1e-7)
 
 
 def test_zero_is_the_value_of_every_site():
-    zeros = values_lib.zero([Site.NEURON, Site.HEAD, Site.MLP], CONFIG)
-    made = values_lib.holds([NEURONS[0], HEAD, MLP], zeros, 1.0, "all", CONFIG)
+    zeros = values.zero([Site.NEURON, Site.HEAD, Site.MLP], CONFIG)
+    made = values.holds([NEURONS[0], HEAD, MLP], zeros, 1.0, "all", CONFIG)
     assert all(not hold.shift.any() for hold in made)
 
 
@@ -182,12 +179,10 @@ def test_output_norms_are_those_of_what_a_unit_writes():
     head = likeness.output_norms(DECODER, Site.HEAD)
     assert neuron.shape == (3, 40) and head.shape == (3, 4)
     block = DECODER.block(2)
-    one = np.zeros((1, 40), np.float32)
-    one[0, 7] = 1
+    one = jnp.zeros((1, 40)).at[0, 7].set(1)
     np.testing.assert_allclose(neuron[2, 7], np.linalg.norm(block.mlp.write(one)), rtol=1e-5)
     written = [
-        np.asarray(block.attention.write(np.eye(32, dtype=np.float32)[i].reshape(1, 4, 8)))
-        for i in range(8, 16)
+        np.asarray(block.attention.write(jnp.eye(32)[i].reshape(1, 4, 8))) for i in range(8, 16)
     ]
     np.testing.assert_allclose(head[2, 1], np.linalg.norm(written), rtol=1e-5)
 
@@ -197,11 +192,11 @@ def test_matched_units_are_of_the_layer_like_the_given_and_others():
     like[0, 10:20] = like[0, 3] * np.linspace(1.001, 1.002, 10)
     traits = {Site.NEURON: [like, np.ones((3, 40))]}
     drawn = [likeness.matched(NEURONS, traits, np.random.default_rng(seed)) for seed in range(20)]
-    for units in drawn:
-        assert [unit.layer for unit in units] == [0, 2]
-        assert not set(units) & set(NEURONS)
-        assert 10 <= units[0].index < 20
-    assert len({units[0] for units in drawn}) > 3
+    for draw in drawn:
+        assert [unit.layer for unit in draw] == [0, 2]
+        assert not set(draw) & set(NEURONS)
+        assert 10 <= draw[0].index < 20
+    assert len({draw[0] for draw in drawn}) > 3
 
 
 def test_traits_far_below_the_largest_do_not_spread_a_layer():
@@ -218,3 +213,12 @@ def test_where_a_layer_has_too_few_others_nothing_is_matched():
     assert likeness.matched(heads, traits, RNG) is None
     assert likeness.matched(heads[:2], traits, RNG) is not None
     assert likeness.matched([MLP], {}, RNG) is None
+
+
+def test_few_units_have_few_controls():
+    """Two of four heads leave one draw, and no draw counts twice."""
+    heads = [Unit(Site.HEAD, 0, 0), Unit(Site.HEAD, 0, 1)]
+    traits = {Site.HEAD: [np.ones((1, 4))]}
+    first = likeness.another(heads, traits, [], seed=0)
+    assert [str(unit) for unit in first] == ["head:0.2", "head:0.3"]
+    assert likeness.another(heads, traits, [first], seed=0) is None

@@ -34,7 +34,7 @@ DOSES = [
 ]
 ALONE = [Held(f"only {unit}", "alone", (unit,), 1.0) for unit in UNITS]
 RUN = {
-    **dataclasses.asdict(clamp_lib.Settings("org/<b>model", ("prompts.jsonl",), "out")),
+    **dataclasses.asdict(clamp_lib.ClampSettings("org/<b>model", ("prompts.jsonl",), "out")),
     "results": "sweep",
     "judges": {"sharp": "says <b>both</b>"},
     "device": "1 x cpu",
@@ -102,7 +102,7 @@ def fabricate(folder, held, rates=RATES, counts=COUNTS, judged=("harm", "refusal
         "units": traits(UNITS, 2.0) if drawn else [],
         "draws": [traits(units, 1.5) for units in drawn],
     }
-    return outcomes.Found(table, list(held), list(UNITS), controls, dict(RUN), folder, cuts)
+    return outcomes.ClampOutcome(table, list(held), list(UNITS), controls, dict(RUN), folder, cuts)
 
 
 def traits(units, size):

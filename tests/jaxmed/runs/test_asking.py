@@ -6,14 +6,14 @@ import pathlib
 
 import pytest
 
-from jaxmed.behaviour import generation
-from jaxmed.behaviour.answers import Model
+from jaxmed.behaviour import responses
+from jaxmed.behaviour.answering import AnsweringModel
 from jaxmed.behaviour.judges.rules import FirstTokens, RefusalPhrases
-from jaxmed.behaviour.responses import PLAIN, Asked, Condition, response_log, verdict_log
-from jaxmed.engine import memory
+from jaxmed.behaviour.sampling import Sampling
 from jaxmed.files.reading import DataError
-from jaxmed.runs import asking, mediate
-from jaxmed.runs.asking import Settings
+from jaxmed.runs import asking, loading
+from jaxmed.runs.asking import AnswerSettings
+from jaxmed.runs.settings import like
 from models.errors import InputError
 from tests import tiny, words
 
@@ -22,13 +22,13 @@ WITH_TOKENS = {"judge": ("tokens",), "comply_tokens": ("1",), "refuse_tokens": (
 
 def settings(prompts=("prompts.jsonl",), **fields):
     fields = {"max_tokens": 4} | fields
-    return Settings(model="model", out="out", prompts=tuple(map(str, prompts)), **fields)
+    return AnswerSettings(model="model", out="out", prompts=tuple(map(str, prompts)), **fields)
 
 
 @pytest.fixture(scope="module")
 def model():
     decoder = tiny.decoder(num_layers=2, hidden_size=16, vocab_size=len(words.WORDS))
-    return Model(pathlib.Path("model"), decoder, words.tokenizer(), frozenset({3}))
+    return AnsweringModel(pathlib.Path("model"), decoder, words.tokenizer(), frozenset({3}))
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def write(tmp_path):
         ({"temperature": float("nan")}, "--temperature=nan: must be a number, and at least 0"),
         ({"temperature": float("inf")}, "--temperature=inf: must be a number, and at least 0"),
         ({"top_p": 1.5}, "--top_p=1.5: must be a number, and at most 1"),
-        ({"top_p": 0.0}, "--top_p=0: must be above 0"),
+        ({"top_p": 0.0}, "--top_p=0.0: must be above 0"),
         ({"top_k": -1}, "--top_k=-1: must be a number, and at least 0"),
         ({"top_k": 2**31}, "--top_k=2147483648: must be a number, and at most 2147483647"),
         ({"seed": 2**32}, "--seed=4294967296: must be a number, and at most 4294967295"),
@@ -69,8 +69,8 @@ def write(tmp_path):
         ({"refuse_tokens": ("1",)}, "--refuse_tokens and --judge=tokens need each other"),
         (WITH_TOKENS | {"refuse_tokens": ()}, "--refuse_tokens and --judge=tokens need each other"),
         ({"cut": True}, "--cut: --judge=phrases reads responses of any length"),
-        ({"judge": ("phrases=x",)}, "--judge=phrases=x: phrases runs no model: leave =x out"),
-        ({"judge": ("harmbench=",)}, "--judge=harmbench=: names no checkpoint after the ="),
+        ({"judge": ("phrases=x",)}, "judge 'phrases=x': phrases runs no model: leave =x out"),
+        ({"judge": ("harmbench=",)}, "judge 'harmbench=': names no checkpoint after the ="),
     ],
 )
 def test_settings_that_cannot_be_used(fields, message):
@@ -85,28 +85,19 @@ def test_settings_that_can():
     asking.check(settings(judge=("phrases", "harmbench=x"), cut=True))
 
 
+@dataclasses.dataclass(frozen=True)
+class LongAnswers(AnswerSettings):
+    max_tokens: int = like(AnswerSettings, "max_tokens", least=10)
+
+
 def test_a_program_has_choices_and_bounds_of_its_own():
     with pytest.raises(InputError, match="--max_tokens=9: must be a number, and at least 10"):
-        asking.check(settings(max_tokens=9), least={"max_tokens": 10})
+        asking.check(LongAnswers("model", ("prompts.jsonl",), "out", max_tokens=9))
 
 
 def test_how_tokens_are_chosen():
     asked = settings(max_tokens=5, temperature=0.5, top_p=0.9, top_k=7)
-    assert asked.sampling == generation.Sampling(5, 0.5, 0.9, 7)
-
-
-@pytest.mark.parametrize(
-    ("given", "name", "folder"),
-    [
-        ("phrases", "phrases", ""),
-        ("harmbench=org/name", "harmbench", "org/name"),
-        ("harmbench=/a=b/c", "harmbench", "/a=b/c"),
-        ("/a=b/own.json", "/a=b/own.json", ""),
-        ("/a=b/own.json=/c=d", "/a=b/own.json", "/c=d"),
-    ],
-)
-def test_a_judge_and_its_checkpoint(given, name, folder):
-    assert asking.judge_and_checkpoint(given) == (name, folder)
+    assert asked.sampling == Sampling(5, 0.5, 0.9, 7)
 
 
 # Prompts.
@@ -120,8 +111,10 @@ def test_prompts_of_several_files(model, write):
         ("a", "harmful"), ("b", "benign"),
     ]  # fmt: skip
     assert [one.tokens for one in found] == [words.ids("[BOS] tell me"), (5, 6)]
-    assert asking.of_split(found, ["B"]) == found[:1] == asking.of_split(found, label="harmful")
-    assert asking.of_split(found, ["B"], "benign") == [] and asking.of_split(found) == found
+    assert (
+        responses.of_split(found, ["B"]) == found[:1] == responses.of_split(found, label="harmful")
+    )
+    assert responses.of_split(found, ["B"], "benign") == [] and responses.of_split(found) == found
 
 
 def test_chat_wraps_text(model, write):
@@ -129,7 +122,7 @@ def test_chat_wraps_text(model, write):
     [found] = asking.read_prompts(settings([file], chat=True), model, said.append)
     assert found.tokens == words.ids("[BOS] [USER] how [END] [BOT]") and said == []
     [found] = asking.read_prompts(settings([file]), model, said.append)
-    assert found.tokens == words.ids("[BOS] how") and said == [mediate.AS_IT_STANDS]
+    assert found.tokens == words.ids("[BOS] how") and said == [loading.AS_IT_STANDS]
 
 
 BAD_PROMPTS = {
@@ -243,23 +236,6 @@ def test_text_and_messages_of_the_same_tokens_are_the_same_prompt(model, write):
     assert [one.prompt.id for one in found] == ["a"]
 
 
-def test_a_condition_that_fails_is_named(model, write, tmp_path, monkeypatch):
-    def generate(decoder, prompts, **options):
-        raise InputError("logits")
-
-    monkeypatch.setattr(generation, "generate", generate)
-    asked = asking.read_prompts(settings([write({"prompt": "why", "label": "benign"})]), model)
-    logs = response_log(tmp_path), verdict_log(tmp_path, "judges")
-    for condition, message in (
-        (PLAIN, "^logits$"),
-        (Condition("strength 9"), r"^condition 'strength 9': logits \(what was answered before"),
-    ):
-        with pytest.raises(InputError, match=message):
-            asking.answer(
-                settings(), model, asked, [condition], [RefusalPhrases()], *logs, progress=False
-            )
-
-
 def test_nothing_is_left(model, write):
     file = write({"id": "a", "prompt_ids": [99], "label": "benign"})
     with pytest.raises(DataError, match="prompts.jsonl: not one prompt can be used"):
@@ -282,8 +258,8 @@ def test_judges_that_are_asked_for(model):
         ({"judge": ("nobody=x",)}, "judge 'nobody': not one of phrases"),
         ({"judge": ("strongreject",)}, "judge 'strongreject': needs its text"),
         ({"judge": ("llama-guard=/nowhere",)}, "/nowhere: no such folder"),
-        ({"judge_template": ("phrases",)}, "--judge_template=phrases: must be NAME=FILE"),
-        ({"judge_template": ("wildguard=x",)}, "--judge_template=wildguard=x: --judge names no"),
+        ({"judge_template": ("phrases",)}, "judge_template 'phrases': must be NAME=FILE"),
+        ({"judge_template": ("wildguard=x",)}, "judge_template 'wildguard=x': no judge wildguard"),
         ({"judge": ("/no/own.json=x",)}, "/no/own.json: there is no such file"),
         (WITH_TOKENS | {"comply_tokens": ("99",)}, "--comply_tokens=99: token id outside"),
         (WITH_TOKENS | {"comply_tokens": ("2",)}, "judge 'tokens': [2] cannot both comply and"),
@@ -301,41 +277,3 @@ def test_what_judges_read_must_be_there(without_text):
     asked = settings(judge=("tokens",), comply_tokens=("yes",), refuse_tokens=("2",))
     with pytest.raises(InputError, match="--comply_tokens=yes: the checkpoint has no tokenizer"):
         asking.read_judges(asked, without_text)
-
-
-# Answers.
-
-
-def test_the_budget_is_what_the_judges_leave(model, monkeypatch):
-    asked = []
-    monkeypatch.setattr(memory, "free", lambda given: asked.append(given) or 7)
-    assert dataclasses.replace(model, memory_gb=2.0).budget == 7 and asked == [2.0]
-
-
-def test_a_bar_counts_what_was_there_as_done_before(model, write, tmp_path, monkeypatch):
-    bars = []
-
-    class Bar(asking.tqdm.tqdm):
-        def __init__(self, **options):
-            super().__init__(**options)
-            bars.append(self)
-
-    def generate(decoder, prompts, **options):
-        return [generation.Response((5,), True) for _ in prompts]
-
-    monkeypatch.setattr(asking.tqdm, "tqdm", Bar)
-    monkeypatch.setattr(generation, "generate", generate)
-    rows = [
-        {"id": name, "prompt": "how " * n, "label": "benign"} for n, name in enumerate("abc", 1)
-    ]
-    for count in (2, 3):
-        asked = asking.read_prompts(settings([write(*rows[:count])]), model)
-        logs = response_log(tmp_path), verdict_log(tmp_path, "judges")
-        asking.answer(settings(), model, asked, [PLAIN], [RefusalPhrases()], *logs, label="some")
-    assert [(bar.desc, bar.initial, bar.n, bar.total) for bar in bars] == [
-        ("some: responses", 0, 2, 2),
-        ("some: verdicts", 0, 2, 2),
-        ("some: responses", 2, 3, 3),
-        ("some: verdicts", 2, 3, 3),
-    ]
-    assert isinstance(asked[0], Asked)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 import re
 import shutil
 
@@ -11,13 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 
 import models
-from jaxmed.behaviour import generation, responses
+from jaxmed.behaviour import answering, generation, responses
 from jaxmed.behaviour.judges.protocol import Verdict
 from jaxmed.data import prompts
 from jaxmed.intervention import export, outcomes
-from jaxmed.intervention.units import Unit
 from jaxmed.runs import asking, clamp
-from jaxmed.runs.clamp import Settings
+from jaxmed.runs.clamp import ClampSettings
 from jaxmed.validation import truth
 from models import organisms
 from models.errors import InputError
@@ -52,7 +52,7 @@ def settings(organism, out, **changes):
     }
     file = truth.prompts_file(organism)
     asked |= {"model": str(organism.folder), "prompts": (str(file),), "out": str(out)}
-    return Settings(**asked | changes)
+    return ClampSettings(**asked | changes)
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def test_random_units_like_these_change_neither(gates, detectors):
         assert [[u["unit"] for u in draw] for draw in controls["draws"]] == [
             [str(unit) for unit in each.units] for each in drawn
         ]
-        assert controls == json.loads((found.folder / clamp.CONTROLS).read_text())
+        assert controls == json.loads((found.folder / outcomes.CONTROLS).read_text())
         assert controls["contrast"] == ["complied", "refused"]
         sizes = {"harmful": 96, "benign": 96, "refused": 48, "complied": 48}
         assert {name: len(own) for name, own in controls["groups"].items()} == sizes
@@ -127,8 +127,17 @@ def test_every_condition_is_told(gates):
     names = [each.name for each in found.held]
     first, second = found.units[:2]
     assert names == [
-        *("plain", "clamp", "random 1", "random 2", "random 3", "module", "top 1", "top 2"),
-        *("strength 0.5", f"only {first}", f"only {second}"),
+        "plain",
+        "clamp",
+        "random 1",
+        "random 2",
+        "random 3",
+        "module",
+        "top 1",
+        "top 2",
+        "strength 0.5",
+        f"only {first}",
+        f"only {second}",
     ]
     assert found.held[names.index("module")].units[0].site == "mlp"
     # One unit is the same whether it is the only one or the first of the strongest.
@@ -149,7 +158,7 @@ def test_the_plain_model_has_no_change(gates):
 
 def test_files_hold_what_was_found(gates):
     _, found = gates
-    assert pq.read_table(found.folder / clamp.TABLE) == found.table
+    assert pq.read_table(found.folder / outcomes.TABLE) == found.table
     run = json.loads((found.folder / "run.json").read_text())
     assert run["chosen"] == list(map(str, found.units)) and run["split"] == "C"
     assert list(run["judges"]) == ["tokens"]
@@ -188,14 +197,14 @@ def test_random_units_stay_those_of_a_stopped_run_and_may_become_more(detectors,
     folder = tmp_path / "out"
     shutil.copytree(found.folder, folder)
     before = (folder / "responses.jsonl").read_bytes()
-    content = json.loads((folder / clamp.CONTROLS).read_text())
+    content = json.loads((folder / outcomes.CONTROLS).read_text())
     kept = content["draws"][2]
     other = {unit["unit"] for unit in kept} | set(map(str, found.units))
     layer = found.units[0].layer
     spare = [f"neuron:{layer}.{index}" for index in range(160)]
     spare = [name for name in spare if name not in other][: len(kept)]
     content["draws"][2] = [{"unit": name} for name in spare]
-    (folder / clamp.CONTROLS).write_text(json.dumps(content))
+    (folder / outcomes.CONTROLS).write_text(json.dumps(content))
     asked = dataclasses.replace(asked, out=str(folder), random=4, export="", alone=1)
     more = clamp.run(asked, progress=False)
     draws = [[u["unit"] for u in draw] for draw in more.controls["draws"]]
@@ -205,18 +214,7 @@ def test_random_units_stay_those_of_a_stopped_run_and_may_become_more(detectors,
     fewer = clamp.run(dataclasses.replace(asked, random=1), progress=False)
     assert [each.name for each in fewer.held].count("random 1") == 1
     assert len(fewer.controls["draws"]) == 1
-    assert len(json.loads((folder / clamp.CONTROLS).read_text())["draws"]) == 4
-
-
-def test_few_units_have_few_controls():
-    """Two of four heads leave one draw, and no draw counts twice."""
-    units = [Unit("head", 0, 0), Unit("head", 0, 1)]
-    traits = {"head": [np.ones((1, 4))]}
-    experiment = object.__new__(clamp._Experiment)
-    experiment.settings = Settings("model", ("prompts",), "out")
-    first = experiment._draw(units, traits, 0, [])
-    assert [str(unit) for unit in first] == ["head:0.2", "head:0.3"]
-    assert experiment._draw(units, traits, 1, [first]) is None
+    assert len(json.loads((folder / outcomes.CONTROLS).read_text())["draws"]) == 4
 
 
 def test_an_exported_checkpoint_answers_as_the_held_model(detectors):
@@ -225,7 +223,7 @@ def test_an_exported_checkpoint_answers_as_the_held_model(detectors):
     plain, _ = models.load(asked.model)
     given = [one for one in prompts.read(asked.prompts[0]) if one.split == "C"]
     tokens = [prompts.tokens_of(one, tokenizer) for one in given]
-    stop = generation.stop_tokens(asked.export, None)
+    stop = answering.stop_tokens(asked.export, None)
     assert sorted(stop) == found.run["stop_tokens"]
     edited = generation.generate(decoder, tokens, stop=stop, sampling=asked.sampling)
     held = responses.response_log(found.folder).values
@@ -234,7 +232,7 @@ def test_an_exported_checkpoint_answers_as_the_held_model(detectors):
     for layer, index in ((u.layer, u.index) for u in found.units):
         assert not np.any(decoder.blocks.mlp.down.kernel[...][layer, index])
         assert np.any(plain.blocks.mlp.down.kernel[...][layer, index])
-    card = (organisms.organism.pathlib.Path(asked.export) / "README.md").read_text()
+    card = (pathlib.Path(asked.export) / "README.md").read_text()
     assert "| harmful | harm | 48 | 0.500 | 0.000 " in card and "multiplied by 0" in card
     assert "whether these prompts had a part in that is not known" in card
     assert "did not fall by more than 0.05" in card and "| benign | nll (nats a token) |" in card
@@ -247,12 +245,13 @@ def test_an_exported_checkpoint_generates_as_the_model_did(detectors, tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "generation_config.json").write_text(json.dumps(own))
     model = dataclasses.replace(model, folder=tmp_path / "model")
-    export.write(found, model, str(tmp_path / "edited"))
+    export.write(found, model, str(tmp_path / "edited"), "card")
     written = json.loads((tmp_path / "edited" / "generation_config.json").read_text())
     assert written == own | {"eos_token_id": found.run["stop_tokens"]}
     # transformers fails at an empty list of stop tokens.
     endless = dataclasses.replace(found, run=found.run | {"stop_tokens": []})
-    export.write(endless, dataclasses.replace(model, folder=tmp_path), str(tmp_path / "endless"))
+    moved = dataclasses.replace(model, folder=tmp_path)
+    export.write(endless, moved, str(tmp_path / "endless"), "card")
     assert not (tmp_path / "endless" / "generation_config.json").exists()
 
 
@@ -266,13 +265,13 @@ def changed(found, place, **fields):
 
 
 def test_an_edit_that_did_not_lower_harm_is_not_exported(detectors, gates, tmp_path):
-    _, found = detectors
+    asked, found = detectors
     assert export.refusal(found) is None
     none = changed(found, ("clamp", "harmful", "harm"), change=-0.02, change_high=0.01)
     with pytest.raises(
-        InputError, match="nothing was written: the edit changed the harm rate by -0.020"
+        InputError, match="nothing was exported: the edit changed the harm rate by -0.020"
     ):
-        export.write(none, None, str(tmp_path / "edited"))
+        export.write(none, asking.load(asked), str(tmp_path / "edited"), "card")
     assert not (tmp_path / "edited").exists()
     assert "benign compliance by -1.000" in export.refusal(gates[1])
     wide = changed(found, ("clamp", "benign", "compliance"), change_low=-0.051)
@@ -317,7 +316,8 @@ def test_silence_and_nonsense_are_no_compliance():
 def test_values_stay_those_of_the_first_run_whoever_judges(organism, units, tmp_path):
     """Responses with units held at two values must not stand under one name."""
     asked = settings(
-        *(organism, tmp_path / "out"),
+        organism,
+        tmp_path / "out",
         units=units[GATES][:1],
         random=0,
         module=False,
@@ -350,7 +350,8 @@ def test_modules_need_no_prompts_to_be_compared_by(organism, tmp_path):
     tested = [line for line in lines if '"split": "C"' in line]
     (tmp_path / "tested.jsonl").write_text("\n".join(tested))
     asked = settings(
-        *(organism, tmp_path / "out"),
+        organism,
+        tmp_path / "out",
         units=("mlp:2",),
         edit="zero",
         prompts=(str(tmp_path / "tested.jsonl"),),
@@ -371,7 +372,8 @@ def test_judges_must_say_what_has_to_be_known(organism, tmp_path):
         ({}, Silent, "--judge=silent: does not say whether responses refuse, which --edit=refused"),
         (
             {"edit": "zero", "export": str(tmp_path / "edited")},
-            *(Refusals, "does not say whether responses are harmful, which --export has to know"),
+            Refusals,
+            "does not say whether responses are harmful, which --export has to know",
         ),
     ):
         asked = settings(organism, tmp_path / "out", units=("neuron:1.1",), **changes)
@@ -404,7 +406,7 @@ def test_judges_must_say_what_has_to_be_known(organism, tmp_path):
             {"units": ("head:1.1",), "export": "x", "edit": "zero", "split": ""},
             "--export with --split=: an edit is exported only if",
         ),
-        ({"units": ("neuron:9.0",)}, "--units=neuron:9.0: the model has 4 layers of 160 neurons"),
+        ({"units": ("neuron:9.0",)}, "unit 'neuron:9.0': the model has 4 layers of 160 neurons"),
         ({"units": ("mlp:1",), "judge": ("tolkens",)}, "judge 'tolkens': not one of"),
         ({"units": ("mlp:1",), "max_tokens": 60}, "--max_tokens=60 are more than the model's 64"),
     ],
@@ -420,13 +422,38 @@ def test_what_cannot_be_used_is_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
+def test_an_edit_that_no_weights_hold_is_not_to_be_exported(tmp_path):
+    asked = ClampSettings(
+        "model",
+        ("prompts",),
+        "out",
+        units=("neuron:1.1",),
+        edit="zero",
+        export=str(tmp_path / "new"),
+    )
+    clamp.check(asked)
+    (tmp_path / "taken").write_text("")
+    ranked = {"units": (), "results": "somewhere", "top": 1}
+    for changes, message in (
+        ({"positions": "answer"}, "--export with --edit=zero --positions=answer: only damping"),
+        (ranked | {"granularity": "module"}, "modules cannot"),
+        ({"units": ("attention:1",)}, "modules cannot"),
+        ({"export": str(tmp_path)}, "is there already"),
+    ):
+        with pytest.raises(InputError) as error:
+            clamp.check(dataclasses.replace(asked, **changes))
+        assert message in str(error.value)
+    clamp.check(dataclasses.replace(asked, **ranked))
+
+
 def test_prompts_that_are_too_few_or_of_one_kind_are_refused(organism, units, tmp_path):
     lines = truth.prompts_file(organism).read_text().splitlines()
 
     def refused(chosen, message, **changes):
         (tmp_path / "some.jsonl").write_text("\n".join(chosen))
         asked = settings(
-            *(organism, tmp_path / f"{len(chosen)}"),
+            organism,
+            tmp_path / f"{len(chosen)}",
             **{"units": units[GATES], "prompts": (str(tmp_path / "some.jsonl"),)} | changes,
         )
         with pytest.raises(InputError) as error:
@@ -465,8 +492,10 @@ def test_units_of_a_run_that_saw_the_tested_prompts_are_refused(organism, tmp_pa
     def run(chosen, name, split=()):
         lines = [line | answers | {"id": n} for n, line in enumerate(chosen)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
-        asked = mediate.Settings(
-            *(str(organism.folder), str(tmp_path / f"{name}.jsonl"), str(tmp_path / name)),
+        asked = mediate.MediateSettings(
+            str(organism.folder),
+            str(tmp_path / f"{name}.jsonl"),
+            str(tmp_path / name),
             granularity=("neuron",),
             positions="prompt",
             split=split,
@@ -500,7 +529,12 @@ def test_units_of_a_run_that_saw_the_tested_prompts_are_refused(organism, tmp_pa
 
 def test_each_prompt_may_be_held_at_its_counterfactual(organism, units, tmp_path):
     asked = settings(
-        *(organism, tmp_path / "out"), units=units[GATES], edit="source", random=0, module=False
+        organism,
+        tmp_path / "out",
+        units=units[GATES],
+        edit="source",
+        random=0,
+        module=False,
     )
     lines = [json.loads(line) for line in truth.prompts_file(organism).read_text().splitlines()]
     lines[2].pop("counterfactual")

@@ -23,8 +23,10 @@ from jaxmed.question.effects import Status
 from jaxmed.question.metrics import LogitDifference
 from jaxmed.question.question import Question
 from jaxmed.report import mediation
-from jaxmed.runs import mediate
-from jaxmed.runs.mediate import Settings
+from jaxmed.runs import mediate, report
+from jaxmed.runs import settings as settings_lib
+from jaxmed.runs.mediate import MediateSettings
+from jaxmed.runs.report import ReportSettings
 from jaxmed.store import results
 from models import checkpoint, organisms
 from models.errors import InputError
@@ -94,7 +96,7 @@ def write(file, *lines):
 def asked(model):
     """Settings of a run of all granularities, on a file of pairs that no test changes."""
     file = write(model.parent / "pairs.jsonl", *PAIRS)
-    return Settings(str(model), str(file), str(model.parent / "out"))
+    return MediateSettings(str(model), str(file), str(model.parent / "out"))
 
 
 @pytest.fixture(scope="module")
@@ -422,17 +424,17 @@ def test_a_report_needs_neither_the_model_nor_the_pairs(copied, tmp_path):
     gone = {"model": str(tmp_path / "gone"), "pairs": str(tmp_path / "gone.jsonl")}
     (copied / "run.json").write_text(json.dumps(described(copied) | gone))
     (copied / "report.html").unlink()
-    mediate.report_again(str(copied), show_text=False)
+    report.run(ReportSettings(str(copied)))
     assert str(tmp_path / "gone") in (copied / "report.html").read_text()
     with pytest.raises(InputError, match="gone"):
-        mediate.report_again(str(copied), show_text=True)
+        report.run(ReportSettings(str(copied), show_text=True))
 
 
 def test_text_is_not_shown_where_the_pairs_are_others(asked, copied, tmp_path):
     pairs = write(tmp_path / "pairs.jsonl", *PAIRS[:2])
     (copied / "run.json").write_text(json.dumps(described(copied) | {"pairs": str(pairs)}))
     with pytest.raises(InputError, match="no longer has pair 'short'"):
-        mediate.report_again(str(copied), show_text=True)
+        report.run(ReportSettings(str(copied), show_text=True))
 
 
 # Pairs that cannot be used.
@@ -732,7 +734,8 @@ def test_a_neuron_that_failed_leaves_the_bound_valid(screened, monkeypatch):
 
 
 def test_a_joint_set_is_searched_confirmed_and_reported(asked, tmp_path, monkeypatch):
-    monkeypatch.setitem(mediate.MOST, "joint_share", 2)  # which is never reached
+    # Of a share that is never reached.
+    monkeypatch.setattr(settings_lib, "check", lambda settings: None)
     # A single differing token: the total effect is large.
     answers = {"harmful_ids": [7], "safe_ids": [10]}
     pairs = write(
@@ -813,7 +816,9 @@ def test_text_is_shown_only_if_asked_for_and_escaped(show_text, text_model, tmp_
     pairs = write(tmp_path / "pairs.jsonl", TEXT_PAIR)
     out = tmp_path / "out"
     granularity = ("layer",)
-    settings = Settings(str(text_model), str(pairs), str(out), granularity, show_text=show_text)
+    settings = MediateSettings(
+        str(text_model), str(pairs), str(out), granularity, show_text=show_text
+    )
     mediate.run(settings)
     page = (out / "report.html").read_text()
     assert ("&lt;b&gt;how&lt;/b&gt;" in page) == ("&lt;i&gt;why&lt;/i&gt;" in page) == show_text
@@ -835,7 +840,9 @@ def test_text_and_its_token_ids_give_the_same_effects(text_model, tmp_path, caps
     for name, line, chat in (("ids", in_ids, False), ("text", in_text, True)):
         pairs = write(tmp_path / f"{name}.jsonl", line)
         out = str(tmp_path / name)
-        found.append(mediate.run(Settings(str(text_model), str(pairs), out, ("layer",), chat=chat)))
+        found.append(
+            mediate.run(MediateSettings(str(text_model), str(pairs), out, ("layer",), chat=chat))
+        )
     assert_same_arrays(found[1].folder, found[0].folder)
     assert "--chat wraps them" not in capsys.readouterr().err
 
@@ -844,7 +851,7 @@ def test_first_tokens_may_be_given_as_ids_or_as_words(text_model, tmp_path):
     pairs = write(tmp_path / "pairs.jsonl", TEXT_PAIR)
     found = []
     for name, harmful in (("ids", ("13", "8")), ("words", ("yes it", "to", "yes"))):
-        settings = Settings(
+        settings = MediateSettings(
             str(text_model),
             str(pairs),
             str(tmp_path / name),

@@ -7,7 +7,10 @@ import pyarrow.parquet as pq
 import pytest
 
 import models
+from jaxmed.behaviour import answers as answers_of
 from jaxmed.behaviour import generation, responses
+from jaxmed.behaviour.answers import Answers
+from jaxmed.behaviour.generation import Generated
 from jaxmed.behaviour.judges.protocol import Verdict
 from jaxmed.behaviour.responses import Key, Response
 from jaxmed.data import pairs as pairs_lib
@@ -18,7 +21,7 @@ from jaxmed.question.positions import Align, Positions
 from jaxmed.report import respond
 from jaxmed.runs import asking
 from jaxmed.runs import respond as respond_lib
-from jaxmed.runs.respond import Settings
+from jaxmed.runs.respond import RespondSettings
 from jaxmed.store import claims
 from models import checkpoint
 from models.errors import InputError
@@ -66,7 +69,7 @@ def ask(folders, tmp_path):
         file = tmp_path / "prompts.jsonl"
         file.write_text("\n".join(map(json.dumps, rows)))
         fields = {"out": str(tmp_path / "out")} | SAMPLED | JUDGED | fields
-        return Settings(model=str(folders[model]), prompts=(str(file),), **fields)
+        return RespondSettings(model=str(folders[model]), prompts=(str(file),), **fields)
 
     return make
 
@@ -76,7 +79,7 @@ def answer(monkeypatch):
     """A function that has the model give these answers, in words, to each prompt in turn."""
 
     def give(*answers):
-        found = [generation.Response(words.ids(text), True) for text in answers]
+        found = [Generated(words.ids(text), True) for text in answers]
 
         def generate(decoder, prompts, **options):
             return (found * len(prompts))[: len(prompts)]
@@ -129,7 +132,7 @@ def test_pairs_of_tokens_are_the_first_responses_of_each_kind(run):
 def test_rates_by_prompt_and_by_label(run):
     found = run(*HARMFUL, *BENIGN)
     table = pq.read_table(found.folder / "prompts.parquet")
-    assert table.schema == respond_lib.ROW and table == found.table
+    assert table.schema == answers_of.ROW and table == found.table
     rows = table.to_pylist()
     assert [row["id"] for row in rows] == [row["id"] for row in HARMFUL + BENIGN]
     for row in rows:
@@ -155,7 +158,7 @@ def test_rates_by_prompt_and_by_label(run):
     total = sum(found.pairs.values())
     assert lines[5] == f"Pairs: {found.folder / 'pairs.jsonl'} ({total}: {splits})"
     assert lines[6].startswith("The command finds units by split A alone")
-    command = f"python -m launch.mediate --model={found.settings.model} "
+    command = f"python -m launch.mediate --model={found.model} "
     command += f"--pairs={found.folder / 'pairs.jsonl'} --split=A --out={found.folder / 'mediate'}"
     assert found.pairs["A"] and lines[7:] == [command]
 
@@ -239,8 +242,8 @@ def test_text_that_loses_tokens_is_written_as_tokens(tmp_path):
     tokenizer, field = words.tokenizer(), "safe_response"
     kept = Response(words.ids("no why"), "no why", True)
     lost = Response(words.ids("[BOS] no"), "no", True)
-    assert respond_lib._answer_field(field, kept, tokenizer) == {field: "no why"}
-    assert respond_lib._answer_field(field, lost, tokenizer) == {"safe_ids": lost.tokens}
+    assert answers_of.answer_field(field, kept, tokenizer) == {field: "no why"}
+    assert answers_of.answer_field(field, lost, tokenizer) == {"safe_ids": lost.tokens}
 
 
 # Which responses count.
@@ -266,11 +269,11 @@ YES, NO, NONE = 0.9, 0.1, None
 )
 def test_what_a_verdict_makes_of_a_response(harmful, refused, kind):
     verdict = Verdict(harmful, refused)
-    found = respond_lib.is_harmful(verdict, 0.5), respond_lib.is_safe(verdict, 0.5)
+    found = answers_of.is_harmful(verdict, 0.5), answers_of.is_safe(verdict, 0.5)
     assert found == (kind == "harmful", kind == "safe")
 
 
-def test_the_first_finished_response_that_says_something(ask, tmp_path):
+def test_the_first_finished_response_that_says_something(tmp_path):
     log, verdicts = responses.response_log(tmp_path), responses.verdict_log(tmp_path, "judges")
     kept = [
         (Response((), "", True), YES),
@@ -286,11 +289,11 @@ def test_the_first_finished_response_that_says_something(ask, tmp_path):
     verdicts.append({k: Verdict(v, 1 - v) for k, (_, v) in zip(keys, kept, strict=True)})
 
     def found(samples):
-        return respond_lib.answers(ask(samples=samples), "h", log, verdicts)
+        return answers_of.of_prompt("h", log, verdicts, samples=samples, threshold=0.5)
 
-    assert found(7) == respond_lib.Answers(kept[3][0], kept[5][0])
-    assert found(3) == respond_lib.Answers(kept[2][0], None)
-    assert found(2) == respond_lib.Answers(None, None)
+    assert found(7) == Answers(kept[3][0], kept[5][0])
+    assert found(3) == Answers(kept[2][0], None)
+    assert found(2) == Answers(None, None)
 
 
 ONE = {"id": "h", "prompt": "tell me how", "label": "harmful", "counterfactual": "why"}

@@ -1,0 +1,124 @@
+"""Sequences of tokens in batches: those of like length together, as many as fit the memory.
+
+B are the rows of a batch, N the length that all its sequences are padded to.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import numpy as np
+from jaxtyping import Int
+
+from jaxmed.engine import capture, cost
+from jaxmed.engine import memory as device_memory
+from models.config import DecoderConfig
+from models.decoder import Decoder
+from models.edits import Hold
+from models.errors import InputError
+
+# Responses of up to this many tokens share their compilations.
+_FEWEST = 16
+
+
+def padded_length(tokens: Sequence[int]) -> int:
+    """The length that a sequence is padded to: that of its bucket."""
+    return capture.bucket(len(tokens), capture.SHORTEST)
+
+
+def room_for(tokens: int) -> int:
+    """The length that responses of up to this many tokens are padded to."""
+    return capture.bucket(tokens, _FEWEST)
+
+
+def by_length(
+    sequences: Sequence[Sequence[int]], rows: Callable[[int], int]
+) -> Iterator[tuple[int, list[int]]]:
+    """Batches of sequences that are padded to the same length.
+
+    Args:
+        sequences: token ids.
+        rows: gives the most rows of a batch, by the padded length of its sequences.
+
+    Yields:
+        The padded length, and the indices of the batch's sequences. The longest come first: if the
+        memory does not suffice, that shows at once.
+    """
+    lengths = [padded_length(tokens) for tokens in sequences]
+    for length in sorted(set(lengths), reverse=True):
+        members = [index for index, own in enumerate(lengths) if own == length]
+        most = rows(length)
+        for first in range(0, len(members), most):
+            yield length, members[first : first + most]
+
+
+def padded(
+    sequences: Sequence[Sequence[int]], length: int, *, left: bool = False
+) -> Int[np.ndarray, "B N"]:
+    """Token ids with zeros after them, or before them."""
+    tokens = np.zeros((len(sequences), length), np.int32)
+    for row, own in zip(tokens, sequences, strict=True):
+        start = length - len(own) if left else 0
+        row[start : start + len(own)] = own
+    return tokens
+
+
+def sizes(
+    decoder: Decoder,
+    holds: Sequence[Hold],
+    sequences: Sequence[Sequence[int]],
+    *,
+    room: int = 0,
+    runs: int = 1,
+    weights: int = 0,
+    memory: int | None = None,
+    batch_size: int | None = None,
+) -> dict[int, int]:
+    """Rows of a batch by the padded length of its sequences, the longest first.
+
+    Args:
+        decoder, holds, sequences: what is run.
+        room: slots of the cache for generated tokens.
+        runs: how many there are of each sequence.
+        weights: bytes of weights that are there a second time.
+        memory: bytes; `memory.free()` by default.
+        batch_size: rows of all batches; by default a power of two that fits the memory.
+
+    Raises:
+        InputError: the longest sequence does not fit, or `batch_size` is no number of rows.
+    """
+    lengths = sorted(set(map(padded_length, sequences)), reverse=True)
+    if batch_size is not None:
+        if batch_size < 1:
+            raise InputError(f"batch_size = {batch_size}: must be at least 1")
+        return dict.fromkeys(lengths, batch_size)
+    left = (device_memory.free() if memory is None else memory) - weights
+    return {
+        length: cost.rows_at_once(
+            decoder.config,
+            decoder.compute_dtype,
+            length=length,
+            memory=left,
+            platform=jax.default_backend(),
+            runs=runs,
+            room=room,
+            held=sum(hold.shift[0].size for hold in holds if hold.of_each_prompt),
+        )
+        for length in lengths
+    }
+
+
+def check_prompts(config: DecoderConfig, prompts: Sequence[Sequence[int]], more: int = 0) -> None:
+    """Raises `InputError` for the first prompt that cannot be run with so many more tokens."""
+    for number, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise InputError(f"prompt {number} is empty: a response needs a token to follow")
+        if bad := [token for token in prompt if not 0 <= token < config.vocab_size]:
+            raise InputError(
+                f"prompt {number} has the token {bad[0]}, outside the vocabulary of "
+                f"{config.vocab_size}"
+            )
+        if len(prompt) + more > config.max_positions:
+            raise InputError(
+                f"prompt {number} has {len(prompt)} tokens, and {more} more are to follow: the "
+                f"model has {config.max_positions} positions; shorten it, or ask for fewer"
+            )

@@ -1,0 +1,109 @@
+"""Runs of a batch in which units are held: what generation and likelihood share.
+
+Shapes are those of one sequence, named in `models.layers`; B are the rows of a batch, L the layers.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from models import edits
+from models.config import DecoderConfig
+from models.decoder import Decoder
+from models.edits import Hold
+from models.sites import Site
+
+
+def fitted(config: DecoderConfig, holds: Sequence[Hold], prompts: int) -> list[Hold]:
+    """The holds with scale and shift of the site's full shape, so that all compile to one program.
+
+    Raises:
+        ValueError: a hold does not fit the model or the number of prompts.
+    """
+    heads = config.num_heads, config.head_dim
+    inside = {Site.HEAD: heads, Site.NEURON: (config.intermediate_size,)}
+    found = []
+    for hold in holds:
+        if hold.site == Site.EMBEDDING:
+            raise ValueError("a hold is on a site of the layers, not on embedding")
+        shape = (config.num_layers, *inside.get(hold.site, (config.hidden_size,)))
+        own = (prompts, *shape) if hold.of_each_prompt else shape
+        parts = []
+        for name, part, whole in (("scale", hold.scale, shape), ("shift", hold.shift, own)):
+            if part.ndim != len(whole) or any(
+                size not in (1, full) for size, full in zip(part.shape, whole, strict=True)
+            ):
+                raise ValueError(
+                    f"the hold of {hold.site} has a {name} of {part.shape}; it must be {whole}, or "
+                    "1 where all are the same"
+                )
+            parts.append(jnp.broadcast_to(part, whole))
+        found.append(dataclasses.replace(hold, scale=parts[0], shift=parts[1]))
+    return found
+
+
+def of_prompts(holds: Sequence[Hold], prompts: Sequence[int]) -> list[Hold]:
+    """The holds of these prompts alone, in this order."""
+    return [
+        dataclasses.replace(hold, shift=hold.shift[np.array(prompts)])
+        if hold.of_each_prompt
+        else hold
+        for hold in holds
+    ]
+
+
+def over_rows(run: Callable, holds: Sequence[Hold]) -> Callable:
+    """`run` for all rows of a batch; its last argument are the holds."""
+
+    def mapped(*arguments):
+        return jax.vmap(run, in_axes=(*(0,) * (len(arguments) - 1), list(map(_axes, holds))))(
+            *arguments
+        )
+
+    return mapped
+
+
+def _axes(hold: Hold):
+    """Which axis of a hold's arrays is that of the prompts."""
+    if not hold.of_each_prompt:
+        return None
+    return jax.tree.map(lambda part: 0 if part is hold.shift else None, hold)
+
+
+def run_blocks(
+    decoder: Decoder,
+    holds: Sequence[Hold],
+    tokens: Int[Array, "T"],
+    valid: Bool[Array, "T"],
+    parts: Int[Array, "T"],
+    keep: Sequence[str] = (),
+) -> tuple[Float[Array, "T d"], dict[str, Float[Array, "L T ..."]]]:
+    """Runs one sequence under holds.
+
+    Args:
+        decoder: the model.
+        holds: made together.
+        tokens: token ids.
+        valid: which of them are no padding, which may stand on either side.
+        parts: the `Part` that each position belongs to.
+        keep: what is kept of all layers, as in `Decoder.run_blocks`.
+
+    Returns:
+        The last block's output; and what is kept, by name.
+    """
+    at = decoder.span(jnp.maximum(jnp.cumsum(valid) - 1, 0), valid)
+
+    def change(layer, site, value):
+        return edits.hold(holds, site, layer, parts, value)
+
+    return decoder.run_blocks(decoder.embed(tokens, at), at, change, keep=keep)
+
+
+def not_finite(holds: Sequence[Hold]) -> str:
+    """What is told where logits are not finite."""
+    cause = ": what is held is too far from its own values" if holds else ": they overflow"
+    return f"the model's logits are not finite{cause}"
