@@ -22,7 +22,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 from torch.utils.mkldnn import to_mkldnn
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
@@ -121,9 +121,12 @@ class Hooks(Baseline):
     batch = 64
 
     def prepare(self) -> None:
+        """As in `Baseline`."""
         self.base_value = self._values(self.tokens)
 
     def patched(self, layers: torch.Tensor, neurons: torch.Tensor) -> torch.Tensor:
+        """As in `Baseline`."""
+
         def patch(layer):
             rows = (layers == layer).nonzero().squeeze(1)
             units = neurons[rows]
@@ -159,6 +162,7 @@ class Prefix(Baseline):
     batch = 512
 
     def prepare(self) -> None:
+        """As in `Baseline`."""
         self.layers, self.final_norm = self.model.model.layers, self.model.model.norm
         self.unembedding = self.model.lm_head.weight.to_dense()[self.compared]
         self.down = [layer.mlp.down_proj.weight.to_dense() for layer in self.layers]
@@ -171,6 +175,7 @@ class Prefix(Baseline):
         self.base_value = self._read(self.residual[-1:])
 
     def patched(self, layers: torch.Tensor, neurons: torch.Tensor) -> torch.Tensor:
+        """As in `Baseline`."""
         x = self.residual[:0]
         for index in range(int(layers[0]), len(self.layers)):
             if len(x):
@@ -204,7 +209,7 @@ class Prefix(Baseline):
         x = x + attention.o_proj(heads.transpose(0, 1).reshape(rows, -1))
 
         mlp, normed = layer.mlp, _norm(layer.post_attention_layernorm, x)
-        return x + mlp.down_proj(F.silu(mlp.gate_proj(normed)).mul_(mlp.up_proj(normed)))
+        return x + mlp.down_proj(functional.silu(mlp.gate_proj(normed)).mul_(mlp.up_proj(normed)))
 
     def _read(self, x: torch.Tensor) -> torch.Tensor:
         """Y at rows of the last block's output, [B, d] -> [B]."""
@@ -255,4 +260,4 @@ def _capture(model: LlamaForCausalLM, ids: Sequence[int]):
 
 
 def _norm(norm: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-    return F.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
+    return functional.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)

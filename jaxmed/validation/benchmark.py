@@ -23,8 +23,8 @@ from jaxtyping import Bool
 from jaxmed.analysis import screening
 from jaxmed.analysis.audit import Audit, missed
 from jaxmed.behaviour import generation
-from jaxmed.data.pairs import Pair
 from jaxmed.behaviour.sampling import Sampling
+from jaxmed.data.pairs import Pair
 from jaxmed.engine import cost, memory, plan, propagate, scan
 from jaxmed.question.effects import PairEffects
 from jaxmed.question.metrics import LogitDifference

@@ -48,8 +48,8 @@ def score(results: Results) -> dict[str, dict[str, dict[str, float]]]:
 
     Returns:
         {granularity: {ranking: {"auroc": fraction, "precision_at_k": fraction}}} for those of
-        module, head and neuron that were run, and for each of `ranking.rankings`. NaN where nothing is
-        planted.
+        module, head and neuron that were run, and for each of `ranking.rankings`. NaN where nothing
+        is planted.
 
     Raises:
         InputError: a planted unit does not exist in this run.
