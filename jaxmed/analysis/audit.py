@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -77,9 +78,9 @@ def missed(
 
 
 def missing_bound(
-    sizes: Int[np.ndarray, "J"],
-    samples: Int[np.ndarray, "J"],
-    hits: Int[np.ndarray, "J"],
+    sizes: Int[np.ndarray, "J"] | Sequence[int],
+    samples: Int[np.ndarray, "J"] | Sequence[int],
+    hits: Int[np.ndarray, "J"] | Sequence[int],
     confidence: float = 0.95,
 ) -> int:
     """Upper confidence bound on the marked units outside a stratified sample.

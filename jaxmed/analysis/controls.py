@@ -2,7 +2,9 @@
 
 `activation_difference` ranks units without asking what they cause. `rotated_strengths` asks what an
 edit of the same size does in a random direction: an effect that is no larger says nothing about the
-unit. Shapes: L layers, U units of a layer, D draws.
+unit.
+
+Shapes: L layers, U units of a layer (of layers there is no such axis), D draws.
 """
 
 import functools
@@ -27,7 +29,7 @@ DRAWS = 19  # an effect above all of them is above the 95% quantile of its contr
 
 def activation_difference(
     decoder: Decoder, pair: Pair, question: Question, granularity: str
-) -> Float[np.ndarray, "L U"]:
+) -> Float[np.ndarray, "L *U"]:
     """How much each unit differs between base and source run: a correlation, not an effect.
 
     |a' - a|, summed over the edited positions of every response's run; the Euclidean norm where a
@@ -74,13 +76,13 @@ def rotated_strengths(
     pairs: list[Pair],
     question: Question,
     granularity: str,
-    chosen: Bool[np.ndarray, "L U"],
+    chosen: Bool[np.ndarray, "L *U"],
     *,
     draws: int = DRAWS,
     seed: int = 0,
     matmul_precision: str = "float32",
     memory: int | None = None,
-) -> Float[np.ndarray, "D L U"]:
+) -> Float[np.ndarray, "D L *U"]:
     """The strength of each unit's matched random control.
 
     What the unit's edit adds to the residual stream is turned by a random rotation, the same at all
@@ -132,14 +134,14 @@ def discoveries(
     pairs: list[Pair],
     question: Question,
     granularity: str,
-    strength: Float[np.ndarray, "L U"],
+    strength: Float[np.ndarray, "L *U"],
     total_effect: float,
     *,
     draws: int = DRAWS,
     seed: int = 0,
     matmul_precision: str = "float32",
     memory: int | None = None,
-) -> Bool[np.ndarray, "L U"]:
+) -> Bool[np.ndarray, "L *U"]:
     """Units whose effect is above a minimum and above that of their matched random control.
 
     "The mean effect is not 0" is true of nearly every unit of a real network, and finds nothing.
@@ -171,7 +173,7 @@ def discoveries(
 
 
 def above_minimum(
-    strength: Float[np.ndarray, "L U"], total_effect: float
-) -> Bool[np.ndarray, "L U"]:
+    strength: Float[np.ndarray, "L *U"], total_effect: float
+) -> Bool[np.ndarray, "L *U"]:
     """Units whose effect is large enough to be a discovery, whatever their control says."""
     return np.nan_to_num(strength) > MINIMUM_SHARE * abs(total_effect)

@@ -71,7 +71,7 @@ def mean_interval(
             sums.sort(axis=1)
             for bound, quantile in zip(interval, ((1 - level) / 2, (1 + level) / 2), strict=True):
                 bound[chunk] = _quantile_of_sorted(sums, quantile) / len(pairs)
-    low, high = interval.reshape(2, *unit_shape)
+    low, high = (bound.reshape(unit_shape) for bound in interval)
     return pair_mean(values).reshape(unit_shape), low, high
 
 

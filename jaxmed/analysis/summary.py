@@ -102,7 +102,7 @@ def _rows(
         "ci_low": low,
         "ci_high": high,
         "p_value": p,
-        "q_value": statistics.q_values(p, untested=count - exact.sum()),
+        "q_value": statistics.q_values(p, untested=int(count - exact.sum())),
         "n_pairs": pa.array(n_pairs[kept], pa.int32()),
         "exact": pa.array(exact, pa.bool_()),
     }

@@ -58,7 +58,7 @@ class Pair:
 
     @property
     def base(self) -> str:
-        """The base prompt's name, `base_id` or `id`; pairs that share it are no independent samples."""
+        """The base prompt's name, `base_id` or `id`: pairs that share it are not independent."""
         return self.base_id or self.id
 
 

@@ -182,7 +182,8 @@ def _no_label(path: pathlib.Path, columns: list[str]) -> str:
     alike = [known for known in SETS if known.only and set(known.columns) == set(columns)]
     return (
         f"{path}: is of no known set of prompts, and says no label: give one of "
-        f"{', '.join(LABELS)} for the whole file (label=LABEL, or LABEL=FILE for a program), or in a column 'label'"
+        f"{', '.join(LABELS)} for the whole file (label=LABEL, or LABEL=FILE for a program), or "
+        "in a column 'label'"
     ) + "".join(
         f"; files of {known.name} have {' or '.join(known.label_by_file)} in their names"
         for known in alike

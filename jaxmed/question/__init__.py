@@ -1,1 +1,1 @@
-"""What is asked of every pair: sites, metric, positions, directions; and what every effect looks like."""
+"""What is asked of every pair: sites, metric, positions, directions; what effects look like."""

@@ -16,12 +16,13 @@ Nothing else in jaxmed needs torch, so nothing else imports this module; `pip in
 'jaxmed[parity]'` or `pip install torch==2.13.0` brings it.
 """
 
+import abc
 import tempfile
 from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 from torch.utils.mkldnn import to_mkldnn
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
@@ -55,22 +56,33 @@ def torch_model(decoder: Decoder, onednn: bool = True) -> LlamaForCausalLM:
 
 
 def in_dtype(model: LlamaForCausalLM, dtype: str) -> LlamaForCausalLM:
-    """The model with its weights and activations in another type, as "bfloat16"."""
+    """The model itself, its weights and activations now in another type, as "bfloat16"."""
     return model.to(getattr(torch, dtype))
 
 
-class Baseline:
-    """Neurons in the order of their layers, in batches.
+class Baseline(abc.ABC):
+    """A way to find the effects of neurons, in the order of their layers, in batches.
 
     Args:
         model: LlamaForCausalLM, as of `torch_model`.
         base_ids, source_ids: tokens of the two prompts.
         harmful_token, safe_token: the tokens whose logits are compared.
-        batch: neurons that are run at once.
+        batch: neurons that are run at once; the class's own number by default.
     """
 
+    batch: int
+    base_value: torch.Tensor  # Y of the plain run; `prepare` makes it
+
     @torch.inference_mode()
-    def __init__(self, model, base_ids, source_ids, harmful_token, safe_token, batch=None):
+    def __init__(
+        self,
+        model: LlamaForCausalLM,
+        base_ids: Sequence[int],
+        source_ids: Sequence[int],
+        harmful_token: int,
+        safe_token: int,
+        batch: int | None = None,
+    ):
         self.model, self.batch = model, batch or self.batch
         self.tokens = torch.tensor([list(base_ids)])
         self.compared = [harmful_token, safe_token]
@@ -78,12 +90,22 @@ class Baseline:
         self.source_neurons = _capture(model, source_ids)[0]
         self.prepare()
 
+    @abc.abstractmethod
+    def prepare(self) -> None:
+        """Makes what all batches share, and the base value."""
+
+    @abc.abstractmethod
+    def patched(self, layers: torch.Tensor, neurons: torch.Tensor) -> torch.Tensor:
+        """Y of the runs with these neurons patched, in the order of their layers, [B]."""
+
     @torch.inference_mode()
-    def effects(self, layers: Sequence[int], neurons: Sequence[int]) -> np.ndarray:
+    def effects(self, layers: np.ndarray, neurons: np.ndarray) -> np.ndarray:
         """NIE of the neurons with these layers and indices, each patched alone, float32 [U]."""
-        layers, order = torch.tensor(np.asarray(layers), dtype=torch.long).sort()
-        neurons = torch.tensor(np.asarray(neurons), dtype=torch.long)[order]
-        batches = map(self.patched, layers.split(self.batch), neurons.split(self.batch))
+        sorted_layers, order = torch.tensor(layers, dtype=torch.long).sort()
+        sorted_neurons = torch.tensor(neurons, dtype=torch.long)[order]
+        batches = map(
+            self.patched, sorted_layers.split(self.batch), sorted_neurons.split(self.batch)
+        )
         found = torch.empty(len(order))
         found[order] = (torch.cat(list(batches)) - self.base_value).float()
         return found.numpy()
@@ -98,11 +120,12 @@ class Hooks(Baseline):
 
     batch = 64
 
-    def prepare(self):
+    def prepare(self) -> None:
+        """As in `Baseline`."""
         self.base_value = self._values(self.tokens)
 
     def patched(self, layers: torch.Tensor, neurons: torch.Tensor) -> torch.Tensor:
-        """Y of the runs with these neurons patched, [B]."""
+        """As in `Baseline`."""
 
         def patch(layer):
             rows = (layers == layer).nonzero().squeeze(1)
@@ -138,7 +161,8 @@ class Prefix(Baseline):
 
     batch = 512
 
-    def prepare(self):
+    def prepare(self) -> None:
+        """As in `Baseline`."""
         self.layers, self.final_norm = self.model.model.layers, self.model.model.norm
         self.unembedding = self.model.lm_head.weight.to_dense()[self.compared]
         self.down = [layer.mlp.down_proj.weight.to_dense() for layer in self.layers]
@@ -151,7 +175,7 @@ class Prefix(Baseline):
         self.base_value = self._read(self.residual[-1:])
 
     def patched(self, layers: torch.Tensor, neurons: torch.Tensor) -> torch.Tensor:
-        """Y of the runs with these neurons patched, in the order of their layers, [B]."""
+        """As in `Baseline`."""
         x = self.residual[:0]
         for index in range(int(layers[0]), len(self.layers)):
             if len(x):
@@ -185,7 +209,7 @@ class Prefix(Baseline):
         x = x + attention.o_proj(heads.transpose(0, 1).reshape(rows, -1))
 
         mlp, normed = layer.mlp, _norm(layer.post_attention_layernorm, x)
-        return x + mlp.down_proj(F.silu(mlp.gate_proj(normed)).mul_(mlp.up_proj(normed)))
+        return x + mlp.down_proj(functional.silu(mlp.gate_proj(normed)).mul_(mlp.up_proj(normed)))
 
     def _read(self, x: torch.Tensor) -> torch.Tensor:
         """Y at rows of the last block's output, [B, d] -> [B]."""
@@ -236,4 +260,4 @@ def _capture(model: LlamaForCausalLM, ids: Sequence[int]):
 
 
 def _norm(norm: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-    return F.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
+    return functional.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)

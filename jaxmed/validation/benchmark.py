@@ -7,25 +7,31 @@ depend on how busy or how fast the machine is.
 """
 
 import dataclasses
+import functools
 import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool
 
-from jaxmed.analysis import audit as audit_lib
 from jaxmed.analysis import screening
+from jaxmed.analysis.audit import Audit, missed
 from jaxmed.behaviour import generation
 from jaxmed.behaviour.sampling import Sampling
+from jaxmed.data.pairs import Pair
 from jaxmed.engine import cost, memory, plan, propagate, scan
-from jaxmed.question import metrics, question
+from jaxmed.question.effects import PairEffects
+from jaxmed.question.metrics import LogitDifference
+from jaxmed.question.question import Question
 from jaxmed.validation import presets
-from jaxmed.validation.presets import PRESETS
 from models.config import DecoderConfig
+from models.decoder import Decoder
 from models.edits import Hold
 from models.errors import InputError
 
@@ -35,7 +41,43 @@ GENERATION_BASELINES = ("transformers",)
 HOOKS_SAMPLE = 256
 PREFIX_SAMPLE = 9216
 _BASELINE_ROUNDS = 3
+_clock = time.perf_counter
 _PRODUCT_SECONDS = 1.5  # for which products are timed before and after each run of the engine
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class BaselineSpeed:
+    """How fast a baseline finds effects; medians over rounds in which the engine took its turn.
+
+    Attributes:
+        what: which it is, for people.
+        neurons_per_second: neurons that it patches alone, a second.
+        speedup: how many times more the engine does.
+    """
+
+    what: str
+    neurons_per_second: float
+    speedup: float
+
+
+@dataclasses.dataclass(frozen=True)
+class BaselineGeneration:
+    """How fast a baseline generates; medians over rounds in which jaxmed took its turn.
+
+    Attributes:
+        what: which it is, for people.
+        tokens_per_second: generated tokens of all rows, a second.
+        speedup, held_speedup: how many times longer it takes than jaxmed, plain and with a hold.
+    """
+
+    what: str
+    tokens_per_second: float
+    speedup: float
+    held_speedup: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +101,7 @@ class Figures:
         peak_memory_bytes: largest resident size of the process; on an accelerator, its memory.
         speedup_hooks: how many times more neurons per second than transformers with hooks.
         speedup_prefix: than the prefix-cached loop, with torch as it is installed.
-        baselines: of all that were timed: `what`, `neurons_per_second` and `speedup`.
+        baselines: of all that were timed, by name.
         screen_seconds: of both estimands of a pair in screened mode, scores and audit included.
         speedup_screen: how many times faster that is than both estimands in full.
     """
@@ -80,7 +122,7 @@ class Figures:
     peak_memory_bytes: int
     speedup_hooks: float | None = None
     speedup_prefix: float | None = None
-    baselines: dict[str, dict] = dataclasses.field(default_factory=dict)
+    baselines: dict[str, BaselineSpeed] = dataclasses.field(default_factory=dict)
     screen_seconds: float | None = None
     speedup_screen: float | None = None
 
@@ -97,8 +139,7 @@ class GenerationFigures:
         held_tokens_per_second: the same with a hold on every neuron of every layer.
         hold_cost: how much longer that takes, as a share; median over rounds.
         peak_memory_bytes: as in `Figures`, before the baselines.
-        baselines: of all that were timed: `what`, `tokens_per_second`, `speedup` of plain
-            generation, and `held_speedup`.
+        baselines: of all that were timed, by name.
     """
 
     preset: str
@@ -112,7 +153,7 @@ class GenerationFigures:
     held_tokens_per_second: float
     hold_cost: float
     peak_memory_bytes: int
-    baselines: dict[str, dict] = dataclasses.field(default_factory=dict)
+    baselines: dict[str, BaselineGeneration] = dataclasses.field(default_factory=dict)
 
 
 def measure_generation(
@@ -125,7 +166,7 @@ def measure_generation(
     prompt_tokens: int = 128,
     new_tokens: int = 64,
     memory_gb: float | None = None,
-    say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
+    say: Callable[[str], None] = _tell,
 ) -> GenerationFigures:
     """Times greedy generation, plain and with a hold, and the baselines' (no holds), in turn.
 
@@ -138,14 +179,13 @@ def measure_generation(
     Raises:
         InputError: what is asked cannot be compared.
     """
-    config = PRESETS[preset].config
+    config = presets.PRESETS[preset].config
     if against and (jax.default_backend() != "cpu" or config.dtype != "float32"):
         raise InputError(
             f"--against: the baselines are timed in float32 on a CPU, generation here in "
             f"{config.dtype} on {jax.devices()[0].device_kind}: no comparison"
         )
-    if layers:
-        config = dataclasses.replace(config, num_layers=layers, windows=(None,) * layers)
+    config = presets.with_layers(config, layers)
     say(f"{preset}: making {config.num_layers} layers of random weights")
     decoder = presets.random_decoder(config)
     prompts = np.random.default_rng(0).integers(0, config.vocab_size, (batch, prompt_tokens))
@@ -153,9 +193,10 @@ def measure_generation(
     hold = Hold.affine("neuron", damped[None], np.zeros((1, 1), np.float32))
     memory_left = memory.free(memory_gb)
 
-    def ours(*holds):
+    def ours(*holds: Hold) -> None:
         generation.generate(
-            *(decoder, prompts.tolist()),
+            decoder,
+            prompts.tolist(),
             stop=(),
             sampling=Sampling(new_tokens),
             holds=holds,
@@ -164,7 +205,7 @@ def measure_generation(
         )
 
     what = {"plain": "plain", "held": "with a hold on every neuron"}
-    runs = {"plain": ours, "held": lambda: ours(hold)}
+    runs: dict[str, Callable[[], object]] = {"plain": ours, "held": lambda: ours(hold)}
     for run in runs.values():
         run()
     peak = _peak_memory()
@@ -180,7 +221,7 @@ def measure_generation(
     seconds = _in_turn(runs, rounds, say)
     rates = {name: batch * new_tokens / statistics.median(seconds[name]) for name in runs}
 
-    def times_longer(name, than):
+    def times_longer(name: str, than: str) -> float:
         return statistics.median(a / b for a, b in zip(seconds[name], seconds[than], strict=True))
 
     return GenerationFigures(
@@ -196,25 +237,33 @@ def measure_generation(
         hold_cost=times_longer("held", "plain") - 1,
         peak_memory_bytes=peak,
         baselines={
-            name: {
-                "what": what[name],
-                "tokens_per_second": rates[name],
-                "speedup": times_longer(name, "plain"),
-                "held_speedup": times_longer(name, "held"),
-            }
-            for name in runs.keys() - {"plain", "held"}
+            name: BaselineGeneration(
+                what=what[name],
+                tokens_per_second=rates[name],
+                speedup=times_longer(name, "plain"),
+                held_speedup=times_longer(name, "held"),
+            )
+            for name in runs
+            if name not in ("plain", "held")
         },
     )
 
 
-def _in_turn(runs: dict[str, Callable], rounds: int, say) -> dict[str, list[float]]:
+def _seconds(run: Callable[[], object]) -> float:
+    """How long a call takes."""
+    start = _clock()
+    run()
+    return _clock() - start
+
+
+def _in_turn(
+    runs: dict[str, Callable[[], object]], rounds: int, say: Callable[[str], None]
+) -> dict[str, list[float]]:
     """Seconds of each run in each round."""
     seconds = {name: [] for name in runs}
     for number in range(rounds):
         for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(_seconds(run))
         taken = ", ".join(f"{name} {times[-1]:.2f} s" for name, times in seconds.items())
         say(f"round {number + 1} of {rounds}: {taken}")
     return seconds
@@ -229,24 +278,24 @@ def measure(
     rounds: int = 5,
     screen: int = 0,
     memory_gb: float | None = None,
-    say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
+    say: Callable[[str], None] = _tell,
 ) -> Figures:
     """Runs the engine, the products and the baselines.
 
     Args:
-        preset: one of `PRESETS`.
+        preset: one of `presets.PRESETS`.
         against: any of `BASELINES`; they need torch, and run in float32 on a CPU.
         layers: blocks of the model; 0 for the preset's.
         neurons: how many neurons, spread evenly over all; 0 for all.
         rounds: runs of the engine after the first, which compiles.
         screen: how many of the strongest neurons the screened mode looks for; 0 not to time it.
-        memory_gb: as in `jaxmed.scan`.
+        memory_gb: memory that the process may take on its device, in GiB; most of it by default.
         say: where progress is told.
 
     Raises:
         InputError: what is asked cannot be compared.
     """
-    chosen_preset = PRESETS[preset]
+    chosen_preset = presets.PRESETS[preset]
     like = jax.default_backend() == "cpu" and chosen_preset.matmul_precision == "float32"
     if against and not like:
         raise InputError(
@@ -256,13 +305,18 @@ def measure(
     if screen and neurons:
         raise InputError("--screen looks at all neurons: leave out --neurons")
     config = chosen_preset.config
-    if layers:
-        config = dataclasses.replace(config, num_layers=layers, windows=(None,) * layers)
+    config = presets.with_layers(config, layers)
     chosen = spread(config, neurons)
     say(f"{preset}: making {config.num_layers} layers of random weights")
     decoder = presets.random_decoder(config)
     pair = presets.random_pair(config, chosen_preset.tokens)
-    engine = _Engine(decoder, pair, chosen, chosen_preset.matmul_precision, memory.free(memory_gb))
+    engine = _Engine(
+        decoder=decoder,
+        pair=pair,
+        chosen=chosen,
+        matmul_precision=chosen_preset.matmul_precision,
+        memory=memory.free(memory_gb),
+    )
     products = _Products(config, engine.batch, chosen_preset.matmul_precision)
     say(f"first run of {int(chosen.sum()):,} neurons by both estimands, with compilation")
     first = engine.seconds()
@@ -297,12 +351,18 @@ def measure(
         peak_memory_bytes=_peak_memory(),
     )
     if screen:
-        figures = _with_screen(figures, decoder, pair, engine, screen, say)
-    return _with_baselines(figures, decoder, pair, chosen, engine, against, say)
+        figures = _with_screen(figures, engine, screen, say)
+    if against:
+        figures = _with_baselines(figures, engine, _baselines(engine, against), say)
+    return figures
 
 
-def spread(config: DecoderConfig, neurons: int) -> np.ndarray:
-    """A mask [layer, neuron] of that many neurons, spread evenly over all; 0 for all."""
+def spread(config: DecoderConfig, neurons: int) -> Bool[np.ndarray, "L I"]:
+    """A mask of that many neurons, spread evenly over all; 0 for all.
+
+    Raises:
+        InputError: there are not so many.
+    """
     count = config.num_layers * config.intermediate_size
     if neurons > count:
         raise InputError(f"--neurons={neurons}: the model has {count}")
@@ -315,37 +375,49 @@ class _Engine:
     """The engine's scan of a pair.
 
     Attributes:
+        decoder, pair, question, chosen: what is scanned; chosen is a mask [layer, neuron].
         batch: rows of a batch.
         operations: what one estimand needs.
         product_operations: of these, what products with the blocks' weights need.
     """
 
-    def __init__(self, decoder, pair, chosen, matmul_precision, memory_left):
-        self.question = question.Question(metrics.LogitDifference())
-        self.scan = lambda chosen=chosen: scan.scan_pair(
-            *(decoder, pair, self.question, ["neuron"]),
-            chosen={"neuron": chosen},
-            matmul_precision=matmul_precision,
-            memory=memory_left,
-        )
+    def __init__(
+        self,
+        *,
+        decoder: Decoder,
+        pair: Pair,
+        chosen: Bool[np.ndarray, "L I"],
+        matmul_precision: str,
+        memory: int,
+    ):
+        self.decoder, self.pair, self.chosen = decoder, pair, chosen
+        self.question = Question(LogitDifference())
+        self._how = {"matmul_precision": matmul_precision, "memory": memory}
         config, (term,) = decoder.config, self.question.metric.terms(pair)
         (work,) = plan.plan(
             config, pair, term, self.question, ["neuron"], False, {"neuron": chosen}
         )
         dtype = decoder.embedding[...].dtype
-        _, self.batch = cost.batching(config, dtype, work, term, memory_left, jax.default_backend())
+        _, self.batch = cost.batching(config, dtype, work, term, memory, jax.default_backend())
+        both = cost.operations(config, pair, self.question, ["neuron"], {"neuron": chosen})
+        self.operations = both / 2
         blocks_after = np.sum(config.num_layers - 1 - work.units.layers)
-        self.operations = cost.operations(
-            config, pair, self.question, ["neuron"], {"neuron": chosen}
-        )
-        self.operations /= 2
         self.product_operations = float(blocks_after) * cost.block_operations(config)
+
+    def scan(self, chosen: Bool[np.ndarray, "L I"]) -> PairEffects:
+        """NIE and TIE of the chosen neurons."""
+        return scan.scan_pair(
+            self.decoder,
+            self.pair,
+            self.question,
+            ["neuron"],
+            chosen={"neuron": chosen},
+            **self._how,
+        )
 
     def seconds(self) -> float:
         """Of one estimand: half of what both take."""
-        start = time.perf_counter()
-        self.scan()
-        return (time.perf_counter() - start) / 2
+        return _seconds(lambda: self.scan(self.chosen)) / 2
 
 
 class _Products:
@@ -367,20 +439,21 @@ class _Products:
 
     def rate(self) -> float:
         """Floating-point operations a second."""
-        self._multiply_all()
-        start, done = time.perf_counter(), 0
-        while (gone := time.perf_counter() - start) < _PRODUCT_SECONDS:
-            self._multiply_all()
+        self.multiply_all()
+        start, done = _clock(), 0
+        while (gone := _clock() - start) < _PRODUCT_SECONDS:
+            self.multiply_all()
             done += self.under_way
         return done * self.operations / gone
 
-    def _multiply_all(self) -> None:
+    def multiply_all(self) -> None:
         """Each weight with the input of its size, as often as may be under way."""
+        under_way = []
         for weight in self.weights * self.under_way:
-            found = _multiply(self.inputs[weight.shape[0]], weight)
+            under_way = [_multiply(self.inputs[weight.shape[0]], weight)]
             if self.under_way == 1:
-                found.block_until_ready()
-        found.block_until_ready()
+                jax.block_until_ready(under_way)
+        jax.block_until_ready(under_way)
 
 
 @jax.jit
@@ -395,29 +468,28 @@ def _peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _with_screen(figures: Figures, decoder, pair, engine, top: int, say) -> Figures:
+def _with_screen(
+    figures: Figures, engine: _Engine, top: int, say: Callable[[str], None]
+) -> Figures:
     """The screened mode's time, in rounds with the full scan."""
 
-    def screened():
-        start = time.perf_counter()
-        nie, tie = screening.scores(decoder, pair, engine.question)
+    def screened() -> Audit:
+        nie, tie = screening.scores(engine.decoder, engine.pair, engine.question)
         strength = np.maximum(np.abs(nie), np.abs(tie))
         selection = screening.select(strength, top, screening.AUDIT, seed=0)
         found = engine.scan(selection.computed)
         exact = np.maximum(np.abs(found.nie["neuron"]), np.abs(found.tie["neuron"]))
-        audit = audit_lib.missed(selection, exact, top)
-        return time.perf_counter() - start, audit
+        return missed(selection, exact, top)
 
-    screened()  # compiles
+    audit = screened()  # compiles; every round finds the same
     seconds, speedups = [], []
     for number in range(_BASELINE_ROUNDS):
         full = 2 * engine.seconds()
-        taken, audit = screened()
-        seconds.append(taken)
-        speedups.append(full / taken)
+        seconds.append(_seconds(screened))
+        speedups.append(full / seconds[-1])
         say(
             f"round {number + 1} of {_BASELINE_ROUNDS}: screened for the {top} strongest, "
-            f"{taken:.2f} s; in full {full:.2f} s; at most {audit.bound} missed"
+            f"{seconds[-1]:.2f} s; in full {full:.2f} s; at most {audit.bound} missed"
         )
     return dataclasses.replace(
         figures,
@@ -426,51 +498,96 @@ def _with_screen(figures: Figures, decoder, pair, engine, top: int, say) -> Figu
     )
 
 
-def _with_baselines(figures: Figures, decoder, pair, chosen, engine, against, say) -> Figures:
-    """The baselines' rates, and how many times faster the engine is in the same rounds."""
-    if not against:
-        return figures
+@runtime_checkable
+class _FindsEffects(Protocol):
+    """What a baseline does."""
+
+    def effects(self, layers: np.ndarray, neurons: np.ndarray) -> np.ndarray:
+        """NIE of the neurons with these layers and indices, [U]."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class _Timed:
+    """A baseline that is timed.
+
+    Attributes:
+        what: which it is, for people.
+        baseline: finds the effects.
+        sample: the most neurons that it is timed on.
+    """
+
+    what: str
+    baseline: _FindsEffects
+    sample: int
+
+
+def _baselines(engine: _Engine, against: tuple[str, ...]) -> dict[str, _Timed]:
+    """Those that are asked for, made of the engine's model and pair."""
     from jaxmed.validation import baselines  # torch, which only a comparison needs
 
-    layers, neurons = np.nonzero(chosen)
-    reads = (pair.prompt_ids, pair.counterfactual_ids, pair.harmful_ids[0], pair.safe_ids[0])
-    as_installed = baselines.torch_model(decoder, onednn=False)
+    as_installed = baselines.torch_model(engine.decoder, onednn=False)
+    reads = {
+        "base_ids": engine.pair.prompt_ids,
+        "source_ids": engine.pair.counterfactual_ids,
+        "harmful_token": engine.pair.harmful_ids[0],
+        "safe_token": engine.pair.safe_ids[0],
+    }
     timed = {}
     if "hooks" in against:
-        what = "transformers with hooks, 64 rows a batch"
-        timed["hooks"] = what, baselines.Hooks(as_installed, *reads), HOOKS_SAMPLE
+        timed["hooks"] = _Timed(
+            what=f"transformers with hooks, {baselines.Hooks.batch} rows a batch",
+            baseline=baselines.Hooks(as_installed, **reads),
+            sample=HOOKS_SAMPLE,
+        )
     if "prefix" in against:
-        what = "prefix-cached torch loop"
-        onednn = baselines.torch_model(decoder, onednn=True)
-        few = baselines.Prefix(as_installed, *reads, batch=64)
-        many = baselines.Prefix(as_installed, *reads)
-        fast = baselines.Prefix(onednn, *reads)
-        timed["prefix"] = f"{what}, {many.batch} rows a batch", many, PREFIX_SAMPLE
-        timed["prefix_64_rows"] = f"{what}, 64 rows a batch", few, PREFIX_SAMPLE
-        timed["prefix_onednn"] = f"{what}, with oneDNN for MKL", fast, PREFIX_SAMPLE
+        onednn = baselines.torch_model(engine.decoder, onednn=True)
+        for name, model, batch, how in (
+            ("prefix", as_installed, baselines.Prefix.batch, "{} rows a batch"),
+            ("prefix_64_rows", as_installed, 64, "{} rows a batch"),
+            ("prefix_onednn", onednn, baselines.Prefix.batch, "with oneDNN for MKL"),
+        ):
+            timed[name] = _Timed(
+                what=f"prefix-cached torch loop, {how.format(batch)}",
+                baseline=baselines.Prefix(model, **reads, batch=batch),
+                sample=PREFIX_SAMPLE,
+            )
+    return timed
+
+
+def _with_baselines(
+    figures: Figures, engine: _Engine, timed: dict[str, _Timed], say: Callable[[str], None]
+) -> Figures:
+    """The baselines' rates, and how many times faster the engine is in the same rounds."""
+    layers, neurons = np.nonzero(engine.chosen)
     rates, speedups = ({name: [] for name in timed} for _ in range(2))
     for number in range(_BASELINE_ROUNDS):
         ours = len(layers) / engine.seconds()
-        for name, (_, baseline, sample) in timed.items():
-            picked = np.linspace(0, len(layers), min(sample, len(layers)), endpoint=False)
+        for name, of in timed.items():
+            picked = np.linspace(0, len(layers), min(of.sample, len(layers)), endpoint=False)
             picked = picked.astype(int)
             if not number:  # what is made once is not timed
-                baseline.effects(layers[picked[:64]], neurons[picked[:64]])
-            start = time.perf_counter()
-            baseline.effects(layers[picked], neurons[picked])
-            rates[name].append(len(picked) / (time.perf_counter() - start))
+                of.baseline.effects(layers[picked[:64]], neurons[picked[:64]])
+            seconds = _seconds(
+                functools.partial(of.baseline.effects, layers[picked], neurons[picked])
+            )
+            rates[name].append(len(picked) / seconds)
             speedups[name].append(ours / rates[name][-1])
             say(
                 f"round {number + 1} of {_BASELINE_ROUNDS}: {name}, {len(picked)} neurons: "
                 f"{rates[name][-1]:,.1f} a second (the engine: {ours:,.0f})"
             )
     found = {
-        name: {
-            "what": what,
-            "neurons_per_second": statistics.median(rates[name]),
-            "speedup": statistics.median(speedups[name]),
-        }
-        for name, (what, _, _) in timed.items()
+        name: BaselineSpeed(
+            what=of.what,
+            neurons_per_second=statistics.median(rates[name]),
+            speedup=statistics.median(speedups[name]),
+        )
+        for name, of in timed.items()
     }
-    speedup = {f"speedup_{name}": found[name]["speedup"] for name in against}
-    return dataclasses.replace(figures, baselines=found, **speedup)
+    return dataclasses.replace(
+        figures,
+        baselines=found,
+        speedup_hooks=found["hooks"].speedup if "hooks" in found else None,
+        speedup_prefix=found["prefix"].speedup if "prefix" in found else None,
+    )

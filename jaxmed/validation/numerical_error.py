@@ -111,6 +111,7 @@ def compared(
             for effects in (found, exact)
         )
         there = want != 0
+        correlation, _ = np.asarray(stats.spearmanr(np.abs(got), np.abs(want)))
         rows.append(
             NumericalError(
                 model=model,
@@ -119,7 +120,7 @@ def compared(
                 estimand=estimand.upper(),
                 frobenius=float(np.linalg.norm(got - want) / np.linalg.norm(want)),
                 median=float(np.median(np.abs(got / np.where(there, want, 1) - 1)[there])),
-                spearman=float(stats.spearmanr(np.abs(got), np.abs(want)).statistic),
+                spearman=float(correlation),
             )
         )
     return rows
@@ -139,21 +140,19 @@ def _by_runs(decoder: Decoder, pair: Pair) -> dict[str, PairEffects]:
     config = decoder.config
     shape = (config.num_layers, config.intermediate_size)
     layers, neurons = (index.reshape(-1) for index in np.indices(shape))
+
+    def changes(model, base_ids: tuple[int, ...], source_ids: tuple[int, ...]) -> np.ndarray:
+        hooks = baselines.Hooks(model, base_ids, source_ids, pair.harmful_ids[0], pair.safe_ids[0])
+        return hooks.effects(layers, neurons).reshape(shape)
+
     torch_model = baselines.torch_model(decoder, onednn=False)
     found = {}
     for dtype in ("float32", "bfloat16"):
         torch_model = baselines.in_dtype(torch_model, dtype)
-
-        def changes(base_ids, source_ids, torch_model=torch_model):
-            hooks = baselines.Hooks(
-                torch_model, base_ids, source_ids, pair.harmful_ids[0], pair.safe_ids[0]
-            )
-            return hooks.effects(layers, neurons).reshape(shape)
-
         found[dtype] = PairEffects(
             y_base=math.nan,
             y_source=math.nan,
-            nie={"neuron": changes(pair.prompt_ids, pair.counterfactual_ids)},
-            tie={"neuron": -changes(pair.counterfactual_ids, pair.prompt_ids)},
+            nie={"neuron": changes(torch_model, pair.prompt_ids, pair.counterfactual_ids)},
+            tie={"neuron": -changes(torch_model, pair.counterfactual_ids, pair.prompt_ids)},
         )
     return found

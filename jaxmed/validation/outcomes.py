@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from collections.abc import ItemsView
 
 import numpy as np
 import pyarrow as pa
@@ -120,11 +121,11 @@ class Certificate:
     ) -> "Certificate":
         """A certificate of rows; what a row does not have is null."""
         return cls(
-            table_of(rows),
-            pa.Table.from_pylist(curves, CURVE),
-            pa.Table.from_pylist(about, ORGANISM),
-            settings,
-            pathlib.Path(folder),
+            table=table_of(rows),
+            curves=pa.Table.from_pylist(curves, CURVE),
+            organisms=pa.Table.from_pylist(about, ORGANISM),
+            settings=settings,
+            folder=pathlib.Path(folder),
         )
 
 
@@ -150,7 +151,8 @@ class Interval:
         if count == 1:
             return cls(mean)
         half = stats.t.ppf(0.975, count - 1) * np.std(by_seed, ddof=1) / np.sqrt(count)
-        return cls(mean, *np.clip([mean - half, mean + half], *bounds).tolist())
+        low, high = np.clip([mean - half, mean + half], *bounds).tolist()
+        return cls(mean, low, high)
 
     def __str__(self) -> str:
         return self._shown("{:.3f}")
@@ -201,9 +203,9 @@ def _by_seed(rows: list[dict], column: str) -> list[float]:
     return [float(np.mean([row[column] for row in of])) for _, of in grouped(known, "seed")]
 
 
-def grouped(rows: list[dict], *columns: str):
+def grouped(rows: list[dict], *columns: str) -> ItemsView[tuple, list[dict]]:
     """Rows by the values of columns, in the order in which these first occur."""
-    groups: dict = {}
+    groups: dict[tuple, list[dict]] = {}
     for row in rows:
         groups.setdefault(tuple(row[column] for column in columns), []).append(row)
     return groups.items()

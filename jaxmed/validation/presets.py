@@ -105,6 +105,13 @@ PRESETS = {
 }
 
 
+def with_layers(config: DecoderConfig, layers: int) -> DecoderConfig:
+    """The shape with so many blocks, none of which has a window; as it is for 0."""
+    if not layers:
+        return config
+    return dataclasses.replace(config, num_layers=layers, windows=(None,) * layers)
+
+
 def random_decoder(config: DecoderConfig) -> Decoder:
     """A decoder with the initialisers' random weights, always the same."""
     return jax.jit(lambda: Decoder(config, rngs=nnx.Rngs(0)))()

@@ -4,16 +4,16 @@ import numpy as np
 from jaxtyping import Bool
 
 from jaxmed.analysis import ranking
-from jaxmed.question import sites as sites_lib
-from jaxmed.store import results as results_lib
+from jaxmed.question.sites import MODULE_SITES
+from jaxmed.store.results import Results
 from models.errors import InputError
 
 # What a truth calls the units of each granularity.
 TRUTH_KEYS = {"module": "modules", "head": "heads", "neuron": "neurons"}
 
 
-def truth_mask(results: results_lib.Results, granularity: str) -> Bool[np.ndarray, "layer unit"]:
-    """Which units are planted.
+def truth_mask(results: Results, granularity: str) -> Bool[np.ndarray, "L U"]:
+    """Which units of a granularity are planted, of L layers and U units in each.
 
     Args:
         results: the run; its "truth" is {"contrast": text, "modules": [[layer, attention or mlp],
@@ -26,8 +26,7 @@ def truth_mask(results: results_lib.Results, granularity: str) -> Bool[np.ndarra
     mask = np.zeros(results.sizes.shape(granularity), bool)
     for layer, unit in results.run["truth"].get(TRUTH_KEYS[granularity], []):
         if granularity == "module":
-            sites = sites_lib.MODULE_SITES
-            index = sites.index(unit) if unit in sites else -1
+            index = MODULE_SITES.index(unit) if unit in MODULE_SITES else -1
         elif granularity == "neuron":
             index = unit // results.run.get("group_size", 1)
         else:
@@ -41,7 +40,7 @@ def truth_mask(results: results_lib.Results, granularity: str) -> Bool[np.ndarra
     return mask
 
 
-def score(results: results_lib.Results) -> dict:
+def score(results: Results) -> dict[str, dict[str, dict[str, float]]]:
     """Scores the effects of a run on a model with a planted answer.
 
     Args:
@@ -49,8 +48,8 @@ def score(results: results_lib.Results) -> dict:
 
     Returns:
         {granularity: {ranking: {"auroc": fraction, "precision_at_k": fraction}}} for those of
-        module, head and neuron that were run, and for each of `rankings`. NaN where nothing is
-        planted.
+        module, head and neuron that were run, and for each of `ranking.rankings`. NaN where nothing
+        is planted.
 
     Raises:
         InputError: a planted unit does not exist in this run.

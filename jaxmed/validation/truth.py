@@ -9,7 +9,7 @@ from jaxmed.data.splits import SPLITS
 from jaxmed.files.atomic import replace_file
 from models.organisms import Organism, language
 
-_OTHER_KEY = dict(zip(language.KEYS, reversed(language.KEYS), strict=True))
+_OTHER_KEY: dict[str, str] = dict(zip(language.KEYS, reversed(language.KEYS), strict=True))
 
 
 def pairs_file(

@@ -380,7 +380,9 @@ def discovered(monkeypatch, strength, above, total_effect, **arguments):
         return np.where(chosen, above, np.nan)
 
     monkeypatch.setattr(controls, "rotated_strengths", given)
-    found = controls.discoveries(None, [], PROMPT, "head", strength, total_effect, **arguments)
+    found = controls.discoveries(
+        tiny.decoder("qwen2"), [], PROMPT, "head", strength, total_effect, **arguments
+    )
     assert found.dtype == bool and found.shape == strength.shape
     return found, *asked[0]
 
@@ -423,7 +425,7 @@ def test_discoveries_of_a_model_are_held_against_its_rotations():
         plain = jaxmed.scan(decoder, PAIRS, "head", LOGIT, positions="prompt")["head"]
         strength = np.maximum(np.abs(plain.nie.mean(axis=0)), np.abs(plain.tie.mean(axis=0)))
         # A total effect of which 1% is the median: half of the units are candidates.
-        total = -100 * np.median(strength)
+        total = -100 * float(np.median(strength))
         above = controls.rotated_strengths(*asked, HEADS, draws=2, seed=2).max(axis=0)
         found = controls.discoveries(*asked, strength, total, draws=2, seed=2)
     expected = (strength > np.median(strength)) & (strength > above)

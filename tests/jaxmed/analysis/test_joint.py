@@ -5,12 +5,22 @@ import types
 
 import numpy as np
 import pytest
+from flax import nnx
 
 from jaxmed.analysis import circuits, estimands
 from jaxmed.analysis import joint as joint_lib
+from jaxmed.data.pairs import Pair
 from jaxmed.question import effects
+from jaxmed.question.metrics import LogitDifference
+from jaxmed.question.question import Question
+from models.decoder import Decoder
+from tests import tiny
 
 SHAPE = (3, 5)  # layers, neurons
+# What is asked of a model that is replaced: it has no weights.
+DECODER = nnx.eval_shape(lambda: Decoder(tiny.config("llama"), rngs=nnx.Rngs(0)))
+PAIRS = [Pair("0", (1,), (2,)), Pair("1", (1,), (2,))]
+QUESTION = Question(LogitDifference())
 
 
 def test_direct_effect_and_interaction_by_hand():
@@ -62,10 +72,11 @@ def set_model(monkeypatch):
     model = types.SimpleNamespace(nie=share_nie, tie=share_tie, asked=[])
 
     def joint_pair(decoder, pair, question, sets, memory):
-        model.asked.append((pair, sets.copy()))
+        number = int(pair.id)
+        model.asked.append((number, sets.copy()))
         shares = ({"joint": np.array([side(s) for s in sets])} for side in (model.nie, model.tie))
-        nie, tie = ({"joint": TE[pair] * share["joint"]} for share in shares)
-        return effects.PairEffects(1.0, 1.0 + TE[pair], nie, tie)
+        nie, tie = ({"joint": TE[number] * share["joint"]} for share in shares)
+        return effects.PairEffects(1.0, 1.0 + TE[number], nie, tie)
 
     monkeypatch.setattr(joint_lib, "joint_pair", joint_pair)
     return model
@@ -75,7 +86,7 @@ ALL = 2.0  # a share that no set reaches: the search goes on to its size
 
 
 def search(single, size, share=ALL, **options):
-    return joint_lib.greedy_set(None, [0, 1], None, single, size=size, share=share, **options)
+    return joint_lib.greedy_set(DECODER, PAIRS, QUESTION, single, size=size, share=share, **options)
 
 
 def single_effects():
@@ -102,7 +113,7 @@ def test_greedy_set_adds_the_unit_that_raises_the_sum_of_both_shares_most(set_mo
     np.testing.assert_allclose(found.share_tie, [0.5, 0.5, 1.0, 1.0, 1.0])
 
 
-def test_each_direction_alone_would_miss_half_of_the_set(set_model):
+def test_each_estimand_alone_would_miss_half_of_the_set(set_model):
     set_model.tie = lambda members: 0.0
     only_nie = search(single_effects(), 2).picked
     set_model.nie, set_model.tie = (lambda members: 0.0), share_tie
@@ -131,7 +142,9 @@ def test_shares_are_of_the_mean_effect_and_te_not_means_of_ratios(set_model, mon
 
     def uneven(decoder, pair, question, sets, memory):
         found = original(decoder, pair, question, sets, memory)
-        scaled = ({"joint": by_pair[pair] * side["joint"]} for side in (found.nie, found.tie))
+        scaled = (
+            {"joint": by_pair[int(pair.id)] * side["joint"]} for side in (found.nie, found.tie)
+        )
         return effects.PairEffects(found.y_base, found.y_source, *scaled)
 
     monkeypatch.setattr(joint_lib, "joint_pair", uneven)
@@ -193,7 +206,7 @@ def test_noise_does_not_hide_units_that_show_only_together(set_model):
     set_model.nie = set_model.tie = shares
     single = np.full(SHAPE, 1e-3)
     for unit in needed:
-        single[unit] = 1.0  # as found in one direction
+        single[unit] = 1.0  # as found by one estimand
     assert set(search(single, 15, share=0.95).picked) == set(needed)
 
 
@@ -208,7 +221,9 @@ def test_faithfulness_is_what_the_best_neurons_do_alone(set_model):
     set_model.nie, set_model.tie = additive(weights), additive(weights)
     sizes = [math.ceil(fraction * 15) for fraction in circuits.CIRCUIT_SIZES]
     found = circuits.faithfulness(
-        *(None, [0, 1], None),
+        DECODER,
+        PAIRS,
+        QUESTION,
         {"best": weights, "worst": -weights, "unknown": np.where(weights > 0.1, weights, np.nan)},
     )
     descending = np.sort(weights, axis=None)[::-1]
@@ -224,7 +239,7 @@ def test_faithfulness_tells_the_estimands_apart(set_model):
     scores[2, 0], scores[2, 3] = 2, 1
     set_model.nie = lambda members: float(members[2, 0] or members[2, 3])
     set_model.tie = lambda members: float(members[2, 0] and members[2, 3])
-    base, source = circuits.faithfulness(None, [0, 1], None, {"found": scores})["found"]
+    base, source = circuits.faithfulness(DECODER, PAIRS, QUESTION, {"found": scores})["found"]
     # Sizes 1 and then 2 neurons; patching the other gate alone undoes the base run's answer.
     assert base[0] == 0 and source[0] == 1
     assert base[7] == 1 and source[7] == 1

@@ -363,9 +363,9 @@ def textbook(size, sample, hits, confidence=0.95):
 def test_the_bound_of_one_stratum_is_the_textbooks():
     generator = np.random.default_rng(0)
     for _ in range(100):
-        size = generator.integers(1, 300)
-        sample = generator.integers(1, size + 1)
-        hits = generator.integers(0, min(sample, 20) + 1)
+        size = int(generator.integers(1, 300))
+        sample = int(generator.integers(1, size + 1))
+        hits = int(generator.integers(0, min(sample, 20) + 1))
         confidence = generator.choice([0.8, 0.95, 0.99])
         bound = audit_lib.missing_bound([size], [sample], [hits], confidence)
         assert bound == textbook(size, sample, hits, confidence)

@@ -97,7 +97,7 @@ def with_spans(prompt_span, counterfactual_span):
 
 
 REFUSED = {
-    "no response": (LONGER, "response", "end", "positions='response', but", "response_logprob_diff"),
+    "no response": (LONGER, "response", "end", "positions='response'", "response_logprob_diff"),
     "no spans": (EQUAL, "prompt", "span", "cannot be aligned by span", "'prompt_span'"),
     "one span": (with_spans((0, 1), None), "prompt", "span", "'counterfactual_span'"),
     "unequal spans": (with_spans((0, 1), (0, 2)), "prompt", "span", "equally long", "(0, 2)"),
