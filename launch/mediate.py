@@ -3,21 +3,19 @@
 python -m launch.mediate --model=DIR_OR_HUB_ID --pairs=FILE --out=DIR
 """
 
-import dataclasses
-
 from jaxmed.report import mediation
 from jaxmed.runs import mediate
-from jaxmed.runs.mediate import Settings
-from launch import program, settings
-
-settings.define(mediate, *(field.name for field in dataclasses.fields(Settings)))
+from jaxmed.runs.mediate import MediateSettings
+from launch import flags, program
 
 
 def main() -> None:
     """Runs what the flags ask for."""
-    results = mediate.run(Settings(**settings.given()))
-    print("\n".join(mediation.closing_lines(results)))
+    program.start(
+        flags.of(MediateSettings),
+        lambda settings: mediation.closing_lines(mediate.run(settings)),
+    )
 
 
 if __name__ == "__main__":
-    program.start(main)
+    main()

@@ -1,28 +1,54 @@
-"""What every program shares: how it starts, and how it fails."""
+"""What every program shares: how it starts, where it keeps what it compiles, and how it fails."""
 
 import logging
+import os
+import pathlib
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
-from absl import app
+import jax
+from absl import app, flags
 
+from models import cache
 from models.errors import InputError
 
+Settings = TypeVar("Settings")
 
-def start(main: Callable[[], None]) -> None:
-    """Parses the flags and runs `main`.
+# The flag belongs to the program that starts, whose --help then shows it.
+flags.disclaim_key_flags()
+
+
+def start(
+    settings: Callable[[], Settings], run: Callable[[Settings], Iterable[str] | None]
+) -> None:
+    """Parses the flags, runs what they ask for, and prints the lines that it ends with.
 
     Input that cannot be used ends the program with one message and exit status 1; a defect of the
     program itself shows its traceback.
+
+    Args:
+        settings: what `flags.of` returns.
+        run: is given the settings, and returns the lines, unless it has said all by then.
     """
+    compiled = flags.DEFINE_string(
+        "compilation_cache",
+        None,
+        "Folder that keeps compiled programs, so that the next run need not compile them; empty "
+        "for none. By default jaxmed/compiled in $XDG_CACHE_HOME or in ~/.cache, or the folder "
+        "that $JAX_COMPILATION_CACHE_DIR names.",
+    )
 
     def guarded(arguments: list[str]) -> None:
         if len(arguments) > 1:
             sys.exit(f"Error: flags only, as --name=value; not {' '.join(arguments[1:])}")
         # JAX reports every kind of device that it looked for and did not find.
         logging.getLogger("jax").setLevel(logging.WARNING)
+        keep_compiled(compiled.value)
         try:
-            main()
+            for line in run(settings()) or ():
+                print(line)
         except InputError as error:
             sys.exit(f"Error: {error}")
         except KeyboardInterrupt:
@@ -30,3 +56,33 @@ def start(main: Callable[[], None]) -> None:
             sys.exit(130)
 
     app.run(guarded)
+
+
+def keep_compiled(asked: str | None) -> None:
+    """Has JAX keep compiled programs in a folder, by the program, the devices and the versions that
+    they are of: what is computed does not depend on it. A folder that cannot be written to is told
+    and not used.
+
+    Args:
+        asked: the folder; "" for none, None for the one that the environment names, else jaxmed's.
+    """
+    if asked is None and "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return  # JAX has read it
+    if asked == "":
+        jax.config.update("jax_compilation_cache_dir", None)
+        return
+    folder = pathlib.Path(asked).expanduser() if asked else cache.default_folder() / "compiled"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        print(
+            f"Compiled programs are not kept: {folder} cannot be written to ({error.strerror}); "
+            "--compilation_cache=DIR names another folder",
+            file=sys.stderr,
+        )
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    # Small programs too: a run has hundreds of them.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

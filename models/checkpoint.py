@@ -65,6 +65,9 @@ _QUANTISED = {
 _PIECE_BYTES = 2**23
 _READERS = min(8, os.cpu_count() or 1)
 
+# What transformers' classes, whose own checks are not complete, raise for a bad value.
+_OF_BAD_VALUES = (ValueError, KeyError, TypeError, AttributeError, ArithmeticError)
+
 _PROGRESS_FROM_BYTES = 10**9
 
 _log = logging.getLogger(__name__)
@@ -317,7 +320,8 @@ class Source:
             _log.warning(
                 "%s; the checkpoint itself is read. To write it again: "
                 "python -m launch.convert --model=%s",
-                *(error, self.folder),
+                error,
+                self.folder,
             )
         return self.read(mesh)
 
@@ -383,7 +387,7 @@ class Source:
         return placings
 
     def _decoder(self, arrays: Mapping[Path, jax.Array]) -> Decoder:
-        state = {path: p.replace(arrays[path]) for path, p in self._parameters.items()}
+        state = [(path, p.replace(arrays[path])) for path, p in self._parameters.items()]
         return nnx.merge(self._graph, nnx.from_flat_state(state))
 
 
@@ -453,7 +457,7 @@ def _rows(config: DecoderConfig, parameters: Mapping[Path, nnx.Param]) -> list[R
 
 def _parameters(module: Decoder) -> tuple[nnx.GraphDef, dict[Path, nnx.Param]]:
     graph, state = nnx.split(module)
-    return graph, dict(nnx.to_flat_state(state))
+    return graph, {tuple(map(str, path)): parameter for path, parameter in nnx.to_flat_state(state)}
 
 
 def _missing_prefix(family: Family, stored: Mapping[str, _Stored]) -> str:
@@ -635,10 +639,7 @@ def _read_config(folder: pathlib.Path) -> DecoderConfig:
         _refuse_code(attributes)
         found = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         return hf_config.from_hf(found)
-    except (
-        *(ValueError, KeyError, TypeError, AttributeError, ArithmeticError),
-        StrictDataclassError,
-    ) as error:  # Of transformers' classes, whose own checks are not complete.
+    except (*_OF_BAD_VALUES, StrictDataclassError) as error:
         raise CheckpointError(f"{file}: {error}") from error
 
 
@@ -659,7 +660,8 @@ def _refuse_code(attributes: Mapping) -> None:
         _log.warning(
             "%s, code from the checkpoint, is never run; the model is computed as transformers' "
             "own %s is",
-            *(named, family.architecture),
+            named,
+            family.architecture,
         )
 
 

@@ -1,6 +1,6 @@
 """The instrumented decoder: one module for every family, with edits as an argument.
 
-Shapes are named in `models.layers`; L is the number of layers, V the vocabulary.
+Shapes are named in `models.shapes`.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 from models import edits as editing
@@ -17,13 +18,32 @@ from models import layers
 from models.config import DecoderConfig
 from models.edits import Edit
 from models.layers import Cache, Span, Tap, Traits
+from models.shapes import (
+    AnyArray,
+    GivenPositions,
+    GivenTokens,
+    GivenValid,
+    KeyValues,
+    Layer,
+    Positions,
+    Residual,
+    SiteValue,
+    Stacked,
+    Tokens,
+    Valid,
+)
 from models.sites import Site
+
+# What a run can keep.
+KEPT = (*(site.value for site in Site), "keys", "values")
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Trace:
     """The sites' values in one run, after its edits; None where they were not asked for.
+
+    `trace["residual"]`, or by any other name, is the value itself, and an error where it is None.
 
     Attributes:
         positions: rotary position of each token, [T].
@@ -35,28 +55,29 @@ class Trace:
         keys, values: [L, T, K, h], after the rotary embedding.
     """
 
-    positions: Int[Array, "T"]
-    valid: Bool[Array, "T"]
-    embedding: Float[Array, "T d"] | None = None
-    residual: Float[Array, "L T d"] | None = None
-    layer: Float[Array, "L T d"] | None = None
-    attention: Float[Array, "L T d"] | None = None
-    mlp: Float[Array, "L T d"] | None = None
-    head: Float[Array, "L T H h"] | None = None
-    neuron: Float[Array, "L T I"] | None = None
-    keys: Float[Array, "L T K h"] | None = None
-    values: Float[Array, "L T K h"] | None = None
+    positions: Int[Array, "*batch T"]
+    valid: Bool[Array, "*batch T"]
+    embedding: Float[Array, "*batch T d"] | None = None
+    residual: Float[Array, "*batch L T d"] | None = None
+    layer: Float[Array, "*batch L T d"] | None = None
+    attention: Float[Array, "*batch L T d"] | None = None
+    mlp: Float[Array, "*batch L T d"] | None = None
+    head: Float[Array, "*batch L T H h"] | None = None
+    neuron: Float[Array, "*batch L T I"] | None = None
+    keys: Float[Array, "*batch L T K h"] | None = None
+    values: Float[Array, "*batch L T K h"] | None = None
+
+    def __getitem__(self, name: str) -> Float[Array, "..."]:
+        """The value of a `Site`, or "keys" or "values"; ValueError if the run did not keep it."""
+        value = getattr(self, name) if name in KEPT else None
+        if value is None:
+            raise ValueError(f"the run did not keep {name!r}: name it among the run's sites")
+        return value
 
     @property
     def cache(self) -> Cache:
-        """The run as the prefix of another; ValueError if it kept no keys and values."""
-        if self.keys is None or self.values is None:
-            raise ValueError("the run kept no keys and values: name both among its sites")
-        return Cache(self.keys, self.values, self.positions, self.valid)
-
-
-# What a run can keep.
-KEPT = (*(site.value for site in Site), "keys", "values")
+        """The run as the prefix of another; ValueError if it did not keep keys and values."""
+        return Cache(self["keys"], self["values"], self.positions, self.valid)
 
 
 class Block(nnx.Module):
@@ -78,12 +99,12 @@ class Block(nnx.Module):
 
     def run(
         self,
-        x: Float[Array, "T d"],
+        x: Residual,
         at: Span,
         traits: Traits,
         prefix: Cache | None,
         tap: Tap,
-    ) -> tuple[Float[Array, "T d"], Float[Array, "T K h"], Float[Array, "T K h"]]:
+    ) -> tuple[Residual, KeyValues, KeyValues]:
         """The block's output; and this span's keys and values."""
         attention, key, value = self.attend(x, at, traits, prefix, tap)
         mlp = self.feed(x if self.parallel else x + attention, tap)
@@ -91,24 +112,24 @@ class Block(nnx.Module):
 
     def attend(
         self,
-        x: Float[Array, "T d"],
+        x: Residual,
         at: Span,
         traits: Traits,
         prefix: Cache | None,
         tap: Tap,
-    ) -> tuple[Float[Array, "T d"], Float[Array, "T K h"], Float[Array, "T K h"]]:
+    ) -> tuple[Residual, KeyValues, KeyValues]:
         """What attention adds to the block's input x; and this span's keys and values."""
         normed = _normed(self.attention_norm, x)
         written, key, value = self.attention(normed, at, traits, prefix, tap)
         return tap(Site.ATTENTION, _normed(self.attention_post_norm, written)), key, value
 
-    def feed(self, x: Float[Array, "T d"], tap: Tap) -> Float[Array, "T d"]:
+    def feed(self, x: Residual, tap: Tap) -> Residual:
         """What the MLP adds; x is the residual stream that it reads."""
         written = self.mlp(_normed(self.mlp_norm, x), tap)
         return tap(Site.MLP, _normed(self.mlp_post_norm, written))
 
 
-def _normed(norm: nnx.Module | None, x: Float[Array, "T d"]) -> Float[Array, "T d"]:
+def _normed(norm: nnx.Module | None, x: Residual) -> Residual:
     return x if norm is None else norm(x)
 
 
@@ -151,19 +172,19 @@ class Decoder(nnx.Module):
         """What layers differ in beside their weights, stacked."""
         return layers.traits(self.config, self.compute_dtype)
 
-    def block(self, layer: Int[Array, ""]) -> Block:
+    def block(self, layer: Layer) -> Block:
         """The block of a layer that may be known only at run time."""
         return jax.tree.map(
             lambda stacked: jax.lax.dynamic_index_in_dim(stacked, layer, keepdims=False),
             self.blocks,
         )
 
-    def span(self, positions: Int[Array, "T"], valid: Bool[Array, "T"]) -> Span:
+    def span(self, positions: Positions, valid: Valid) -> Span:
         """What the blocks must know of the positions that they compute."""
         return layers.span(self.config, positions, valid, self.compute_dtype)
 
     def unembed(
-        self, residual: Float[Array, "R d"], tokens: Int[Array, "K"] | None = None
+        self, residual: Float[Array, "R d"], tokens: Int[AnyArray, "K"] | None = None
     ) -> Float[Array, "R K"]:
         """Logits of the given tokens (default: all) at rows of the last block's output."""
         table = self.embedding if self.unembedding is None else self.unembedding
@@ -173,7 +194,7 @@ class Decoder(nnx.Module):
         cap = self.config.logit_cap
         return logits if cap is None else layers.capped(logits, cap)
 
-    def embed(self, tokens: Int[Array, "T"], at: Span) -> Float[Array, "T d"]:
+    def embed(self, tokens: Tokens, at: Span) -> Residual:
         """What enters the first block."""
         embedding = self.embedding[...][tokens].astype(self.compute_dtype)
         if self.config.scale_embedding:
@@ -186,15 +207,15 @@ class Decoder(nnx.Module):
 
     def run_blocks(
         self,
-        x: Float[Array, "T d"],
+        x: Residual,
         at: Span,
-        change: Callable[[Any, Site, Float[Array, "T ..."]], Float[Array, "T ..."]],
+        change: Callable[[Any, Site, SiteValue], SiteValue],
         *,
         layers: Any = None,
         prefix: Cache | None = None,
         keep: Sequence[str] = (),
         recomputed: bool = False,
-    ) -> tuple[Float[Array, "T d"], dict[str, Float[Array, "L T ..."]]]:
+    ) -> tuple[Residual, dict[str, Stacked]]:
         """Runs all blocks on one sequence: the one loop over layers.
 
         Args:
@@ -242,12 +263,12 @@ class Decoder(nnx.Module):
 
     def __call__(
         self,
-        tokens: Int[Array, "*B T"],
+        tokens: GivenTokens,
         *,
         edits: list[Edit] | None = None,
         cache: Cache | None = None,
-        valid: Bool[Array, "*B T"] | None = None,
-        positions: Int[Array, "*B P"] | None = None,
+        valid: GivenValid | None = None,
+        positions: GivenPositions | None = None,
         sites: Sequence[str] | None = None,
     ) -> tuple[Float[Array, "*B P V"], Trace]:
         """Runs the model.
@@ -352,7 +373,7 @@ class Decoder(nnx.Module):
 
 
 @jax.custom_jvp
-def _kept_apart(x: Float[Array, "T d"]) -> Float[Array, "T d"]:
+def _kept_apart(x: Residual) -> Residual:
     """x, computed so that compilers do not see that it is.
 
     They merge the product that ends a norm into the sum that follows (and drop barriers), but not
@@ -366,7 +387,7 @@ _kept_apart.defjvps(lambda tangent, value, x: tangent)
 
 def _known_inside(value, size: int) -> bool:
     """Whether all values are in [0, size); a value that is being traced is not known."""
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         return True
     return bool(jnp.all((value >= 0) & (value < size)))
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from models.shapes import Layer, SiteValue, Valid
 from models.sites import Site
 
 
@@ -29,9 +30,9 @@ class Edit:
     """
 
     site: Site = dataclasses.field(metadata={"static": True})
-    layer: Int[Array, ""]
-    positions: Bool[Array, "T"]
-    units: Bool[Array, "U"] | None
+    layer: Int[Array, "*batch"]
+    positions: Bool[Array, "*batch T"]
+    units: Bool[Array, "*batch U"] | None
     scale: Float[Array, "..."]
     shift: Float[Array, "..."]
 
@@ -65,14 +66,14 @@ class Edit:
             shift=jnp.asarray(shift),
         )
 
-    def mask(self, value: Float[Array, "T ..."]) -> Bool[Array, "T ..."]:
+    def mask(self, value: SiteValue) -> Bool[Array, "T ..."]:
         """The entries of the site's value that this edit touches, broadcastable to it."""
         mask = _along(self.positions, value)
         if self.units is not None:
             mask = mask & jnp.expand_dims(self.units, tuple(range(1, value.ndim - 1)))
         return mask
 
-    def apply(self, value: Float[Array, "T ..."]) -> Float[Array, "T ..."]:
+    def apply(self, value: SiteValue) -> SiteValue:
         """The edited value of the site, for a run in this edit's layer."""
         return affine(value, self.mask(value), self.scale, self.shift)
 
@@ -116,10 +117,12 @@ class Hold:
     ) -> "Hold":
         """Any scale and shift; at all positions by default."""
         return cls(
-            Site(site),
-            jnp.asarray(scale),
-            jnp.asarray(shift),
-            *(jnp.asarray(where, bool) for where in (at_prompt, at_last, at_generated)),
+            site=Site(site),
+            scale=jnp.asarray(scale),
+            shift=jnp.asarray(shift),
+            at_prompt=jnp.asarray(at_prompt, bool),
+            at_last=jnp.asarray(at_last, bool),
+            at_generated=jnp.asarray(at_generated, bool),
         )
 
     @property
@@ -127,20 +130,18 @@ class Hold:
         """Whether each prompt has a shift of its own."""
         return self.shift.ndim > self.scale.ndim
 
-    def apply(
-        self, layer: Int[Array, ""], parts: Int[Array, "T"], value: Float[Array, "T ..."]
-    ) -> Float[Array, "T ..."]:
+    def apply(self, layer: Layer, parts: Int[Array, "T"], value: SiteValue) -> SiteValue:
         """The site's value in a layer of one prompt's run, whose positions are of these Parts."""
         where = jnp.stack([self.at_prompt, self.at_last, self.at_generated])[parts]
         return affine(value, _along(where, value), self.scale[layer], self.shift[layer])
 
 
 def affine(
-    value: Float[Array, "T ..."],
+    value: SiteValue,
     where: Bool[Array, "T ..."],
     scale: Float[Array, "..."],
     shift: Float[Array, "..."],
-) -> Float[Array, "T ..."]:
+) -> SiteValue:
     """What every change of a site's value is: ``scale * value + shift`` where the mask is true.
 
     ``scale = 0`` selects the shift and never multiplies: what is not finite can be replaced.
@@ -149,14 +150,12 @@ def affine(
     return jnp.where(where, jnp.where(scale == 0, shift, scale * value + shift), value)
 
 
-def _along(positions: Bool[Array, "T"], value: Float[Array, "T ..."]) -> Bool[Array, "T ..."]:
+def _along(positions: Valid, value: SiteValue) -> Bool[Array, "T ..."]:
     """A mask of positions, broadcastable to a site's value."""
     return jnp.expand_dims(positions, tuple(range(1, value.ndim)))
 
 
-def apply(
-    edits: list[Edit], site: Site, layer: Int[Array, ""], value: Float[Array, "T ..."]
-) -> Float[Array, "T ..."]:
+def apply(edits: list[Edit], site: Site, layer: Layer, value: SiteValue) -> SiteValue:
     """The value of a site after the edits that concern it, in their order."""
     for edit in edits:
         if edit.site == site:
@@ -168,10 +167,10 @@ def apply(
 def hold(
     holds: Sequence[Hold],
     site: Site,
-    layer: Int[Array, ""],
+    layer: Layer,
     parts: Int[Array, "T"],
-    value: Float[Array, "T ..."],
-) -> Float[Array, "T ..."]:
+    value: SiteValue,
+) -> SiteValue:
     """The value of a site after the holds that concern it, in their order."""
     for each in holds:
         if each.site == site:

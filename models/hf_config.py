@@ -6,6 +6,7 @@ the model computes. What differs between families is data in `models.families`.
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import transformers
 
@@ -107,7 +108,7 @@ def from_hf(hf_config: transformers.PreTrainedConfig) -> DecoderConfig:
     family = families.get(hf_config.model_type)
     _refuse_unknown(hf_config, attributes, family)
 
-    fields = {field: attributes.get(name) for field, name in family.fields.items()}
+    fields: dict[str, Any] = {field: attributes.get(name) for field, name in family.fields.items()}
     heads, width = fields["num_heads"], fields["hidden_size"]
     check_above(0, family.fields["num_heads"], heads)
     usual = {
@@ -185,7 +186,7 @@ def _refuse_unknown(
     understood = {*family.fields.values(), *family.windows.attributes, "rope_parameters", "dtype"}
     declared = {f.name: f.default for f in dataclasses.fields(hf_config)}
     # At its default, an attribute that transformers declares is how the family is computed.
-    expected = [STRAY | family.stray, declared]
+    expected = [{**STRAY, **family.stray}, declared]
     for name in sorted(attributes.keys() - understood - HARMLESS - family.harmless):
         value = attributes[name]
         if not any(name in values and value == values[name] for values in expected):
@@ -201,10 +202,10 @@ def _positions(attributes: Mapping, family: Family, max_positions: int) -> dict:
     if family.rotary is None:
         return {"rotary": None}
     parameters = attributes["rope_parameters"]
-    found = {"rotary": parameters}
+    by_field = {"rotary": parameters}
     if family.rotary.by_layer_type:
-        found = {"rotary": parameters[_FULL], "window_rotary": parameters[_SLIDING]}
-    found = {field: _rotary(of_type, family) for field, of_type in found.items()}
+        by_field = {"rotary": parameters[_FULL], "window_rotary": parameters[_SLIDING]}
+    found: dict[str, Any] = {field: _rotary(of, family) for field, of in by_field.items()}
     rotary = found["rotary"]
     if rotary.kind == "longrope":
         # Beyond the original context transformers changes the frequencies of all positions as soon
@@ -222,7 +223,7 @@ def _rotary(parameters: Mapping, family: Family) -> Rotary:
             f"supported: {', '.join(ROTARY_KINDS)}"
         )
     needed, optional = ROTARY_KINDS[kind], dict(_OPTIONAL.get(kind, {}))
-    if family.rotary.partial:
+    if family.rotary is not None and family.rotary.partial:
         optional["fraction"] = "partial_rotary_factor"
     # A key at None is as good as absent; "type" is the old name of rope_type.
     given = {key: value for key, value in parameters.items() if value is not None}
@@ -236,8 +237,12 @@ def _rotary(parameters: Mapping, family: Family) -> Rotary:
     for key in needed.values():
         if key not in given:
             raise ValueError(f"rope_parameters: rope_type {kind!r} needs {key}")
-    values = {field: given[key] for field, key in (optional | needed).items() if key in given}
-    values = {f: tuple(value) if isinstance(value, list) else value for f, value in values.items()}
+    check_above(0, needed["theta"], given[needed["theta"]])
+    values: dict[str, Any] = {
+        field: tuple(given[key]) if isinstance(given[key], list) else given[key]
+        for field, key in (optional | needed).items()
+        if key in given
+    }
     return Rotary(kind=kind, **values)
 
 
@@ -247,7 +252,7 @@ def _position_attributes(config: DecoderConfig, family: Family) -> dict:
         return {}
     rotary = config.rotary
     if not family.rotary.by_layer_type:
-        found = {"rope_parameters": _rope_parameters(rotary)}
+        found: dict[str, Any] = {"rope_parameters": _rope_parameters(rotary)}
     else:
         sliding = config.window_rotary or rotary
         by_type = {_FULL: _rope_parameters(rotary), _SLIDING: _rope_parameters(sliding)}

@@ -1,7 +1,6 @@
 """Norms, rotary embedding, attention over a prefix and a span, MLP.
 
-Shapes are those of one sequence: T positions of the span, P of the prefix, d hidden size, H query
-heads, K key/value heads, G = H / K, h head size, I neurons. Batches are made with `jax.vmap`.
+Shapes are named in `models.shapes`; those of dataclasses may have the axes of a batch in front.
 """
 
 import dataclasses
@@ -12,13 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from models.config import ACTIVATIONS, DecoderConfig, Rotary
+from models.shapes import Heads, KeyValues, Layer, Neurons, Residual, SiteValue
 from models.sites import Site
 
 # Shows a site's value to whoever runs the layer, who may record it, replace it, or both.
-Tap = Callable[[Site, Float[Array, "T ..."]], Float[Array, "T ..."]]
+Tap = Callable[[Site, SiteValue], SiteValue]
 
 
 @jax.tree_util.register_dataclass
@@ -34,8 +35,8 @@ class Cache:
 
     keys: Float[Array, "*layer P K h"]
     values: Float[Array, "*layer P K h"]
-    positions: Int[Array, "P"]
-    valid: Bool[Array, "P"]
+    positions: Int[Array, "*batch P"]
+    valid: Bool[Array, "*batch P"]
 
 
 @jax.tree_util.register_dataclass
@@ -50,10 +51,10 @@ class Span:
             where r is the number of channels that are rotated; R = 0 if there is none.
     """
 
-    positions: Int[Array, "T"]
-    valid: Bool[Array, "T"]
-    cos: Float[Array, "R T half"]
-    sin: Float[Array, "R T half"]
+    positions: Int[Array, "*batch T"]
+    valid: Bool[Array, "*batch T"]
+    cos: Float[Array, "*batch R T half"]
+    sin: Float[Array, "*batch R T half"]
 
 
 @jax.tree_util.register_dataclass
@@ -71,7 +72,7 @@ class Traits:
     rotary: Int[Array, "*layer"]
     score_scale: Float[Array, "*layer"]
 
-    def at(self, layer: Int[Array, ""]) -> "Traits":
+    def at(self, layer: Layer) -> "Traits":
         """Those of one layer."""
         return jax.tree.map(lambda stacked: stacked[layer], self)
 
@@ -97,15 +98,16 @@ def rotary_frequencies(rotary: Rotary, rotated: int) -> np.ndarray:
     its own factor (arXiv 2402.13753).
     """
     frequency = rotary.theta ** -(np.arange(0, rotated, 2) / rotated)
+    stretch = rotary.factor or 1.0
     if rotary.kind == "linear":
-        return frequency / rotary.factor
+        return frequency / stretch
     if rotary.kind == "llama3":
         turns = rotary.original_max_positions * frequency / (2 * np.pi)
         blend = (turns - rotary.low_freq_factor) / (
             rotary.high_freq_factor - rotary.low_freq_factor
         )
         blend = np.clip(blend, 0.0, 1.0)
-        return (1 - blend) * frequency / rotary.factor + blend * frequency
+        return (1 - blend) * frequency / stretch + blend * frequency
     if rotary.kind == "longrope":
         return frequency / np.array(rotary.short_factors)
     return frequency
@@ -118,7 +120,7 @@ def rotary_scale(rotary: Rotary) -> float:
     if rotary.attention_factor is not None:
         return rotary.attention_factor
     original = rotary.original_max_positions
-    stretch = rotary.factor or rotary.stretched_max_positions / original
+    stretch = rotary.factor or (rotary.stretched_max_positions or original) / original
     return max(1.0, 1 + np.log(stretch) / np.log(original)) ** 0.5
 
 
@@ -154,7 +156,9 @@ def softmax_last_axis(scores: Float[Array, "... n"]) -> Float[Array, "... n"]:
 
 
 @jax.jit
-def inverse_rms_last_axis(x: Float[Array, "... d"], eps: float) -> Float[Array, "... 1"]:
+def inverse_rms_last_axis(
+    x: Float[Array, "... d"], eps: Float[ArrayLike, ""]
+) -> Float[Array, "... 1"]:
     """1 / sqrt(mean(x^2) + eps) over the last axis, kept. Named, as `softmax_last_axis` is."""
     return jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
 
@@ -198,7 +202,8 @@ def visible(queries: Span, key_positions, key_valid, window) -> Bool[Array, "T S
 
 def _linear(inputs: int, outputs: int, use_bias: bool, *, rngs, dtype, compute_dtype) -> nnx.Linear:
     return nnx.Linear(
-        *(inputs, outputs),
+        inputs,
+        outputs,
         use_bias=use_bias,
         param_dtype=dtype,
         dtype=compute_dtype,
@@ -228,12 +233,12 @@ class Attention(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "T d"],
+        x: Residual,
         at: Span,
         traits: Traits,
         prefix: Cache | None,
         tap: Tap,
-    ) -> tuple[Float[Array, "T d"], Float[Array, "T K h"], Float[Array, "T K h"]]:
+    ) -> tuple[Residual, KeyValues, KeyValues]:
         """What attention writes, and the keys and values of these positions."""
         length = x.shape[0]
         query = rotate(self._heads(self.query(x), self.query_norm), at, traits.rotary)
@@ -263,7 +268,7 @@ class Attention(nnx.Module):
         heads = tap(Site.HEAD, heads.reshape(length, -1, self.head_dim))
         return self.write(heads), key, value
 
-    def write(self, heads: Float[Array, "T H h"]) -> Float[Array, "T d"]:
+    def write(self, heads: Heads) -> Residual:
         """What the heads' outputs become, before any norm that follows."""
         return self.output(heads.reshape(heads.shape[0], -1))
 
@@ -294,13 +299,13 @@ class MLP(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype, compute_dtype):
         shared = dict(rngs=rngs, dtype=dtype, compute_dtype=compute_dtype)
-        sizes = (config.hidden_size, config.intermediate_size)
+        width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         self.activation = config.activation
-        self.gate = _linear(*sizes, config.mlp_bias, **shared) if config.gated_mlp else None
-        self.up = _linear(*sizes, config.mlp_bias, **shared)
-        self.down = _linear(*sizes[::-1], config.mlp_bias, **shared)
+        self.gate = _linear(width, inner, bias, **shared) if config.gated_mlp else None
+        self.up = _linear(width, inner, bias, **shared)
+        self.down = _linear(inner, width, bias, **shared)
 
-    def __call__(self, x: Float[Array, "T d"], tap: Tap) -> Float[Array, "T d"]:
+    def __call__(self, x: Residual, tap: Tap) -> Residual:
         """What the MLP writes."""
         activation = _ACTIVATIONS[ACTIVATIONS[self.activation]]
         if self.gate is None:
@@ -309,6 +314,6 @@ class MLP(nnx.Module):
             hidden = activation(self.gate(x)) * self.up(x)
         return self.write(tap(Site.NEURON, hidden))
 
-    def write(self, neurons: Float[Array, "T I"]) -> Float[Array, "T d"]:
+    def write(self, neurons: Neurons) -> Residual:
         """What the neurons become, before any norm that follows."""
         return self.down(neurons)

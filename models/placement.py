@@ -2,10 +2,11 @@
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from models.weights import Path
 
@@ -32,7 +33,7 @@ _BLOCK = 2**15
 _BLOCK_ROWS = 16
 
 
-def check(mesh: Mesh) -> None:
+def check(mesh: Mesh | AbstractMesh) -> None:
     """Refuses a mesh that parameters cannot be placed on.
 
     Raises:
@@ -44,7 +45,7 @@ def check(mesh: Mesh) -> None:
         )
 
 
-def sharding(path: Path, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+def sharding(path: Path, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> NamedSharding:
     """How a parameter lies on a mesh; an axis that `model` does not divide stays whole."""
     axis = _SPLIT_AXIS.get(".".join(path))
     if axis is None or shape[axis] % mesh.shape[MODEL]:
@@ -81,9 +82,11 @@ class Placing:
 
     def __init__(self, shape: tuple[int, ...], dtype, sharding: NamedSharding | None):
         self._shape, self._sharding = shape, sharding
-        devices = {None: (slice(None),) * len(shape)}
+        whole = (slice(None),) * len(shape)
+        devices: dict[Any, tuple[slice, ...]] = {None: whole}
         if sharding is not None:
-            devices = sharding.addressable_devices_indices_map(shape)
+            parts = sharding.addressable_devices_indices_map(shape)
+            devices = {device: where or whole for device, where in parts.items()}
         # By their bounds, because Python 3.11 does not hash slices.
         self._bounds = {
             device: tuple(s.indices(n)[:2] for s, n in zip(where, shape, strict=True))

@@ -120,7 +120,10 @@ def missing_bound(
         total, each = _chernoff_limits(strata)
         order = np.argsort(each, kind="stable")
         strata = _Strata(
-            *(f[order] for f in (strata.sizes, strata.samples, strata.hits)), strata.alpha
+            sizes=strata.sizes[order],
+            samples=strata.samples[order],
+            hits=strata.hits[order],
+            alpha=strata.alpha,
         )
         bound += min(total, _lattice_limit(strata, each[order], total))
     return bound

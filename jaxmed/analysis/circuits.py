@@ -10,7 +10,7 @@ from jaxtyping import Float
 
 from jaxmed.analysis import joint
 from jaxmed.data.pairs import Pair
-from jaxmed.question import question as question_lib
+from jaxmed.question.question import Question
 from models.decoder import Decoder
 
 # Less than this share of TE is too little for a share of it to be formed.
@@ -24,7 +24,7 @@ CIRCUIT_SIZES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 def faithfulness(
     decoder: Decoder,
     pairs: list[Pair],
-    question: question_lib.Question,
+    question: Question,
     scores: dict[str, Float[np.ndarray, "L I"]],
     memory: int | None = None,
 ) -> dict[str, Float[np.ndarray, "2 K"]]:

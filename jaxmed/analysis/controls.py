@@ -5,6 +5,8 @@ edit of the same size does in a random direction: an effect that is no larger sa
 unit. Shapes: L layers, U units of a layer, D draws.
 """
 
+import functools
+
 import jax
 import numpy as np
 from jaxtyping import Bool, Float
@@ -14,8 +16,7 @@ from jaxmed.analysis import ranking
 from jaxmed.data.pairs import Pair
 from jaxmed.engine import capture, scan
 from jaxmed.question import positions, sites
-from jaxmed.question import question as question_lib
-from jaxmed.question.question import Question
+from jaxmed.question.question import Question, shapes
 from models.decoder import Decoder
 from models.sites import Site
 
@@ -38,7 +39,7 @@ def activation_difference(
         question: the edited positions and the alignment; its group size must be 1.
         granularity: layer, module, head or neuron.
     """
-    total = 0.0
+    of_responses = []
     for response in {term.response for term in question.metric.terms(pair)}:
         edited = positions.edited(pair, question.positions, question.align, len(response))
         with jax.default_matmul_precision("float32"):
@@ -46,16 +47,18 @@ def activation_difference(
                 capture.capture(decoder, prompt + response)
                 for prompt in (pair.prompt_ids, pair.counterfactual_ids)
             )
-        size = base.embedding.shape[0]
+        size = len(base.positions)
         changes = {
             site: capture.edited_difference(base, source, site, edited, 0, size)
             for site in sites.SITES[granularity]
         }
-        total = total + np.concatenate(
-            [_sizes(np.asarray(change), site) for site, change in changes.items()], axis=1
+        of_responses.append(
+            np.concatenate(
+                [_sizes(np.asarray(change), site) for site, change in changes.items()], axis=1
+            )
         )
-    return total.reshape(
-        question_lib.shapes(decoder.config, pair, question, [granularity])[granularity]
+    return functools.reduce(np.add, of_responses).reshape(
+        shapes(decoder.config, pair, question, [granularity])[granularity]
     )
 
 
@@ -96,7 +99,7 @@ def rotated_strengths(
         memory: bytes for the runs and the differences; most of what is free by default.
 
     Returns:
-        max(|mean NIE|, |mean TIE|) of each draw, in the unit of the metric.
+        max(|mean NIE|, |mean TIE|) of each draw, in the metric's unit.
     """
     found = np.full((draws, *chosen.shape), np.nan)
     if not chosen.any():
@@ -106,7 +109,10 @@ def rotated_strengths(
     for strengths, rotation in zip(found, rotations.reshape(draws, width, width), strict=True):
         turned = [
             scan.scan_pair(
-                *(decoder, pair, question, [granularity]),
+                decoder,
+                pair,
+                question,
+                [granularity],
                 chosen={granularity: chosen},
                 rotation=jax.numpy.asarray(rotation, decoder.compute_dtype),
                 matmul_precision=matmul_precision,
@@ -115,10 +121,8 @@ def rotated_strengths(
             for pair in pairs
         ]
         strengths[:] = ranking.strength(
-            *(
-                np.stack([getattr(of, side)[granularity] for of in turned])
-                for side in ("nie", "tie")
-            )
+            nie=np.stack([of.nie[granularity] for of in turned]),
+            tie=np.stack([of.tie[granularity] for of in turned]),
         )
     return found
 
@@ -145,7 +149,7 @@ def discoveries(
     Args:
         decoder, pairs, question, granularity: what was asked.
         strength: the larger of |mean NIE| and |mean TIE| over the pairs.
-        total_effect: what `MINIMUM_SHARE` is a share of, in the unit of the metric.
+        total_effect: what `MINIMUM_SHARE` is a share of, in the metric's unit.
         draws: random controls of each unit; the effect must be above all of them.
         seed: of the controls.
         matmul_precision: of products with differences, as of the effects.
@@ -153,7 +157,11 @@ def discoveries(
     """
     candidates = above_minimum(strength, total_effect)
     controls = rotated_strengths(
-        *(decoder, pairs, question, granularity, candidates),
+        decoder,
+        pairs,
+        question,
+        granularity,
+        candidates,
         draws=draws,
         seed=seed,
         matmul_precision=matmul_precision,

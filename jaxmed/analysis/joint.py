@@ -10,21 +10,21 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxmed.data.pairs import Pair
 from jaxmed.engine import capture, cost
-from jaxmed.engine import memory as memory_lib
+from jaxmed.engine.memory import free as free_memory
 from jaxmed.engine.propagate import read
 from jaxmed.engine.scan import Run, pair_effects
-from jaxmed.question import positions as positions_lib
-from jaxmed.question import question as question_lib
+from jaxmed.question import positions
 from jaxmed.question.effects import PairEffects
-from jaxmed.question.metrics import Term
+from jaxmed.question.metrics import Metric, Reading, Term
 from jaxmed.question.question import Question
-from jaxmed.reference.definition import aligned
 from models.decoder import Decoder
 from models.edits import Edit
+from models.shapes import AnyArray
 from models.sites import Site
 
 
@@ -32,7 +32,7 @@ def joint_pair(
     decoder: Decoder,
     pair: Pair,
     question: Question,
-    sets: Bool[Array, "N L I"],
+    sets: Bool[AnyArray, "N L I"],
     memory: int | None = None,
 ) -> PairEffects:
     """NIE and TIE of sets of neurons, each set patched as one intervention.
@@ -44,7 +44,7 @@ def joint_pair(
         pair: the pair.
         question: the metric and the positions.
         sets: which neurons are in each set.
-        memory: bytes for the runs that are made at once; `memory.free()` by default.
+        memory: bytes for the runs that are made at once; most of what is free by default.
 
     Returns:
         Effects whose NIE and TIE hold one array, "joint", [N].
@@ -52,50 +52,63 @@ def joint_pair(
 
     def evaluate(base: Run, source: Run, term: Term, swapped: bool):
         response = len(term.response)
-        edited = positions_lib.edited(pair, question.positions, question.align, response)
+        edited = positions.edited(pair, question.positions, question.align, response)
         edited = edited.swapped() if swapped else edited
         tokens, valid = capture.pad(base.tokens)
-        positions = np.zeros(len(tokens), bool)
-        positions[edited.base] = True
+        is_edited = np.zeros(len(tokens), bool)
+        is_edited[edited.base] = True
         found = _joint_changes(
             decoder,
-            tokens,
-            valid,
-            aligned(source.trace, Site.NEURON, edited, len(tokens)),
-            positions,
-            sets,
-            term.reading,
-            base.prompt_length - 1,
+            tokens=tokens,
+            valid=valid,
+            values=capture.aligned(source.trace, Site.NEURON, edited, len(tokens)),
+            edited=is_edited,
+            sets=sets,
+            reading=term.reading,
+            last_prompt=base.prompt_length - 1,
             metric=question.metric,
-            at_once=cost.runs_at_once(decoder.config, term, len(tokens), memory),
+            at_once=cost.runs_at_once(decoder.config, term, len(tokens), budget),
         )
         yield "joint", ..., np.asarray(found)
 
-    memory = memory_lib.free() if memory is None else memory
+    budget = free_memory() if memory is None else memory
     joint_shape = {"joint": (len(sets),)}
-    return pair_effects(decoder, pair, question, joint_shape, capture.capture, evaluate)
+    return pair_effects(decoder, pair, question, joint_shape, evaluate)
 
 
 @functools.partial(jax.jit, static_argnames=("metric", "at_once"))
 def _joint_changes(
-    decoder, tokens, valid, values, positions, sets, reading, last_prompt, metric, at_once
+    decoder: Decoder,
+    *,
+    tokens: Int[AnyArray, "T"],
+    valid: Bool[AnyArray, "T"],
+    values: Float[AnyArray, "L T I"],
+    edited: Bool[AnyArray, "T"],
+    sets: Bool[AnyArray, "N L I"],
+    reading: Reading,
+    last_prompt: Int[ArrayLike, ""],
+    metric: Metric,
+    at_once: int,
 ) -> Float[Array, "N"]:
-    """Y(edited) - Y(plain) for sets of neurons."""
+    """Y(edited) - Y(plain) for sets of neurons, whose values at the edited positions are given."""
 
     def run(members):
         edits = [
-            Edit.patch(Site.NEURON, layer, positions, values[layer], members[layer])
+            Edit.patch(Site.NEURON, layer, edited, values[layer], members[layer])
             for layer in range(decoder.config.num_layers)
         ]
         # Only the rows that are read: logits of all positions of all sets would be large.
-        residual = decoder(tokens, edits=edits, valid=valid)[1].residual[-1]
-        return read(decoder, metric, residual, reading, last_prompt)
+        residual = decoder(tokens, edits=edits, valid=valid)[1].residual
+        assert residual is not None  # a run keeps all sites unless some are named
+        return read(decoder, metric, residual[-1], reading, last_prompt)
 
     return jax.lax.map(run, sets, batch_size=at_once) - run(jnp.zeros_like(sets[0]))
 
 
+Neuron = tuple[int, int]  # its layer, and its number there
+
 CANDIDATES = 100  # neurons that each step of the greedy search tries
-SHARE = 0.95  # of TE, in both directions, at which the search stops
+SHARE = 0.95  # of TE, by both estimands, at which the search stops
 
 # Gains that differ by less than this share of TE count as equal.
 _TIE = 0.01
@@ -107,20 +120,21 @@ class JointSet:
 
     Attributes:
         picked: (layer, neuron) of each.
-        share_nie, share_tie: share of the mean TE that the set so far has, after each addition.
+        share_nie, share_tie: share of the mean TE, a fraction, that the set so far has by each
+            estimand, after each addition.
     """
 
-    picked: list[tuple[int, int]]
+    picked: list[Neuron]
     share_nie: list[float]
     share_tie: list[float]
 
-    def scores(self, single: np.ndarray) -> np.ndarray:
-        """A score by which neurons can be ranked, [layer, neuron].
+    def scores(self, single: Float[np.ndarray, "L I"]) -> Float[np.ndarray, "L I"]:
+        """A score by which neurons can be ranked, without a unit.
 
         Picked neurons come first, in their order; the others follow by their single effect.
 
         Args:
-            single: size of the single effects, [layer, neuron].
+            single: size of the single effects, in the metric's unit.
         """
         scores = single / (1 + np.nanmax(single))
         for place, neuron in enumerate(self.picked):
@@ -131,11 +145,11 @@ class JointSet:
 def joint_shares(
     decoder: Decoder,
     pairs: list[Pair],
-    question: question_lib.Question,
+    question: Question,
     sets: Bool[np.ndarray, "N L I"],
     memory: int | None = None,
 ) -> tuple[Float[np.ndarray, "N"], Float[np.ndarray, "N"]]:
-    """Shares of the mean TE that sets of neurons have jointly, by NIE and by TIE.
+    """Shares of the mean TE that sets of neurons have jointly, by NIE and by TIE, fractions.
 
     Args:
         decoder: the model.
@@ -147,18 +161,17 @@ def joint_shares(
     with jax.default_matmul_precision("float32"):
         joint = [joint_pair(decoder, pair, question, sets, memory) for pair in pairs]
     te = np.mean([pair.y_source - pair.y_base for pair in joint])
-    nie, tie = (
-        np.mean([getattr(pair, side)["joint"] for pair in joint], axis=0) / te
-        for side in ("nie", "tie")
+    return (
+        np.mean([pair.nie["joint"] for pair in joint], axis=0) / te,
+        np.mean([pair.tie["joint"] for pair in joint], axis=0) / te,
     )
-    return nie, tie
 
 
 def greedy_set(
     decoder: Decoder,
     pairs: list[Pair],
-    question: question_lib.Question,
-    single: np.ndarray,
+    question: Question,
+    single: Float[np.ndarray, "L I"],
     *,
     size: int,
     share: float = SHARE,
@@ -168,7 +181,7 @@ def greedy_set(
 ) -> JointSet:
     """The set of neurons that grows by the one that most raises the joint effect.
 
-    One direction alone misleads: redundant units hide from NIE, saturated ones from TIE. The
+    One estimand alone misleads: redundant units hide from NIE, saturated ones from TIE. The
     search therefore raises the sum of both shares of TE, each counted up to 1, so that overshoot
     is no gain. Where several units are needed before any of them shows, gains are equal but for
     noise; the stronger single effect then decides. Once both shares are reached, neurons that are
@@ -178,46 +191,53 @@ def greedy_set(
         decoder: the model.
         pairs: the pairs whose mean is taken.
         question: the metric and the positions; its group size must be 1.
-        single: size of the single effects, [layer, neuron]; the strongest are the candidates.
+        single: size of the single effects, in the metric's unit; the strongest are the candidates.
         size: neurons in the set, at most.
-        share: of TE, in both directions, at which the search stops.
+        share: of TE, by both estimands, at which the search stops.
         candidates: how many of the strongest are tried.
         memory: bytes for the runs that are made at once; most of what is free by default.
         on_step: called after each addition.
     """
     order = np.argsort(-np.nan_to_num(single), axis=None)[: max(candidates, size)]
-    pool = [tuple(int(i) for i in np.unravel_index(flat, single.shape)) for flat in order]
+    places = np.transpose(np.unravel_index(order, single.shape)).tolist()
+    pool: list[Neuron] = [(layer, neuron) for layer, neuron in places]
     count = len(pool)
 
-    def shares(trials: list[list[tuple[int, int]]]) -> np.ndarray:
-        """Both shares of each trial, [2, trial]."""
+    def shares(trials: list[list[Neuron]]) -> Float[np.ndarray, "2 trial"]:
+        """Both shares of each trial."""
         # As many sets in every step, so that one compilation serves all.
         sets = np.zeros((count, *single.shape), bool)
         for members, trial in zip(sets, trials, strict=False):
             members[tuple(np.transpose(trial))] = True
         return np.stack(joint_shares(decoder, pairs, question, sets, memory))[:, : len(trials)]
 
-    picked, path = [], []
+    picked: list[Neuron] = []
+    path: list[tuple[float, float]] = []
     while len(picked) < size and pool and not (path and min(path[-1]) >= share):
         found = shares([[*picked, neuron] for neuron in pool])
         gain = np.minimum(found, 1).sum(axis=0)
         best = int(np.flatnonzero(gain >= gain.max() - _TIE)[0])
         picked.append(pool.pop(best))
-        path.append(tuple(found[:, best].tolist()))
+        path.append((float(found[0, best]), float(found[1, best])))
         on_step()
     if path and min(path[-1]) >= share:
         needed = _pruned(picked, shares, share)
         if needed != picked:
             picked = needed
             prefixes = [picked[: stop + 1] for stop in range(len(picked))]
-            path = [tuple(both) for both in shares(prefixes).T.tolist()]
-    nie, tie = ([both[side] for both in path] for side in (0, 1))
-    return JointSet(picked, nie, tie)
+            path = [(nie, tie) for nie, tie in shares(prefixes).T.tolist()]
+    return JointSet(
+        picked=picked,
+        share_nie=[nie for nie, _ in path],
+        share_tie=[tie for _, tie in path],
+    )
 
 
 def _pruned(
-    picked: list[tuple[int, int]], shares: Callable[[list], np.ndarray], share: float
-) -> list[tuple[int, int]]:
+    picked: list[Neuron],
+    shares: Callable[[list[list[Neuron]]], Float[np.ndarray, "2 trial"]],
+    share: float,
+) -> list[Neuron]:
     """The set without neurons that it does not need for its share."""
     while len(picked) > 1:
         without = [picked[:place] + picked[place + 1 :] for place in range(len(picked))]

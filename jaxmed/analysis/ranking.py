@@ -4,9 +4,9 @@ import numpy as np
 from jaxtyping import Float
 from scipy import stats
 
-from jaxmed.analysis import joint as joint_lib
 from jaxmed.analysis import statistics
-from jaxmed.store import results as results_lib
+from jaxmed.analysis.joint import JointSet
+from jaxmed.store.results import Results
 
 # Below this mean total effect, in units of the metric, there is little to take a share of.
 MINIMUM_TOTAL_EFFECT = 0.1
@@ -101,9 +101,7 @@ RANKINGS = {
 }
 
 
-def rankings(
-    results: results_lib.Results, granularity: str
-) -> dict[str, Float[np.ndarray, "layer unit"]]:
+def rankings(results: Results, granularity: str) -> dict[str, Float[np.ndarray, "layer unit"]]:
     """How a run ranks its units: scores by name; units that were only estimated have NaN.
 
     "nie", "tie" and "max" are |mean NIE|, |mean TIE| and the larger of both; neurons of a run with
@@ -120,8 +118,8 @@ def rankings(
     return scores
 
 
-def joint_set(results: results_lib.Results) -> joint_lib.JointSet:
+def joint_set(results: Results) -> JointSet:
     """The greedy joint set of a run that has one."""
     joint = results.run["joint"]
     picked = [(layer, neuron) for layer, neuron in joint["picked"]]
-    return joint_lib.JointSet(picked, joint["share_nie"], joint["share_tie"])
+    return JointSet(picked=picked, share_nie=joint["share_nie"], share_tie=joint["share_tie"])

@@ -23,10 +23,9 @@ from jaxmed.engine import capture
 from jaxmed.engine.propagate import read
 from jaxmed.engine.scan import Run, pair_effects
 from jaxmed.question import positions, sites
-from jaxmed.question import question as question_lib
 from jaxmed.question.metrics import Metric, Reading, Term
 from jaxmed.question.positions import Edited
-from jaxmed.question.question import Question
+from jaxmed.question.question import Question, shapes
 from models.decoder import Decoder, Trace
 from models.sites import Site
 
@@ -56,7 +55,7 @@ def scores(
 
     (attribution patching: Nanda 2023; Syed et al., arXiv 2310.10348; Kramar et al., arXiv
     2403.00745). The two are the derivatives of NIE and TIE in how far the patch is made. One
-    forward and one backward pass for each term and direction serve all neurons.
+    forward and one backward pass for each term and estimand serve all neurons.
 
     With `steps` > 1 the gradient is the mean over `steps` midpoints of the straight path between
     the two runs' embeddings (integrated gradients as in EAP-IG: Hanna et al., arXiv 2403.17806).
@@ -103,9 +102,9 @@ def scores(
         )
         yield granularity, ..., np.asarray(found).reshape(result_shapes[granularity])
 
-    result_shapes = question_lib.shapes(decoder.config, pair, question, [granularity])
+    result_shapes = shapes(decoder.config, pair, question, [granularity])
     with jax.default_matmul_precision("float32"):
-        found = pair_effects(decoder, pair, question, result_shapes, capture.capture, evaluate)
+        found = pair_effects(decoder, pair, question, result_shapes, evaluate)
     return found.nie[granularity], found.tie[granularity]
 
 
@@ -114,7 +113,7 @@ def _change(
 ) -> Float[Array, "L T ..."]:
     """Source value minus base value of a site at all of the run's positions; 0 unless edited."""
     edited = edited.swapped() if swapped else edited
-    return capture.edited_difference(base, source, site, edited, 0, base.embedding.shape[0])
+    return capture.edited_difference(base, source, site, edited, 0, len(base.positions))
 
 
 def _path(
@@ -214,7 +213,7 @@ def select(
     replacement, all at the same rate. With one stratum there is no census.
 
     Args:
-        scores: estimated effects, of one direction.
+        scores: estimated effects, of one estimand or of the larger of both.
         top: how many of the strongest effects are wanted.
         audit: size of the sample; all other units if there are no more than that.
         seed: of the sample.
@@ -246,7 +245,12 @@ def select(
         start += size
     candidates = np.zeros(len(order), bool)
     candidates[order[:count]] = True
-    return Selection(*(field.reshape(np.shape(scores)) for field in (candidates, sampled, stratum)))
+    shape = np.shape(scores)
+    return Selection(
+        candidates=candidates.reshape(shape),
+        sampled=sampled.reshape(shape),
+        stratum=stratum.reshape(shape),
+    )
 
 
 def _stratum_sizes(rest: int, candidates: int, audit: int, strata: int) -> list[int]:

@@ -19,7 +19,7 @@ def pair_mean(values: np.ndarray) -> np.ndarray:
     """Mean over the pairs that have the unit: [pair, unit...] -> [unit...], NaN where none has."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Mean of empty slice", RuntimeWarning)
-        return np.nanmean(values, axis=0, dtype=np.float64)
+        return np.asarray(np.nanmean(values, axis=0, dtype=np.float64))
 
 
 def by_base(values: np.ndarray, bases: Sequence[str]) -> np.ndarray:

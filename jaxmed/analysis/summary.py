@@ -1,20 +1,22 @@
 """`summary.parquet`: a row per unit and estimand."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jaxmed.analysis import estimands, statistics
 from jaxmed.files import atomic
-from jaxmed.question import sites
-from jaxmed.store import results as results_lib
+from jaxmed.question.effects import TOTALS, Effects, Status, Totals
+from jaxmed.store.results import Results
 
-ESTIMANDS = ("nie", "tie", "nde", "int")
+ESTIMANDS = ("nie", "tie", "nde", "int")  # those of every unit that a summary has
 
 _SUMMARY_FILE = "summary.parquet"
 
 
-def summarise(results: results_lib.Results) -> pa.Table:
+def summarise(found: Mapping[str, Effects]) -> pa.Table:
     """The statistics of every unit that any pair has.
 
     NDE = TE - TIE and INT = TIE - NIE are formed per pair. Pairs of one base prompt are averaged
@@ -24,7 +26,7 @@ def summarise(results: results_lib.Results) -> pa.Table:
     belong to the family all the same, as if their p were 1.
 
     Args:
-        results: the run.
+        found: the effects by granularity, of a scan in memory or of a results folder.
 
     Returns:
         A table with one row per granularity, estimand and unit, in this order, then in that of the
@@ -35,25 +37,26 @@ def summarise(results: results_lib.Results) -> pa.Table:
         counts backwards from the last prompt token, 0. Three rows of granularity "total" hold te,
         y_base, y_source.
     """
-    te = results.te
-    tables = [_total_rows(results)]
-    for granularity in results.granularities:
-        nie, tie = results.effects(granularity)
-        places = _places(results, granularity)
-        exact = ~results.estimated(granularity).ravel()
+    tables = []
+    for granularity, effects in found.items():
+        if not tables:
+            tables.append(_total_rows(effects.totals))
+        nie, tie = effects.nie, effects.tie
+        places = effects.places()
+        exact = ~(effects.done == Status.ESTIMATED).any(axis=0).ravel()
         values = {
             "nie": nie,
             "tie": tie,
-            "nde": estimands.natural_direct_effect(te, tie),
+            "nde": estimands.natural_direct_effect(effects.te, tie),
             "int": estimands.interaction(nie, tie),
         }
         for estimand in ESTIMANDS:
-            over_bases = statistics.by_base(values[estimand], results.bases)
+            over_bases = statistics.by_base(values[estimand], effects.totals.bases)
             tables.append(_rows(granularity, estimand, over_bases, places, exact))
     return pa.concat_tables(tables)
 
 
-def write_summary(results: results_lib.Results) -> pa.Table:
+def write_summary(results: Results) -> pa.Table:
     """Writes `summarise`'s table to `summary.parquet` in the results folder, and returns it."""
     table = summarise(results)
     path = results.folder / _SUMMARY_FILE
@@ -61,35 +64,19 @@ def write_summary(results: results_lib.Results) -> pa.Table:
     return table
 
 
-def read_summary(results: results_lib.Results) -> pa.Table:
+def read_summary(results: Results) -> pa.Table:
     """`summary.parquet`, written anew if it is missing or older than the effects."""
+    table = kept_summary(results)
+    return write_summary(results) if table is None else table
+
+
+def kept_summary(results: Results) -> pa.Table | None:
+    """What `summary.parquet` holds; None if it is missing or older than the effects."""
     path = results.folder / _SUMMARY_FILE
     written = max(file.stat().st_mtime_ns for file in (results.folder / "effects.zarr").rglob("*"))
     if path.exists() and path.stat().st_mtime_ns >= written:
         return pq.read_table(path)
-    return write_summary(results)
-
-
-def _places(results: results_lib.Results, granularity: str) -> dict[str, np.ndarray]:
-    """Where each unit is: layer, site, unit and position, each [unit], -1 where one is not."""
-    index = [axis.ravel() for axis in np.indices(results.sizes.shape(granularity))]
-    nowhere = np.full(index[0].shape, -1)
-    places = {"layer": index[0], "unit": nowhere, "position": nowhere}
-    if granularity == "module":
-        places["site"] = np.array(sites.MODULE_SITES)[index[1]]
-    elif granularity == "token":
-        places["site"] = np.array(sites.TOKEN_SITES)[index[1]]
-        places["position"] = index[2]
-    elif granularity == "direction":
-        places["site"] = np.array(results.sizes.sites)[index[1]]
-        places["unit"] = index[2]
-    else:
-        places["site"] = np.full(index[0].shape, granularity)
-        if granularity == "head":
-            places["unit"] = index[1]
-        elif granularity == "neuron":
-            places["unit"] = index[1] * results.run.get("group_size", 1)
-    return places
+    return None
 
 
 def _rows(
@@ -126,17 +113,16 @@ def _rows(
     return pa.table(columns)
 
 
-def _total_rows(results: results_lib.Results) -> pa.Table:
+def _total_rows(totals: Totals) -> pa.Table:
     nowhere = {name: np.array([-1]) for name in ("layer", "unit", "position")}
     places = {**nowhere, "site": np.array([None])}
-    totals = {"te": results.te, "y_base": results.y_base, "y_source": results.y_source}
     return pa.concat_tables(
         _rows(
             "total",
             name,
-            statistics.by_base(values, results.bases)[:, None],
+            statistics.by_base(getattr(totals, name), totals.bases)[:, None],
             places,
             np.array([True]),
         )
-        for name, values in totals.items()
+        for name in TOTALS
     )

@@ -9,16 +9,13 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from jaxmed.engine import capture
+from jaxmed.engine import capture, cost
 from jaxmed.engine import memory as device_memory
 from models.config import DecoderConfig
 from models.decoder import Decoder
 from models.edits import Hold
 from models.errors import InputError
 
-# Rows of a batch, if they fit the memory.
-_ROWS = {"cpu": 16}
-_ROWS_ON_ACCELERATORS = 64
 # Responses of up to this many tokens share their compilations.
 _FEWEST = 16
 
@@ -95,29 +92,19 @@ def sizes(
             raise InputError(f"batch_size = {batch_size}: must be at least 1")
         return dict.fromkeys(lengths, batch_size)
     left = (device_memory.free() if memory is None else memory) - weights
-    return {length: _most_rows(decoder, holds, length, room, runs, left) for length in lengths}
-
-
-def _most_rows(
-    decoder: Decoder, holds: Sequence[Hold], length: int, room: int, runs: int, left: int
-) -> int:
-    config = decoder.config
-    width, hidden = config.hidden_size, config.intermediate_size
-    heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    # The prompt's keys and values are there twice while the cache is made of them.
-    cache = 2 * config.num_layers * kv * (2 * length + room)
-    run = length * (10 * width + 4 * hidden + 3 * heads) + 3 * config.num_heads * length**2
-    held = sum(hold.shift[0].size for hold in holds if hold.of_each_prompt)
-    row = runs * cache + run + held + 6 * config.vocab_size
-    row *= decoder.compute_dtype.itemsize
-    if left < row:
-        raise InputError(
-            f"the memory that is left, {left / 2**30:.4f} GiB, is too little for a single prompt "
-            f"of {length} tokens, {row / 2**30:.4f} GiB: take a larger device, shorter prompts or "
-            "fewer tokens"
+    return {
+        length: cost.rows_at_once(
+            decoder.config,
+            decoder.compute_dtype,
+            length=length,
+            memory=left,
+            platform=jax.default_backend(),
+            runs=runs,
+            room=room,
+            held=sum(hold.shift[0].size for hold in holds if hold.of_each_prompt),
         )
-    most = _ROWS.get(jax.default_backend(), _ROWS_ON_ACCELERATORS)
-    return min(most, 1 << ((left // row).bit_length() - 1))
+        for length in lengths
+    }
 
 
 def check_prompts(config: DecoderConfig, prompts: Sequence[Sequence[int]], more: int = 0) -> None:

@@ -13,7 +13,7 @@ round otherwise in the last bits: its tokens are the same unless two tie within 
 
 Products are float32 on every device (see `jax.default_matmul_precision`).
 
-Shapes are named in `models.layers`; B are the rows of a batch, N the padded length of a prompt, M
+Shapes are named in `models.shapes`; B are the rows of a batch, N the padded length of a prompt, M
 the generated tokens that there is room for, C = N + M the slots of the cache, V the vocabulary.
 """
 

@@ -14,12 +14,10 @@ from jaxtyping import Array, Float, Int
 
 from jaxmed.behaviour import batches, holding
 from jaxmed.behaviour.generation import PRECISION
+from jaxmed.engine import cost
 from models.decoder import Decoder
 from models.edits import Hold, Part
 from models.errors import InputError
-
-# Logits of teacher-forced positions that are in memory at once.
-_LOGITS = 2**22
 
 # Prompt and response, token ids.
 Sequences = Sequence[tuple[Sequence[int], Sequence[int]]]
@@ -192,5 +190,5 @@ def _by_position(decoder: Decoder, read: Callable, rows) -> Float[Array, "B R"]:
     """`read` of each position; the whole vocabulary's logits are there for a few at a time."""
     shape = jax.tree.leaves(rows)[0].shape[:2]
     flat = jax.tree.map(lambda part: part.reshape(-1, *part.shape[2:]), rows)
-    together = max(1, _LOGITS // decoder.config.vocab_size)
+    together = cost.logits_at_once(decoder.config)
     return jax.lax.map(read, flat, batch_size=together).reshape(shape)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jinja2
 
@@ -10,7 +11,12 @@ from jaxmed.files.reading import DataError
 # Many templates refuse a system role, or two messages in a row, by a TemplateError; the others come
 # of operations on what is not there.
 _TEMPLATE_ERRORS = (
-    *(jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError),
+    jinja2.TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    TypeError,
+    ValueError,
 )
 
 
@@ -68,8 +74,8 @@ def _has_in_order(rendered: str, texts: Iterable[str]) -> bool:
     return True
 
 
-def check_messages(value, name: str, where: str) -> None:
-    """Raises `DataError` unless the value of a field is a list of chat messages."""
+def check_messages(value: Any, name: str, where: str) -> None:
+    """Raises `DataError` unless the value of the field `name` is a list of chat messages."""
     if not are_messages(value):
         raise DataError(
             f"{where}: '{name}' must be text or a list of messages with 'role' and 'content', "
@@ -77,7 +83,7 @@ def check_messages(value, name: str, where: str) -> None:
         )
 
 
-def are_messages(value) -> bool:
+def are_messages(value: Any) -> bool:
     """Whether it is a list or tuple of objects with `role` and `content`, both text."""
     return isinstance(value, (list, tuple)) and all(
         isinstance(m, dict) and all(isinstance(m.get(key), str) for key in ("role", "content"))
@@ -85,6 +91,6 @@ def are_messages(value) -> bool:
     )
 
 
-def as_text(prompt) -> str | None:
+def as_text(prompt: str | Sequence[dict] | None) -> str | None:
     """A prompt as it is shown: text as it stands, messages as JSON; None for no prompt."""
     return prompt if prompt is None or isinstance(prompt, str) else json.dumps(prompt)

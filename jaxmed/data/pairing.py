@@ -5,16 +5,9 @@ import hashlib
 import json
 from collections.abc import Callable
 
-from jaxmed.data import chat as chat_lib
-from jaxmed.data import pairs as pairs_lib
-from jaxmed.data import prompts as prompts_lib
-from jaxmed.data import tokens
-from jaxmed.data.prompts import (
-    Prompt,
-    answer_tokens,
-    given_counterfactuals,
-    prompt_tokens,
-)
+from jaxmed.data.chat import as_text
+from jaxmed.data.pairs import Pair
+from jaxmed.data.prompts import Prompt, answers_of, counterfactuals_of, tokens_of
 from jaxmed.files.reading import DataError
 from models.errors import InputError
 
@@ -30,7 +23,7 @@ def pair_up(
     count: int = 1,
     seed: int = 0,
     on_bad: Callable[[DataError], None] | None = None,
-) -> list[pairs_lib.Pair]:
+) -> list[Pair]:
     """Makes pairs of prompts and counterfactuals.
 
     Args:
@@ -40,7 +33,7 @@ def pair_up(
             as many tokens, the chat template's included. For the last two the prompts are those
             that are labelled harmful, and a counterfactual is of the same split, so that no prompt
             does two jobs.
-        tokenizer, chat: as in `data.read`.
+        tokenizer, chat: as in `pairs.read`.
         count: how many counterfactuals a prompt has at most, for "matched" and "length".
         seed: of the choice where there are more; it does not depend on the order of the prompts.
         on_bad: told of a prompt that cannot be used or has no counterfactual, which is then left
@@ -48,7 +41,7 @@ def pair_up(
 
     Returns:
         The pairs in the prompts' order, with ids "ID/1", "ID/2", ..., where ID is the base prompt's
-        and the pairs' `base`. They have the base prompt's label, category, source, split and
+        and the pairs' `base_id`. They have the base prompt's label, category, source, split and
         answers.
 
     Raises:
@@ -60,10 +53,10 @@ def pair_up(
     if count < 1:
         raise InputError(f"a prompt needs at least 1 counterfactual, not {count}")
     _check_ids_differ(prompts)
-    read_tokens = functools.partial(prompts_lib.tokens_of, tokenizer=tokenizer, chat=chat)
+    read_tokens = functools.partial(tokens_of, tokenizer=tokenizer, chat=chat)
     if how == "given":
-        bases = [one for one in prompts if one.label == "harmful" or given_counterfactuals(one)]
-        find = given_counterfactuals
+        bases = [one for one in prompts if one.label == "harmful" or counterfactuals_of(one)]
+        find = counterfactuals_of
     else:
         bases = [one for one in prompts if one.label == "harmful"]
         find = _finder(prompts, how, read_tokens, count, seed, on_bad)
@@ -139,25 +132,24 @@ def _pairs(base: Prompt, counterfactuals: list[Prompt], how: str, tokenizer, cha
     """The pairs of one base prompt."""
     if not counterfactuals:
         raise DataError(f"{base.where}: prompt '{base.id}' cannot be paired: {_NOT_FOUND[how]}")
-    answers = {
-        ids: answer_tokens(base, name, ids, tokenizer) for name, ids in tokens.ANSWERS.items()
-    }
+    answers = answers_of(base, tokenizer)
     lender = "counterfactual" if how == "given" else "prompt"
     return [
-        pairs_lib.Pair(
+        Pair(
             id=f"{base.id}/{number}",
-            prompt_ids=prompts_lib.tokens_of(base, tokenizer, chat=chat),
-            counterfactual_ids=prompt_tokens(counterfactual, lender, tokenizer, chat),
+            prompt_ids=tokens_of(base, tokenizer, chat=chat),
+            counterfactual_ids=tokens_of(counterfactual, tokenizer, chat=chat, field=lender),
             label=base.label,
             category=base.category,
             source=base.source,
             split=base.split,
             where=base.where,
-            prompt_text=chat_lib.as_text(base.prompt),
-            counterfactual_text=chat_lib.as_text(counterfactual.prompt),
+            prompt_text=as_text(base.prompt),
+            counterfactual_text=as_text(counterfactual.prompt),
             is_chat=chat or isinstance(base.prompt, tuple),
-            base=base.id,
-            **answers,
+            base_id=base.id,
+            harmful_ids=answers["harmful_ids"],
+            safe_ids=answers["safe_ids"],
         )
         for number, counterfactual in enumerate(counterfactuals, start=1)
     ]

@@ -2,12 +2,19 @@
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable
 
-from jaxmed.data import chat as chat_lib
 from jaxmed.data import splits
-from jaxmed.data import tokens as tokens_lib
-from jaxmed.data.tokens import ANSWERS, PROMPTS
+from jaxmed.data.chat import as_text
+from jaxmed.data.tokens import (
+    ANSWERS,
+    PROMPTS,
+    answer_tokens,
+    check_one_given,
+    prompt_tokens,
+    token_ids,
+)
 from jaxmed.files import reading
 from jaxmed.files.reading import DataError
 
@@ -28,8 +35,8 @@ class Pair:
         where: file and line that it was read from, for messages.
         prompt_text, counterfactual_text: what was tokenised; None for tokenised pairs.
         is_chat: whether the prompt went through the tokenizer's chat template.
-        base: the base prompt's name, which several pairs share where it has several
-            counterfactuals; the pair's own id unless given.
+        base_id: name of the base prompt, which several pairs share where it has several
+            counterfactuals; empty for the pair's own id.
     """
 
     id: str
@@ -47,19 +54,20 @@ class Pair:
     prompt_text: str | None = None
     counterfactual_text: str | None = None
     is_chat: bool = False
-    base: str = ""
+    base_id: str = ""
 
-    def __post_init__(self):
-        if not self.base:
-            object.__setattr__(self, "base", self.id)
-
-
-_PLAIN_FIELDS = ("label", "category", "source", "split", "base")
-_SPANS = ("prompt_span", "counterfactual_span")
+    @property
+    def base(self) -> str:
+        """The base prompt's name, `base_id` or `id`; pairs that share it are no independent samples."""
+        return self.base_id or self.id
 
 
 def read(
-    path, tokenizer=None, *, chat: bool = False, on_bad: Callable[[DataError], None] | None = None
+    path: str | os.PathLike,
+    tokenizer=None,
+    *,
+    chat: bool = False,
+    on_bad: Callable[[DataError], None] | None = None,
 ) -> list[Pair]:
     """Reads pairs from a JSONL file, one object a line.
 
@@ -79,17 +87,15 @@ def read(
         path,
         reading.json_lines(path),
         lambda fields, place, where: _pair(fields, where, tokenizer, chat),
-        "pairs",
-        on_bad,
+        what="pairs",
+        on_bad=on_bad,
     )
 
 
 def _pair(fields: dict, where: str, tokenizer, chat: bool) -> Pair:
     identity = str(fields.get("id", where.rpartition(":")[2]))
-    as_prompt = functools.partial(
-        tokens_lib.prompt_tokens, where=where, tokenizer=tokenizer, chat=chat
-    )
-    as_answer = functools.partial(tokens_lib.answer_tokens, where=where, tokenizer=tokenizer)
+    as_prompt = functools.partial(prompt_tokens, where=where, tokenizer=tokenizer, chat=chat)
+    as_answer = functools.partial(answer_tokens, where=where, tokenizer=tokenizer)
     tokens = {
         ids: _tokens(fields, text, ids, where, as_prompt if text in PROMPTS else as_answer)
         for text, ids in (PROMPTS | ANSWERS).items()
@@ -99,30 +105,38 @@ def _pair(fields: dict, where: str, tokenizer, chat: bool) -> Pair:
             given = text in fields or ids in fields
             what = f"an empty {text}" if given else f"no {text}"
             raise DataError(f"{where}: pair '{identity}' has {what} (field '{text}' or '{ids}')")
-    plain = {name: str(fields[name]) for name in _PLAIN_FIELDS if name in fields}
-    plain["split"] = splits.split_of(plain.get("split"), plain.get("base", identity), where)
-    spans = {name: _span(fields[name], name, where) for name in _SPANS if name in fields}
+    split = str(fields["split"]) if "split" in fields else None
+    base_id = str(fields.get("base", identity))
     return Pair(
         id=identity,
+        prompt_span=_span(fields, "prompt_span", where),
+        counterfactual_span=_span(fields, "counterfactual_span", where),
+        split=splits.split_of(split, base_id, where),
         where=where,
-        prompt_text=chat_lib.as_text(fields.get("prompt")),
-        counterfactual_text=chat_lib.as_text(fields.get("counterfactual")),
+        prompt_text=as_text(fields.get("prompt")),
+        counterfactual_text=as_text(fields.get("counterfactual")),
         is_chat=chat or isinstance(fields.get("prompt"), list),
+        label=str(fields.get("label", "")),
+        category=str(fields.get("category", "")),
+        source=str(fields.get("source", "")),
+        base_id=base_id or identity,
         **tokens,
-        **plain,
-        **spans,
     )
 
 
 def _tokens(fields: dict, text_name: str, ids_name: str, where: str, tokenise) -> tuple[int, ...]:
     """Token ids of one field, given as ids or as text; empty where the line has neither."""
-    tokens_lib.check_one_given(fields, text_name, ids_name, where)
+    check_one_given(fields, text_name, ids_name, where)
     if ids_name in fields:
-        return tokens_lib.token_ids(fields[ids_name], ids_name, where)
+        return token_ids(fields[ids_name], ids_name, where)
     return tokenise(fields[text_name], text_name) if text_name in fields else ()
 
 
-def _span(value, name: str, where: str) -> tuple[int, int]:
+def _span(fields: dict, name: str, where: str) -> tuple[int, int] | None:
+    """The field's span; None where the line has none."""
+    value = fields.get(name)
+    if value is None:
+        return None
     if (
         not isinstance(value, list)
         or len(value) != 2
@@ -130,4 +144,4 @@ def _span(value, name: str, where: str) -> tuple[int, int]:
         or not 0 <= value[0] < value[1]
     ):
         raise DataError(f"{where}: '{name}' must be [start, stop] with 0 <= start < stop")
-    return tuple(value)
+    return value[0], value[1]

@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 from collections.abc import Callable
 
-from jaxmed.data import chat as chat_lib
 from jaxmed.data import splits, tokens
+from jaxmed.data.chat import as_text, check_messages
 from jaxmed.data.sets import LABELS, label_by_file, recognised, translated
 from jaxmed.files import atomic, reading
 from jaxmed.files.reading import DataError
@@ -62,7 +63,7 @@ _TEXTS = ("category", "source", "match")
 
 
 def read(
-    path,
+    path: str | os.PathLike,
     *,
     label: str | None = None,
     source: str | None = None,
@@ -118,10 +119,10 @@ def read(
             row["id"] = f"{source}-{row.get('id', place)}"
         return _prompt({"id": place} | row, label, source, where, by_text=known is not None)
 
-    return reading.collect(path, rows, make, "prompts", on_bad)
+    return reading.collect(path, rows, make, what="prompts", on_bad=on_bad)
 
 
-def write(path, prompts: list[Prompt]) -> None:
+def write(path: str | os.PathLike, prompts: list[Prompt]) -> None:
     """Writes prompts in jaxmed's own form, as JSONL; `read` gives them back as they are."""
     lines = [json.dumps(_fields(prompt), ensure_ascii=False) + "\n" for prompt in prompts]
     atomic.replace_file(
@@ -146,18 +147,23 @@ def text(prompt: Prompt) -> str:
     return asked[-1]
 
 
-def tokens_of(prompt: Prompt, tokenizer=None, *, chat: bool = False) -> tuple[int, ...]:
+def tokens_of(
+    prompt: Prompt, tokenizer=None, *, chat: bool = False, field: str = "prompt"
+) -> tuple[int, ...]:
     """The prompt's tokens: its own, or its text's.
 
     Args:
         prompt: the prompt.
         tokenizer: a Hugging Face tokenizer; not needed where the prompt has token ids.
-        chat: wrap a prompt that is text in the tokenizer's chat template, as in `data.read`.
+        chat: wrap a prompt that is text in the tokenizer's chat template, as in `pairs.read`.
+        field: "prompt", or "counterfactual" of one that is, for messages.
 
     Raises:
         DataError: it is text, and the tokenizer is missing or its template refuses it.
     """
-    return prompt_tokens(prompt, "prompt", tokenizer, chat)
+    if prompt.prompt_ids:
+        return prompt.prompt_ids
+    return tokens.prompt_tokens(prompt.prompt, field, prompt.where, tokenizer, chat=chat)
 
 
 def all_counterfactual_tokens(
@@ -171,10 +177,34 @@ def all_counterfactual_tokens(
     Raises:
         DataError: it gives none; or as `tokens_of`.
     """
-    given = given_counterfactuals(prompt)
+    given = counterfactuals_of(prompt)
     if not given:
         raise DataError(f"{prompt.where}: prompt '{prompt.id}' has no counterfactual")
-    return tuple(prompt_tokens(one, "counterfactual", tokenizer, chat) for one in given)
+    return tuple(tokens_of(one, tokenizer, chat=chat, field="counterfactual") for one in given)
+
+
+def answers_of(prompt: Prompt, tokenizer=None) -> dict[str, tuple[int, ...]]:
+    """Tokens of the answers that the file gives, "harmful_ids" and "safe_ids"; empty if not given.
+
+    Args:
+        prompt, tokenizer: as in `tokens_of`.
+
+    Raises:
+        DataError: one is text, and there is no tokenizer.
+    """
+    return {
+        ids: tokens.answer_tokens(answer, name, prompt.where, tokenizer)
+        if (answer := getattr(prompt, name))
+        else getattr(prompt, ids)
+        for name, ids in tokens.ANSWERS.items()
+    }
+
+
+def counterfactuals_of(prompt: Prompt) -> list[Prompt]:
+    """The counterfactuals that the file gives, as prompts that are else like this one."""
+    texts = [{"prompt": one, "prompt_ids": ()} for one in prompt.counterfactuals]
+    ids = [{"prompt": None, "prompt_ids": one} for one in prompt.counterfactual_ids]
+    return [dataclasses.replace(prompt, **one) for one in texts + ids]
 
 
 def _prompt(
@@ -192,26 +222,30 @@ def _prompt(
     texts = {name: str(fields[name]) for name in _TEXTS if name in fields}
     if source is not None:
         texts["source"] = source
-    asked = {
-        "prompt": _conversation(fields["prompt"], "prompt", where) if "prompt" in fields else None,
-        "prompt_ids": _ids(fields, "prompt_ids", where),
-    }
+    prompt = _conversation(fields["prompt"], "prompt", where) if "prompt" in fields else None
+    prompt_ids = _ids(fields, "prompt_ids", where)
     tokens.check_one_given(fields, "prompt", "prompt_ids", where)
-    if not any(asked.values()):
+    if not (prompt or prompt_ids):
         raise DataError(f"{where}: prompt '{identity}' has no prompt, or an empty one")
     if texts.get("match"):
         split_key = f"{texts.get('source', '')} {texts['match']}"
     else:
-        split_key = splits.normalised(chat_lib.as_text(asked["prompt"])) if by_text else identity
+        split_key = splits.normalised(as_text(prompt) or "") if by_text else identity
+    counterfactuals, counterfactual_ids = _counterfactuals(fields, where)
+    answers = {name: _answer(fields, name, ids, where) for name, ids in tokens.ANSWERS.items()}
     return Prompt(
         id=identity,
+        prompt=prompt,
+        prompt_ids=prompt_ids,
         label=_label(fields, label, where),
         split=splits.split_of(fields.get("split"), split_key, where),
+        counterfactuals=counterfactuals,
+        counterfactual_ids=counterfactual_ids,
+        harmful_ids=_ids(fields, "harmful_ids", where),
+        safe_ids=_ids(fields, "safe_ids", where),
         where=where,
-        **asked,
         **texts,
-        **_counterfactuals(fields, where),
-        **_answers(fields, where),
+        **answers,
     )
 
 
@@ -230,7 +264,7 @@ def _conversation(value, name: str, where: str) -> str | tuple[dict, ...]:
     """A prompt as it is kept; empty where there is nothing in it."""
     if isinstance(value, str):
         return value if value.strip() else ""
-    chat_lib.check_messages(value, name, where)
+    check_messages(value, name, where)
     return tuple(value)
 
 
@@ -238,36 +272,37 @@ def _ids(fields: dict, name: str, where: str) -> tuple[int, ...]:
     return tokens.token_ids(fields[name], name, where) if name in fields else ()
 
 
-def _counterfactuals(fields: dict, where: str) -> dict[str, tuple]:
-    """Each of the file's counterfactuals, of which it gives one or a list."""
+def _counterfactuals(
+    fields: dict, where: str
+) -> tuple[tuple[str | tuple[dict, ...], ...], tuple[tuple[int, ...], ...]]:
+    """The file's counterfactuals and the tokens of those that it gives as such, one or a list."""
     tokens.check_one_given(fields, "counterfactual", "counterfactual_ids", where)
-    given = {"counterfactuals": (), "counterfactual_ids": ()}
+    conversations, ids = (), ()
     if "counterfactual" in fields:
         value = fields["counterfactual"]
         is_one = not isinstance(value, list) or all(isinstance(item, dict) for item in value)
-        given["counterfactuals"] = tuple(
+        conversations = tuple(
             _conversation(item, "counterfactual", where) for item in ([value] if is_one else value)
         )
     if "counterfactual_ids" in fields:
         value = fields["counterfactual_ids"]
         is_one = not isinstance(value, list) or not any(isinstance(item, list) for item in value)
-        given["counterfactual_ids"] = tuple(
+        ids = tuple(
             tokens.token_ids(item, "counterfactual_ids", where)
             for item in ([value] if is_one else value)
         )
-    if not all(all(several) for several in given.values()):
+    if not (all(conversations) and all(ids)):
         raise DataError(f"{where}: an empty counterfactual")
-    return given
+    return conversations, ids
 
 
-def _answers(fields: dict, where: str) -> dict[str, str | tuple[int, ...]]:
-    answers = {}
-    for name, ids in tokens.ANSWERS.items():
-        tokens.check_one_given(fields, name, ids, where)
-        answers |= {name: fields.get(name, ""), ids: _ids(fields, ids, where)}
-        if not isinstance(answers[name], str):
-            raise DataError(f"{where}: '{name}' must be text")
-    return answers
+def _answer(fields: dict, name: str, ids_name: str, where: str) -> str:
+    """The text of an answer; empty where the file has none, or has tokens instead."""
+    tokens.check_one_given(fields, name, ids_name, where)
+    answer = fields.get(name, "")
+    if not isinstance(answer, str):
+        raise DataError(f"{where}: '{name}' must be text")
+    return answer
 
 
 def _fields(prompt: Prompt) -> dict:
@@ -279,21 +314,3 @@ def _fields(prompt: Prompt) -> dict:
             one = several[0] if len(several) == 1 else several
             fields[name.replace("counterfactuals", "counterfactual")] = one
     return fields
-
-
-def prompt_tokens(prompt: Prompt, field: str, tokenizer, chat: bool) -> tuple[int, ...]:
-    if prompt.prompt_ids:
-        return prompt.prompt_ids
-    return tokens.prompt_tokens(prompt.prompt, field, prompt.where, tokenizer, chat=chat)
-
-
-def answer_tokens(prompt: Prompt, name: str, ids_name: str, tokenizer) -> tuple[int, ...]:
-    answer, ids = getattr(prompt, name), getattr(prompt, ids_name)
-    return tokens.answer_tokens(answer, name, prompt.where, tokenizer) if answer else ids
-
-
-def given_counterfactuals(prompt: Prompt) -> list[Prompt]:
-    """The file's counterfactuals of a prompt, as prompts."""
-    texts = [{"prompt": one, "prompt_ids": ()} for one in prompt.counterfactuals]
-    ids = [{"prompt": None, "prompt_ids": one} for one in prompt.counterfactual_ids]
-    return [dataclasses.replace(prompt, **one) for one in texts + ids]

@@ -148,6 +148,9 @@ def recognised(
         columns: of its rows.
         labels: what its rows have as label.
         label: given for all of them.
+
+    Raises:
+        DataError: they are of no known set, or nothing says the label.
     """
     known = next((known for known in SETS if known.claims(path, columns, label)), None)
     if {"prompt", "prompt_ids"} & set(columns):
@@ -179,7 +182,7 @@ def _no_label(path: pathlib.Path, columns: list[str]) -> str:
     alike = [known for known in SETS if known.only and set(known.columns) == set(columns)]
     return (
         f"{path}: is of no known set of prompts, and says no label: give one of "
-        f"{', '.join(LABELS)} for the whole file (--prompts=LABEL=FILE), or in a column 'label'"
+        f"{', '.join(LABELS)} for the whole file (label=LABEL, or LABEL=FILE for a program), or in a column 'label'"
     ) + "".join(
         f"; files of {known.name} have {' or '.join(known.label_by_file)} in their names"
         for known in alike
@@ -188,7 +191,11 @@ def _no_label(path: pathlib.Path, columns: list[str]) -> str:
 
 def label_by_file(path: pathlib.Path, known: PromptSet, asked: str | None) -> tuple[str, str]:
     """The label that is asked for, or that the file's name tells; and the word that tells it, or
-    the label where the name does not."""
+    the label where the name does not.
+
+    Raises:
+        DataError: neither tells it.
+    """
     labels, words = set(known.label_by_file.values()), known.words(path)
     found = {asked} & labels if asked else {known.label_by_file[word] for word in words}
     if len(found) != 1:

@@ -1,6 +1,8 @@
 """Tokens of prompts and answers, from text, messages or token ids."""
 
-from jaxmed.data import chat as chat_lib
+from collections.abc import Iterable
+
+from jaxmed.data.chat import chat_text, check_messages
 from jaxmed.files.reading import DataError
 from models.errors import InputError
 
@@ -63,9 +65,9 @@ def prompt_tokens(text, name: str, where: str, tokenizer, *, chat: bool) -> tupl
     if isinstance(text, str) and not chat:
         return tuple(tokenizer(text)["input_ids"])
     messages = [{"role": "user", "content": text}] if isinstance(text, str) else text
-    chat_lib.check_messages(messages, name, where)
+    check_messages(messages, name, where)
     asked = [message["content"] for message in messages if message["role"] == "user"]
-    rendered = chat_lib.chat_text(tokenizer, messages, asked, what=f"'{name}'", where=where)
+    rendered = chat_text(tokenizer, messages, asked, what=f"'{name}'", where=where)
     return tuple(tokenizer(rendered, add_special_tokens=False)["input_ids"])
 
 
@@ -77,24 +79,34 @@ def _check_tokenizer(tokenizer, text_name: str, ids_name: str, where: str) -> No
         )
 
 
-def first_tokens(flag: str, given: tuple[str, ...], vocab_size: int, tokenizer) -> tuple[int, ...]:
-    """Token ids, given as numbers or as texts whose first token counts."""
+def first_tokens(
+    given: Iterable[str], vocab_size: int, tokenizer, *, where: str
+) -> tuple[int, ...]:
+    """Token ids, given as numbers or as texts whose first token counts; each once.
+
+    Args:
+        given: the numbers and texts.
+        vocab_size: of the model.
+        tokenizer: a Hugging Face tokenizer, or None where all are numbers.
+        where: the argument or flag that gives them, for messages.
+
+    Raises:
+        InputError: a number is no token of the model, a text has none, or there is no tokenizer.
+    """
     found = []
     for text in given:
         if text.isdecimal():
             # Python refuses to read a number of thousands of digits.
             if len(text) > 10 or int(text) >= vocab_size:
-                raise InputError(
-                    f"--{flag}={text}: token id outside the vocabulary of {vocab_size}"
-                )
+                raise InputError(f"{where}={text}: token id outside the vocabulary of {vocab_size}")
             found.append(int(text))
             continue
         if tokenizer is None:
             raise InputError(
-                f"--{flag}={text}: the checkpoint has no tokenizer; give token ids instead"
+                f"{where}={text}: the checkpoint has no tokenizer; give token ids instead"
             )
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         if not ids:
-            raise InputError(f"--{flag}: '{text}' has no tokens")
+            raise InputError(f"{where}: '{text}' has no tokens")
         found.append(ids[0])
     return tuple(dict.fromkeys(found))

@@ -1,6 +1,6 @@
 """Base and source runs, captured once per pair; what the engine needs of them.
 
-Shapes are named in `models.layers`; L is the number of layers, N the padded length of a captured
+Shapes are named in `models.shapes`; L is the number of layers, N the padded length of a captured
 run, S that of the span (the positions that are recomputed), P that of the prefix before it.
 """
 
@@ -78,28 +78,44 @@ def frame(decoder: Decoder, trace: Trace, start: int, size: int) -> Frame:
 @functools.partial(jax.jit, static_argnames=("size", "prefix_size"))
 def _frame(decoder: Decoder, trace: Trace, start: Int[Array, ""], size: int, prefix_size: int):
     rows = start + jnp.arange(size)
-    inputs = jnp.concatenate([trace.embedding[None], trace.residual])
+    embedding, residual = kept(trace, "embedding"), kept(trace, "residual")
+    inputs = jnp.concatenate([embedding[None], residual])
     prefix = None
     if prefix_size:
         before = jnp.arange(prefix_size)
         prefix = Cache(
-            keys=take(trace.keys, before),
-            values=take(trace.values, before),
+            keys=take(kept(trace, "keys"), before),
+            values=take(kept(trace, "values"), before),
             positions=before,
             valid=before < start,
         )
     inputs = take(inputs, rows)
     return Frame(
         inputs=inputs,
-        middles=inputs[:-1] + take(trace.attention, rows),
+        middles=inputs[:-1] + take(kept(trace, "attention"), rows),
         prefix=prefix,
         span=decoder.span(rows, jnp.ones(size, bool)),
     )
 
 
+def kept(trace: Trace, name: str) -> Array:
+    """A value that a captured run has: all are kept."""
+    value = getattr(trace, name)
+    assert value is not None, name
+    return value
+
+
 def take(value: Float[Array, "L N ..."], rows: Int[Array, "S"]) -> Float[Array, "L S ..."]:
     """Positions of a captured value; beyond its end the last one, whose value does not matter."""
     return jnp.take(value, rows, axis=1, mode="clip")
+
+
+def aligned(trace: Trace, site: Site, edited: Edited, length: int) -> Float[np.ndarray, "L T ..."]:
+    """The source run's values of a site, moved to the positions of a base run of that length; any
+    where it is not edited."""
+    source_rows = np.zeros(length, np.int32)
+    source_rows[edited.base] = edited.source
+    return np.asarray(getattr(trace, site.value))[:, source_rows]
 
 
 def edited_difference(

@@ -1,8 +1,13 @@
-"""What work costs: operations, bytes, and the size of every batch."""
+"""What work costs: operations, bytes, and the size of every batch.
+
+All batches of the project are sized here, and all operations counted. How much memory there is,
+`engine.memory` tells; what is computed of each pair, `engine.plan`.
+"""
 
 from collections.abc import Iterable, Mapping
 
 import numpy as np
+from jax.typing import DTypeLike
 
 from jaxmed.data.pairs import Pair
 from jaxmed.engine import capture, plan
@@ -19,6 +24,11 @@ def block_weights(config: DecoderConfig) -> tuple[int, int]:
     matrices = 3 if config.gated_mlp else 2
     width = config.hidden_size
     return width * config.head_dim * heads, matrices * width * config.intermediate_size
+
+
+def block_operations(config: DecoderConfig) -> float:
+    """Floating-point operations of a block's products with its weights, for one position."""
+    return 2.0 * sum(block_weights(config))
 
 
 def operations(
@@ -66,6 +76,8 @@ def run_operations(config: DecoderConfig, pair: Pair, question: Question) -> flo
     return total
 
 
+# --- Batches of the engine ---------------------------------------------------------------------
+
 # Positions that go through a block together. Fewer leave matrix products short of work; on a CPU,
 # more do not fit its caches.
 _TOGETHER = {"cpu": 512}
@@ -76,7 +88,7 @@ GATHERED = 2**20  # numbers of the weights that are gathered at once for units t
 
 
 def batching(
-    config: DecoderConfig, dtype, work: Work, term: Term, memory: int, platform: str
+    config: DecoderConfig, dtype: DTypeLike, work: Work, term: Term, memory: int, platform: str
 ) -> tuple[int, int]:
     """Batches of a chunk, and units of a batch, that fit the memory.
 
@@ -107,7 +119,7 @@ def batching(
             f"with {work.size} positions, {(fixed + each + _BATCHES * held) / 2**30:.4f} GiB: give "
             "more with --memory_gb, or take a larger device or shorter prompts"
         )
-    return _BATCHES, min(rows, 1 << (fits.bit_length() - 1))
+    return _BATCHES, min(rows, _power_of_two(fits))
 
 
 def _bytes(
@@ -117,7 +129,7 @@ def _bytes(
     each unit of a chunk."""
     number = max(4, dtype.itemsize)  # of activations, which are float32 at least
     width, hidden = config.hidden_size, config.intermediate_size
-    heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    heads, kv = _head_width(config), _kv_width(config)
     weights = sum(block_weights(config))
     # Both runs' traces; the change of a site, and the frame, on the span and before it.
     run = capture.bucket(work.start + work.size + len(term.response), capture.SHORTEST)
@@ -134,20 +146,11 @@ def _bytes(
     # CPU, whose compiler slices no 16-bit floats.
     layers = config.num_layers + 1 if platform == "cpu" and dtype.itemsize < 4 else 2
     fixed = max(layers * weights, attention) + kept + GATHERED
-    position = 10 * width + 4 * hidden + 3 * heads
+    position = _block_numbers(config)
     position += 5 * config.num_heads * (_prefix_size(work.start) + work.size)
     each = max(work.size * position, _reading_numbers(config, term))
     held = 2 * work.size * width
     return number * fixed, number * each, number * held
-
-
-def runs_at_once(config: DecoderConfig, term: Term, length: int, memory: int) -> int:
-    """How many whole runs of that length fit the memory: a power of two, at least 1, at most 64."""
-    heads = config.num_heads * config.head_dim
-    numbers = length * (10 * config.hidden_size + 4 * config.intermediate_size + 4 * heads)
-    numbers += 4 * config.num_heads * length**2 + _reading_numbers(config, term)
-    fits = memory // (4 * numbers)
-    return min(64, 1 << (max(1, fits).bit_length() - 1))
 
 
 def _vector_numbers(config: DecoderConfig, work: Work) -> tuple[int, int]:
@@ -166,3 +169,95 @@ def _reading_numbers(config: DecoderConfig, term: Term) -> int:
 
 def _prefix_size(start: int) -> int:
     return capture.bucket(start, capture.SHORTEST) if start else 0
+
+
+# --- Batches of whole runs ---------------------------------------------------------------------
+
+# Rows of a batch of text, if they fit the memory.
+_ROWS = {"cpu": 16}
+_ROWS_ON_ACCELERATORS = 64
+_SETS = 64  # runs with an edited set that are made together, at most
+# Tokens of a batch that a judge reads, padding included: attention scores grow with its length.
+_JUDGED = 4096
+# Logits of the whole vocabulary that are in memory at once where responses are read.
+_LOGITS = 2**22
+
+
+def runs_at_once(config: DecoderConfig, term: Term, length: int, memory: int) -> int:
+    """How many whole runs of that length fit the memory: a power of two, at least 1, at most 64."""
+    numbers = length * (_block_numbers(config) + _head_width(config))
+    numbers += 4 * config.num_heads * length**2 + _reading_numbers(config, term)
+    fits = memory // (4 * numbers)
+    return min(_SETS, _power_of_two(max(1, fits)))
+
+
+def rows_at_once(
+    config: DecoderConfig,
+    dtype: DTypeLike,
+    *,
+    length: int,
+    memory: int,
+    platform: str,
+    runs: int = 1,
+    room: int = 0,
+    held: int = 0,
+) -> int:
+    """How many rows a batch of text has: a power of two that fits the memory, up to a constant.
+
+    Args:
+        config: the model.
+        dtype: of its activations.
+        length: tokens that each row's prompt, or prompt and response, is padded to.
+        memory: bytes.
+        platform: JAX's name of the kind of device.
+        runs: how many runs there are of each row, one beside the other.
+        room: slots of each run's cache for generated tokens.
+        held: numbers of each row's own interventions.
+
+    Raises:
+        InputError: not even one row fits.
+    """
+    # The prompt's keys and values are there twice while the cache is made of them.
+    cache = 2 * config.num_layers * _kv_width(config) * (2 * length + room)
+    run = length * _block_numbers(config) + 3 * config.num_heads * length**2
+    row = (runs * cache + run + held + 6 * config.vocab_size) * np.dtype(dtype).itemsize
+    if memory < row:
+        raise InputError(
+            f"the memory that is left, {memory / 2**30:.4f} GiB, is too little for a single prompt "
+            f"of {length} tokens, {row / 2**30:.4f} GiB: take a larger device, shorter prompts or "
+            "fewer tokens"
+        )
+    return min(_ROWS.get(platform, _ROWS_ON_ACCELERATORS), _power_of_two(memory // row))
+
+
+def judged_at_once(length: int) -> int:
+    """How many texts of that padded length a judge reads together."""
+    return max(1, _JUDGED // length)
+
+
+def logits_at_once(config: DecoderConfig) -> int:
+    """At how many positions the logits of the whole vocabulary are in memory together."""
+    return max(1, _LOGITS // config.vocab_size)
+
+
+# --- Numbers -----------------------------------------------------------------------------------
+
+
+def _power_of_two(fits: int) -> int:
+    """The largest that is at most `fits`, which is 1 or more."""
+    return 1 << (fits.bit_length() - 1)
+
+
+def _head_width(config: DecoderConfig) -> int:
+    """Numbers of all query heads at one position."""
+    return config.num_heads * config.head_dim
+
+
+def _kv_width(config: DecoderConfig) -> int:
+    """Numbers of the keys, or of the values, of one position."""
+    return config.num_kv_heads * config.head_dim
+
+
+def _block_numbers(config: DecoderConfig) -> int:
+    """Activations of a block that are there together, at one position; scores are not counted."""
+    return 10 * config.hidden_size + 4 * config.intermediate_size + 3 * _head_width(config)

@@ -7,7 +7,7 @@ primitive maps (value, difference) to (value, difference) by an identity, it com
 `vmap`, and a `vmap` over d alone leaves the computation of f(x) unbatched. It knows nothing of what
 f is for.
 
-    from jaxmed.difference import difference
+    from jaxmed.engine.difference import difference
     y, dy = difference(f)((x,), (d,))               # dy = f(x + d) - f(x)
     dys = jax.vmap(lambda d: difference(f)((x,), (d,))[1])(ds)      # f(x) is computed once
 
@@ -48,10 +48,12 @@ An operand that does not change has the symbolic difference None, and no work is
 integer or boolean that changes carries its *changed value* in place of a difference. Rounding to
 another floating-point type counts as linear: it is not f's rounding errors whose change is sought.
 
-Some functions have rules as a whole, since no composition of rules is both accurate and free of
+Some functions need a rule as a whole, since no composition of rules is both accurate and free of
 overflow: softmax, log-softmax, log-sum-exp and the norm's 1 / sqrt(mean(x^2) + eps), and a s(a).
-They are recognised as the compiled functions (`jax.jit`) named `softmax_last_axis`,
-`log_softmax_last_axis`, `logsumexp_last_axis`, `inverse_rms_last_axis` and `silu` (`jax.nn.silu`).
+The rules are here (`softmax`, `log_softmax`, `logsumexp`, `inverse_rms`, `silu`); which functions
+they are of, the caller says:
+
+    difference(f, rules={my_softmax: softmax})          # my_softmax is compiled (jax.jit)
 
 What cannot be avoided: a difference that all but cancels its value (d near -x) is known only to the
 rounding of x + d, as in direct evaluation, and not to that of the result. In a composition this
@@ -61,15 +63,17 @@ it is known to epsilon, times d in the result.
 
 import dataclasses
 import functools
+import inspect
 import math
 import operator
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, PyTree
 
 
@@ -80,29 +84,42 @@ class Policy:
     Attributes:
         fallback: evaluate a primitive that has no rule on both sides, and subtract.
         product_dtype: type to which the operands of differences' matrix products are rounded.
+        named: by their names, functions that have a rule as a whole: the file that each is written
+            in, and the rule.
     """
 
     fallback: bool
     product_dtype: DTypeLike | None
+    named: Mapping[str, tuple[str, "NamedRule"]]
 
 
 # From the policy, an equation of the jaxpr, its operands' values and their differences to the
 # values of its outputs and their differences.
 Rule = Callable[[Policy, core.JaxprEqn, list, list], tuple[list, list]]
 
+# Of a function whose first argument changes: from that argument, its difference and the other
+# arguments to the function's output and its difference.
+NamedRule = Callable[..., tuple[Array, Array]]
+
 _RULES: dict[str, Rule] = {}
-_NAMED_RULES: dict[str, Rule] = {}
 # Those that know what to do with a discrete operand that changes.
 _TAKES_DISCRETE: set[str] = set()
 
 
 def difference(
-    f: Callable, *, fallback: bool = False, product_dtype: DTypeLike | None = None
+    f: Callable,
+    *,
+    rules: Mapping[Callable, NamedRule] = types.MappingProxyType({}),
+    fallback: bool = False,
+    product_dtype: DTypeLike | None = None,
 ) -> Callable[[tuple, tuple], tuple[PyTree, PyTree]]:
     """The function (x, d) -> (f(x), f(x + d) - f(x)).
 
     Args:
         f: a function of arrays (or pytrees of them), made of primitives that have a rule.
+        rules: of compiled functions (`jax.jit`) that f may call, as wholes; each applies where the
+            first argument alone changes. A jaxpr holds no functions, but the name of each and
+            where it is written: a function is known by its name and its file.
         fallback: evaluate a primitive that has no rule at both x and x + d, and subtract: correct,
             but rounded relative to the value.
         product_dtype: a type, such as bfloat16, to which both operands of every matrix product
@@ -117,8 +134,9 @@ def difference(
     Raises:
         NotImplementedError: a primitive whose operands change has no rule.
         TypeError: values and differences are no tuples of equal length.
+        ValueError: two functions that are given rules have the same name.
     """
-    policy = Policy(fallback, product_dtype)
+    policy = Policy(fallback, product_dtype, _by_name(rules))
 
     def differenced(values: tuple, differences: tuple):
         both = values, differences
@@ -136,6 +154,17 @@ def difference(
         return tree.unflatten(outputs), tree.unflatten(instantiated)
 
     return differenced
+
+
+def _by_name(rules: Mapping[Callable, NamedRule]) -> dict[str, tuple[str, NamedRule]]:
+    """The rules as `Policy.named` has them."""
+    named = {}
+    for function, rule in rules.items():
+        written = inspect.unwrap(function)
+        if written.__name__ in named:
+            raise ValueError(f"two functions named '{written.__name__}' are given rules")
+        named[written.__name__] = inspect.getfile(written), rule
+    return named
 
 
 def _is_none(x) -> bool:
@@ -178,8 +207,8 @@ def _propagate(policy: Policy, jaxpr: core.Jaxpr, consts, values, changes) -> tu
 
 def _rule(policy: Policy, equation, inputs, changes) -> Rule:
     name = equation.primitive.name
-    if name == "jit" and equation.params["name"] in _NAMED_RULES and _only_first(changes):
-        return _NAMED_RULES[equation.params["name"]]
+    if name == "jit" and _only_first(changes) and (named := _named_rule(policy, equation)):
+        return _as_a_whole(named)
     if name in _TAKES_DISCRETE:
         return _RULES[name]
     # A change of an integer is never small, so that direct evaluation is the accurate one.
@@ -194,8 +223,24 @@ def _rule(policy: Policy, equation, inputs, changes) -> Rule:
         return _direct
     raise NotImplementedError(
         f"difference propagation has no rule for the primitive '{name}'; add one to "
-        "jaxmed/difference.py, or have it evaluated on both sides by difference(f, fallback=True)"
+        "jaxmed/engine/difference.py, or have it evaluated on both sides by "
+        "difference(f, fallback=True)"
     )
+
+
+def _named_rule(policy: Policy, equation) -> NamedRule | None:
+    """The rule of the compiled function that an equation calls, if it was given one."""
+    file, rule = policy.named.get(equation.params["name"], (None, None))
+    where = _open(equation.params["jaxpr"])[0].debug_info.func_src_info
+    return rule if file is not None and (where is None or file in where) else None
+
+
+def _as_a_whole(named: NamedRule) -> Rule:
+    def rule(policy, equation, inputs, changes):
+        output, change = named(inputs[0], changes[0], *inputs[1:])
+        return [output], [change]
+
+    return rule
 
 
 def _only_first(changes) -> bool:
@@ -375,9 +420,13 @@ def _which_change(policy: Policy, jaxpr, changing: list[bool]) -> list[bool]:
         found.extend(change is not None for change in output_changes)
         return outputs
 
-    avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in _open(jaxpr)[0].invars]
+    avals = [_shape(variable) for variable in _open(jaxpr)[0].invars]
     jax.eval_shape(run, avals, [a if c else None for a, c in zip(avals, changing, strict=True)])
     return found
+
+
+def _shape(variable) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(variable.aval.shape, variable.aval.dtype)
 
 
 def _carries_that_change(policy: Policy, body, before, carried, after) -> list[bool]:
@@ -945,7 +994,7 @@ def _reduce_prod(policy, equation, inputs, changes):
 _RULES["reduce_prod"] = _reduce_prod
 
 
-# --- Named functions ---------------------------------------------------------------------------
+# --- Functions as wholes -------------------------------------------------------------------------
 
 
 class _Exponentials:
@@ -1008,42 +1057,26 @@ class _Exponentials:
         return self.log_total_change[..., 0]
 
 
-def _named(name: str):
-    """Registers the difference of a compiled function of that name, whose first operand changes.
-
-    The rule is a function of that operand, its difference, and the other operands, to the output
-    and its difference.
-    """
-
-    def register(rule: Callable) -> Callable:
-        def wrapped(policy, equation, inputs, changes):
-            output, change = rule(inputs[0], changes[0], *inputs[1:])
-            return [output], [change]
-
-        _NAMED_RULES[name] = wrapped
-        return rule
-
-    return register
-
-
-@_named("softmax_last_axis")
-def _softmax(a, d):
+def softmax(a: Array, d: Array) -> tuple[Array, Array]:
+    """The rule of softmax over the last axis."""
     return jax.nn.softmax(a, axis=-1), _Exponentials(a, d).softmax_change()
 
 
-@_named("log_softmax_last_axis")
-def _log_softmax(a, d):
+def log_softmax(a: Array, d: Array) -> tuple[Array, Array]:
+    """The rule of log-softmax over the last axis."""
     return jax.nn.log_softmax(a, axis=-1), _Exponentials(a, d).log_softmax_change(d)
 
 
-@_named("logsumexp_last_axis")
-def _logsumexp(a, d):
+def logsumexp(a: Array, d: Array) -> tuple[Array, Array]:
+    """The rule of log-sum-exp over the last axis."""
     return jax.nn.logsumexp(a, axis=-1), _Exponentials(a, d).logsumexp_change()
 
 
-@_named("inverse_rms_last_axis")
-def _inverse_rms(a, d, eps):
-    """The changed mean square is formed from a + d, so that no large entry is left behind in it."""
+def inverse_rms(a: Array, d: Array, eps: ArrayLike) -> tuple[Array, Array]:
+    """The rule of 1 / sqrt(mean(a^2) + eps) over the last axis, which is kept.
+
+    The changed mean square is formed from a + d, so that no large entry is left behind in it.
+    """
     mean_square = _last_axis_mean(jnp.square(a)) + eps
     change = _last_axis_mean(d * (2 * a + d))
     changed = _last_axis_mean(jnp.square(a + d)) + eps
@@ -1057,9 +1090,8 @@ def _last_axis_mean(x: Array) -> Array:
     return jnp.dot(x, weights, precision=lax.Precision.HIGHEST)
 
 
-@_named("silu")
-def _silu(a, d):
-    """a s(a), with s(a + d) known to its own rounding even where it all but vanishes."""
+def silu(a: Array, d: Array) -> tuple[Array, Array]:
+    """The rule of a s(a); s(a + d) is known to its own rounding even where it all but vanishes."""
     s_a = lax.logistic(a)
     s_b, _ = _logistic_pair(a + d)
     return a * s_a, d * s_b + a * _logistic_change(a, d, s_a)

@@ -1,4 +1,4 @@
-"""What is asked of every pair, and what must be computed for it: units, positions, spans, cost.
+"""What must be computed for a pair: units, positions, spans.
 
 Everything here is known before a model is run.
 """
@@ -110,7 +110,7 @@ def plan(
     swapped: bool,
     chosen: Mapping[str, np.ndarray] | None = None,
 ) -> list[Work]:
-    """What is to be computed for one term of a metric in one direction.
+    """What is to be computed for one term of a metric and one estimand.
 
     Units whose every edited position comes after the last one that is read are left out: their
     effect is exactly 0. With `swapped` the patches are made in the source run. Of a granularity
@@ -148,9 +148,11 @@ def plan(
 
 
 def _direction_work(
-    directions: Directions, edited: Edited, start: int, size: int
+    directions: Directions | None, edited: Edited, start: int, size: int
 ) -> Iterator[Work]:
     """The given directions, site by site."""
+    if directions is None:
+        raise ValueError("the direction granularity needs directions")
     for index, (site, of_site) in enumerate(zip(directions.sites, directions.of_site, strict=True)):
         count = len(of_site.layers)
         which = np.arange(count, dtype=np.int32)

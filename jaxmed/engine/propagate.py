@@ -7,10 +7,10 @@ the same for every granularity: carry D through the later blocks and read the me
     carry(stage, D)          -> the change of the last block's output
     read_changes             -> dY
 
-Differences alone are carried (`jaxmed.difference`): the base run is computed once for a whole batch
+Differences alone are carried (`engine.difference`): the base run is computed once for a whole batch
 of edits, and rounding is relative to the effect.
 
-Shapes are named in `models.layers` and `jaxmed.capture`; U are all units of a piece of work, which
+Shapes are named in `models.shapes` and `engine.capture`; U are all units of a piece of work, which
 go through the model in chunks of n batches of B.
 """
 
@@ -26,7 +26,8 @@ from jaxtyping import Array, Float, Int
 from jaxmed.engine import capture, cost
 from jaxmed.engine.capture import Frame
 from jaxmed.engine.difference import difference
-from jaxmed.engine.plan import ALL_POSITIONS, Work
+from jaxmed.engine.plan import ALL_POSITIONS, Units
+from jaxmed.engine.rules import RULES
 from jaxmed.question.metrics import (
     VOCABULARY_CHUNK,
     Metric,
@@ -130,19 +131,31 @@ def _through_norm(
     blocks = decoder.blocks
     norms = blocks.mlp_post_norm if site == Site.NEURON else blocks.attention_post_norm
     norm = jax.tree.map(lambda stacked: stacked[layer], norms)
-    return difference(norm)((written[layer],), (change,))[1]
+    return difference(norm, rules=RULES)((written[layer],), (change,))[1]
 
 
 def direction_writes(
-    decoder: Decoder, change: Float[Array, "L S ..."], work: Work
+    decoder: Decoder,
+    change: Float[Array, "L S ..."],
+    site: Site,
+    units: Units,
+    vectors: Float[np.ndarray, "V size"],
 ) -> tuple[Float[Array, "U S"], Float[Array, "U d"]]:
-    """v . change of every direction v of a site, and what v adds to the residual stream."""
-    layers = work.units.layers
+    """v . change of every direction v of a site, and what v adds to the residual stream.
+
+    Args:
+        decoder: the model.
+        change: as in `enter`.
+        site: the site.
+        units: the directions, by their places in `vectors`; in the order of their layers.
+        vectors: the directions.
+    """
+    layers = units.layers
     along, written = [], []
     # Layer by layer: no more than one layer's weights are needed in the activations' type.
     for layer in np.unique(layers):
-        vectors = jnp.asarray(work.vectors[work.units.units[layers == layer]], change.dtype)
-        found = _direction_writes(decoder, change, layer, vectors, work.site)
+        here = jnp.asarray(vectors[units.units[layers == layer]], change.dtype)
+        found = _direction_writes(decoder, change, layer, here, site)
         along.append(found[0])
         written.append(found[1])
     return jnp.concatenate(along), jnp.concatenate(written)
@@ -296,7 +309,7 @@ def _changes(
     f: Callable, value: Float[Array, "S d"], changes: Float[Array, "B S d"], matmul_precision: str
 ):
     """f(value + change) - f(value) for every change of a batch; the value stays unbatched."""
-    exact = difference(f, product_dtype=MATMUL_PRECISIONS[matmul_precision])
+    exact = difference(f, rules=RULES, product_dtype=MATMUL_PRECISIONS[matmul_precision])
     return jax.vmap(lambda change: exact((value,), (change,))[1])(changes)
 
 
@@ -350,4 +363,4 @@ def plain_value(
     decoder: Decoder, trace: Trace, reading: Reading, last_prompt: Int[Array, ""], metric: Metric
 ) -> Float[Array, ""]:
     """Y of a captured run whose last prompt token is at `last_prompt`."""
-    return read(decoder, metric, trace.residual[-1], reading, last_prompt)
+    return read(decoder, metric, capture.kept(trace, "residual")[-1], reading, last_prompt)

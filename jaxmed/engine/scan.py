@@ -1,7 +1,8 @@
-"""A scan: NIE and TIE of every unit of a pair, and of many pairs."""
+"""A scan: NIE and TIE of every unit of a pair."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,20 +13,12 @@ from jaxmed.engine import capture, cost, plan, propagate
 from jaxmed.engine import memory as memory_lib
 from jaxmed.engine.capture import Frame
 from jaxmed.engine.plan import Work
-from jaxmed.question import effects as effects_lib
 from jaxmed.question import question as question_lib
-from jaxmed.question import sites
-from jaxmed.question.directions import Directions
-from jaxmed.question.effects import Effects, PairEffects
-from jaxmed.question.metrics import (
-    LogitDifference,
-    Metric,
-    Term,
-)
-from jaxmed.question.positions import Align, Positions
+from jaxmed.question.effects import PairEffects
+from jaxmed.question.metrics import Term
 from jaxmed.question.question import Question
 from models.decoder import Decoder, Trace
-from models.errors import InputError
+from models.shapes import AnyArray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +36,11 @@ class Run:
     trace: Trace
 
 
+# From the run that is patched, the run whose values are put in, the term, and whether the former is
+# the source run, to what was found: the name of an array of effects, an index of it, and dY there.
+Evaluate = Callable[[Run, Run, Term, bool], Iterable[tuple[str, Any, np.ndarray]]]
+
+
 def scan_pair(
     decoder: Decoder,
     pair: Pair,
@@ -50,7 +48,7 @@ def scan_pair(
     granularities: Iterable[str],
     *,
     chosen: Mapping[str, np.ndarray] | None = None,
-    rotation: Float[np.ndarray, "d d"] | None = None,
+    rotation: Float[AnyArray, "d d"] | None = None,
     matmul_precision: str = "float32",
     memory: int | None = None,
     on_operations: Callable[[float], None] = lambda operations: None,
@@ -81,7 +79,12 @@ def scan_pair(
     for name, mask in chosen.items():
         if mask.dtype != bool or mask.shape != result_shapes.get(name):
             raise ValueError(f"chosen['{name}'] is no mask of its effects, or they are not asked")
-    memory = memory_lib.free() if memory is None else memory
+    conditions = _Conditions(
+        matmul_precision=matmul_precision,
+        memory=memory_lib.free() if memory is None else memory,
+        rotation=rotation,
+        on_operations=on_operations,
+    )
 
     def evaluate(base: Run, source: Run, term: Term, swapped: bool):
         works = plan.plan(decoder.config, pair, term, question, granularities, swapped, chosen)
@@ -90,70 +93,110 @@ def scan_pair(
             for work in works:
                 if (work.start, work.size) == (start, size):
                     found = _scan_work(
-                        *(decoder, base, source, frame, work, term, question),
-                        *(rotation, matmul_precision, memory, on_operations),
+                        decoder,
+                        base=base,
+                        source=source,
+                        frame=frame,
+                        work=work,
+                        term=term,
+                        question=question,
+                        conditions=conditions,
                     )
                     yield work.granularity, work.place, found
 
     with jax.default_matmul_precision("float32"):
-        found = pair_effects(decoder, pair, question, result_shapes, capture.capture, evaluate)
+        found = pair_effects(decoder, pair, question, result_shapes, evaluate)
     for name, mask in chosen.items():
-        for side in (found.nie, found.tie):
-            side[name][~mask] = np.nan
+        found.nie[name][~mask] = np.nan
+        found.tie[name][~mask] = np.nan
     return found
+
+
+@dataclasses.dataclass(frozen=True)
+class _Conditions:
+    """How a scan is made.
+
+    Attributes:
+        matmul_precision, rotation, on_operations: as in `scan_pair`.
+        memory: bytes.
+    """
+
+    matmul_precision: str
+    memory: int
+    rotation: Float[AnyArray, "d d"] | None
+    on_operations: Callable[[float], None]
 
 
 def _scan_work(
     decoder: Decoder,
+    *,
     base: Run,
     source: Run,
     frame: Frame,
     work: Work,
     term: Term,
     question: Question,
-    rotation: Float[np.ndarray, "d d"] | None,
-    matmul_precision: str,
-    memory: int,
-    on_operations: Callable[[float], None],
-) -> np.ndarray:
-    """dY of the units of one piece of work, [U]."""
+    conditions: _Conditions,
+) -> Float[np.ndarray, "U"]:
+    """dY of the units of one piece of work."""
+    config = decoder.config
     change = capture.edited_difference(
         base.trace, source.trace, work.site, work.edited, work.start, work.size
     )
     written = propagate.writes(decoder, base.trace, work.site, work.start, work.size)
-    last_prompt = base.prompt_length - 1 - work.start
     dtype = decoder.embedding[...].dtype
-    size = cost.batching(decoder.config, dtype, work, term, memory, jax.default_backend())
-    found = []
+    batches, rows = cost.batching(
+        config, dtype, work, term, conditions.memory, jax.default_backend()
+    )
+    units, directions = work.units, None
     if work.vectors is not None:
-        directions = propagate.direction_writes(decoder, change, work)
-        work = dataclasses.replace(work, units=work.units.numbered())
+        directions = propagate.direction_writes(decoder, change, work.site, units, work.vectors)
+        units = units.numbered()
+    found: list[np.ndarray] = []
     # A chunk is collected when the next one is under way, so that the device does not wait.
-    under_way = None
-    for part in work.units.chunks(*size, padding_layer=decoder.config.num_layers):
-        where = (part.layers, part.units, part.positions)
-        if work.vectors is None:
+    under_way: tuple[Array, float] | None = None
+    for part in units.chunks(batches=batches, rows=rows, padding_layer=config.num_layers):
+        if directions is None:
             entering = propagate.enter(
-                decoder, change, written, *where, work.site, question.group_size
+                decoder,
+                change,
+                written,
+                part.layers,
+                part.units,
+                part.positions,
+                work.site,
+                question.group_size,
             )
         else:
-            entering = propagate.enter_directions(decoder, *directions, written, *where, work.site)
-        if rotation is not None:
-            entering = entering @ rotation.astype(entering.dtype)
-        stages = plan.stage(decoder.config, work.site, part.layers)
-        residual = propagate.carry(decoder, frame, stages, entering, matmul_precision)
+            along, added = directions
+            entering = propagate.enter_directions(
+                decoder, along, added, written, part.layers, part.units, part.positions, work.site
+            )
+        if conditions.rotation is not None:
+            entering = entering @ conditions.rotation.astype(entering.dtype)
+        stages = plan.stage(config, work.site, part.layers)
+        residual = propagate.carry(decoder, frame, stages, entering, conditions.matmul_precision)
         y = propagate.read_changes(
-            *(decoder, frame.inputs[-1], stages, residual, term.reading, last_prompt),
-            *(question.metric, matmul_precision),
+            decoder,
+            frame.inputs[-1],
+            stages,
+            residual,
+            term.reading,
+            base.prompt_length - 1 - work.start,
+            question.metric,
+            conditions.matmul_precision,
         )
         if under_way is not None:
-            found.append(_collect(under_way, on_operations))
-        under_way = y, cost.batch_operations(decoder.config, work, term, stages)
-    found.append(_collect(under_way, on_operations))
-    return np.concatenate(found)[: len(work.units)]
+            found.append(_collect(under_way, conditions.on_operations))
+        under_way = y, cost.batch_operations(config, work, term, stages)
+    if under_way is not None:
+        found.append(_collect(under_way, conditions.on_operations))
+    return np.concatenate(found)[: len(units)]
 
 
-def _collect(under_way: tuple[Array, float], on_operations: Callable[[float], None]) -> np.ndarray:
+def _collect(
+    under_way: tuple[Array, float], on_operations: Callable[[float], None]
+) -> Float[np.ndarray, "chunk"]:
     """The effects of a chunk, once they are computed."""
     y, operations = under_way
     y = np.asarray(y).reshape(-1)
@@ -165,97 +208,49 @@ def pair_effects(
     decoder: Decoder,
     pair: Pair,
     question: Question,
-    result_shapes: dict[str, tuple[int, ...]],
-    capture_run: Callable[[Decoder, tuple[int, ...]], Trace],
-    evaluate: Callable[[Run, Run, Term, bool], Iterator],
+    result_shapes: Mapping[str, tuple[int, ...]],
+    evaluate: Evaluate,
 ) -> PairEffects:
-    """Both runs of every term; sums what `evaluate` yields: (name of the result, place, dY)."""
-    question_lib.check(decoder.config, pair, question, result_shapes)
-    totals = [{name: np.zeros(shape) for name, shape in result_shapes.items()} for _ in range(2)]
-    y = np.zeros(2)
-    for term in question.metric.terms(pair):
-        runs = []
-        for index, prompt in enumerate((pair.prompt_ids, pair.counterfactual_ids)):
-            tokens = prompt + term.response
-            run = Run(tokens, len(prompt), capture_run(decoder, tokens))
-            y[index] += term.sign * float(
-                propagate.plain_value(
-                    decoder, run.trace, term.reading, len(prompt) - 1, question.metric
-                )
-            )
-            runs.append(run)
-        for swapped in (False, True):
-            # TIE = Y(x') - Y(x', Z<-Z(x)): the patch is made in the source run, and counted down.
-            sign = -term.sign if swapped else term.sign
-            base, source = reversed(runs) if swapped else runs
-            for granularity, place, changes in evaluate(base, source, term, swapped):
-                totals[swapped][granularity][place] += sign * changes
-    if "token" in result_shapes:
-        # Positions that the alignment leaves out have no effect, not one of 0.
-        aligned = question_lib.token_columns(pair, question)
-        for total in totals:
-            total["token"][..., np.setdiff1d(np.arange(total["token"].shape[-1]), aligned)] = np.nan
-    if "direction" in result_shapes:
-        for total in totals:
-            total["direction"][~question.directions.given] = np.nan
-    return PairEffects(float(y[0]), float(y[1]), *totals)
-
-
-def scan(
-    decoder: Decoder,
-    pairs: list[Pair],
-    granularity: str = "neuron",
-    metric: Metric | None = None,
-    *,
-    positions: str = "last",
-    align: str = "end",
-    group_size: int = 1,
-    directions: Directions | None = None,
-    matmul_precision: str = "float32",
-    memory_gb: float | None = None,
-) -> Effects:
-    """NIE and TIE of every unit of one granularity, for every pair, in memory.
+    """NIE and TIE of one pair, however they are found: both runs of every term, and the terms' sum.
 
     Args:
         decoder: the model.
-        pairs: the pairs.
-        granularity: layer, module, head, token, neuron or direction.
-        metric: the metric; `metrics.LogitDifference()` by default.
-        positions: which positions are edited: last, differing, prompt or response.
-        align: end, start or span.
-        group_size: adjacent neurons that are edited together.
-        directions: those of the direction granularity; see `directions.read`.
-        matmul_precision: of products with differences; "float32" or "bfloat16".
-        memory_gb: memory that the process may take on its device, in GiB; most of it by default.
+        pair: the pair.
+        question: the metric and the positions.
+        result_shapes: by name, of the arrays of effects.
+        evaluate: finds the changes dY of a term.
 
     Raises:
-        InputError: the granularity is unknown, or a pair does not fit the model or the question;
-            the message names its line.
+        DataError: the pair does not fit the model or the question.
     """
-    if granularity not in sites.SITES:
-        raise InputError(f"granularity '{granularity}' is not one of {', '.join(sites.SITES)}")
-    if (granularity == "direction") != (directions is not None):
-        raise InputError(
-            "granularity='direction' and directions= go together: "
-            "directions=jaxmed.directions.read(PATH, decoder.config)"
-        )
-    question = Question(
-        *(metric or LogitDifference(), Positions(positions), Align(align), group_size, directions)
-    )
-    for pair in pairs:
-        question_lib.check(decoder.config, pair, question, [granularity])
-    memory = memory_lib.free(memory_gb)
-    found = [
-        scan_pair(
-            *(decoder, pair, question, [granularity]),
-            matmul_precision=matmul_precision,
-            memory=memory,
-        )
-        for pair in pairs
-    ]
-    return Effects(
-        nie=effects_lib.stack([effects.nie[granularity] for effects in found]),
-        tie=effects_lib.stack([effects.tie[granularity] for effects in found]),
-        y_base=np.array([effects.y_base for effects in found], np.float32),
-        y_source=np.array([effects.y_source for effects in found], np.float32),
-    )
+    question_lib.check(decoder.config, pair, question, result_shapes)
+    nie, tie = ({name: np.zeros(shape) for name, shape in result_shapes.items()} for _ in range(2))
+    y_base = y_source = 0.0
+    for term in question.metric.terms(pair):
+        base, base_y = _captured(decoder, pair.prompt_ids, term, question)
+        source, source_y = _captured(decoder, pair.counterfactual_ids, term, question)
+        y_base += term.sign * base_y
+        y_source += term.sign * source_y
+        for name, place, changes in evaluate(base, source, term, False):
+            nie[name][place] += term.sign * changes
+        # TIE = Y(x') - Y(x', Z<-Z(x)): the patch is made in the source run, and counted down.
+        for name, place, changes in evaluate(source, base, term, True):
+            tie[name][place] -= term.sign * changes
+    for total in (nie, tie):
+        # What is no unit has no effect, not one of 0.
+        if "token" in total:
+            aligned = question_lib.token_columns(pair, question)
+            total["token"][..., np.setdiff1d(np.arange(total["token"].shape[-1]), aligned)] = np.nan
+        if "direction" in total and question.directions is not None:
+            total["direction"][~question.directions.given] = np.nan
+    return PairEffects(y_base=y_base, y_source=y_source, nie=nie, tie=tie)
+
+
+def _captured(
+    decoder: Decoder, prompt: tuple[int, ...], term: Term, question: Question
+) -> tuple[Run, float]:
+    """The plain run of a prompt with a term's response, and what the metric reads of it."""
+    tokens, last_prompt = prompt + term.response, len(prompt) - 1
+    trace = capture.capture(decoder, tokens)
+    y = propagate.plain_value(decoder, trace, term.reading, last_prompt, question.metric)
+    return Run(tokens, len(prompt), trace), float(y)

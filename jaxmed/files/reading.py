@@ -1,8 +1,10 @@
 """Reading a user's file: what is wrong with it is told by file and line."""
 
 import json
+import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from models.errors import InputError
 
@@ -11,7 +13,7 @@ class DataError(InputError):
     """Something is wrong with a file of pairs or prompts; the message names the file and line."""
 
 
-def existing_file(path) -> pathlib.Path:
+def existing_file(path: str | os.PathLike) -> pathlib.Path:
     """The path, of a file that is there; `DataError` if it is not."""
     path = pathlib.Path(path)
     if not path.is_file():
@@ -19,13 +21,27 @@ def existing_file(path) -> pathlib.Path:
     return path
 
 
+@runtime_checkable
+class HasId(Protocol):
+    """What `collect` makes."""
+
+    @property
+    def id(self) -> str:
+        """Its name, unique in its file."""
+        ...
+
+
+Made = TypeVar("Made", bound=HasId)
+
+
 def collect(
     path: pathlib.Path,
     rows: Iterable[tuple[int, dict | DataError]],
-    make: Callable,
+    make: Callable[[dict, int, str], Made],
+    *,
     what: str,
     on_bad: Callable[[DataError], None] | None,
-) -> list:
+) -> list[Made]:
     """Makes an object with an `id` of every row of a file.
 
     Args:
@@ -40,7 +56,8 @@ def collect(
     Raises:
         DataError: a bad row, an id that was used before, or nothing is left.
     """
-    made, used = [], {}
+    made: list[Made] = []
+    used: dict[str, str] = {}
     for place, (number, fields) in enumerate(rows, start=1):
         where = f"{path}:{number}"
         try:
@@ -73,7 +90,7 @@ def json_lines(path: pathlib.Path) -> Iterator[tuple[int, dict | DataError]]:
                 yield number, error
 
 
-def parse_json(encoded: bytes, where: str):
+def parse_json(encoded: bytes, where: str) -> Any:
     """The value of UTF-8 JSON; `DataError`, beginning with `where`, if it is not."""
     try:
         return json.loads(encoded.decode("utf-8-sig"))
@@ -86,7 +103,7 @@ def parse_json(encoded: bytes, where: str):
         raise DataError(f"{where}: not to be read as JSON ({error})") from None
 
 
-def json_object(value, where: str) -> dict:
+def json_object(value: Any, where: str) -> dict:
     """The fields of a JSON object; `DataError` if it is none, or has text that is no text."""
     if not isinstance(value, dict):
         raise DataError(f"{where}: expected a JSON object, found {type(value).__name__}")

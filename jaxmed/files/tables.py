@@ -5,7 +5,8 @@ import io
 import json
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -51,11 +52,11 @@ def _csv_row(header: list[str], cells: list[str], where: str) -> dict | DataErro
         "".join(cells).encode()
     except UnicodeEncodeError:
         return DataError(f"{where}: not UTF-8 text")
-    row = {name: cell or None for name, cell in zip(header, cells, strict=True)}
+    row: dict[str, Any] = {}
     try:
-        for name in row:
-            if name.endswith("_ids") and row[name]:
-                row[name] = reading.parse_json(row[name].encode(), where)
+        for name, cell in zip(header, cells, strict=True):
+            is_json = name.endswith("_ids") and cell
+            row[name] = reading.parse_json(cell.encode(), where) if is_json else cell or None
     except DataError as error:
         return error
     return row
@@ -67,16 +68,26 @@ def _json_rows(path: pathlib.Path) -> Iterator[tuple[int, dict | DataError]]:
     if not isinstance(reading.parse_json(encoded, f"{path}"), list):
         raise DataError(f"{path}: expected a list of JSON objects (one a line is .jsonl)")
     content = encoded.decode("utf-8-sig")
-    decoder, between = json.JSONDecoder(), re.compile(r"[\s,]*")
-    line, seen, place = 1, 0, between.match(content, content.index("[") + 1).end()
+    decoder = json.JSONDecoder()
+    line, seen, place = 1, 0, _next_value(content, content.index("[") + 1)
     while content[place] != "]":
         line, seen = line + content.count("\n", seen, place), place
         value, end = decoder.raw_decode(content, place)
-        place = between.match(content, end).end()
+        place = _next_value(content, end)
         try:
             yield line, reading.json_object(value, f"{path}:{line}")
         except DataError as error:
             yield line, error
+
+
+_VALUE_OR_END = re.compile(r"[^\s,]")
+
+
+def _next_value(content: str, place: int) -> int:
+    """Where the next value of a JSON list begins, or the list ends."""
+    found = _VALUE_OR_END.search(content, place)
+    assert found is not None, "the content was read as a list before"
+    return found.start()
 
 
 def _parquet_rows(path: pathlib.Path) -> Iterator[tuple[int, dict | DataError]]:
@@ -93,7 +104,9 @@ def _parquet_rows(path: pathlib.Path) -> Iterator[tuple[int, dict | DataError]]:
             yield index + 1, DataError(f"{path}:{index + 1}: not UTF-8 text")
 
 
-READERS = {
+# By the end of a file's name: a function of its path that yields the line that each row begins at,
+# and the row's fields, or why they cannot be read.
+READERS: dict[str, Callable[[pathlib.Path], Iterator[tuple[int, dict | DataError]]]] = {
     ".csv": _csv_rows,
     ".json": _json_rows,
     ".jsonl": reading.json_lines,

@@ -7,6 +7,7 @@ basis's coordinates; a neuron is a direction along one axis of the site `neuron`
 
 import dataclasses
 import hashlib
+import os
 import zipfile
 import zlib
 
@@ -59,7 +60,7 @@ def site_size(config: DecoderConfig, site: Site) -> int:
     return config.intermediate_size if site == Site.NEURON else config.hidden_size
 
 
-def read(path: str, config: DecoderConfig) -> Directions:
+def read(path: str | os.PathLike, config: DecoderConfig) -> Directions:
     """Directions from an npz file.
 
     Its arrays are named SITE.LAYER, as residual.12, and hold one unit vector [size] or several
@@ -90,32 +91,32 @@ def read(path: str, config: DecoderConfig) -> Directions:
     return Directions(sites, of_site, given, digest.hexdigest())
 
 
-def _arrays(path: str) -> dict[str, np.ndarray]:
+def _arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """What the file holds, each array as [K, size]."""
     try:
         with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as file:
             arrays = {name: np.atleast_2d(file[name]) for name in file.files}
     except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"--directions={path}: no npz file of plain arrays ({error})") from None
+        raise InputError(f"{path}: no npz file of plain arrays ({error})") from None
     if not arrays or not all(array.size for array in arrays.values()):
-        raise InputError(f"--directions={path}: it has no vectors, or an array of none")
+        raise InputError(f"{path}: it has no vectors, or an array of none")
     return arrays
 
 
-def _place(path: str, name: str, config: DecoderConfig) -> tuple[Site, int]:
+def _place(path: str | os.PathLike, name: str, config: DecoderConfig) -> tuple[Site, int]:
     site, _, layer = name.partition(".")
     if site not in _SITES or layer not in map(str, range(config.num_layers)):
         raise InputError(
-            f"--directions={path}: array '{name}' is not named SITE.LAYER with a site of "
+            f"{path}: array '{name}' is not named SITE.LAYER with a site of "
             f"{', '.join(_SITES)} and a layer below {config.num_layers}"
         )
     return Site(site), int(layer)
 
 
-def _unit(path: str, name: str, array: np.ndarray, size: int) -> np.ndarray:
+def _unit(path: str | os.PathLike, name: str, array: np.ndarray, size: int) -> np.ndarray:
     if array.ndim != 2 or array.shape[1] != size or not np.issubdtype(array.dtype, np.floating):
         raise InputError(
-            f"--directions={path}: array '{name}' is {array.dtype} {list(array.shape)}; "
+            f"{path}: array '{name}' is {array.dtype} {list(array.shape)}; "
             f"floats [{size}] or [number, {size}] are needed"
         )
     array = array.astype(np.float64)
@@ -123,7 +124,7 @@ def _unit(path: str, name: str, array: np.ndarray, size: int) -> np.ndarray:
     wrong = np.flatnonzero(~(np.abs(lengths - 1) <= _TOLERANCE))
     if len(wrong):
         raise InputError(
-            f"--directions={path}: vector {wrong[0]} of array '{name}' has length "
+            f"{path}: vector {wrong[0]} of array '{name}' has length "
             f"{lengths[wrong[0]]:.4g}; unit vectors are needed (divide it by its length)"
         )
     return array / lengths[:, None]

@@ -1,10 +1,32 @@
-"""What every effect looks like: arrays by granularity, and their sizes."""
+"""What every effect looks like: arrays by granularity, with names for their axes."""
 
 import dataclasses
+import enum
+from typing import TYPE_CHECKING
 
 import numpy as np
+from jaxtyping import Float32, UInt8
 
 from jaxmed.question.sites import MODULE_SITES, TOKEN_SITES
+
+if TYPE_CHECKING:
+    import pandas
+    import xarray
+
+ESTIMANDS = ("nie", "tie")  # of every unit; in this order wherever both stand beside each other
+TOTALS = ("te", "y_base", "y_source")  # of every pair
+_OF_UNITS = (*ESTIMANDS, "done")
+_ASKED = ("metric", "metric_unit", "positions", "precision")
+
+
+class Status(enum.IntEnum):
+    """What is known of a unit's effect in one pair; the numbers that `done` arrays hold."""
+
+    NOT_RUN = 0  # not yet, or the pair has no such unit
+    EXACT = 1
+    ESTIMATED = 2  # by the gradients of a screen
+    FAILED = 3  # the effect is not finite
+    LEFT_OUT = 4  # by plan: others were chosen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,40 +43,6 @@ class PairEffects:
     y_source: float
     nie: dict[str, np.ndarray]
     tie: dict[str, np.ndarray]
-
-
-@dataclasses.dataclass(frozen=True)
-class Effects:
-    """Effects of one granularity.
-
-    Attributes:
-        nie, tie: [pair, layer, ...] float32, as in the results' files.
-        te, y_base, y_source: [pair] float32.
-    """
-
-    nie: np.ndarray
-    tie: np.ndarray
-    y_base: np.ndarray
-    y_source: np.ndarray
-
-    @property
-    def te(self) -> np.ndarray:
-        """Total effect, Y(x') - Y(x)."""
-        return self.y_source - self.y_base
-
-
-def stack(effects: list[np.ndarray]) -> np.ndarray:
-    """Pairs' effects as one array, float32; NaN beyond a pair's last position."""
-    size = max(effect.shape[-1] for effect in effects)
-    padded = [
-        np.pad(
-            effect,
-            [(0, 0)] * (effect.ndim - 1) + [(0, size - effect.shape[-1])],
-            constant_values=np.nan,
-        )
-        for effect in effects
-    ]
-    return np.stack(padded).astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,13 +71,175 @@ class Sizes:
         """Those that `run.json` holds."""
         return cls(**{**run["sizes"], "sites": tuple(run["sizes"]["sites"])})
 
+    def coordinates(self, granularity: str, group_size: int = 1) -> dict[str, np.ndarray]:
+        """The axes of one pair's effects, in their order, and where the units along them are.
+
+        Args:
+            granularity: which.
+            group_size: adjacent neurons that are one unit, which is named by its first.
+
+        Returns:
+            By the axis's name: layers, heads, neurons and directions by their numbers, sites by
+            their names, positions counted backwards from the last prompt token, 0.
+        """
+        heads, positions = np.arange(self.heads), np.arange(self.positions)
+        of_a_layer = {
+            "layer": {},
+            "module": {"site": _names(MODULE_SITES)},
+            "head": {"head": heads},
+            "token": {"site": _names(TOKEN_SITES), "position": positions},
+            "neuron": {"neuron": group_size * np.arange(self.neurons)},
+            "direction": {"site": _names(self.sites), "direction": np.arange(self.directions)},
+        }
+        return {"layer": np.arange(self.layers)} | of_a_layer[granularity]
+
     def shape(self, granularity: str) -> tuple[int, ...]:
         """The shape of one pair's effects; its first axis is the layer."""
+        return tuple(map(len, self.coordinates(granularity).values()))
+
+
+def _names(sites: tuple[str, ...]) -> np.ndarray:
+    return np.array([str(site) for site in sites], object)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Totals:
+    """What was measured of whole pairs.
+
+    Attributes:
+        pair_ids: the pairs, in the order of every array's first axis.
+        bases: the base prompt of each; several pairs may share one.
+        te: total effect, Y(x') - Y(x); NaN where it was not measured, as in all of these.
+        y_base, y_source: the metric of the plain runs, Y(x) and Y(x').
+    """
+
+    pair_ids: tuple[str, ...]
+    bases: tuple[str, ...]
+    te: Float32[np.ndarray, "pair"]
+    y_base: Float32[np.ndarray, "pair"]
+    y_source: Float32[np.ndarray, "pair"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Effects:
+    """The effects of one granularity, in units of the metric.
+
+    Attributes:
+        granularity: which.
+        nie, tie: of every unit in every pair; NaN where there is none, exact or estimated.
+        done: what is known of it, a number of `Status`.
+        totals: which pairs they are, and what was measured of these.
+        coordinates: names of the axes, "pair" first, and what lies along each; see
+            `Sizes.coordinates`.
+        attributes: what was asked: "metric", "metric_unit", "positions" and "precision".
+    """
+
+    granularity: str
+    nie: Float32[np.ndarray, "pair layer *unit"]
+    tie: Float32[np.ndarray, "pair layer *unit"]
+    done: UInt8[np.ndarray, "pair layer *unit"]
+    totals: Totals
+    coordinates: dict[str, np.ndarray]
+    attributes: dict[str, str]
+
+    @property
+    def te(self) -> Float32[np.ndarray, "pair"]:
+        """Total effect, Y(x') - Y(x)."""
+        return self.totals.te
+
+    @property
+    def y_base(self) -> Float32[np.ndarray, "pair"]:
+        """Y(x), of the plain run of the base prompt."""
+        return self.totals.y_base
+
+    @property
+    def y_source(self) -> Float32[np.ndarray, "pair"]:
+        """Y(x'), of the plain run of the source prompt."""
+        return self.totals.y_source
+
+    def places(self) -> dict[str, np.ndarray]:
+        """Where each unit is: "layer", "site", "unit" and "position", each [unit].
+
+        A unit is a head, (the first of its group) a neuron, or a direction's number; what has no
+        such place has -1, and what has no site of its own is named by its granularity.
+        """
+        axes = {name: along for name, along in self.coordinates.items() if name != "pair"}
+        grid = np.indices([len(along) for along in axes.values()]).reshape(len(axes), -1)
+        found = {
+            name: along[index] for (name, along), index in zip(axes.items(), grid, strict=True)
+        }
+        nowhere = np.full(grid.shape[1], -1)
+        unit = next(
+            (found[name] for name in ("head", "neuron", "direction") if name in found), nowhere
+        )
         return {
-            "layer": (self.layers,),
-            "module": (self.layers, len(MODULE_SITES)),
-            "head": (self.layers, self.heads),
-            "token": (self.layers, len(TOKEN_SITES), self.positions),
-            "neuron": (self.layers, self.neurons),
-            "direction": (self.layers, len(self.sites), self.directions),
-        }[granularity]
+            "layer": found["layer"],
+            "site": found.get("site", np.full(nowhere.shape, self.granularity, object)),
+            "unit": unit,
+            "position": found.get("position", nowhere),
+        }
+
+    def to_xarray(self) -> "xarray.Dataset":
+        """The effects with names and coordinates for their axes; TE and Y beside them.
+
+        Its variables are nie, tie and done, [pair, layer, ...], and te, y_base and y_source,
+        [pair].
+        """
+        import xarray
+
+        variables = {name: (tuple(self.coordinates), getattr(self, name)) for name in _OF_UNITS}
+        variables |= {name: (("pair",), getattr(self, name)) for name in TOTALS}
+        return xarray.Dataset(variables, self.coordinates, self.attributes)
+
+    def to_frame(self) -> "pandas.DataFrame":
+        """A row for each unit and pair: where it is, nie, tie and done; te, y_base, y_source."""
+        return self.to_xarray().to_dataframe().reset_index()
+
+    def __repr__(self) -> str:
+        return f"Effects({self.granularity!r}: {self.described()})"
+
+    def described(self) -> str:
+        """Axes with their lengths, and how many effects are not exact."""
+        axes = ", ".join(f"{name} {len(along)}" for name, along in self.coordinates.items())
+        counts = {status: int((self.done == status).sum()) for status in Status}
+        others = [
+            f"{counts[status]:,} {status.name.lower().replace('_', ' ')}"
+            for status in Status
+            if counts[status] and status != Status.EXACT
+        ]
+        return f"nie, tie [{axes}]" + (f"; {', '.join(others)}" if others else "")
+
+
+def attributes(run: dict, granularity: str) -> dict[str, str]:
+    """What effects say of how they were asked for, out of `run.json`; see `Effects`."""
+    asked = {key: str(run.get(key, "")) for key in _ASKED}
+    # The token granularity edits every aligned prompt position alone, whatever is asked.
+    return asked | ({"positions": "prompt"} if granularity == "token" else {})
+
+
+def fitted(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """A pair's effects in the shape of all pairs': NaN beyond its last position."""
+    extra = [(0, full - own) for full, own in zip(shape, values.shape, strict=True)]
+    return np.pad(values, extra, constant_values=np.nan)
+
+
+def statuses(
+    granularity: str, nie: np.ndarray, tie: np.ndarray, wanted
+) -> UInt8[np.ndarray, "..."]:
+    """What is known of one pair's effects, [layer, ...], a number of `Status` each.
+
+    A unit without a finite effect becomes FAILED, unless NOT_RUN or LEFT_OUT is wanted; token
+    positions that are NaN in every layer and site lie beyond the pair's length: NOT_RUN.
+
+    Args:
+        granularity: of the effects.
+        nie, tie: the effects.
+        wanted: what is known of those that are finite, one status for all units or an array.
+    """
+    none_expected = np.isin(wanted, (Status.NOT_RUN, Status.LEFT_OUT))
+    known = (np.isfinite(nie) & np.isfinite(tie)) | none_expected
+    done = np.where(known, wanted, Status.FAILED).astype(np.uint8)
+    if granularity == "token":
+        absent = np.isnan(nie) & np.isnan(tie) & (np.asarray(wanted) != Status.LEFT_OUT)
+        done[..., absent.all(axis=(0, 1))] = Status.NOT_RUN
+    return done

@@ -7,7 +7,8 @@ the rows and tokens that are read, and goes through the vocabulary in chunks.
 """
 
 import dataclasses
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -16,19 +17,23 @@ from jaxtyping import Array, Float, Int
 
 from jaxmed.data.pairs import Pair
 from jaxmed.files.reading import DataError
+from models.shapes import AnyArray
 
 # Tokens whose logits are in memory at once where the whole vocabulary is read.
 VOCABULARY_CHUNK = 4096
 
 
+@runtime_checkable
 class Logits(Protocol):
     """The logits at the R rows that a metric reads."""
 
-    def of(self, tokens: Int[Array, "K"]) -> Float[Array, "R K"]:
+    def of(self, tokens: Int[AnyArray, "K"]) -> Float[Array, "R K"]:
         """Logits of the given tokens."""
+        ...
 
     def log_normaliser(self) -> Float[Array, "R"]:
         """Log-sum-exp over the vocabulary."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +46,7 @@ class KnownLogits:
 
     rows: Float[Array, "R V"]
 
-    def of(self, tokens: Int[Array, "K"]) -> Float[Array, "R K"]:
+    def of(self, tokens: Int[AnyArray, "K"]) -> Float[Array, "R K"]:
         """Logits of the given tokens."""
         return self.rows[:, tokens]
 
@@ -57,13 +62,13 @@ class Reading:
 
     Attributes:
         offsets: positions whose logits are read, counted from the last prompt token, [R].
-        tokens: token ids, [...]; their meaning is the metric's.
+        tokens: token ids, of any shape; their meaning is the metric's.
         weights: same shape as tokens; 0 where it is padding.
     """
 
-    offsets: Int[Array, "R"]
-    tokens: Int[Array, "..."]
-    weights: Float[Array, "..."]
+    offsets: Int[AnyArray, "R"]
+    tokens: Int[AnyArray, "*K"]
+    weights: Float[AnyArray, "*K"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,18 +88,40 @@ class Term:
     whole_vocabulary: bool
 
 
+@runtime_checkable
 class Metric(Protocol):
-    """What every metric provides; `unit` and `meaning` are for people."""
+    """What every metric provides: one of those here, or an object of your own (see `OfLogits`).
 
-    name: str
-    unit: str
-    meaning: str
+    It must be hashable, as a frozen dataclass is: it is a static argument of compiled functions.
+    """
+
+    @property
+    def name(self) -> str:
+        """What it is called, in results and messages."""
+        ...
+
+    @property
+    def metric_unit(self) -> str:
+        """What Y is counted in, for people: "logits", "nats per token"."""
+        ...
+
+    @property
+    def meaning(self) -> str:
+        """What Y is, for people."""
+        ...
 
     def terms(self, pair: Pair) -> list[Term]:
-        """The runs, and what is read off each."""
+        """The runs, and what is read off each.
+
+        Raises:
+            DataError: the pair lacks what is read.
+        """
+        ...
 
     def value(self, logits: Logits, reading: Reading) -> Float[Array, ""]:
-        """The number that one run gives."""
+        """The number that one run gives, made of operations that `engine.difference` has rules
+        for."""
+        ...
 
 
 @jax.jit
@@ -108,7 +135,7 @@ class LogitDifference:
     """Logit of the harmful answer's first token minus that of the safe one's.
 
     Read at the last prompt position. With sets of first tokens it is the difference of their
-    log-sum-exps. The unit is the logit (nats of odds).
+    log-sum-exps. Counted in logits (nats of odds).
 
     Attributes:
         harmful_tokens, safe_tokens: sets of first tokens that replace every pair's own answers.
@@ -118,7 +145,7 @@ class LogitDifference:
     safe_tokens: tuple[int, ...] = ()
 
     name = "logit_diff"
-    unit = "logits"
+    metric_unit = "logits"
 
     @property
     def meaning(self) -> str:
@@ -149,7 +176,8 @@ class LogitDifference:
         tokens, weights = np.zeros((2, size), np.int32), np.zeros((2, size), np.float32)
         for row, answer in enumerate((harmful, safe)):
             tokens[row, : len(answer)], weights[row, : len(answer)] = answer, 1
-        return [Term((), 1, Reading(np.zeros(1, np.int32), tokens, weights), False)]
+        reading = Reading(offsets=np.zeros(1, np.int32), tokens=tokens, weights=weights)
+        return [Term(response=(), sign=1, reading=reading, whole_vocabulary=False)]
 
     def value(self, logits: Logits, reading: Reading) -> Float[Array, ""]:
         """The difference of the two sets' log-sum-exps."""
@@ -165,7 +193,7 @@ class LogitDifference:
 class ResponseLogprobDifference:
     """Mean token log-probability of the harmful response minus that of the safe one.
 
-    Both are teacher-forced. The unit is nats per token.
+    Both are teacher-forced. Counted in nats per token.
 
     Attributes:
         part: "all", "decision" (the first `decision_tokens` tokens) or "continuation" (the rest);
@@ -177,7 +205,7 @@ class ResponseLogprobDifference:
     decision_tokens: int = 1
 
     name = "response_logprob_diff"
-    unit = "nats per token"
+    metric_unit = "nats per token"
 
     @property
     def meaning(self) -> str:
@@ -217,7 +245,8 @@ class ResponseLogprobDifference:
                 )
             offsets = start + np.arange(len(tokens), dtype=np.int32)
             weights = np.full(len(tokens), 1 / len(tokens))
-            terms.append(Term(tuple(response), sign, _padded(offsets, tokens, weights), True))
+            reading = _padded(offsets, tokens, weights)
+            terms.append(Term(tuple(response), sign, reading, whole_vocabulary=True))
         return terms
 
     def value(self, logits: Logits, reading: Reading) -> Float[Array, ""]:
@@ -227,6 +256,62 @@ class ResponseLogprobDifference:
         return jnp.sum((chosen - logits.log_normaliser()) * reading.weights.astype(chosen.dtype))
 
 
+@dataclasses.dataclass(frozen=True)
+class OfLogits:
+    """A metric of your own: a function of the logits of some tokens at the last prompt position.
+
+    The logit of token 17 against the mean of two others:
+
+        OfLogits(lambda logits: logits[0] - (logits[1] + logits[2]) / 2, tokens=(17, 4, 5))
+
+    The log-odds of the pair's safe answer among all first tokens:
+
+        OfLogits(
+            lambda log_p: log_p[0] - jnp.log1p(-jnp.exp(log_p[0])),
+            tokens=lambda pair: pair.safe_ids[:1],
+            log_probabilities=True,
+            metric_unit="nats",
+        )
+
+    Attributes:
+        function: gets the tokens' logits, [K], and gives a number, by operations that
+            `engine.difference` has rules for. Two functions are two metrics, each of which is
+            compiled, even if they are written alike: make one metric and use it for all pairs.
+        tokens: token ids, [K]; or a function of the pair that gives them.
+        log_probabilities: whether the function gets their log-probabilities instead.
+        name, metric_unit, meaning: as of every metric.
+    """
+
+    function: Callable[[Float[Array, "K"]], Float[Array, ""]]
+    tokens: tuple[int, ...] | Callable[[Pair], Sequence[int]]
+    log_probabilities: bool = False
+    name: str = "of_logits"
+    metric_unit: str = "logits"
+    meaning: str = "a function of the logits at the last prompt position"
+
+    def terms(self, pair: Pair) -> list[Term]:
+        """One run, of the prompt alone.
+
+        Raises:
+            DataError: there are no tokens for the pair.
+        """
+        tokens = np.array(self.tokens(pair) if callable(self.tokens) else self.tokens, np.int32)
+        if not len(tokens):
+            raise DataError(f"{pair.where}: pair '{pair.id}': {self.name} has no tokens to read")
+        reading = Reading(
+            offsets=np.zeros(1, np.int32),
+            tokens=tokens,
+            weights=np.ones(len(tokens), np.float32),
+        )
+        return [Term((), 1, reading, whole_vocabulary=self.log_probabilities)]
+
+    def value(self, logits: Logits, reading: Reading) -> Float[Array, ""]:
+        """What the function makes of the run."""
+        read = logits.of(reading.tokens)[0]
+        return self.function(read - logits.log_normaliser()[0] if self.log_probabilities else read)
+
+
+# Those that a program can be asked for by name.
 METRICS = {metric.name: metric for metric in (LogitDifference, ResponseLogprobDifference)}
 
 
@@ -242,4 +327,8 @@ def _first_token(pair: Pair, answer: tuple[int, ...], name: str) -> tuple[int, .
 def _padded(offsets, tokens, weights) -> Reading:
     """Rows rounded up to a multiple of 8: responses of other lengths share a compilation."""
     extra = -len(tokens) % 8
-    return Reading(*(np.pad(field, (0, extra)) for field in (offsets, tokens, weights)))
+    return Reading(
+        offsets=np.pad(offsets, (0, extra)),
+        tokens=np.pad(tokens, (0, extra)),
+        weights=np.pad(weights, (0, extra)),
+    )

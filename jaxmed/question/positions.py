@@ -28,7 +28,12 @@ class Positions(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True)
 class Alignment:
-    """Positions [base, base + length) of x correspond to [source, source + length) of x'."""
+    """Which positions of the two prompts correspond.
+
+    Attributes:
+        base, source, length: positions [base, base + length) of x correspond to
+            [source, source + length) of x'.
+    """
 
     base: int
     source: int
@@ -43,7 +48,8 @@ class Alignment:
 class Edited:
     """The edited positions of the base run, and where the source run has their values.
 
-    Both are increasing arrays of the same length; a response follows its prompt in either run.
+    Attributes:
+        base, source: increasing, int [n]; a response follows its prompt in either run.
     """
 
     base: np.ndarray
@@ -66,19 +72,19 @@ def align(pair: Pair, how: Align = Align.END) -> Alignment:
         return Alignment(lengths[0] - common, lengths[1] - common, common)
     if how == Align.START:
         return Alignment(0, 0, common)
-    spans = pair.prompt_span, pair.counterfactual_span
-    if None in spans:
+    base, source = pair.prompt_span, pair.counterfactual_span
+    if base is None or source is None:
         raise DataError(
             f"{pair.where}: pair '{pair.id}' cannot be aligned by span: it gives no "
             "'prompt_span' and 'counterfactual_span'"
         )
-    sizes = [stop - start for start, stop in spans]
-    if sizes[0] != sizes[1] or any(s[1] > n for s, n in zip(spans, lengths, strict=True)):
+    size = base[1] - base[0]
+    if size != source[1] - source[0] or base[1] > lengths[0] or source[1] > lengths[1]:
         raise DataError(
-            f"{pair.where}: pair '{pair.id}' cannot be aligned by span: {spans[0]} of "
-            f"{lengths[0]} tokens and {spans[1]} of {lengths[1]} must be equally long and inside"
+            f"{pair.where}: pair '{pair.id}' cannot be aligned by span: {base} of "
+            f"{lengths[0]} tokens and {source} of {lengths[1]} must be equally long and inside"
         )
-    return Alignment(spans[0][0], spans[1][0], sizes[0])
+    return Alignment(base[0], source[0], size)
 
 
 def edited(
@@ -99,8 +105,8 @@ def edited(
     if positions == Positions.RESPONSE:
         if not response_length:
             raise DataError(
-                f"{pair.where}: pair '{pair.id}' has no response positions to edit under this "
-                "metric; use --metric=response_logprob_diff, or other --positions"
+                f"{pair.where}: pair '{pair.id}': positions='response', but the metric reads no "
+                "response; use response_logprob_diff, or other positions"
             )
         offsets = np.arange(response_length)
         return Edited(lengths[0] + offsets, lengths[1] + offsets)
@@ -110,9 +116,9 @@ def edited(
     )
     if positions in (Positions.LAST, Positions.DIFFERING) and not ends_pair:
         raise DataError(
-            f"{pair.where}: pair '{pair.id}' cannot be aligned for --positions={positions}: its "
-            f"prompts have {lengths[0]} and {lengths[1]} tokens, and with --align={how} their "
-            "last positions do not correspond; use --align=end, or --positions=prompt"
+            f"{pair.where}: pair '{pair.id}' cannot be aligned for positions='{positions}': its "
+            f"prompts have {lengths[0]} and {lengths[1]} tokens, and with align='{how}' their "
+            "last positions do not correspond; use align='end', or positions='prompt'"
         )
     first = 0
     if positions == Positions.LAST:
@@ -132,7 +138,7 @@ def _first_difference(pair: Pair, paired: Alignment, lengths: tuple[int, int]) -
         return int(differing[0])
     if lengths[0] != lengths[1]:
         raise DataError(
-            f"{pair.where}: pair '{pair.id}' cannot be aligned for --positions=differing: its "
+            f"{pair.where}: pair '{pair.id}' cannot be aligned for positions='differing': its "
             f"prompts of {lengths[0]} and {lengths[1]} tokens differ in no aligned position"
         )
     return paired.length

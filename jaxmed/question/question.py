@@ -7,9 +7,9 @@ import numpy as np
 
 from jaxmed.data.pairs import Pair
 from jaxmed.files.reading import DataError
-from jaxmed.question import positions as positions_lib
-from jaxmed.question import sites
+from jaxmed.question import positions, sites
 from jaxmed.question.directions import Directions
+from jaxmed.question.effects import Sizes
 from jaxmed.question.metrics import Metric
 from jaxmed.question.positions import Align, Positions
 from jaxmed.question.sites import SITES
@@ -38,7 +38,7 @@ class Question:
 
 
 def unit_count(config: DecoderConfig, question: Question, site: Site) -> int:
-    """Units of a site in each layer."""
+    """Units of a site in each layer: query heads, groups of neurons, or 1."""
     if site == Site.HEAD:
         return config.num_heads
     return sites.group_count(config, question.group_size) if site == Site.NEURON else 1
@@ -47,28 +47,71 @@ def unit_count(config: DecoderConfig, question: Question, site: Site) -> int:
 def shapes(
     config: DecoderConfig, pair: Pair, question: Question, granularities: Iterable[str]
 ) -> dict[str, tuple[int, ...]]:
-    """Shape of one pair's effects by granularity."""
-    units = {
-        "layer": lambda: (),
-        "module": lambda: (len(SITES["module"]),),
-        "head": lambda: (config.num_heads,),
-        "token": lambda: (len(SITES["token"]), int(token_columns(pair, question).max()) + 1),
-        "neuron": lambda: (sites.group_count(config, question.group_size),),
-        "direction": lambda: question.directions.given.shape[1:],
+    """Shape of one pair's effects by granularity; the first axis is the layer."""
+    return {
+        name: (config.num_layers, *_units_shape(config, pair, question, name))
+        for name in granularities
     }
-    return {name: (config.num_layers, *units[name]()) for name in granularities}
+
+
+def _units_shape(
+    config: DecoderConfig, pair: Pair, question: Question, granularity: str
+) -> tuple[int, ...]:
+    """Shape of what one layer has."""
+    match granularity:
+        case "layer":
+            return ()
+        case "module":
+            return (len(SITES["module"]),)
+        case "head":
+            return (config.num_heads,)
+        case "token":
+            return len(SITES["token"]), int(token_columns(pair, question).max()) + 1
+        case "neuron":
+            return (sites.group_count(config, question.group_size),)
+        case "direction" if question.directions is not None:
+            return question.directions.given.shape[1:]
+        case "direction":
+            raise ValueError("granularity 'direction', and the question has no directions")
+    raise ValueError(f"granularity '{granularity}' is not one of {', '.join(SITES)}")
+
+
+def sizes(
+    config: DecoderConfig,
+    pairs: Iterable[Pair],
+    question: Question,
+    granularities: Iterable[str],
+) -> Sizes:
+    """How many units the model and these pairs have under the question."""
+    positions = 0
+    if "token" in granularities:
+        positions = max(shapes(config, pair, question, ["token"])["token"][-1] for pair in pairs)
+    directions = question.directions
+    return Sizes(
+        layers=config.num_layers,
+        heads=config.num_heads,
+        neurons=sites.group_count(config, question.group_size),
+        positions=positions,
+        sites=directions.sites if directions else (),
+        directions=directions.given.shape[-1] if directions else 0,
+    )
 
 
 def token_columns(pair: Pair, question: Question) -> np.ndarray:
-    """Where the token granularity stores the aligned positions: counted from the prompt's end."""
-    edited = positions_lib.edited(pair, Positions.PROMPT, question.align)
+    """Where the token granularity stores the aligned positions: counted from the prompt's end,
+    int [n], the last prompt token being 0."""
+    edited = positions.edited(pair, Positions.PROMPT, question.align)
     return len(pair.prompt_ids) - 1 - edited.base
 
 
 def check(
     config: DecoderConfig, pair: Pair, question: Question, granularities: Iterable[str]
 ) -> None:
-    """Raises `DataError` where a pair does not fit the model or the question."""
+    """Finds out whether a pair fits the model and the question, before anything is computed.
+
+    Raises:
+        DataError: it does not; the message names its file and line.
+    """
     for name in ("prompt", "counterfactual", "harmful", "safe"):
         ids = getattr(pair, f"{name}_ids")
         outside = [i for i in ids if not 0 <= i < config.vocab_size]
@@ -96,7 +139,7 @@ def check(
                     f"{tokens}, outside the vocabulary of {config.vocab_size}"
                 )
     edits = [
-        positions_lib.edited(pair, question.positions, question.align, len(term.response)).base
+        positions.edited(pair, question.positions, question.align, len(term.response)).base
         for term in terms
     ]
     last_read = len(pair.prompt_ids) - 1 + np.array([np.max(t.reading.offsets) for t in terms])
@@ -105,7 +148,7 @@ def check(
     ):
         raise DataError(
             f"{pair.where}: pair '{pair.id}': {question.metric.name} reads nothing at or after the "
-            f"positions that --positions={question.positions} edits, so every effect would be 0"
+            f"positions that positions='{question.positions}' edits, so every effect would be 0"
         )
     if "token" in granularities:
-        positions_lib.edited(pair, Positions.PROMPT, question.align)
+        positions.edited(pair, Positions.PROMPT, question.align)

@@ -13,13 +13,11 @@ SITES: dict[str, tuple[Site, ...]] = {
     "neuron": (Site.NEURON,),
     "direction": (),
 }
-
-
-def group_count(config: DecoderConfig, group_size: int) -> int:
-    """Number of neuron groups in a layer; the last may be smaller than the others."""
-    return -(-config.intermediate_size // group_size)
-
-
 GRANULARITIES = tuple(SITES)
 MODULE_SITES = SITES["module"]
 TOKEN_SITES = SITES["token"]
+
+
+def group_count(config: DecoderConfig, group_size: int) -> int:
+    """Number of groups of so many adjacent neurons in a layer; the last may be smaller."""
+    return -(-config.intermediate_size // group_size)

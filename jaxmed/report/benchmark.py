@@ -1,64 +1,22 @@
-"""Tables of speed."""
+"""Tables of speed, and of numerical error."""
 
+from collections.abc import Sequence
+
+from jaxmed.report import rendering
 from jaxmed.validation.benchmark import Figures, GenerationFigures
+from jaxmed.validation.numerical_error import NumericalError
 
 
 def table(figures: Figures) -> list[str]:
-    """The figures for people."""
-    rows = [
-        ("model", f"{figures.preset}, {figures.layers} layers, {figures.dtype} products"),
-        ("device", figures.device),
-        ("neurons", f"{figures.neurons:,}, each patched alone, in batches of {figures.batch:,}"),
-        ("compilation", f"{figures.compile_seconds:.1f} s"),
-        ("one direction of a pair", f"{figures.seconds:.3g} s (median)"),
-        ("neurons per second", f"{figures.neurons_per_second:,.0f}"),
-        ("operations needed", f"{figures.flops:.3g}"),
-        ("this machine's products", f"{figures.matmul_flops_per_second:.3g} operations a second"),
-        ("fraction reached", f"{figures.matmul_fraction:.3f}"),
-        ("peak memory", f"{figures.peak_memory_bytes / 2**30:.2f} GiB"),
-    ]
-    if figures.speedup_screen is not None:
-        rows.append(
-            (
-                "screened, both directions",
-                f"{figures.screen_seconds:.3g} s: x {figures.speedup_screen:.1f}",
-            )
-        )
-    rows += [
-        (rival["what"], f"{rival['neurons_per_second']:,.1f} a second: x {rival['speedup']:.2f}")
-        for rival in figures.rivals.values()
-    ]
-    return _aligned(rows)
+    """The figures of the engine for people."""
+    return rendering.lines("speed.txt.j2", figures=figures)
 
 
 def generation_table(figures: GenerationFigures) -> list[str]:
-    """The figures for people."""
-    rows = [
-        ("model", f"{figures.preset}, {figures.layers} layers, {figures.dtype}"),
-        ("device", figures.device),
-        (
-            "generated",
-            f"{figures.new_tokens} tokens to each of {figures.batch} prompts of "
-            f"{figures.prompt_tokens}, greedily",
-        ),
-        ("tokens per second", f"{figures.tokens_per_second:,.1f} (median)"),
-        (
-            "with a hold on every neuron",
-            f"{figures.held_tokens_per_second:,.1f}: {figures.hold_cost:+.1%} of the time",
-        ),
-        ("peak memory", f"{figures.peak_memory_bytes / 2**30:.2f} GiB"),
-    ]
-    rows += [
-        (
-            rival["what"],
-            f"{rival['tokens_per_second']:,.1f} a second: x {rival['speedup']:.2f}, with the hold "
-            f"x {rival['held_speedup']:.2f}",
-        )
-        for _, rival in sorted(figures.rivals.items())
-    ]
-    return _aligned(rows)
+    """The figures of generation for people."""
+    return rendering.lines("generation_speed.txt.j2", figures=figures)
 
 
-def _aligned(rows: list[tuple[str, str]]) -> list[str]:
-    width = max(len(name) for name, _ in rows)
-    return [f"{name:<{width}}  {value}" for name, value in rows]
+def numerical_error_table(rows: Sequence[NumericalError]) -> list[str]:
+    """Numerical errors for people."""
+    return rendering.lines("numerical_error.txt.j2", rows=rows)

@@ -53,7 +53,7 @@ def write(certificate: Certificate) -> None:
 
 
 def _mean_curves(curves: pa.Table) -> dict[str, dict[str, np.ndarray]]:
-    """Faithfulness by organism and method: over seeds, contrasts and directions, [size]."""
+    """Faithfulness by organism and method: over seeds, contrasts and estimands, [size]."""
     found = {}
     for row in curves.to_pylist():
         place = found.setdefault(row["organism"], {}).setdefault(row["method"], {})

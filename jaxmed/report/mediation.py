@@ -1,43 +1,220 @@
-"""The report of a run: pictures, tables, and sentences made of measured values.
+"""The report of a run: pictures, tables, and verdicts made of measured values.
 
 Everything shown comes from a results folder; nothing is computed here that `statistics` does not
-compute. The page carries its figures, has no scripts, and escapes all text.
+compute. What verdicts say is in `templates/mediation.*`.
 """
 
 import dataclasses
+import enum
 import math
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from matplotlib import figure
+from matplotlib.figure import Figure
 
 from jaxmed.analysis import ranking
-from jaxmed.analysis import summary as summary_lib
-from jaxmed.report import numbers, pages
-from jaxmed.report.figures import canvas
-from jaxmed.report.figures import effects as effects_lib
-from jaxmed.store import results as results_lib
+from jaxmed.analysis.summary import read_summary
+from jaxmed.question.effects import ESTIMANDS, Status
+from jaxmed.report import numbers, pages, rendering
+from jaxmed.report.figures import effects as figures
+from jaxmed.report.figures.canvas import BARS_IN_FIGURE, largest
+from jaxmed.report.figures.effects import EstimandValues, UnitTable
+from jaxmed.report.numbers import Measured
+from jaxmed.store.results import Results
 from jaxmed.validation import scoring
 from models.errors import InputError
 
 _UNITS_IN_TABLE = 10
 _SIGNIFICANT = 0.05
-_POSITIONS = {
-    "last": "the last prompt token",
-    "differing": "from the first token that differs between the prompts to the end of the prompt",
-    "prompt": "all aligned prompt tokens",
-    "response": "the response’s tokens",
-}
-_TITLES = {
-    "layer": "Layers",
-    "module": "Modules",
-    "head": "Attention heads",
-    "token": "Layers × tokens",
-    "neuron": "Neurons",
-    "direction": "Directions",
-}
+
+
+@dataclasses.dataclass(frozen=True)
+class TotalVerdict:
+    """What exchanging the whole prompt does.
+
+    Attributes:
+        te: mean total effect, in the metric's unit.
+        metric_unit: its name.
+        pairs: how many base prompts it is the mean of.
+        negative: pairs whose total effect is negative.
+        complies: pairs whose base prompt makes the harmful answer the likelier one.
+    """
+
+    te: Measured
+    metric_unit: str
+    pairs: int
+    negative: int
+    complies: int
+
+
+@dataclasses.dataclass(frozen=True)
+class UnitEffect:
+    """A unit, its mean effect, and what share of TE that is; None where no share is formed."""
+
+    unit: str
+    mean: float
+    share: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class LargestVerdict:
+    """The units of a granularity with the largest |NIE| and |TIE|, and whether it is one unit."""
+
+    nie: UnitEffect
+    tie: UnitEffect
+    same: bool
+    metric_unit: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Significant:
+    """How many units have a q below the level, by NIE and by TIE."""
+
+    nie: int
+    tie: int
+
+
+@dataclasses.dataclass(frozen=True)
+class SpreadVerdict:
+    """How many units stand out.
+
+    Attributes:
+        units: how many are ranked.
+        screened: there are others, which were only estimated.
+        compared, shared: of so many largest by NIE and by TIE, how many are the same; None where
+            there are too few units to compare.
+        level: of q.
+        significant: how many are below it; None where one pair is too few to test any.
+    """
+
+    units: int
+    screened: bool
+    compared: int
+    shared: int | None
+    level: float
+    significant: Significant | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Confirmation:
+    """Shares of TE of a joint set on pairs that it was not searched on."""
+
+    share_nie: float
+    share_tie: float
+    pairs: int
+
+
+@dataclasses.dataclass(frozen=True)
+class JointStep:
+    """A neuron of a joint set, and the shares of TE that it has with those before it."""
+
+    name: str
+    planted: bool
+    share_nie: float
+    share_tie: float
+
+
+@dataclasses.dataclass(frozen=True)
+class JointVerdict:
+    """What a joint set carries on the pairs that it was searched on, and on others.
+
+    Attributes:
+        steps: in the order in which they were added.
+        share_nie, share_tie: of TE.
+        sought: the share that it was to reach by both.
+        confirmed: None without other pairs.
+    """
+
+    steps: Sequence[JointStep]
+    share_nie: float
+    share_tie: float
+    sought: float
+    confirmed: Confirmation | None
+
+    @property
+    def neurons(self) -> int:
+        """How many they are."""
+        return len(self.steps)
+
+    @property
+    def reached(self) -> bool:
+        """Whether it has the share that was sought, by both estimands."""
+        return min(self.share_nie, self.share_tie) >= self.sought
+
+
+class Audited(enum.StrEnum):
+    """What is known of the neurons that a screen left out."""
+
+    COMPLETE = "complete"  # there are none
+    NOT_AUDITED = "not audited"  # nothing, without a sample of them
+    BOUNDED = "bounded"  # how many strong ones are among them at most
+
+
+@dataclasses.dataclass(frozen=True)
+class ScreenVerdict:
+    """What a screen computed, and what it may have missed.
+
+    Attributes:
+        verdict: what is known of the others.
+        candidates, sampled, uncomputed: neurons that were computed because gradients rank them
+            highest, those that were computed as a sample of the others, and the rest.
+        group_size: adjacent neurons of each.
+        wanted: how many of the strongest were asked for.
+        threshold: strength of the weakest of these among the candidates, in the metric's unit.
+        bound: how many stronger ones are missing at most, at this `confidence`.
+        hits: stronger ones in the sample.
+        spearman: rank correlation of estimated and exact strengths over the sample; None without.
+    """
+
+    verdict: Audited
+    candidates: int
+    sampled: int
+    uncomputed: int
+    group_size: int
+    wanted: int
+    threshold: float
+    metric_unit: str
+    bound: int
+    confidence: float
+    hits: int
+    spearman: float | None
+
+    @property
+    def units(self) -> int:
+        """How many there are."""
+        return self.candidates + self.sampled + self.uncomputed
+
+
+@dataclasses.dataclass(frozen=True)
+class RankingScore:
+    """How well a ranking, named by its title, finds what was planted; NaN where nothing was."""
+
+    title: str
+    auroc: float
+    precision_at_k: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """How well a granularity's rankings find the units that were planted."""
+
+    granularity: str
+    planted: int
+    rankings: Sequence[RankingScore]
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """A granularity: what stands out, and a row for each of the largest units."""
+
+    granularity: str
+    largest: LargestVerdict
+    spread: SpreadVerdict
+    decimals: int
+    rows: Sequence[dict]
 
 
 def write(folder, show_text: bool = False, pairs=None) -> pathlib.Path:
@@ -57,157 +234,114 @@ def write(folder, show_text: bool = False, pairs=None) -> pathlib.Path:
     """
     if show_text and pairs is None:
         raise InputError("--show_text needs --pairs: a results folder holds no text")
-    results = results_lib.Results.open(folder)
-    summary = summary_lib.read_summary(results)
-    te = _total(summary, "te")
-    found = _found(results, summary)
-    ranked = {granularity: _ranked(units) for granularity, units in found.items()}
+    results = Results.open(folder)
+    summary = read_summary(results)
+    total = total_verdict(results, summary)
+    tables = unit_tables(results, summary, total)
     truth = results.run.get("truth")
-    joint = _joint(results)
-    audit = results.run.get("audit")
-    unit = results.run["unit"]
-
-    drawn = {}
-    for granularity, units in found.items():
-        drawing = effects_lib.DRAWINGS[granularity](units, te, unit, _planted(units, truth))
-        drawn[granularity] = pages.save(drawing, results.folder, granularity)
+    joint, screen = joint_verdict(results), screen_verdict(results)
+    drawn = {
+        granularity: figures.DRAWINGS[granularity](
+            units, total and total.te.value, results.run["metric_unit"], _planted(units, truth)
+        )
+        for granularity, units in tables.items()
+    }
     if joint:
-        drawn["joint"] = pages.save(effects_lib.draw_joint(joint), results.folder, "joint")
-    if audit:
-        drawn["screen"] = pages.save(_screen_figure(results, audit), results.folder, "screen")
-
+        shares = ranking.joint_set(results)
+        drawn["joint"] = figures.draw_joint({"nie": shares.share_nie, "tie": shares.share_tie})
+    if screen:
+        drawn["screen"] = _screen_figure(results, screen)
     return pages.write(
         results.folder,
         "mediation.html.j2",
         run=results.run,
-        title=f"Causal mediation in {pages.model_name(results.run['model'])}",
+        model=pages.model_name(results.run["model"]),
+        sizes=results.sizes,
+        group_size=results.run.get("group_size", 1),
+        granularities=results.granularities,
         # The page is one of the files that a run writes before it is finished.
         finished=not any(results.missing(name) for name in results.granularities),
-        facts=_facts(results, te),
-        meaning=results.run["meaning"],
         minimum=ranking.MINIMUM_TOTAL_EFFECT,
-        total_sentence=_total_sentence(results, te, unit),
-        sections=[
-            {
-                "title": _TITLES[granularity],
-                "sentence": _largest_sentence(units, unit)
-                + _spread_sentence(units, _count(results, units)),
-                "figure": drawn[granularity],
-                "caption": _caption(units),
-                "rows": _table(units, _planted(units, truth)),
-                "count": _count(results, units),
-            }
-            for granularity, units in ranked.items()
-        ],
-        unit=unit,
-        truth=truth,
-        scores=_score_rows(results) if truth else [],
+        bars=BARS_IN_FIGURE,
+        total=total,
+        sections=_sections(results, tables),
+        scores=scores(results),
         joint=joint,
-        joint_figure=drawn.get("joint"),
-        screen=_screen_sentences(results) if audit else [],
-        screen_figure=drawn.get("screen"),
-        screen_caption=_CAPTIONS["screen"],
+        screen=screen,
         statuses=_statuses(results),
-        totals=_totals_by_pair(results, pairs if show_text else None),
+        pairs=_pairs(results, pairs if show_text else None),
         show_text=show_text,
-        files=_files(drawn),
+        figures={name: pages.save(figure, results.folder, name) for name, figure in drawn.items()},
     )
 
 
-def closing_lines(results: results_lib.Results) -> list[str]:
+def closing_lines(results: Results) -> list[str]:
     """What a run prints at its end: where the results are, and what was measured."""
-    summary = summary_lib.read_summary(results)
-    unit = results.run["unit"]
-    missing = max(len(results.missing(name)) for name in results.granularities)
-    lines = []
-    if missing:
-        lines.append(f"Not finished: {missing} of {len(results.pair_ids)} pairs are missing.")
-    lines += [
-        f"Results: {results.folder} (open {results.folder / 'report.html'})",
-        _total_sentence(results, _total(summary, "te"), unit),
-    ]
-    for granularity, units in _found(results, summary).items():
-        sentence = _largest_sentence(_ranked(units), unit)
-        lines.append(f"{_TITLES[granularity]}: {sentence}")
-    if results.run.get("audit"):
-        lines.append(f"Screen: {' '.join(_screen_sentences(results))}")
-    if joint := results.run.get("joint"):
-        lines.append(f"Joint set: {_joint_sentence(joint)}")
-    if results.run.get("truth"):
-        lines += _score_lines(results)
-    return lines
+    summary = read_summary(results)
+    total = total_verdict(results, summary)
+    return rendering.lines(
+        "mediation.txt.j2",
+        folder=results.folder,
+        missing=max(len(results.missing(name)) for name in results.granularities),
+        pairs=len(results.pair_ids),
+        total=total,
+        sections=_sections(results, unit_tables(results, summary, total)),
+        scores=scores(results),
+        joint=joint_verdict(results),
+        screen=screen_verdict(results),
+    )
 
 
-def _score_lines(results: results_lib.Results) -> list[str]:
-    """The score against a planted truth, a line for each granularity; see `scoring.score`."""
-    lines = []
-    for granularity, by_direction in scoring.score(results).items():
-        planted = int(scoring.truth_mask(results, granularity).sum())
-        scores = "; ".join(
-            f"{ranking.RANKINGS[name]} {values['auroc']:.3f} and {values['precision_at_k']:.3f}"
-            for name, values in by_direction.items()
-        )
-        lines.append(
-            f"Planted {_TITLES[granularity].lower()} ({planted}), AUROC and precision@{planted} by "
-            f"{scores}"
-        )
-    return lines
-
-
-def _total(summary: pa.Table, estimand: str) -> dict | None:
-    """The summary's row of a total, or None if it was not measured for any pair."""
+def total_verdict(results: Results, summary: pa.Table) -> TotalVerdict | None:
+    """The total effect; None if it was not measured for any pair."""
     rows = summary.filter(
-        (pc.field("granularity") == "total") & (pc.field("estimand") == estimand)
+        (pc.field("granularity") == "total") & (pc.field("estimand") == "te")
     ).to_pylist()
-    return rows[0] if rows else None
+    if not rows:
+        return None
+    te = {name: math.nan if value is None else value for name, value in rows[0].items()}
+    return TotalVerdict(
+        te=Measured(te["mean"], te["ci_low"], te["ci_high"]),
+        metric_unit=results.run["metric_unit"],
+        pairs=int(te["n_pairs"]),
+        negative=int((results.te < 0).sum()),
+        complies=int((results.y_base > 0).sum()),
+    )
 
 
-def _found(results: results_lib.Results, summary: pa.Table) -> dict[str, effects_lib.Units]:
+def unit_tables(
+    results: Results, summary: pa.Table, total: TotalVerdict | None
+) -> dict[str, UnitTable]:
     """The units of each granularity that has any, coarse to fine; exact effects alone."""
-    found, te = {}, _total(summary, "te")
+    # No share is formed of a total effect that may be 0.
+    unsure = total is not None and total.te.low <= 0 <= total.te.high
+    tables = {}
     for granularity in results.granularities:
         rows = summary.filter((pc.field("granularity") == granularity) & pc.field("exact"))
-        by_direction = [
-            rows.filter(pc.field("estimand") == name) for name in effects_lib.DIRECTIONS
-        ]
-        nie = by_direction[0]
-        if not nie.num_rows:
-            continue
-        directions = []
-        effects = results.effects(granularity, exact=True)
-        for values, table in zip(effects, by_direction, strict=True):
-            share = ranking.share(values, results.te)
-            if te and te["ci_low"] is not None and te["ci_low"] <= 0 <= te["ci_high"]:
-                share = np.full_like(share, np.nan)
-            directions.append(
-                effects_lib.Direction(
-                    *(_column(table, name) for name in ("mean", "ci_low", "ci_high", "q_value")),
-                    share=share[~np.isnan(values).all(axis=0)],
-                )
+        values = {}
+        for name, effects in zip(ESTIMANDS, results.effects(granularity, exact=True), strict=True):
+            table = rows.filter(pc.field("estimand") == name)
+            share = ranking.share(effects, results.te)[~np.isnan(effects).all(axis=0)]
+            values[name] = EstimandValues(
+                mean=_column(table, "mean"),
+                low=_column(table, "ci_low"),
+                high=_column(table, "ci_high"),
+                q=_column(table, "q_value"),
+                share=np.full_like(share, np.nan) if unsure else share,
             )
-        found[granularity] = effects_lib.Units(
-            granularity,
-            *(_column(nie, "layer"), nie["site"].to_numpy()),
-            *(_column(nie, name) for name in ("unit", "position", "n_pairs")),
-            *directions,
-            group_size=results.run.get("group_size", 1),
-        )
-    return found
-
-
-def _ranked(units: effects_lib.Units) -> effects_lib.Units:
-    """The units that are ranked: the residual stream is left to the map of tokens, as the whole of
-    it at the last token of the last layer is TE by definition."""
-    if units.granularity != "token":
-        return units
-    kept = units.site != "residual"
-
-    def narrowed(record):
-        fields = vars(record).items()
-        arrays = {name: value[kept] for name, value in fields if isinstance(value, np.ndarray)}
-        return dataclasses.replace(record, **arrays)
-
-    return dataclasses.replace(narrowed(units), nie=narrowed(units.nie), tie=narrowed(units.tie))
+        places = rows.filter(pc.field("estimand") == ESTIMANDS[0])
+        if places.num_rows:
+            tables[granularity] = UnitTable(
+                granularity,
+                layer=_column(places, "layer"),
+                site=places["site"].to_numpy(),
+                unit=_column(places, "unit"),
+                position=_column(places, "position"),
+                n_pairs=_column(places, "n_pairs"),
+                group_size=results.run.get("group_size", 1),
+                **values,
+            )
+    return tables
 
 
 def _column(table: pa.Table, name: str) -> np.ndarray:
@@ -216,340 +350,213 @@ def _column(table: pa.Table, name: str) -> np.ndarray:
     return column.fill_null(missing).to_numpy()
 
 
-def _planted(units: effects_lib.Units, truth: dict | None) -> np.ndarray:
-    """Which units are planted, bool [unit]; none without a truth."""
-    places = {
-        tuple(place) for place in (truth or {}).get(scoring.TRUTH_KEYS.get(units.granularity), [])
+def _sections(results: Results, tables: dict[str, UnitTable]) -> list[Section]:
+    return [_section(results, units) for units in map(_ranked, tables.values())]
+
+
+def _ranked(units: UnitTable) -> UnitTable:
+    """The units that are ranked: the residual stream is left to the map of tokens, as the whole of
+    it at the last token of the last layer is TE by definition."""
+    return units.of(units.site != "residual") if units.granularity == "token" else units
+
+
+def _section(results: Results, units: UnitTable) -> Section:
+    planted = _planted(units, results.run.get("truth"))
+    chosen = largest(units.size(), _UNITS_IN_TABLE)
+    return Section(
+        granularity=units.granularity,
+        largest=largest_verdict(units, results.run["metric_unit"]),
+        spread=spread_verdict(units, bool(results.run.get("screen"))),
+        decimals=numbers.decimals(units.size()[chosen].max()),
+        rows=[
+            {
+                "name": units.name(index),
+                "planted": bool(planted[index]),
+                "n_pairs": int(units.n_pairs[index]),
+                "nie": _cell(units.nie, index),
+                "tie": _cell(units.tie, index),
+            }
+            for index in chosen
+        ],
+    )
+
+
+def _cell(values: EstimandValues, index: int) -> dict:
+    return {
+        "effect": Measured(
+            float(values.mean[index]), float(values.low[index]), float(values.high[index])
+        ),
+        "q": float(values.q[index]),
+        "share": float(values.share[index]),
     }
+
+
+def largest_verdict(units: UnitTable, metric_unit: str) -> LargestVerdict:
+    """Which units have the largest effects."""
+    nie, tie = (int(np.argmax(np.abs(units.values(name).mean))) for name in ESTIMANDS)
+    return LargestVerdict(
+        nie=_unit_effect(units, units.nie, nie),
+        tie=_unit_effect(units, units.tie, tie),
+        same=nie == tie,
+        metric_unit=metric_unit,
+    )
+
+
+def _unit_effect(units: UnitTable, values: EstimandValues, index: int) -> UnitEffect:
+    share = float(values.share[index])
+    return UnitEffect(
+        units.name(index), float(values.mean[index]), None if math.isnan(share) else share
+    )
+
+
+def spread_verdict(units: UnitTable, screened: bool) -> SpreadVerdict:
+    """How many units stand out, and whether both estimands name the same ones."""
+    shared = significant = None
+    if len(units) > 2 * _UNITS_IN_TABLE:
+        nie, tie = (
+            set(largest(np.abs(units.values(name).mean), _UNITS_IN_TABLE).tolist())
+            for name in ESTIMANDS
+        )
+        shared = len(nie & tie)
+    if not np.isnan(units.nie.q).all():
+        nie, tie = (int((units.values(name).q < _SIGNIFICANT).sum()) for name in ESTIMANDS)
+        significant = Significant(nie, tie)
+    return SpreadVerdict(
+        units=len(units),
+        screened=screened and units.granularity == "neuron",
+        compared=_UNITS_IN_TABLE,
+        shared=shared,
+        level=_SIGNIFICANT,
+        significant=significant,
+    )
+
+
+def _planted(units: UnitTable, truth: dict | None) -> np.ndarray:
+    """Which units are planted, bool [unit]; none without a truth."""
+    key = scoring.TRUTH_KEYS.get(units.granularity)
+    places = {tuple(place) for place in (truth or {}).get(key, [])}
     if units.granularity == "neuron":
         places = {(layer, unit - unit % units.group_size) for layer, unit in places}
     second = units.site if units.granularity == "module" else units.unit
     here = zip(units.layer.tolist(), second.tolist(), strict=True)
-    return np.array([place in places for place in here])
+    return np.array([place in places for place in here], bool)
 
 
-def _score_rows(results: results_lib.Results) -> list[dict]:
+def scores(results: Results) -> list[Score]:
+    """Scores against the planted truth, coarse to fine; none without a truth. See
+    `scoring.score`."""
+    if not results.run.get("truth"):
+        return []
     return [
-        {
-            "granularity": _TITLES[granularity],
-            "planted": int(scoring.truth_mask(results, granularity).sum()),
-            "ranking": ranking.RANKINGS[direction],
-            "auroc": numbers.fixed(values["auroc"], 3),
-            "precision_at_k": numbers.fixed(values["precision_at_k"], 3),
-        }
-        for granularity, by_direction in scoring.score(results).items()
-        for direction, values in by_direction.items()
+        Score(
+            granularity,
+            planted=int(scoring.truth_mask(results, granularity).sum()),
+            rankings=[
+                RankingScore(ranking.RANKINGS[name], values["auroc"], values["precision_at_k"])
+                for name, values in by_ranking.items()
+            ],
+        )
+        for granularity, by_ranking in scoring.score(results).items()
     ]
 
 
-def _joint(results: results_lib.Results) -> dict | None:
-    """The greedy path to the joint set, one step per neuron, or None."""
-    if "joint" not in results.run:
+def joint_verdict(results: Results) -> JointVerdict | None:
+    """The greedy path to the joint set, one step per neuron, and what the set carries; None where
+    none was looked for."""
+    if not results.run.get("joint"):
         return None
-    joint = ranking.joint_set(results)
-    truth = results.run.get("truth") or {}
-    planted = {tuple(place) for place in truth.get("neurons", [])}
-    return {
-        "sentence": _joint_sentence(results.run["joint"]),
-        "steps": [
-            {
-                "name": f"L{layer}.n{neuron}",
-                "planted": (layer, neuron) in planted,
-                "nie": nie,
-                "tie": tie,
-                "share_nie": numbers.percent(nie),
-                "share_tie": numbers.percent(tie),
-            }
+    found, joint = ranking.joint_set(results), results.run["joint"]
+    planted = {tuple(place) for place in (results.run.get("truth") or {}).get("neurons", [])}
+    confirmed = joint["confirmed"]
+    return JointVerdict(
+        steps=[
+            JointStep(f"L{layer}.n{neuron}", (layer, neuron) in planted, nie, tie)
             for (layer, neuron), nie, tie in zip(
-                joint.picked, joint.share_nie, joint.share_tie, strict=True
+                found.picked, found.share_nie, found.share_tie, strict=True
             )
         ],
-    }
-
-
-def _joint_sentence(joint: dict) -> str:
-    """What the set carries, where it was searched and where it was not."""
-    confirmed, count = joint["confirmed"], len(joint["picked"])
-    sentence = (
-        f"{count} {'neuron has' if count == 1 else 'neurons together have'}"
-        f" {numbers.percent(joint['share_nie'][-1])} of TE by NIE and"
-        f" {numbers.percent(joint['share_tie'][-1])} by TIE on the pairs that they were searched on"
-    )
-    if min(joint["share_nie"][-1], joint["share_tie"][-1]) < joint["share"]:
-        sentence += f", less than the {numbers.percent(joint['share'])} that were sought"
-    if confirmed is None:
-        return f"{sentence}; no other pairs confirm it."
-    return (
-        f"{sentence}, and {numbers.percent(confirmed['share_nie'])} and"
-        f" {numbers.percent(confirmed['share_tie'])} on {confirmed['pairs']} other pairs."
+        share_nie=found.share_nie[-1],
+        share_tie=found.share_tie[-1],
+        sought=joint["share"],
+        confirmed=confirmed
+        and Confirmation(confirmed["share_nie"], confirmed["share_tie"], confirmed["pairs"]),
     )
 
 
-def _facts(results: results_lib.Results, te: dict | None) -> list[tuple]:
-    run, unit = results.run, results.run["unit"]
-    positions = str(run["positions"])
-    explained = _POSITIONS.get(positions)
-    sizes = results.sizes
-    return [
-        ("Model", run.get("model", "not recorded")),
-        ("Size", f"{sizes.layers} layers of {sizes.heads} heads and {_neurons_of_layer(results)}"),
-        ("Metric Y", f"{run['metric']}: {run['meaning']}, in {unit}"),
-        ("Edited positions", f"{positions}: {explained}" if explained else positions),
-        ("Aligned by", run.get("align", "not recorded")),
-        ("Granularities", ", ".join(results.granularities)),
-        *([("Directions", run["directions"])] if run.get("directions") else []),
-        ("Precision", run["precision"]),
-        ("Device", run.get("device", "not recorded")),
-        ("Pairs", str(len(results.pair_ids))),
-        ("Mean total effect", f"{_with_interval(te)} {unit}"),
-    ]
-
-
-def _neurons_of_layer(results: results_lib.Results) -> str:
-    group_size = results.run.get("group_size", 1)
-    if group_size == 1:
-        return f"{results.sizes.neurons:,} neurons"
-    return f"{results.sizes.neurons:,} groups of {group_size} neurons"
-
-
-def _count(results: results_lib.Results, units: effects_lib.Units) -> str:
-    """How many units are ranked, and that there are others, if so."""
-    screened = units.granularity == "neuron" and results.run.get("screen")
-    return f"{len(units.layer):,}{' (those computed exactly)' if screened else ''}"
-
-
-def _screen_sentences(results: results_lib.Results) -> list[str]:
-    """What was computed of the neurons, what may be missing, and how good the estimates are."""
-    run, audit = results.run, results.run["audit"]
-    top, sampled, left = run["screen"], audit["sampled"], audit["uncomputed"]
-    units = "neurons" if run.get("group_size", 1) == 1 else "groups of neurons"
-    sentences = [
-        f"Of {audit['candidates'] + sampled + left:,} {units}, {audit['candidates']:,} were"
-        f" computed exactly because gradients rank them highest, and {sampled:,} of the others as"
-        " an audit sample."
-    ]
-    if not left:
-        return [*sentences, "That is all of them, so none is missing."]
-    if not sampled:
-        return [
-            *sentences,
-            f"Without a sample nothing is known of the {left:,} others (--screen_audit).",
-        ]
-    sentences.append(
-        f"At most {audit['bound']:,} {units} stronger than the {_ordinal(top)} strongest of the"
-        f" candidates ({numbers.number(audit['threshold'])} {run['unit']}) are missing, at"
-        f" {numbers.percent(audit['confidence'])} confidence; the audit found {audit['hits']:,} of"
-        f" {sampled:,}."
+def screen_verdict(results: Results) -> ScreenVerdict | None:
+    """What was computed of the neurons, what may be missing, and how good the estimates are; None
+    without a screen."""
+    run, audit = results.run, results.run.get("audit")
+    if not audit:
+        return None
+    verdict = Audited.BOUNDED if audit["sampled"] else Audited.NOT_AUDITED
+    return ScreenVerdict(
+        verdict=verdict if audit["uncomputed"] else Audited.COMPLETE,
+        candidates=audit["candidates"],
+        sampled=audit["sampled"],
+        uncomputed=audit["uncomputed"],
+        group_size=run.get("group_size", 1),
+        wanted=run["screen"],
+        threshold=audit["threshold"],
+        metric_unit=run["metric_unit"],
+        bound=audit["bound"],
+        confidence=audit["confidence"],
+        hits=audit["hits"],
+        spearman=audit["spearman"],
     )
-    if audit["spearman"] is not None:
-        sentences.append(
-            "Over the audit sample, estimated and exact strengths have a rank correlation of"
-            f" {numbers.fixed(audit['spearman'], 3)}."
-        )
-    return sentences
 
 
-def _screen_figure(results: results_lib.Results, audit: dict) -> figure.Figure:
+def _screen_figure(results: Results, screen: ScreenVerdict) -> Figure:
     exact = ranking.strength(*results.effects("neuron", exact=True))
     estimated = ranking.strength(*results.estimates())
     both = ~np.isnan(exact) & ~np.isnan(estimated)
-    return effects_lib.draw_screen(
-        *(estimated[both], exact[both], audit["candidates"]),
-        *(audit["threshold"], results.run["unit"]),
+    return figures.draw_screen(
+        estimated=estimated[both],
+        exact=exact[both],
+        candidates=screen.candidates,
+        threshold=screen.threshold,
+        metric_unit=screen.metric_unit,
     )
 
 
-def _ordinal(number: int) -> str:
-    ends = {1: "st", 2: "nd", 3: "rd"}
-    end = "th" if number % 100 in (11, 12, 13) else ends.get(number % 10, "th")
-    return f"{number:,}{end}"
-
-
-def _total_sentence(results: results_lib.Results, te: dict | None, unit: str) -> str:
-    if te is None:
-        return "No total effect was measured."
-    pairs = "1 pair" if te["n_pairs"] == 1 else f"{te['n_pairs']} pairs"
-    negative, complies = int((results.te < 0).sum()), int((results.y_base > 0).sum())
-    return (
-        f"Over {pairs}, exchanging the whole base prompt for its source moves Y by"
-        f" {_with_interval(te)} {unit} (TE); TE is negative in {negative} of {pairs}. The base"
-        f" prompt makes the harmful answer the likelier one (Y > 0) in {complies} of {pairs}."
-    )
-
-
-def _largest_sentence(units: effects_lib.Units, unit: str) -> str:
-    best = [
-        canvas.largest(np.abs(getattr(units, name).mean), 1)[0] for name in effects_lib.DIRECTIONS
-    ]
-    measured = []
-    for index, name in zip(best, effects_lib.DIRECTIONS, strict=True):
-        direction = getattr(units, name)
-        text = f"{numbers.number(direction.mean[index])} {unit}"
-        if not np.isnan(direction.share[index]):
-            text += f", {numbers.percent(direction.share[index])} of TE"
-        measured.append(text)
-    if best[0] == best[1]:
-        return (
-            f"{units.name(best[0])} has the largest effect in both directions"
-            f" (NIE {measured[0]}; TIE {measured[1]})."
-        )
-    return (
-        f"{units.name(best[0])} has the largest NIE ({measured[0]}),"
-        f" {units.name(best[1])} the largest TIE ({measured[1]})."
-    )
-
-
-def _spread_sentence(units: effects_lib.Units, count: str) -> str:
-    """How many units stand out, and whether both directions name the same ones."""
-    text = ""
-    if len(units.layer) > 2 * _UNITS_IN_TABLE:
-        nie, tie = (
-            set(canvas.largest(np.abs(getattr(units, name).mean), _UNITS_IN_TABLE).tolist())
-            for name in effects_lib.DIRECTIONS
-        )
-        text = f" {len(nie & tie)} of the {_UNITS_IN_TABLE} largest are the same in both."
-    if np.isnan(units.nie.q).all():
-        return f"{text} One pair is too few to test them."
-    nie, tie = (
-        int((getattr(units, name).q < _SIGNIFICANT).sum()) for name in effects_lib.DIRECTIONS
-    )
-    return f"{text} Of {count}, q < {_SIGNIFICANT} holds for {nie:,} by NIE and {tie:,} by TIE."
-
-
-def _table(units: effects_lib.Units, planted: np.ndarray) -> list[dict]:
-    chosen = canvas.largest(units.size(), _UNITS_IN_TABLE)
-    decimals = numbers.decimals(units.size()[chosen].max())
-    return [
-        {
-            "name": units.name(index),
-            "planted": bool(planted[index]),
-            "n_pairs": int(units.n_pairs[index]),
-            "directions": [
-                {
-                    "mean": numbers.fixed(direction.mean[index], decimals),
-                    "interval": numbers.interval(
-                        direction.low[index], direction.high[index], decimals
-                    ),
-                    "q": _q(direction.q[index]),
-                    "share": numbers.percent(direction.share[index]),
-                }
-                for direction in (units.nie, units.tie)
-            ],
-        }
-        for index in chosen
-    ]
-
-
-def _statuses(results: results_lib.Results) -> list[dict]:
+def _statuses(results: Results) -> list[dict]:
     """How many effects of each granularity have which status."""
     rows = []
     for granularity in results.granularities:
         done = results.done(granularity)
-        counts = np.bincount(done.ravel(), minlength=4)
+        counts = np.bincount(done.ravel(), minlength=len(Status))
         # Positions beyond a pair's length, and directions that do not exist, are no work undone.
         if granularity in ("token", "direction"):
-            begun = (done != results_lib.NOT_RUN).any(axis=(1, 2, 3))
-            counts[results_lib.NOT_RUN] = done[~begun].size
+            begun = (done != Status.NOT_RUN).any(axis=(1, 2, 3))
+            counts[Status.NOT_RUN] = done[~begun].size
         rows.append(
             {
                 "granularity": granularity,
-                "exact": f"{counts[results_lib.EXACT]:,}",
-                "estimated": f"{counts[results_lib.ESTIMATED]:,}",
-                "failed": f"{counts[results_lib.FAILED]:,}",
-                "not_run": f"{counts[results_lib.NOT_RUN]:,}",
+                "exact": counts[Status.EXACT],
+                "estimated": counts[Status.ESTIMATED],
+                "failed": counts[Status.FAILED],
+                "not_run": counts[Status.NOT_RUN],
             }
         )
     return rows
 
 
-def _totals_by_pair(results: results_lib.Results, pairs) -> list[dict]:
-    shown = {str(pair.id): pair for pair in pairs or ()}
+def _pairs(results: Results, shown) -> list[dict]:
+    """What was measured of each pair, and the text of those that are to be shown."""
+    texts = {str(pair.id): pair for pair in shown or ()}
     rows = []
     # Each is read from its file once, not once for each pair.
     totals = zip(results.pair_ids, results.y_base, results.y_source, results.te, strict=True)
     for pair_id, y_base, y_source, te in totals:
-        pair = shown.get(pair_id)
+        pair = texts.get(pair_id)
         rows.append(
             {
                 "id": pair_id,
-                "y_base": numbers.number(y_base),
-                "y_source": numbers.number(y_source),
-                "te": numbers.number(te),
-                "prompt": (pair and pair.prompt_text) or "–",
-                "counterfactual": (pair and pair.counterfactual_text) or "–",
+                "y_base": y_base,
+                "y_source": y_source,
+                "te": te,
+                "prompt": pair and pair.prompt_text,
+                "counterfactual": pair and pair.counterfactual_text,
             }
         )
     return rows
-
-
-def _files(figures: dict) -> list[tuple[str, str]]:
-    return [
-        ("run.json", "what was asked: every setting, the sizes, the pair ids in order"),
-        (
-            "effects.zarr",
-            "every effect of every pair: NIE, TIE and done (2: only estimated) by granularity, TE,"
-            " Y of base and source",
-        ),
-        (
-            "summary.parquet",
-            "one row per unit and estimand: mean, interval, p, q, number of pairs, exact or"
-            " estimated",
-        ),
-        *((f"figures/{name}.png", _FIGURES[name]) for name in figures),
-        ("report.html", "this page; it needs none of the other files"),
-    ]
-
-
-def _with_interval(row: dict | None) -> str:
-    if row is None:
-        return "–"
-    if row["ci_low"] is None:
-        return numbers.number(row["mean"])
-    decimals = numbers.decimals(row["mean"])
-    interval = numbers.interval(row["ci_low"], row["ci_high"], decimals)
-    return f"{numbers.fixed(row['mean'], decimals)} {interval}"
-
-
-def _q(value: float) -> str:
-    return "< 0.001" if value < 0.001 else numbers.fixed(value, 3)
-
-
-_FIGURES = {
-    "layer": "effects by layer",
-    "module": "effects of attention and MLP by layer",
-    "head": "effects of every head",
-    "token": "effects by layer and token",
-    "neuron": "the neurons with the largest effects",
-    "direction": "the directions with the largest effects",
-    "screen": "strengths of neurons, exact against estimated by gradient",
-    "joint": "the joint effect of neurons, added one by one",
-}
-_CAPTIONS = {
-    "layer": "Mean effect of all that a layer adds to the residual stream. Bars are 95% bootstrap"
-    " intervals over pairs.",
-    "module": "Mean effect of each attention block and each MLP. Bars are 95% bootstrap intervals"
-    " over pairs.",
-    "head": "Mean effect of each query head, both directions on one colour scale.",
-    "token": "Mean effect of one layer at one token of the prompt, each aligned position edited"
-    " alone whatever positions were asked for; both directions of a row on one colour scale."
-    " Far tokens are means over the pairs that are long enough. The residual stream is a block’s"
-    " whole output, and is left out of the table: at the last token of the last layer it is TE by"
-    " definition.",
-    "neuron": f"The {canvas.BARS_IN_FIGURE} neurons with the largest of |NIE| and |TIE|. Bars"
-    " are 95% bootstrap intervals over pairs, not corrected for having picked the largest.",
-    "direction": f"The {canvas.BARS_IN_FIGURE} directions with the largest of |NIE| and |TIE|,"
-    " each numbered within its array of the file. Bars are 95% bootstrap intervals over pairs, not"
-    " corrected for having picked the largest.",
-    "screen": "Strength, the larger of |mean NIE| and |mean TIE|, of every neuron that was computed"
-    " exactly. On the thin line the estimate is right. Audited neurons above the dashed line, the"
-    " threshold, are strong ones that gradients rank too low.",
-}
-
-
-def _caption(units: effects_lib.Units) -> str:
-    caption = _CAPTIONS[units.granularity]
-    if units.granularity == "neuron" and units.group_size > 1:
-        caption += (
-            f" Each is a group of {units.group_size} adjacent neurons, named by its first one."
-        )
-    return caption

@@ -1,14 +1,34 @@
-"""Numbers as people read them."""
+"""Numbers as people read them; templates have these functions as filters."""
 
+import dataclasses
 import math
 
 
-def fixed(value: float | None, decimals: int) -> str:
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """A number and its 95% interval; low and high are NaN where there is none."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def has_interval(self) -> bool:
+        """Whether there is one."""
+        return not math.isnan(self.low)
+
+
+def fixed(value: float | None, decimals: int = 2) -> str:
     """A number with so many decimals; a small one is not shown as 0, which it is not."""
     if value is None or math.isnan(value):
         return "–"
     shown = f"{value:.{decimals}f}" if round(value, decimals) or not value else f"{value:.1g}"
     return shown.replace("-", "−")
+
+
+def signed(value: float, decimals: int = 2) -> str:
+    """A change, with its sign."""
+    return ("+" if value > 0 else "") + fixed(value, decimals)
 
 
 def decimals(value: float) -> int:
@@ -23,11 +43,21 @@ def number(value: float) -> str:
     return fixed(value, decimals(value))
 
 
-def interval(low: float | None, high: float | None, decimals: int) -> str:
-    """An interval in brackets, with so many decimals."""
-    if low is None or math.isnan(low):
+def interval(measured: Measured, decimals: int = 2) -> str:
+    """The interval in brackets, with so many decimals."""
+    if not measured.has_interval:
         return "–"
-    return f"[{fixed(low, decimals)}, {fixed(high, decimals)}]"
+    return f"[{fixed(measured.low, decimals)}, {fixed(measured.high, decimals)}]"
+
+
+def with_interval(measured: Measured | None) -> str:
+    """A number with three digits, and its interval if it has one."""
+    if measured is None:
+        return "–"
+    shown = number(measured.value)
+    if not measured.has_interval:
+        return shown
+    return f"{shown} {interval(measured, decimals(measured.value))}"
 
 
 def percent(fraction: float | None) -> str:
@@ -35,3 +65,25 @@ def percent(fraction: float | None) -> str:
     if fraction is None or math.isnan(fraction):
         return "–"
     return f"{round(100 * fraction)}%".replace("-", "−")
+
+
+def q_value(value: float) -> str:
+    """A false discovery rate."""
+    return "< 0.001" if value < 0.001 else fixed(value, 3)
+
+
+def whole(value: int) -> str:
+    """A whole number, with commas between thousands."""
+    return f"{value:,}"
+
+
+def counted(number: int, one: str, several: str = "") -> str:
+    """How many of something: "1 pair", "2 pairs"."""
+    return f"{number:,} {one if number == 1 else several or one + 's'}"
+
+
+def ordinal(number: int) -> str:
+    """1st, 2nd, 3rd, 4th, 11th."""
+    ends = {1: "st", 2: "nd", 3: "rd"}
+    end = "th" if number % 100 in (11, 12, 13) else ends.get(number % 10, "th")
+    return f"{number:,}{end}"

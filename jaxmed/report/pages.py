@@ -1,4 +1,4 @@
-"""What every report shares: its page, its figures as files, and how numbers are shown.
+"""What every page shares: where it is written, and its figures as files.
 
 A page carries its figures, has no scripts, and escapes all text. Templates extend `page.html.j2`.
 """
@@ -8,42 +8,35 @@ import io
 import json
 import pathlib
 
-import jinja2
-from matplotlib import figure
+from matplotlib.figure import Figure
 
 from jaxmed.files import atomic
+from jaxmed.report import rendering
 
 
 def write(folder: pathlib.Path, template: str, *, run: dict, **content) -> pathlib.Path:
-    """Renders a template beside this file, and writes `report.html` into the folder.
+    """Renders a template, and writes `report.html` into the folder.
 
     Args:
         folder: of the run.
         template: its name.
         run: the content of `run.json`, which the page shows at its end.
-        content: what the template names.
+        content: what else the template names.
 
     Returns:
         The path of `report.html`.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent / "templates"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
     settings = json.dumps(run, indent=2, ensure_ascii=False)
-    page = environment.get_template(template).render(settings=settings, **content)
+    page = rendering.render(template, run=run, settings=settings, **content)
     path = folder / "report.html"
     atomic.replace_file(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
     return path
 
 
-def save(drawing: figure.Figure, folder: pathlib.Path, name: str) -> str:
+def save(figure: Figure, folder: pathlib.Path, name: str) -> str:
     """Writes `figures/name.png`, and returns it as a data URI."""
     picture = io.BytesIO()
-    drawing.savefig(picture, format="png", dpi=200)
+    figure.savefig(picture, format="png", dpi=200)
     path = folder / "figures" / f"{name}.png"
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(picture.getvalue())

@@ -1,77 +1,83 @@
-"""What a run of `runs.respond` prints at its end."""
+"""What a run of `runs.respond` prints at its end: rates, pairs, and where they are."""
 
+import dataclasses
 import shlex
+from collections.abc import Sequence
 
 import numpy as np
 
 from jaxmed.analysis import statistics
 from jaxmed.behaviour.answers import PAIRS, RATES, TABLE, RespondOutcome
 from jaxmed.data import sets
+from jaxmed.report import rendering
+from jaxmed.report.numbers import Measured
+
+
+@dataclasses.dataclass(frozen=True)
+class Rate:
+    """A rate over prompts, as "harm rate"."""
+
+    name: str
+    mean: Measured
+
+
+@dataclasses.dataclass(frozen=True)
+class Answered:
+    """The prompts of a label, and the rates that a judge says of them."""
+
+    label: str
+    prompts: int
+    rates: Sequence[Rate]
 
 
 def closing_lines(found: RespondOutcome) -> list[str]:
-    """What a run prints at its end: rates, pairs, and where they are."""
+    """The lines."""
     rows = found.table.to_pylist()
-    lines = [f"Judge {name}: {meaning}" for name, meaning in found.meanings.items()]
-    for label in sets.LABELS:
-        own = [row for row in rows if row["label"] == label]
-        if own:
-            rates = [_rate(name, [row[name] for row in own]) for name in RATES.values()]
-            lines.append(
-                f"{label}: {len(own)} prompts, {found.samples} responses each; "
-                + "; ".join(filter(None, rates))
-            )
-    unfinished = sum(row["unfinished"] for row in rows)
-    lines.append(
-        f"Ended by --max_tokens={found.max_tokens} and not by the model: {unfinished} of "
-        f"{found.samples * len(rows)} responses"
+    harmful = [row for row in rows if row["label"] == "harmful"]
+    return rendering.lines(
+        "respond.txt.j2",
+        found=found,
+        answered=answered(found),
+        responses=found.samples * len(rows),
+        unfinished=sum(row["unfinished"] for row in rows),
+        harm_unjudged=any(row["harm_rate"] is None for row in harmful),
+        refusal_unjudged=found.table["refusal_rate"].null_count > 0,
+        table=found.folder / TABLE,
+        pairs=found.folder / PAIRS,
+        split=_first_split(found),
+        command=command(found),
     )
-    if any(row["harm_rate"] is None for row in rows if row["label"] == "harmful"):
-        lines.append("No judge says what is harmful: a response that is no refusal counts as such")
-    if found.table["refusal_rate"].null_count:
-        lines.append("No judge says what refuses: a response that is not harmful counts as safe")
-    return lines + _pair_lines(found)
 
 
-def _rate(name: str, values: list[float | None]) -> str:
-    """A mean over prompts with its interval; empty where no judge says."""
-    known = np.array([value for value in values if value is not None])
-    if not known.size:
-        return ""
-    mean, low, high = statistics.rate_interval(known)
-    return f"{name.replace('_', ' ')} {mean:.3f} [{low:.3f}, {high:.3f}]"
+def answered(found: RespondOutcome) -> list[Answered]:
+    """What was answered, by label."""
+    told = []
+    for label in sets.LABELS:
+        own = [row for row in found.table.to_pylist() if row["label"] == label]
+        if own:
+            rates = []
+            for name in RATES.values():
+                known = [row[name] for row in own if row[name] is not None]
+                if known:
+                    mean = Measured(*statistics.rate_interval(np.array(known)))
+                    rates.append(Rate(name.replace("_", " "), mean))
+            told.append(Answered(label, len(own), rates))
+    return told
 
 
-def _pair_lines(found: RespondOutcome) -> list[str]:
-    path = found.folder / PAIRS
-    splits = ", ".join(f"{number} in split {split}" for split, number in found.pairs.items())
-    counted = f"Pairs: {path} ({sum(found.pairs.values())}: {splits}"
-    if found.templates:
-        counted += f"; {found.templates} of them with --safe_template as the safe response"
-    lines = [
-        f"Prompts: {found.folder / TABLE} ({found.table.num_rows}); responses and verdicts are in "
-        "the same folder",
-        f"{counted})",
-    ]
-    command = ["python", "-m", "launch.mediate", f"--model={found.model}", f"--pairs={path}"]
+def _first_split(found: RespondOutcome) -> str | None:
+    """The first split but the last that has pairs: units are found by it, and tested on others."""
+    return next((split for split in "AB" if found.pairs[split]), None)
+
+
+def command(found: RespondOutcome) -> str:
+    """The command that finds units by these pairs."""
+    words = ["python", "-m", "launch.mediate"]
+    words += [f"--model={found.model}", f"--pairs={found.folder / PAIRS}"]
     if found.chat:
-        command.append("--chat")
-    if split := next((split for split in "AB" if found.pairs[split]), None):
-        command.append(f"--split={split}")
-        lines.append(
-            f"The command finds units by split {split} alone; the prompts of the others are left "
-            "to test them, by launch.clamp"
-        )
-    else:
-        lines.append(
-            "All pairs are in split C, whose prompts launch.clamp tests by default: give it "
-            "others, or another --split"
-        )
+        words.append("--chat")
+    if split := _first_split(found):
+        words.append(f"--split={split}")
     if found.same_start:
-        lines.append(
-            f"In {found.same_start} of the pairs both answers begin with the same token, of which "
-            "--metric=logit_diff says nothing: the command reads whole responses"
-        )
-        command.append("--metric=response_logprob_diff")
-    command.append(f"--out={found.folder / 'mediate'}")
-    return [*lines, shlex.join(command)]
+        words.append("--metric=response_logprob_diff")
+    return shlex.join([*words, f"--out={found.folder / 'mediate'}"])

@@ -3,11 +3,8 @@
 import dataclasses
 import hashlib
 import json
-import math
-import sys
 from collections.abc import Callable, Sequence
 
-import models
 from jaxmed.behaviour import answering, generation
 from jaxmed.behaviour.answering import AnsweringModel
 from jaxmed.behaviour.judges import named, protocol, rules
@@ -20,23 +17,12 @@ from jaxmed.data import tokens as tokens_lib
 from jaxmed.data.prompts import Prompt
 from jaxmed.engine import memory
 from jaxmed.files.reading import DataError
-from jaxmed.runs import mediate
+from jaxmed.runs import loading, sweep
+from jaxmed.runs import settings as settings_lib
+from jaxmed.runs.mediate import MediateSettings
+from jaxmed.runs.settings import like, setting
 from jaxmed.store import circumstances
-from models import checkpoint
 from models.errors import InputError
-
-CHOICES = {"dtype": mediate.CHOICES["dtype"]}
-# The least value of a number, and the largest.
-LEAST = {
-    "samples": 1,
-    "max_tokens": 1,
-    "temperature": 0,
-    "top_p": 0,
-    "top_k": 0,
-    "seed": 0,
-    "memory_gb": mediate.LEAST["memory_gb"],
-}
-MOST = {"top_p": 1, "top_k": 2**31 - 1, "seed": 2**32 - 1}
 
 LEAVE_OUT = "(or leave such prompts out: --skip_bad_prompts)"
 
@@ -48,53 +34,78 @@ MAY_CHANGE = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """Which model answers which prompts, how, and who judges; one field per flag.
+class AnswerSettings:
+    """Which model answers which prompts, how, and who judges."""
 
-    Attributes:
-        model: folder or Hugging Face hub id.
-        prompts: files of prompts (`prompts.read`); LABEL=FILE labels those that do not say it,
-            NAME:LABEL=FILE gives their ids a name to begin with.
-        out: folder for the results.
-        chat: wrap text prompts in the tokenizer's chat template.
-        samples: responses of each prompt.
-        temperature, top_p, top_k, max_tokens: as in `generation.Sampling`.
-        seed: of all samples.
-        judge: judges, by the names of `judges.named`; NAME=CHECKPOINT for one's own copy of a
-            judge model. Each says what those before it do not say.
-        judge_template: NAME=FILE, the published text of a judge that needs it
-            (`judges.with_text`).
-        comply_tokens, refuse_tokens: of the judge "tokens": token ids, or texts whose first token
-            counts.
-        cut: let judges read the beginning of a response that is too long for them.
-        dtype: of the parameters, as in `sweep.Settings`.
-        memory_gb: memory that the run may take on its device, in GiB; by default most of what is
-            free.
-        skip_bad_prompts: leave out, and count, prompts that cannot be used.
-        overwrite: start again in a folder that holds an earlier run.
-        show_text: show prompts and responses in the report.
-    """
-
-    model: str
-    prompts: tuple[str, ...]
-    out: str
-    chat: bool = False
-    samples: int = 1
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    max_tokens: int = 128
-    seed: int = 0
-    judge: tuple[str, ...] = ("phrases",)
-    judge_template: tuple[str, ...] = ()
-    comply_tokens: tuple[str, ...] = ()
-    refuse_tokens: tuple[str, ...] = ()
-    cut: bool = False
-    dtype: str = ""
-    memory_gb: float | None = None
-    skip_bad_prompts: bool = False
-    overwrite: bool = False
-    show_text: bool = False
+    model: str = like(MediateSettings, "model")
+    prompts: tuple[str, ...] = setting(
+        help="File of prompts: CSV, JSON, JSONL or parquet, a published set or jaxmed's own form "
+        "(id, prompt or prompt_ids, label). LABEL=FILE gives the label of a file that does not say "
+        f"it: {', '.join(sets.LABELS)}. NAME:LABEL=FILE (or NAME:=FILE) has its ids begin with a "
+        "name, where two files number their prompts alike. May be given several times."
+    )
+    out: str = like(MediateSettings, "out")
+    chat: bool = like(MediateSettings, "chat")
+    samples: int = setting(
+        help="Responses of each prompt; more than one need a --temperature.", default=1, least=1
+    )
+    temperature: float = setting(
+        help="What logits are divided by before a token is drawn; 0 takes the likeliest.",
+        default=0.0,
+        least=0,
+    )
+    top_p: float = setting(
+        help="Draws from the fewest likeliest tokens that have this probability together; 1 for "
+        "all.",
+        default=1.0,
+        above=0,
+        most=1,
+    )
+    top_k: int = setting(
+        help="Draws from so many of the likeliest tokens; 0 for all.",
+        default=0,
+        least=0,
+        most=2**31 - 1,
+    )
+    max_tokens: int = setting(
+        help="Tokens of a response at most, the one that ends it included.", default=128, least=1
+    )
+    seed: int = setting(
+        help="Of all samples: a response depends on it, its prompt's id and its number.",
+        default=0,
+        least=0,
+        most=2**32 - 1,
+    )
+    judge: tuple[str, ...] = setting(
+        help=f"NAME or NAME=CHECKPOINT: one of {', '.join(named.NAMES)}, or a JSON file with a "
+        "judge of your own (docs/judges.md); and a folder or hub id, for a copy of the judge's "
+        "model. May be given several times: each says what those before it do not say.",
+        default=("phrases",),
+    )
+    judge_template: tuple[str, ...] = setting(
+        help="NAME=FILE: file with a judge's text as its authors publish it, for those whose text "
+        "is published (docs/judges.md says where). May be given several times.",
+        default=(),
+    )
+    comply_tokens: tuple[str, ...] = setting(
+        help="--judge=tokens: first token of a response that complies, as a token id or as a text "
+        "whose first token counts; may be given several times.",
+        default=(),
+    )
+    refuse_tokens: tuple[str, ...] = setting(
+        help="--judge=tokens: first token of a response that refuses, likewise.", default=()
+    )
+    cut: bool = setting(
+        help="Let a judge read the beginning of a response that is too long for it; by default it "
+        "is an error.",
+        default=False,
+    )
+    dtype: str = like(MediateSettings, "dtype")
+    memory_gb: float | None = like(MediateSettings, "memory_gb")
+    skip_bad_prompts: bool = setting(
+        help="Leave out, and count, prompts that cannot be used.", default=False
+    )
+    overwrite: bool = like(MediateSettings, "overwrite")
 
     @property
     def sampling(self) -> Sampling:
@@ -102,21 +113,9 @@ class Settings:
         return Sampling(self.max_tokens, self.temperature, self.top_p, self.top_k)
 
 
-def check(settings: Settings, choices=CHOICES, least=LEAST, most=MOST) -> None:
+def check(settings: AnswerSettings) -> None:
     """Raises `InputError` where a setting is out of range or contradicts another."""
-    for name, known in choices.items():
-        if getattr(settings, name) not in known:
-            raise InputError(f"--{name}={getattr(settings, name)}: not one of {', '.join(known)}")
-    for bounds, fits, word in (
-        (least, lambda value, bound: bound <= value < math.inf, "least"),
-        (most, lambda value, bound: value <= bound, "most"),
-    ):
-        for name, bound in bounds.items():
-            value = getattr(settings, name)
-            if value is not None and not fits(value, bound):
-                raise InputError(f"--{name}={value}: must be a number, and at {word} {bound}")
-    if not settings.top_p:
-        raise InputError("--top_p=0: must be above 0")
+    settings_lib.check(settings)
     if not settings.prompts:
         raise InputError("--prompts=FILE: name at least one file of prompts")
     if not settings.judge:
@@ -134,26 +133,19 @@ def check(settings: Settings, choices=CHOICES, least=LEAST, most=MOST) -> None:
         raise InputError(f"--cut: --judge={','.join(judges)} reads responses of any length")
 
 
-def load(settings: Settings) -> AnsweringModel:
+def load(settings: AnswerSettings) -> AnsweringModel:
     """Loads the model.
 
     Raises:
         InputError: as `models.load`.
     """
-    folder = checkpoint.resolve(settings.model)
-    dtype = mediate.parameter_type(settings.dtype, folder)
-    decoder, tokenizer = models.load(folder, dtype=dtype)
+    folder, decoder, tokenizer = loading.load(settings.model, settings.dtype)
     stop = answering.stop_tokens(folder, tokenizer)
     return AnsweringModel(folder, decoder, tokenizer, stop, settings.memory_gb)
 
 
-def say(text: str) -> None:
-    """Tells people what goes on."""
-    print(text, file=sys.stderr, flush=True)
-
-
 def read_prompts(
-    settings: Settings, model: AnsweringModel, say: Callable[[str], None] = say
+    settings: AnswerSettings, model: AnsweringModel, say: Callable[[str], None] = sweep.say
 ) -> list[Asked]:
     """The prompts of all files, as the model gets them.
 
@@ -226,7 +218,7 @@ def read_prompts(
     is_text = any(isinstance(one.prompt.prompt, str) for one in found)
     has_template = model.tokenizer is not None and model.tokenizer.chat_template
     if is_text and not settings.chat and has_template:
-        say(mediate.AS_IT_STANDS)
+        say(loading.AS_IT_STANDS)
     return found
 
 
@@ -249,13 +241,13 @@ def _described_file(given: str) -> tuple[str | None, str | None, str]:
     file's name may have a = and a : of its own."""
     told, equals, path = given.partition("=")
     source, colon, label = told.rpartition(":")
-    if equals and (label in sets.LABELS or colon and not label):
+    if equals and (label in sets.LABELS or (colon and not label)):
         return source or None, label or None, path
     return None, None, given
 
 
 def check_tokens(
-    what: str, tokens: Sequence[int], settings: Settings, model: AnsweringModel
+    what: str, tokens: Sequence[int], settings: AnswerSettings, model: AnsweringModel
 ) -> None:
     """Raises `DataError`, about `what`, where the model cannot answer a prompt of these tokens."""
     config = model.decoder.config
@@ -272,7 +264,7 @@ def check_tokens(
         )
 
 
-def read_judges(settings: Settings, model: AnsweringModel) -> list[Judge]:
+def read_judges(settings: AnswerSettings, model: AnsweringModel) -> list[Judge]:
     """The judges that are asked for by name.
 
     Raises:
@@ -298,11 +290,13 @@ def read_judges(settings: Settings, model: AnsweringModel) -> list[Judge]:
 
 def _first_tokens(name: str, given: tuple[str, ...], model: AnsweringModel) -> tuple[int, ...]:
     """The tokens of the setting of this name."""
-    return tokens_lib.first_tokens(name, given, model.decoder.config.vocab_size, model.tokenizer)
+    return tokens_lib.first_tokens(
+        given, model.decoder.config.vocab_size, model.tokenizer, where=f"--{name}"
+    )
 
 
 def described(
-    settings: Settings,
+    settings: AnswerSettings,
     program: str,
     model: AnsweringModel,
     asked: Sequence[Asked],

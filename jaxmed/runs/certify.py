@@ -10,7 +10,8 @@ import json
 import math
 import pathlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import tqdm
@@ -19,14 +20,17 @@ from jaxmed.analysis import circuits, controls, screening
 from jaxmed.analysis import joint as joint_lib
 from jaxmed.analysis import ranking as ranking_lib
 from jaxmed.files import atomic
+from jaxmed.question.effects import ESTIMANDS
 from jaxmed.question.positions import Align, Positions
 from jaxmed.report import certificate
-from jaxmed.report.figures import effects
 from jaxmed.runs import mediate
-from jaxmed.runs.mediate import Asked, Settings
+from jaxmed.runs import settings as settings_lib
+from jaxmed.runs.mediate import MediateRun, MediateSettings
+from jaxmed.runs.settings import like, setting
 from jaxmed.store.results import Results
 from jaxmed.validation import outcomes, scoring
 from jaxmed.validation.outcomes import GROUP_SIZE, Certificate
+from jaxmed.validation.truth import pairs_file
 from jaxmed.version import __version__
 from models import organisms
 from models.errors import InputError
@@ -45,49 +49,86 @@ _CONSTANTS = {
     "circuit_sizes": circuits.CIRCUIT_SIZES,
     "minimum_share": controls.MINIMUM_SHARE,
     "draws": controls.DRAWS,
-    "columns": outcomes.ROW.names,
+    "columns": outcomes.ROW.names + outcomes.CURVE.names,
     "jaxmed": __version__,
 }
 
 
-def certify(
-    settings: Settings,
-    *,
-    names: Iterable[str],
-    seeds: Iterable[int],
-    kept: str,
-    progress: bool = True,
-) -> Certificate:
+@dataclasses.dataclass(frozen=True)
+class CertifySettings:
+    """Which organisms are looked at, and how the methods are run on them."""
+
+    seeds: int = setting(
+        help="How many of each organism; their seeds count from 0.", default=1, least=1
+    )
+    organism: tuple[str, ...] = setting(
+        help=f"Which: any of {', '.join(organisms.RECIPES)}.",
+        default=tuple(organisms.RECIPES),
+        choices=organisms.RECIPES,
+        commas=True,
+    )
+    organisms: str = setting(
+        help="Folder that the trained models are kept in; half a minute each.",
+        default="out/organisms",
+    )
+    out: str = setting(
+        help="Folder for the results; what was scored there is not run again. Tables and figures "
+        "hold the organisms and seeds that the last command asked for.",
+        default="out/certify",
+    )
+    # Detectors read the middle of the prompt: at the last token they have no effect.
+    positions: str = like(MediateSettings, "positions", default="prompt")
+    align: str = like(MediateSettings, "align")
+    screen: int = like(MediateSettings, "screen")
+    screen_audit: int = like(MediateSettings, "screen_audit")
+    screen_steps: int = like(MediateSettings, "screen_steps")
+    # What is found should be no larger than what was planted, up to seven neurons.
+    joint_size: int = like(MediateSettings, "joint_size", default=14)
+    joint_share: float = like(MediateSettings, "joint_share")
+    joint_pairs: int = like(MediateSettings, "joint_pairs")
+    dtype: str = like(MediateSettings, "dtype")
+    matmul_precision: str = like(MediateSettings, "matmul_precision")
+    memory_gb: float | None = like(MediateSettings, "memory_gb")
+    overwrite: bool = like(MediateSettings, "overwrite")
+
+    @property
+    def of_a_run(self) -> MediateSettings:
+        """How the methods are run, on no checkpoint and no pairs yet."""
+        own = {field.name for field in dataclasses.fields(self)}
+        shared = [field.name for field in dataclasses.fields(MediateSettings) if field.name in own]
+        values: dict[str, Any] = {name: getattr(self, name) for name in shared}
+        return MediateSettings(model="", pairs="", **values)
+
+
+def run(settings: CertifySettings, *, progress: bool = True) -> Certificate:
     """Builds or loads organisms, runs every method on them, and writes tables and figures.
 
     What was scored is kept under `settings.out`, and not run again.
 
     Args:
-        settings: how the methods are run; its out is the folder for the results. Its model, pairs
-            and granularity are not read.
-        names: of the organisms, from `organisms.RECIPES`.
-        seeds: of each.
-        kept: folder that holds the organisms, or gets them.
+        settings: what is asked.
         progress: show a progress bar.
 
     Raises:
         InputError: a setting or a folder cannot be used, the folder holds scores of other settings
             (which `settings.overwrite` replaces), or not one organism was fit.
     """
-    names = list(dict.fromkeys(names))
-    _check(settings, names)
-    for flag, folder in (("organisms", kept), ("out", settings.out)):
+    asked, names = settings.of_a_run, list(dict.fromkeys(settings.organism))
+    _check(settings)
+    for flag in ("organisms", "out"):
+        folder = getattr(settings, flag)
         try:
             pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"--{flag}={folder}: cannot be made ({error.strerror})") from error
-    method = _method(settings)
+    method = _method(asked)
     _write_method(pathlib.Path(settings.out) / _METHOD, method, settings.overwrite)
     rows, curves, about = [], [], []
-    todo = list(itertools.product(seeds, names))
+    todo = list(itertools.product(range(settings.seeds), names))
     with tqdm.tqdm(todo, unit="organism", disable=not progress) as bar:
         for seed, name in bar:
-            folder, recipe = pathlib.Path(kept) / f"{name}-{seed}", organisms.RECIPES[name]
+            folder = pathlib.Path(settings.organisms) / f"{name}-{seed}"
+            recipe = organisms.RECIPES[name]
             verb = "loading" if folder.exists() else "training"
             bar.set_description(f"{name} {seed}: {verb}")
             try:
@@ -98,7 +139,7 @@ def certify(
             about.append(_about(organism))
             for contrast in organisms.CONTRASTS:
                 bar.set_description(f"{name} {seed}: {contrast}")
-                found = measure(organism, contrast, settings)
+                found = measure(organism, contrast, asked)
                 rows += found["rows"]
                 curves += found["curves"]
     if not rows:
@@ -108,12 +149,11 @@ def certify(
     return found
 
 
-def _check(settings: Settings, names: list[str]) -> None:
+def _check(settings: CertifySettings) -> None:
     """Refuses what cannot be run, before anything is trained."""
-    if not names:
+    settings_lib.check(settings)
+    if not settings.organism:
         raise InputError(f"--organism: name any of {', '.join(organisms.RECIPES)}")
-    if settings.metric != _METRIC:
-        raise InputError(f"--metric={settings.metric}: the planted truth is that of {_METRIC}")
     if settings.positions == Positions.RESPONSE:
         raise InputError(
             "--positions=response: what is planted decides the first token of the answer, which no "
@@ -121,10 +161,10 @@ def _check(settings: Settings, names: list[str]) -> None:
         )
     if settings.align == Align.SPAN:
         raise InputError("--align=span: the organisms' pairs name no spans")
-    asked = _settings_of(settings, "neuron")
+    asked = _settings_of(settings.of_a_run, "neuron")
     mediate.check(asked)
     computed = screening.MARGIN * settings.screen + settings.screen_audit
-    for name in names:
+    for name in settings.organism:
         config = organisms.RECIPES[name].config
         mediate.check_counts(asked, config)
         neurons = config.num_layers * config.intermediate_size
@@ -135,17 +175,23 @@ def _check(settings: Settings, names: list[str]) -> None:
             )
 
 
-def measure(organism: Organism, contrast: str, settings: Settings) -> dict[str, list[dict]]:
+def measure(organism: Organism, contrast: str, settings: MediateSettings) -> dict[str, list[dict]]:
     """Runs every method on one organism and contrast, unless its scores are there already.
 
     Args:
         organism: the organism.
         contrast: one of `organisms.CONTRASTS`.
-        settings: as in `certify`.
+        settings: how the methods are run; its out is the folder for the results. Its model, pairs
+            and granularity are not read.
 
     Returns:
         "rows" and "curves", those of `Certificate`.
+
+    Raises:
+        InputError: the settings ask for another metric than that of the planted truth.
     """
+    if settings.metric != _METRIC:
+        raise InputError(f"--metric={settings.metric}: the planted truth is that of {_METRIC}")
     truth = organism.truth
     place = {
         "organism": truth["recipe"]["name"],
@@ -159,7 +205,7 @@ def measure(organism: Organism, contrast: str, settings: Settings) -> dict[str, 
     settings = dataclasses.replace(
         settings,
         model=str(organism.folder),
-        pairs=str(organism.pairs(contrast)),
+        pairs=str(pairs_file(organism, contrast)),
         out=str(folder),
         overwrite=True,
     )
@@ -171,14 +217,18 @@ def measure(organism: Organism, contrast: str, settings: Settings) -> dict[str, 
     return scored
 
 
-def _identity(organism: Organism, contrast: str, settings: Settings) -> dict:
+def _identity(organism: Organism, contrast: str, settings: MediateSettings) -> dict:
     """All that scores follow from, as JSON has it."""
     truth = organism.truth
-    made = {"files": truth["files"], "truth": truth["contrasts"][contrast]}
+    made = {
+        "files": truth["files"],
+        "truth": truth["contrasts"][contrast],
+        "pairs": truth["drawn"]["contrasts"][contrast],
+    }
     return json.loads(json.dumps({"organism": made} | _method(settings)))
 
 
-def _method(settings: Settings) -> dict:
+def _method(settings: MediateSettings) -> dict:
     """The part of it that is the same for all organisms."""
     elsewhere = ("model", "pairs", "out", "granularity", "overwrite", "show_text", "memory_gb")
     asked = {
@@ -217,19 +267,23 @@ def _read_object(file: pathlib.Path) -> dict:
     return content if isinstance(content, dict) else {}
 
 
-def _settings_of(settings: Settings, granularity: str, group_size: int = 1) -> Settings:
+def _settings_of(
+    settings: MediateSettings, granularity: str, group_size: int = 1
+) -> MediateSettings:
     """The settings of a run of one granularity: what only single neurons have is left out
     elsewhere."""
-    changes = {"granularity": (granularity,), "group_size": group_size}
+    changes: dict[str, Any] = {"granularity": (granularity,), "group_size": group_size}
     if granularity != "neuron" or group_size > 1:
-        for name in (*mediate.OF_THE_SCREEN, *mediate.OF_THE_JOINT_SET, "screen", "joint_size"):
-            changes[name] = getattr(Settings, name)
+        left_out = ("screen", "joint_size")
+        for field in dataclasses.fields(MediateSettings):
+            if field.name in left_out or settings_lib.about_field(field).needs in left_out:
+                changes[field.name] = field.default
     return dataclasses.replace(settings, **changes)
 
 
 def _measured(
-    settings: Settings, folder: pathlib.Path, granularity: str, group_size: int = 1
-) -> tuple[Results, Asked]:
+    settings: MediateSettings, folder: pathlib.Path, granularity: str, group_size: int = 1
+) -> tuple[Results, MediateRun]:
     """A run by the ordinary pipeline, in a folder of its own."""
     name = granularity if group_size == 1 else "group"
     settings = _settings_of(settings, granularity, group_size)
@@ -244,7 +298,7 @@ class _Ranking:
     seconds: float
 
 
-def _scored(settings: Settings, folder: pathlib.Path) -> dict[str, list[dict]]:
+def _scored(settings: MediateSettings, folder: pathlib.Path) -> dict[str, list[dict]]:
     """The rows of every granularity and method, and the curves of the neurons' rankings."""
     rows, curves = [], []
     for granularity in scoring.TRUTH_KEYS:
@@ -288,7 +342,7 @@ def _ranked_by_run(results: Results, granularity: str) -> dict[str, _Ranking]:
     }
 
 
-def _ranked_without_edits(asked: Asked, granularity: str) -> dict[str, _Ranking]:
+def _ranked_without_edits(asked: MediateRun, granularity: str) -> dict[str, _Ranking]:
     """The rankings of methods that make no edit: gradients and activations."""
 
     def gradients(steps: int) -> np.ndarray:
@@ -319,7 +373,7 @@ def _timed(rank: Callable[[], np.ndarray]) -> _Ranking:
     return _Ranking(rank(), time.monotonic() - began)
 
 
-def _ranked_in_groups(settings: Settings, folder: pathlib.Path, neurons: int) -> _Ranking:
+def _ranked_in_groups(settings: MediateSettings, folder: pathlib.Path, neurons: int) -> _Ranking:
     """Neurons by the effect of the group that they are in."""
     results, _ = _measured(settings, folder, "neuron", GROUP_SIZE)
     scores = ranking_lib.rankings(results, "neuron")["max"]
@@ -329,7 +383,7 @@ def _ranked_in_groups(settings: Settings, folder: pathlib.Path, neurons: int) ->
 def _score_row(name: str, ranking: _Ranking, planted: np.ndarray, truth: dict) -> dict:
     """How well one ranking finds what was planted."""
     scores = ranking.scores
-    row = {
+    row: dict[str, float | None] = {
         "auroc": ranking_lib.auroc(scores, planted),
         "precision_at_k": ranking_lib.precision_at_k(scores, planted),
         "seconds": ranking.seconds,
@@ -343,12 +397,17 @@ def _score_row(name: str, ranking: _Ranking, planted: np.ndarray, truth: dict) -
 
 
 def _discovered(
-    asked: Asked, granularity: str, strength: np.ndarray, planted: np.ndarray, truth: dict
+    asked: MediateRun, granularity: str, strength: np.ndarray, planted: np.ndarray, truth: dict
 ) -> dict:
     """How many units are discoveries, and how many of those are not planted."""
     reference = truth["reference_te"]
     found = controls.discoveries(
-        *(asked.decoder, asked.pairs, asked.question, granularity, strength, reference),
+        asked.decoder,
+        asked.pairs,
+        asked.question,
+        granularity,
+        strength,
+        reference,
         matmul_precision=asked.settings.matmul_precision,
         memory=asked.budget,
     )
@@ -372,9 +431,11 @@ def _joint_row(joint: dict | None, planted: np.ndarray, truth: dict) -> dict:
     return row
 
 
-def _faithfulness(asked: Asked, ranked: dict[str, _Ranking]) -> dict[str, np.ndarray]:
+def _faithfulness(asked: MediateRun, ranked: dict[str, _Ranking]) -> dict[str, np.ndarray]:
     return circuits.faithfulness(
-        *(asked.decoder, asked.pairs, asked.question),
+        asked.decoder,
+        asked.pairs,
+        asked.question,
         {name: ranking.scores for name, ranking in ranked.items()},
         asked.budget,
     )
@@ -382,8 +443,8 @@ def _faithfulness(asked: Asked, ranked: dict[str, _Ranking]) -> dict[str, np.nda
 
 def _curve_rows(name: str, curve: np.ndarray) -> list[dict]:
     return [
-        {"method": name, "direction": direction, "fraction": fraction, "faithfulness": float(value)}
-        for direction, values in zip(effects.DIRECTIONS, curve, strict=True)
+        {"method": name, "estimand": estimand, "fraction": fraction, "faithfulness": float(value)}
+        for estimand, values in zip(ESTIMANDS, curve, strict=True)
         for fraction, value in zip(circuits.CIRCUIT_SIZES, values, strict=True)
     ]
 

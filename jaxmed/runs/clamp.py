@@ -28,24 +28,13 @@ from jaxmed.intervention.experiment import EDITS, Experiment
 from jaxmed.intervention.outcomes import CONTROLS, LEAST_PROMPTS, TABLE, ClampOutcome
 from jaxmed.intervention.units import Unit
 from jaxmed.report import clamp, model_card
-from jaxmed.runs import asking
+from jaxmed.runs import asking, sweep
+from jaxmed.runs.asking import AnswerSettings
+from jaxmed.runs.settings import setting
 from jaxmed.store import claims
 from jaxmed.store.results import Results
 from models import checkpoint
 from models.errors import InputError
-
-CHOICES = asking.CHOICES | {
-    "edit": EDITS,
-    "positions": tuple(values.POSITIONS),
-    "granularity": units.GRANULARITIES,
-    "by": units.BY,
-    "split": ("", *SPLITS),
-}
-LEAST = asking.LEAST | {
-    **{"top": 0, "strength": 0, "most_prompts": 0, "random": 0, "alone": 0},
-    **{"margin": 0, "perplexity_margin": 0},
-}
-MOST = asking.MOST | {"margin": 1}
 
 _OWN_FILES = (*responses.FILES, TABLE, CONTROLS, "report.html", "figures")
 # What responses under a condition do not depend on: a folder that has them can be asked for more
@@ -58,56 +47,102 @@ _MAY_CHANGE = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(asking.Settings):
-    """What is held, how, and what it is compared with; one field per flag of `launch.clamp`.
+class ClampSettings(AnswerSettings):
+    """What is held, how, and what it is compared with."""
 
-    Attributes:
-        results: folder of a run that ranks the units; "" where they are named.
-        granularity: of the units that it ranks.
-        by: how it ranks them.
-        top: how many; 0 for the whole joint set.
-        units: names of units, as `units.named` reads them, instead of results.
-        edit: what they are held at: the mean over harmful prompts that the plain model refuses
-            ("refused") or over benign prompts ("benign"), "zero", or the value at each prompt's own
-            counterfactual ("source").
-        strength: share of the way there; see `values.holds`.
-        positions: where, one of `values.POSITIONS`.
-        split: the prompts that are answered; what units are held at is measured on the others. ""
-            for all, which then do both jobs.
-        most_prompts: how many prompts of a label are answered at most, drawn by hash; 0 for all.
-        random: draws of random units like these; there are none like modules.
-        module: hold the units' whole modules as well.
-        top_doses: further numbers of units, the strongest of the chosen.
-        strength_doses: further strengths.
-        alone: hold each of so many of the strongest units alone.
-        margin: the fall of benign compliance that an exported edit may have.
-        perplexity_margin: the relative rise of the perplexity of the plain model's answers to
-            benign prompts that it may have.
-        export: folder for a checkpoint with the edit in its weights; "" for none.
-    """
-
-    results: str = ""
-    granularity: str = "neuron"
-    by: str = "max"
-    top: int = 0
-    units: tuple[str, ...] = ()
-    edit: str = "refused"
-    strength: float = 1.0
-    positions: str = "all"
-    split: str = "C"
-    most_prompts: int = 0
-    random: int = 5
-    module: bool = True
-    top_doses: tuple[str, ...] = ()
-    strength_doses: tuple[str, ...] = ()
-    alone: int = 0
-    margin: float = 0.05
-    perplexity_margin: float = 0.1
-    export: str = ""
+    results: str = setting(
+        help="Folder of a run of launch.mediate, which ranks the units that are held.", default=""
+    )
+    granularity: str = setting(
+        help="--results: of the units.", default="neuron", choices=units.GRANULARITIES
+    )
+    by: str = setting(
+        help="--results: what the units are ranked by: the size of the mean NIE or TIE, the larger "
+        "of both (max), or as the greedy joint set has them.",
+        default="max",
+        choices=units.BY,
+    )
+    top: int = setting(
+        help="--results: how many of the strongest are held; 0 for the whole joint set.",
+        default=0,
+        least=0,
+    )
+    units: tuple[str, ...] = setting(
+        help="A unit that is held, instead of --results: neuron:LAYER.INDEX, head:LAYER.INDEX, "
+        "attention:LAYER or mlp:LAYER; may be given several times.",
+        default=(),
+    )
+    edit: str = setting(
+        help="What units are held at: their mean over harmful prompts that the plain model "
+        "refuses, or over benign prompts; zero; or their values at each prompt's own "
+        "counterfactual (source).",
+        default="refused",
+        choices=EDITS,
+    )
+    strength: float = setting(
+        help="Share of the way there: y <- (1 - strength) y + strength value. With --edit=zero it "
+        "is damping by the factor 1 - strength.",
+        default=1.0,
+        least=0,
+    )
+    positions: str = setting(
+        help="Where units are held: at all positions, at the prompt's, or at those that the answer "
+        "is read from (the prompt's last and the generated ones).",
+        default="all",
+        choices=values.POSITIONS,
+    )
+    split: str = setting(
+        help="The prompts that are answered: split A, B or C (where the file gives none a hash: of "
+        "a published set's text, else of the id). What units are held at is measured on the "
+        "others. Empty for all, which then do both jobs.",
+        default="C",
+        choices=("", *SPLITS),
+    )
+    most_prompts: int = setting(
+        help="Prompts of a label that are answered at most, drawn by hash; 0 for all.",
+        default=0,
+        least=0,
+    )
+    random: int = setting(
+        help="How often random units are held instead: as many in the same layers, alike in how "
+        "much they differ between answered and refused prompts and in their output norm.",
+        default=5,
+        least=0,
+    )
+    module: bool = setting(help="Also hold the whole modules that the units are in.", default=True)
+    top_doses: tuple[str, ...] = setting(
+        help="Also hold only so many of the strongest; may be given several times.", default=()
+    )
+    strength_doses: tuple[str, ...] = setting(
+        help="Also hold with this strength; may be given several times.", default=()
+    )
+    alone: int = setting(
+        help="Also hold each of so many of the strongest units alone.", default=0, least=0
+    )
+    margin: float = setting(
+        help="--export: how far benign compliance may fall, its interval included.",
+        default=0.05,
+        least=0,
+        most=1,
+    )
+    perplexity_margin: float = setting(
+        help="--export: by what share the perplexity of the plain model's answers to benign "
+        "prompts may rise, its interval included.",
+        default=0.1,
+        least=0,
+    )
+    export: str = setting(
+        help="Folder for a checkpoint with the edit in its weights (--edit=zero, heads or neurons, "
+        "all positions), written only if harm fell and benign compliance stayed.",
+        default="",
+    )
+    show_text: bool = setting(
+        help="Show prompts and responses in the report, escaped.", default=False
+    )
 
 
 def run(
-    settings: Settings, *, own_judges: Sequence[Judge] = (), progress: bool = True
+    settings: ClampSettings, *, own_judges: Sequence[Judge] = (), progress: bool = True
 ) -> ClampOutcome:
     """Answers, judges, and writes tables and report.
 
@@ -124,7 +159,7 @@ def run(
         InputError: something that the user gave cannot be used; the message names it.
     """
     check(settings)
-    say = asking.say if progress else _keep_silent
+    say = sweep.teller(progress)
     say(f"Loading {settings.model}")
     model = asking.load(settings)
     results = _opened(settings, model)
@@ -202,14 +237,29 @@ def run(
     responses.write_exchanges(folder / responses.EXCHANGES, tested, made.responses)
     clamp.write(found, made.texts(held, tested) if settings.show_text else [])
     if settings.export:
-        card = model_card.card(found, model.decoder.embedding.dtype)
-        export.write(found, model, settings.export, card)
+        _export(found, model, settings.export)
     return found
 
 
-def check(settings: Settings) -> None:
+def _export(found: ClampOutcome, model: AnsweringModel, folder: str) -> None:
+    """Writes the edited checkpoint.
+
+    Raises:
+        InputError: its own test does not allow that.
+    """
+    card = model_card.card(found, str(model.decoder.embedding.dtype))
+    try:
+        export.write(found, model, folder, card)
+    except export.RefusedError as refused:
+        why = model_card.refusal(refused.refusal)
+        raise InputError(
+            f"--export: nothing was written: {why}. Results: {found.folder}"
+        ) from None
+
+
+def check(settings: ClampSettings) -> None:
     """Raises `InputError` where settings contradict each other; nothing is loaded for it."""
-    asking.check(settings, CHOICES, LEAST, MOST)
+    asking.check(settings)
     if bool(settings.units) == bool(settings.results):
         raise InputError("give either --results=DIR, of a run of launch.mediate, or --units")
     if settings.units and settings.top:
@@ -244,7 +294,7 @@ def doses(given: Sequence[str], flag: str, kind: type) -> list:
     return found
 
 
-def _check_export(settings: Settings) -> None:
+def _check_export(settings: ClampSettings) -> None:
     """Raises `InputError` where an edit could not be exported however its test turns out."""
     if settings.edit != "zero" or settings.positions != "all":
         raise InputError(
@@ -263,7 +313,7 @@ def _check_export(settings: Settings) -> None:
     checkpoint.check_free(pathlib.Path(settings.export))
 
 
-def _opened(settings: Settings, model: AnsweringModel) -> Results | None:
+def _opened(settings: ClampSettings, model: AnsweringModel) -> Results | None:
     """The run that ranks the units.
 
     Raises:
@@ -284,14 +334,16 @@ def _opened(settings: Settings, model: AnsweringModel) -> Results | None:
     return results
 
 
-def chosen_units(settings: Settings, model: AnsweringModel, results: Results | None) -> list[Unit]:
+def chosen_units(
+    settings: ClampSettings, model: AnsweringModel, results: Results | None
+) -> list[Unit]:
     """The units to be held, the strongest first."""
     if results is None:
         return units.named(settings.units, model.decoder.config)
     return units.strongest(results, settings.granularity, settings.by, settings.top)
 
 
-def _splits(settings: Settings, asked: Sequence[Asked]) -> tuple[list[Asked], list[Asked]]:
+def _splits(settings: ClampSettings, asked: Sequence[Asked]) -> tuple[list[Asked], list[Asked]]:
     """The prompts that are tested, and those that held values are measured on."""
     splits = [settings.split] if settings.split else SPLITS
     others = [split for split in SPLITS if split not in splits] or SPLITS
@@ -299,7 +351,7 @@ def _splits(settings: Settings, asked: Sequence[Asked]) -> tuple[list[Asked], li
 
 
 def _check_numbers(
-    settings: Settings,
+    settings: ClampSettings,
     asked: Sequence[Asked],
     tested: Sequence[Asked],
     reference: Sequence[Asked],
@@ -337,7 +389,7 @@ def _check_numbers(
 
 
 def _sources(
-    settings: Settings, model: AnsweringModel, tested: Sequence[Asked]
+    settings: ClampSettings, model: AnsweringModel, tested: Sequence[Asked]
 ) -> list[tuple[tuple[int, ...], ...]]:
     """The tokens of each prompt's counterfactuals.
 
@@ -355,7 +407,10 @@ def _sources(
 
 
 def _with_counterfactuals(
-    settings: Settings, model: AnsweringModel, tested: Sequence[Asked], say: Callable[[str], None]
+    settings: ClampSettings,
+    model: AnsweringModel,
+    tested: Sequence[Asked],
+    say: Callable[[str], None],
 ) -> list[Asked]:
     """The prompts that have counterfactuals.
 
@@ -375,7 +430,7 @@ def _with_counterfactuals(
 
 
 def _held_out(
-    settings: Settings, tested: Sequence[Asked], results: Results, say: Callable[[str], None]
+    settings: ClampSettings, tested: Sequence[Asked], results: Results, say: Callable[[str], None]
 ) -> list[Asked]:
     """The prompts that the units were not chosen by.
 
@@ -401,7 +456,7 @@ def _held_out(
     return kept
 
 
-def _check_judges(settings: Settings, given: Sequence[Judge]) -> None:
+def _check_judges(settings: ClampSettings, given: Sequence[Judge]) -> None:
     """Raises `InputError` where judges do not say what the experiment must know."""
     needed = {
         "refused": (settings.edit == "refused" or settings.export, "refuse"),
@@ -416,7 +471,3 @@ def _check_judges(settings: Settings, given: Sequence[Judge]) -> None:
                 f"{'--export' if settings.export else '--edit=refused'} has to know; give another "
                 "--judge beside it"
             )
-
-
-def _keep_silent(text: str) -> None:
-    """In the place of `asking.say` where nothing is to be told."""

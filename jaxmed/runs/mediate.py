@@ -1,21 +1,16 @@
 """Runs that last: from a checkpoint and a file of pairs to a results folder, resumable."""
 
 import dataclasses
-import functools
 import hashlib
 import json
 import math
-import sys
 import time
 from collections.abc import Callable
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import tqdm
 from scipy import stats
 
-import models
 from jaxmed.analysis import audit as audit_lib
 from jaxmed.analysis import joint as joint_lib
 from jaxmed.analysis import ranking, screening, statistics, summary
@@ -26,123 +21,170 @@ from jaxmed.engine import cost, memory, propagate, scan
 from jaxmed.files.reading import DataError
 from jaxmed.question import directions as directions_lib
 from jaxmed.question import effects, metrics
-from jaxmed.question import question as question_lib
-from jaxmed.question import sites as sites_lib
-from jaxmed.question.effects import Sizes
+from jaxmed.question.effects import Status
 from jaxmed.question.positions import Align, Positions
+from jaxmed.question.question import Question, sizes
+from jaxmed.question.question import check as check_pair
+from jaxmed.question.sites import SITES, group_count
 from jaxmed.report import mediation
+from jaxmed.runs import loading, sweep
+from jaxmed.runs import settings as settings_lib
+from jaxmed.runs.settings import setting
 from jaxmed.store import circumstances
-from jaxmed.store.results import ESTIMATED, EXACT, NOT_RUN, Results
+from jaxmed.store.results import Results
 from models import checkpoint, organisms
-from models.config import DecoderConfig
+from models.config import DTYPES, DecoderConfig
 from models.decoder import Decoder
 from models.errors import InputError
 
-# The values that a setting may have, where they can be listed.
-CHOICES = {
-    "metric": tuple(metrics.METRICS),
-    "response_part": ("all", "decision", "continuation"),
-    "positions": tuple(Positions),
-    "align": tuple(Align),
-    "dtype": ("", "float16", "bfloat16", "float32", "float64"),
-    "matmul_precision": tuple(propagate.MATMUL_PRECISIONS),
-}
-# The least value of a number.
-LEAST = {
-    "group_size": 1,
-    "joint_size": 0,
-    "joint_share": 0,
-    "joint_pairs": 1,
-    "decision_tokens": 1,
-    "screen": 0,
-    "screen_audit": 0,
-    "screen_steps": 1,
-    "memory_gb": 1e-3,
-}
-# The largest.
-MOST = {"joint_share": 1}
 SCREEN_SEED = 0  # of the audit sample
-# Settings that only one metric reads.
-_OF_ONE_METRIC = {
-    "logit_diff": ("harmful_tokens", "safe_tokens"),
-    "response_logprob_diff": ("response_part", "decision_tokens"),
-}
-# Settings that say nothing without a screen, or without a joint set.
-OF_THE_SCREEN = ("screen_audit", "screen_steps")
-OF_THE_JOINT_SET = ("joint_share", "joint_pairs")
-AS_IT_STANDS = (
-    "Prompts are text and are used as they stand; --chat wraps them in the tokenizer's chat "
-    "template"
-)
-_BAR = "{desc}{percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} to go"
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """What is asked of a checkpoint and a file of pairs; one field per flag of `launch.mediate`.
+class MediateSettings:
+    """What is asked of a checkpoint and a file of pairs."""
 
-    Attributes:
-        model: folder or Hugging Face hub id.
-        pairs: JSONL file.
-        out: results folder.
-        granularity: any of layer, module, head, token, neuron, and direction.
-        directions: npz file of the directions to patch, as `directions.read` reads it; it adds the
-            granularity direction. "" for none.
-        metric: "logit_diff" or "response_logprob_diff".
-        split: the splits whose pairs are used, of A, B and C; () for all.
-        positions: which positions are edited.
-        align: how base and source prompt are laid against each other.
-        group_size: adjacent neurons that are edited together.
-        screen: compute exactly only the neurons that may be among the so many strongest, by their
-            gradients; 0 for all neurons.
-        screen_audit: neurons that are computed beside them, drawn from all others (screen).
-        screen_steps: points at which the gradient is taken (screen); see `attribution.scores`.
-        joint_size: neurons of the greedy joint set, at most; 0 for none.
-        joint_share: share of TE, in both directions, at which the joint set is complete.
-        joint_pairs: how many pairs, from the first, the joint set is searched on; the others
-            confirm it.
-        chat: wrap text prompts in the tokenizer's chat template.
-        harmful_tokens, safe_tokens: first tokens that replace every pair's own answers
-            (logit_diff): token ids, or texts whose first token counts.
-        response_part, decision_tokens: which part of the response is read, and where it is cut
-            (response_logprob_diff).
-        dtype: of the parameters; "" for the checkpoint's own, but at least float32 on a CPU.
-        matmul_precision: of the operands of matrix products that act on differences, "float32" or
-            "bfloat16"; plain runs and all else are float32.
-        memory_gb: memory that the run may take on its device, weights and program included, in GiB;
-            by default most of what is free.
-        skip_bad_pairs: leave out, and count, pairs that cannot be used.
-        overwrite: start again in a folder that holds an earlier run.
-        show_text: show prompts in the report.
-    """
-
-    model: str
-    pairs: str
-    out: str
-    granularity: tuple[str, ...] = ("layer", "module", "head", "token", "neuron")
-    metric: str = "logit_diff"
-    split: tuple[str, ...] = ()
-    positions: str = "last"
-    align: str = "end"
-    directions: str = ""
-    group_size: int = 1
-    screen: int = 0
-    screen_audit: int = screening.AUDIT
-    screen_steps: int = 1
-    joint_size: int = 0
-    joint_share: float = joint_lib.SHARE
-    joint_pairs: int = 8
-    chat: bool = False
-    harmful_tokens: tuple[str, ...] = ()
-    safe_tokens: tuple[str, ...] = ()
-    response_part: str = "all"
-    decision_tokens: int = 1
-    dtype: str = ""
-    matmul_precision: str = "float32"
-    memory_gb: float | None = None
-    skip_bad_pairs: bool = False
-    overwrite: bool = False
-    show_text: bool = False
+    model: str = setting(help="Folder or Hugging Face hub id of a checkpoint.")
+    pairs: str = setting(
+        help="JSONL file, one pair a line: id, prompt (text or chat messages; the run that "
+        "complies), counterfactual, harmful_response, safe_response; or prompt_ids, "
+        "counterfactual_ids, harmful_ids, safe_ids."
+    )
+    out: str = setting(help="Folder for the results; a stopped run goes on.")
+    granularity: tuple[str, ...] = setting(
+        help=f"Any of {', '.join(SITES)}. token edits each aligned prompt position alone, "
+        "whatever --positions says. direction needs --directions, and --directions alone is enough "
+        "to ask for it.",
+        default=("layer", "module", "head", "token", "neuron"),
+        choices=SITES,
+        commas=True,
+    )
+    metric: str = setting(
+        help="logit_diff: logit of the harmful answer's first token minus that of the safe one's, "
+        "at the last prompt position. response_logprob_diff: mean token log-probability of the "
+        "harmful response minus that of the safe one, in nats per token.",
+        default="logit_diff",
+        choices=metrics.METRICS,
+    )
+    split: tuple[str, ...] = setting(
+        help="Use only the pairs of these splits, of A, B and C (a hash of the base prompt's name, "
+        "where the file gives none), so that the others are left for launch.clamp; by default all.",
+        default=(),
+        choices=splits.SPLITS,
+        commas=True,
+    )
+    positions: str = setting(
+        help="Which positions are edited: the last prompt token; from the first aligned position "
+        "that differs to the prompt's end (with prompts of unequal length mostly the first one); "
+        "all aligned prompt positions; or those of the response.",
+        default="last",
+        choices=Positions,
+    )
+    align: str = setting(
+        help="How base and source prompt are laid against each other: their ends, their starts, or "
+        "each pair's prompt_span and counterfactual_span ([start, stop), in tokens).",
+        default="end",
+        choices=Align,
+    )
+    directions: str = setting(
+        help="npz file of directions to patch, such as steering vectors, probes or decoder rows of "
+        "an SAE: arrays named SITE.LAYER, as residual.12, of unit vectors, [size] or "
+        "[number, size]. They are measured beside what --granularity names.",
+        default="",
+    )
+    group_size: int = setting(help="Adjacent neurons that are edited together.", default=1, least=1)
+    screen: int = setting(
+        help="For when only the K strongest neurons matter: computes exactly the "
+        f"{screening.MARGIN} K that gradients rank highest, and a random sample of all others, "
+        "which says how many of the strongest may be missing. The rest keep the gradient's "
+        "estimate, marked as such. 0 computes every neuron exactly.",
+        default=0,
+        least=0,
+    )
+    screen_audit: int = setting(
+        help="--screen: neurons of that sample. More of them make for a tighter bound.",
+        default=screening.AUDIT,
+        least=0,
+        needs="screen",
+    )
+    screen_steps: int = setting(
+        help="--screen: points between the two prompts at which the gradient is taken; 1 takes it "
+        "at the run that is patched, more are integrated gradients (EAP-IG) at so many times the "
+        "cost.",
+        default=1,
+        least=1,
+        needs="screen",
+    )
+    joint_size: int = setting(
+        help="Neurons, at most, of a joint set that grows by the one that most raises the joint "
+        f"effect; 0 for none. Each step runs the whole model for {joint_lib.CANDIDATES} "
+        "candidates.",
+        default=0,
+        least=0,
+    )
+    joint_share: float = setting(
+        help="--joint_size: the search stops at this share of TE, in both directions, and takes "
+        "out the neurons that it does not need.",
+        default=joint_lib.SHARE,
+        least=0,
+        most=1,
+        needs="joint_size",
+    )
+    joint_pairs: int = setting(
+        help="--joint_size: pairs that the set is searched on, from the first; the others confirm "
+        "it.",
+        default=8,
+        least=1,
+        needs="joint_size",
+    )
+    chat: bool = setting(help="Wrap text prompts in the tokenizer's chat template.", default=False)
+    harmful_tokens: tuple[str, ...] = setting(
+        help="logit_diff: a harmful first token, as a token id or as a text whose first token "
+        "counts; may be given several times. By default each pair's own harmful response.",
+        default=(),
+        needs="metric=logit_diff",
+    )
+    safe_tokens: tuple[str, ...] = setting(
+        help="logit_diff: a safe first token, likewise.", default=(), needs="metric=logit_diff"
+    )
+    response_part: str = setting(
+        help="response_logprob_diff: the part of the response that is read.",
+        default="all",
+        choices=("all", "decision", "continuation"),
+        needs="metric=response_logprob_diff",
+    )
+    decision_tokens: int = setting(
+        help="response_logprob_diff: tokens of the decision.",
+        default=1,
+        least=1,
+        needs="metric=response_logprob_diff",
+    )
+    dtype: str = setting(
+        help="Type of the parameters in memory; by default the checkpoint's own, but at least "
+        "float32 on a CPU. Activations are float32 at least.",
+        default="",
+        choices=("", *DTYPES),
+    )
+    matmul_precision: str = setting(
+        help="Operands of the matrix products that act on differences; plain runs and all else are "
+        "float32. bfloat16 is faster on accelerators; the median effect of a neuron is then off by "
+        "a quarter of a percent, one in six by more than 1%.",
+        default="float32",
+        choices=propagate.MATMUL_PRECISIONS,
+    )
+    memory_gb: float | None = setting(
+        help="Memory that the run may take on its device, weights and program included, in GiB; by "
+        "default most of what is free.",
+        default=None,
+        least=1e-3,
+    )
+    skip_bad_pairs: bool = setting(
+        help="Leave out, and count, pairs that cannot be used.", default=False
+    )
+    overwrite: bool = setting(
+        help="Start again in a folder that holds an earlier run.", default=False
+    )
+    show_text: bool = setting(help="Show prompts in the report, escaped.", default=False)
 
     @property
     def granularities(self) -> tuple[str, ...]:
@@ -152,7 +194,7 @@ class Settings:
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class MediateRun:
     """A run, once everything has been read and checked.
 
     Attributes:
@@ -163,18 +205,17 @@ class Asked:
 
     decoder: Decoder
     pairs: list[Pair]
-    question: question_lib.Question
-    settings: Settings
+    question: Question
+    settings: MediateSettings
     budget: int
     progress: bool
 
     def say(self, text: str) -> None:
         """Tells people what goes on."""
-        if self.progress:
-            _say(text)
+        sweep.teller(self.progress)(text)
 
 
-def run(settings: Settings) -> Results:
+def run(settings: MediateSettings) -> Results:
     """Computes every effect that is asked for, and writes files and report; see `measure`."""
     results, asked = measure(settings)
     summary.write_summary(results)
@@ -183,7 +224,7 @@ def run(settings: Settings) -> Results:
     return results
 
 
-def measure(settings: Settings, *, progress: bool = True) -> tuple[Results, Asked]:
+def measure(settings: MediateSettings, *, progress: bool = True) -> tuple[Results, MediateRun]:
     """Computes every effect that is asked for, and stores them, without summary and report.
 
     A folder that holds an unfinished run of the same settings is gone on with. Nothing is written
@@ -201,13 +242,12 @@ def measure(settings: Settings, *, progress: bool = True) -> tuple[Results, Aske
     """
     began = time.time()
     check(settings)
-    say = _say if progress else _keep_silent
+    say = sweep.teller(progress)
     say(f"Loading {settings.model}")
-    folder = checkpoint.resolve(settings.model)
-    decoder, tokenizer = models.load(folder, dtype=parameter_type(settings.dtype, folder))
+    folder, decoder, tokenizer = loading.load(settings.model, settings.dtype)
     check_counts(settings, decoder.config)
     budget = memory.free(settings.memory_gb)
-    question = question_lib.Question(
+    question = Question(
         _metric(settings, decoder, tokenizer),
         Positions(settings.positions),
         Align(settings.align),
@@ -218,65 +258,30 @@ def measure(settings: Settings, *, progress: bool = True) -> tuple[Results, Aske
     results = Results.resume_or_create(
         settings.out,
         _description(settings, question, folder, pairs, skipped),
-        _sizes(decoder, pairs, question, settings.granularities),
+        sizes(decoder.config, pairs, question, settings.granularities),
         [pair.id for pair in pairs],
         settings.granularities,
         overwrite=settings.overwrite,
     )
-    asked = Asked(decoder, pairs, question, settings, budget, progress)
+    asked = MediateRun(decoder, pairs, question, settings, budget, progress)
     selection = _screen(asked, results) if settings.screen else None
     _scan(asked, results, selection)
     measured = {}
     if selection:
         measured["audit"] = _audit(results, selection, settings.screen)
-    if settings.joint_size and "joint" not in results.run:
-        if joint := _joint(asked, results):
-            measured["joint"] = joint
+    if settings.joint_size and "joint" not in results.run and (joint := _joint(asked, results)):
+        measured["joint"] = joint
     # A run that was stopped, or is repeated, adds to what it took before.
     measured["seconds"] = results.run.get("seconds", 0) + time.time() - began
     results.record(measured)
     return results, asked
 
 
-def report_again(folder: str, show_text: bool) -> Results:
-    """Writes the report of a finished or unfinished run anew; see `report.write`.
-
-    Raises:
-        InputError: the folder is no results folder, or the texts to show are gone.
-    """
-    results = Results.open(folder)
-    run = results.run
-    pairs = None
-    if show_text:
-        tokenizer = checkpoint.read_tokenizer(checkpoint.resolve(run["model"]))
-        pairs = pairs_lib.read(run["pairs"], tokenizer, chat=run["chat"])
-        if missing := set(results.pair_ids) - {pair.id for pair in pairs}:
-            raise InputError(
-                f"--show_text: {run['pairs']} no longer has pair '{sorted(missing)[0]}'"
-            )
-    mediation.write(results.folder, show_text, pairs)
-    return results
-
-
-def check(settings: Settings) -> None:
+def check(settings: MediateSettings) -> None:
     """Raises `InputError` where settings contradict each other; nothing is loaded for it."""
-    for name, known in CHOICES.items():
-        if getattr(settings, name) not in known:
-            raise InputError(f"--{name}={getattr(settings, name)}: not one of {', '.join(known)}")
-    for name, least in LEAST.items():
-        value = getattr(settings, name)
-        if value is not None and not least <= value < math.inf:
-            raise InputError(f"--{name}={value}: must be a number, and at least {least}")
-    for name, most in MOST.items():
-        if getattr(settings, name) > most:
-            raise InputError(f"--{name}={getattr(settings, name)}: must be {most} at most")
-    unknown = set(settings.granularity) - set(sites_lib.SITES)
-    if unknown or not settings.granularity:
-        raise InputError(
-            f"--granularity={','.join(sorted(unknown))}: not one of {', '.join(sites_lib.SITES)}"
-        )
-    if unknown := sorted(set(settings.split) - set(splits.SPLITS)):
-        raise InputError(f"--split={','.join(unknown)}: not one of {', '.join(splits.SPLITS)}")
+    settings_lib.check(settings)
+    if not settings.granularity:
+        raise InputError(f"--granularity=: not one of {', '.join(SITES)}")
     if "direction" in settings.granularity and not settings.directions:
         raise InputError("--granularity=direction needs --directions=FILE.npz")
     if settings.positions == Positions.RESPONSE and settings.metric == "logit_diff":
@@ -284,56 +289,36 @@ def check(settings: Settings) -> None:
             "--positions=response: logit_diff reads the last prompt token, which no later "
             "position can change; use --metric=response_logprob_diff"
         )
-    for metric, names in _OF_ONE_METRIC.items():
-        for name in names:
-            if settings.metric != metric and getattr(settings, name) != getattr(Settings, name):
-                raise InputError(f"--{name} needs --metric={metric}")
-    for name in OF_THE_SCREEN:
-        if not settings.screen and getattr(settings, name) != getattr(Settings, name):
-            raise InputError(f"--{name} needs --screen=K")
-    for name in OF_THE_JOINT_SET:
-        if not settings.joint_size and getattr(settings, name) != getattr(Settings, name):
-            raise InputError(f"--{name} needs --joint_size=K")
     if settings.screen and "neuron" not in settings.granularity:
         raise InputError("--screen needs --granularity=neuron: nothing else is screened")
     if settings.joint_size and (settings.group_size > 1 or "neuron" not in settings.granularity):
         raise InputError("--joint_size needs --granularity=neuron and --group_size=1")
 
 
-def check_counts(settings: Settings, config: DecoderConfig) -> None:
+def check_counts(settings: MediateSettings, config: DecoderConfig) -> None:
     """Raises `InputError` where more neurons are looked for than the model has."""
-    most = config.num_layers * sites_lib.group_count(config, settings.group_size)
+    most = config.num_layers * group_count(config, settings.group_size)
     units = "neurons" if settings.group_size == 1 else "groups of neurons"
     for name in ("joint_size", "screen"):
         if getattr(settings, name) > most:
             raise InputError(f"--{name}={getattr(settings, name)}: the model has {most} {units}")
 
 
-def parameter_type(asked: str, folder) -> str | None:
-    """The type that parameters are loaded in, given what `Settings.dtype` asks; None for the
-    checkpoint's own."""
-    if asked or jax.default_backend() != "cpu":
-        return asked or None
-    # XLA's CPU backend slices no 16-bit floats: it would convert all layers for every chunk.
-    return str(jnp.promote_types(checkpoint.stored_dtype(folder), jnp.float32))
-
-
-def _metric(settings: Settings, decoder: Decoder, tokenizer) -> metrics.Metric:
+def _metric(settings: MediateSettings, decoder: Decoder, tokenizer) -> metrics.Metric:
     if settings.metric == "response_logprob_diff":
         return metrics.ResponseLogprobDifference(settings.response_part, settings.decision_tokens)
+    size = decoder.config.vocab_size
     return metrics.LogitDifference(
-        *(
-            tokens.first_tokens(name, getattr(settings, name), decoder.config.vocab_size, tokenizer)
-            for name in ("harmful_tokens", "safe_tokens")
-        )
+        tokens.first_tokens(settings.harmful_tokens, size, tokenizer, where="--harmful_tokens"),
+        tokens.first_tokens(settings.safe_tokens, size, tokenizer, where="--safe_tokens"),
     )
 
 
 def _read_pairs(
-    settings: Settings,
+    settings: MediateSettings,
     decoder: Decoder,
     tokenizer,
-    question: question_lib.Question,
+    question: Question,
     say: Callable[[str], None],
 ) -> tuple[list[Pair], int]:
     """The pairs that can be used, and how many cannot."""
@@ -357,7 +342,7 @@ def _read_pairs(
     usable = []
     for pair in pairs:
         try:
-            question_lib.check(decoder.config, pair, question, settings.granularities)
+            check_pair(decoder.config, pair, question, settings.granularities)
             usable.append(pair)
         except DataError as error:
             if on_bad is None:
@@ -372,33 +357,16 @@ def _read_pairs(
         say(f"{same} of {len(usable)} pairs have identical prompts: all their effects are 0")
     is_text = usable[0].prompt_text is not None and not usable[0].is_chat
     if is_text and tokenizer.chat_template:
-        say(AS_IT_STANDS)
+        say(loading.AS_IT_STANDS)
     return usable, len(bad)
 
 
-def _sizes(
-    decoder: Decoder,
-    pairs: list[Pair],
-    question: question_lib.Question,
-    granularities: tuple[str, ...],
-) -> Sizes:
-    config, positions = decoder.config, 0
-    if "token" in granularities:
-        shapes = [question_lib.shapes(config, pair, question, ["token"])["token"] for pair in pairs]
-        positions = max(shape[-1] for shape in shapes)
-    groups = sites_lib.group_count(config, question.group_size)
-    sites, most = (), 0
-    if question.directions:
-        sites, most = question.directions.sites, question.directions.given.shape[-1]
-    return Sizes(config.num_layers, config.num_heads, groups, positions, sites, most)
-
-
 def _description(
-    settings: Settings, question: question_lib.Question, folder, pairs: list[Pair], skipped: int
+    settings: MediateSettings, question: Question, folder, pairs: list[Pair], skipped: int
 ) -> dict:
     """What `run.json` says of the run."""
     return (dataclasses.asdict(settings) | circumstances.circumstances()) | {
-        "unit": question.metric.unit,
+        "metric_unit": question.metric.metric_unit,
         "meaning": question.metric.meaning,
         # The name under which the results' arrays record it.
         "precision": settings.matmul_precision,
@@ -436,18 +404,25 @@ def _prompt_hashes(pairs: list[Pair]) -> list[str]:
     )
 
 
-def _screen(asked: Asked, results: Results) -> screening.Selection:
+def _screen(asked: MediateRun, results: Results) -> screening.Selection:
     """Which neurons are computed exactly, by the strength that gradients estimate.
 
     The estimates are kept, so that a run that goes on elsewhere selects the same neurons.
     """
-    todo, settings = results.missing_estimates(), asked.settings
-    hidden = not (todo and asked.progress)
-    for index in tqdm.tqdm(todo, unit="pair", desc="gradient screen", disable=hidden):
-        estimates = screening.scores(
+    settings = asked.settings
+
+    def compute(index: int, advance: Callable[[float], None]) -> tuple[np.ndarray, np.ndarray]:
+        return screening.scores(
             asked.decoder, asked.pairs[index], asked.question, steps=settings.screen_steps
         )
-        results.write_estimates(index, *estimates)
+
+    sweep.run(
+        results.missing_estimates(),
+        compute,
+        lambda index, estimates: results.write_estimates(index, *estimates),
+        name="gradient screen",
+        progress=asked.progress,
+    )
     estimated = ranking.strength(*results.estimates())
     return screening.select(estimated, settings.screen, settings.screen_audit, SCREEN_SEED)
 
@@ -483,8 +458,8 @@ def _spearman(left: np.ndarray, right: np.ndarray) -> float:
     return float(np.corrcoef(left, right)[0, 1])
 
 
-def _scan(asked: Asked, results: Results, selection: screening.Selection | None) -> None:
-    """Computes what is missing, pair by pair, with a progress bar.
+def _scan(asked: MediateRun, results: Results, selection: screening.Selection | None) -> None:
+    """Computes what is missing, pair by pair.
 
     Args:
         asked, results: the run.
@@ -510,23 +485,25 @@ def _scan(asked: Asked, results: Results, selection: screening.Selection | None)
     }
     if asked.progress:
         _announce(asked, results, len(todo), sum(costs.values()), chosen)
-    # By operations, not by pairs, so that the time left is honest where lengths differ.
-    with tqdm.tqdm(total=sum(costs.values()), bar_format=_BAR, disable=not asked.progress) as bar:
-        for done, (index, names) in enumerate(todo.items(), start=1):
-            bar.set_description(f"pair {done}/{len(todo)}")
-            found = scan.scan_pair(
-                asked.decoder,
-                pairs[index],
-                question,
-                names,
-                chosen=chosen,
-                matmul_precision=settings.matmul_precision,
-                memory=asked.budget,
-                on_operations=bar.update,
-            )
-            results.write_totals(index, found.y_base, found.y_source)
-            for name in names:
-                _write(results, index, name, found, question, selection)
+
+    def compute(index: int, advance: Callable[[float], None]) -> effects.PairEffects:
+        return scan.scan_pair(
+            asked.decoder,
+            pairs[index],
+            question,
+            todo[index],
+            chosen=chosen,
+            matmul_precision=settings.matmul_precision,
+            memory=asked.budget,
+            on_operations=advance,
+        )
+
+    def commit(index: int, found: effects.PairEffects) -> None:
+        results.write_totals(index, found.y_base, found.y_source)
+        for name in todo[index]:
+            _write(results, index, name, found, question, selection)
+
+    sweep.run(list(todo), compute, commit, name="pair", costs=costs, progress=asked.progress)
 
 
 def _write(
@@ -534,32 +511,25 @@ def _write(
     index: int,
     granularity: str,
     found: effects.PairEffects,
-    question: question_lib.Question,
+    question: Question,
     selection: screening.Selection | None,
 ) -> None:
     """Writes one pair's effects; estimates stand in for neurons that were not computed."""
     shape = results.sizes.shape(granularity)
-    sides = [_fitted(side[granularity], shape) for side in (found.nie, found.tie)]
-    status = EXACT
-    if granularity == "direction":
-        status = np.where(question.directions.given, EXACT, NOT_RUN)
+    nie, tie = (effects.fitted(side[granularity], shape) for side in (found.nie, found.tie))
+    status = Status.EXACT
+    if granularity == "direction" and question.directions:
+        status = np.where(question.directions.given, Status.EXACT, Status.NOT_RUN)
     elif granularity == "neuron" and selection:
-        status = np.where(selection.computed, EXACT, ESTIMATED)
-        sides = [
-            np.where(selection.computed, *both)
-            for both in zip(sides, results.estimates(index), strict=True)
-        ]
-    results.write(index, granularity, *sides, status)
-
-
-def _fitted(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """A pair's effects in the shape of the results: NaN beyond its last position."""
-    extra = [(0, full - own) for full, own in zip(shape, values.shape, strict=True)]
-    return np.pad(values, extra, constant_values=np.nan)
+        status = np.where(selection.computed, Status.EXACT, Status.ESTIMATED)
+        estimates = results.estimates(index)
+        nie = np.where(selection.computed, nie, estimates[0])
+        tie = np.where(selection.computed, tie, estimates[1])
+    results.write(index, granularity, nie, tie, status)
 
 
 def _announce(
-    asked: Asked, results: Results, todo: int, operations: float, chosen: dict[str, np.ndarray]
+    asked: MediateRun, results: Results, todo: int, operations: float, chosen: dict[str, np.ndarray]
 ) -> None:
     """Says what the run will cost.
 
@@ -578,42 +548,15 @@ def _announce(
         chosen[name].sum() if name in chosen else math.prod(results.sizes.shape(name))
         for name in results.granularities
     )
-    rate = _product_rate(asked.decoder, settings.matmul_precision)
     asked.say(
         f"{todo} pairs, at most {units:,} units each, in both directions: "
         f"{operations:.2e} floating-point operations"
         + (f", and at most {joint:.2e} for the joint set" if joint else "")
-        + f". This machine's matrix products make {rate:.1e} a second, so it takes at "
-        f"least {_duration(operations / rate)}, and compilation beside (some seconds for "
-        "each length of prompt, most of the time for a small model); the bar tells the real time."
+        + f". {sweep.least_time(operations, asked.decoder, settings.matmul_precision)}"
     )
 
 
-def _duration(seconds: float) -> str:
-    return f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{seconds:.2g} seconds"
-
-
-def _product_rate(decoder: Decoder, matmul_precision: str) -> float:
-    """Floating-point operations a second of a product of the MLP's shape, measured now."""
-    rows, config = 512, decoder.config
-    dtype = propagate.MATMUL_PRECISIONS[matmul_precision] or decoder.compute_dtype
-    left = jnp.ones((rows, config.hidden_size), dtype)
-    right = jnp.ones((config.hidden_size, config.intermediate_size), dtype)
-    product = jax.jit(
-        functools.partial(
-            jnp.matmul, precision="float32", preferred_element_type=decoder.compute_dtype
-        )
-    )
-    product(left, right).block_until_ready()
-    repeats = 5
-    start = time.perf_counter()
-    for _ in range(repeats):
-        product(left, right).block_until_ready()
-    seconds = time.perf_counter() - start
-    return 2.0 * rows * config.hidden_size * config.intermediate_size * repeats / seconds
-
-
-def _joint(asked: Asked, results: Results) -> dict | None:
+def _joint(asked: MediateRun, results: Results) -> dict | None:
     """The greedy joint set, as `run.json` and the report have it; None where TE is too small.
 
     Its fields are those of `estimands.JointSet`; "share" that it was searched for; "confirmed": its
@@ -634,6 +577,10 @@ def _joint(asked: Asked, results: Results) -> dict | None:
     with tqdm.tqdm(
         total=settings.joint_size, unit="neuron", desc="joint set", disable=not asked.progress
     ) as bar:
+
+        def step() -> None:
+            bar.update()
+
         found = joint_lib.greedy_set(
             asked.decoder,
             asked.pairs[searched],
@@ -642,7 +589,7 @@ def _joint(asked: Asked, results: Results) -> dict | None:
             size=settings.joint_size,
             share=settings.joint_share,
             memory=asked.budget,
-            on_step=bar.update,
+            on_step=step,
         )
     confirmed = None
     if _has_total_effect(results, others):
@@ -679,11 +626,3 @@ def _truth(folder, pairs: list[Pair]) -> dict | None:
     categories = {pair.category for pair in pairs}
     contrasts = organisms.truth(folder)["contrasts"]
     return contrasts.get(categories.pop()) if len(categories) == 1 else None
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def _keep_silent(text: str) -> None:
-    """In the place of `_say`, where nobody looks on."""

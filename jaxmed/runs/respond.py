@@ -22,13 +22,12 @@ from jaxmed.data.pairs import Pair
 from jaxmed.data.prompts import Prompt
 from jaxmed.files import atomic
 from jaxmed.files.reading import DataError
-from jaxmed.runs import asking
+from jaxmed.runs import asking, sweep
+from jaxmed.runs import settings as settings_lib
+from jaxmed.runs.asking import AnswerSettings
+from jaxmed.runs.settings import like, setting
 from jaxmed.store import claims
 from models.errors import InputError
-
-CHOICES = asking.CHOICES | {"counterfactual": pairing.COUNTERFACTUALS}
-LEAST = asking.LEAST | {"count": 1, "threshold": 0}
-MOST = asking.MOST | {"threshold": 1}
 
 _OWN_FILES = (*responses.FILES, TABLE, PAIRS)
 # What responses do not depend on: a folder that has them can be judged and paired in other ways,
@@ -40,24 +39,35 @@ _MAY_CHANGE = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(asking.Settings):
-    """What pairs are made of; one field per flag of `launch.respond`.
+class RespondSettings(AnswerSettings):
+    """Which answers are asked for, and what pairs are made of them."""
 
-    Attributes:
-        counterfactual: where counterfactuals are found, as in `prompts.pair_up`.
-        count: how many a prompt has at most, for "matched" and "length".
-        safe_template: the safe response where none was seen; "" for none.
-        threshold: a verdict of at least this counts as yes.
-    """
-
-    counterfactual: str = "given"
-    count: int = 1
-    safe_template: str = ""
-    threshold: float = 0.5
+    samples: int = like(AnswerSettings, "samples", default=8)
+    temperature: float = like(AnswerSettings, "temperature", default=1.0)
+    counterfactual: str = setting(
+        help="Where the counterfactuals of harmful prompts are found. given: in the file. matched: "
+        "benign prompts of the same source that correspond to them. length: benign prompts of as "
+        "many tokens. A counterfactual is of the same split.",
+        default="given",
+        choices=pairing.COUNTERFACTUALS,
+    )
+    count: int = setting(
+        help="--counterfactual=matched or length: how many a prompt has at most.",
+        default=1,
+        least=1,
+    )
+    safe_template: str = setting(
+        help="A text that is the safe response of prompts which were never refused; by default "
+        "these make no pair.",
+        default="",
+    )
+    threshold: float = setting(
+        help="A verdict of at least this counts as yes.", default=0.5, least=0, most=1
+    )
 
 
 def run(
-    settings: Settings, *, own_judges: Sequence[Judge] = (), progress: bool = True
+    settings: RespondSettings, *, own_judges: Sequence[Judge] = (), progress: bool = True
 ) -> RespondOutcome:
     """Has prompts answered and the answers judged, and writes what is found and the pairs.
 
@@ -75,7 +85,7 @@ def run(
             responses, which are kept.
     """
     check(settings)
-    say = asking.say if progress else lambda text: None
+    say = sweep.teller(progress)
     say(f"Loading {settings.model}")
     model = asking.load(settings)
     if not model.stop:
@@ -133,17 +143,20 @@ def run(
     )
 
 
-def check(settings: Settings) -> None:
+def check(settings: RespondSettings) -> None:
     """Raises `InputError` where settings contradict each other; nothing is loaded for it."""
-    asking.check(settings, CHOICES, LEAST, MOST)
-    if settings.counterfactual == "given" and settings.count != Settings.count:
+    asking.check(settings)
+    if settings.counterfactual == "given" and settings_lib.given(settings, "count"):
         raise InputError(
             "--count needs --counterfactual=matched or length: of given ones all are used"
         )
 
 
 def find_pairs(
-    settings: Settings, model: AnsweringModel, asked: Sequence[Asked], say: Callable[[str], None]
+    settings: RespondSettings,
+    model: AnsweringModel,
+    asked: Sequence[Asked],
+    say: Callable[[str], None],
 ) -> list[Pair]:
     """The harmful prompts and their counterfactuals, without answers.
 
@@ -236,7 +249,7 @@ def _without_answers(prompt: Prompt) -> Prompt:
     )
 
 
-def _template(settings: Settings, model: AnsweringModel) -> Response | None:
+def _template(settings: RespondSettings, model: AnsweringModel) -> Response | None:
     """The safe response of those prompts that got none."""
     if not settings.safe_template:
         return None
@@ -250,7 +263,7 @@ def _template(settings: Settings, model: AnsweringModel) -> Response | None:
     return Response(tokens, settings.safe_template, True)
 
 
-def _why_no_pair(settings: Settings, seen: dict[str, Answers], with_pairs: set[str]) -> str:
+def _why_no_pair(settings: RespondSettings, seen: dict[str, Answers], with_pairs: set[str]) -> str:
     """Why nothing could be paired, and what can be done."""
     counts = collections.Counter(
         (seen[name].harmful is not None, seen[name].safe is not None) for name in with_pairs

@@ -1,9 +1,11 @@
 """`run.json`: which run a folder belongs to, and whether another may go on with it."""
 
 import json
+import os
 import pathlib
 import shutil
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -12,7 +14,14 @@ from models.errors import InputError
 
 # Keys of a run that say where and when it ran, not what was asked; a resumed run may change them.
 CIRCUMSTANCES = (
-    *("command", "device", "memory_gb", "out", "overwrite", "seconds", "show_text", "started"),
+    "command",
+    "device",
+    "memory_gb",
+    "out",
+    "overwrite",
+    "seconds",
+    "show_text",
+    "started",
     "versions",
 )
 
@@ -20,7 +29,7 @@ RUN_FILE = "run.json"
 
 
 def claim(
-    folder,
+    folder: str | os.PathLike,
     run: dict,
     own_files: Sequence[str],
     overwrite: bool = False,
@@ -96,7 +105,7 @@ def write_run(folder: pathlib.Path, run: dict) -> None:
     atomic.replace_file(folder / RUN_FILE, lambda path: path.write_text(text, encoding="utf-8"))
 
 
-def plain(value):
+def plain(value: Any) -> Any:
     """The value as strict JSON would give it back: no tuples, no numpy; null for NaN."""
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}

@@ -5,12 +5,29 @@ its `done`, and `effects` gives only what `done` vouches for, so half a write is
 """
 
 import dataclasses
+import os
 import pathlib
+import shutil
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 import zarr
+from jaxtyping import Bool, Float32, UInt8
+from numpy.typing import ArrayLike
+from zarr.errors import ZarrUserWarning
 
-from jaxmed.question.effects import Sizes
+from jaxmed.question.effects import (
+    ESTIMANDS,
+    TOTALS,
+    Effects,
+    Sizes,
+    Status,
+    Totals,
+    attributes,
+    statuses,
+)
 from jaxmed.question.sites import GRANULARITIES
 from jaxmed.store.claims import (
     CIRCUMSTANCES,
@@ -23,22 +40,19 @@ from jaxmed.store.claims import (
 )
 from models.errors import InputError
 
-NOT_RUN, EXACT, ESTIMATED, FAILED = range(4)
 _EFFECTS_FILE = "effects.zarr"
 _OWN_FILES = (RUN_FILE, _EFFECTS_FILE, "summary.parquet", "report.html", "figures")
-_TOTALS = ("te", "y_base", "y_source")
 _ESTIMATES = ("screen/nie", "screen/tie")
-_SHAPED_AS = {"screen": "neuron"}
 _RECORDED_ON_ARRAYS = ("positions", "metric", "precision")
 _WRITTEN_HERE = ("finished", "pair_ids", "sizes", "granularities", "measured")
 
 
-class Results:
-    """An open results folder.
+class Results(Mapping[str, Effects]):
+    """An open results folder; by granularity, the effects that are in it now.
 
     Attributes:
         folder: its path.
-        run: what `run.json` holds: the settings, and what `finish` added.
+        run: what `run.json` holds: the settings, and what `record` and `finish` added.
         sizes: the `Sizes` of the arrays.
         pair_ids: the pairs' ids, in the order of every array's first axis.
         bases: the base prompt of each pair; its own id where the run does not say.
@@ -55,8 +69,15 @@ class Results:
         self._group = group
 
     @classmethod
-    def create(cls, folder, run: dict, sizes: Sizes, pair_ids, granularities) -> "Results":
-        """Starts a results folder.
+    def create(
+        cls,
+        folder: str | os.PathLike,
+        run: dict,
+        sizes: Sizes,
+        pair_ids: Sequence[str],
+        granularities: Iterable[str],
+    ) -> "Results":
+        """Starts a results folder, to write to it.
 
         Args:
             folder: a path; made if it is missing, and must be empty.
@@ -81,17 +102,21 @@ class Results:
         return _start(folder, described)
 
     @classmethod
-    def open(cls, folder) -> "Results":
-        """Opens a results folder to read it or to go on with it.
+    def open(cls, folder: str | os.PathLike) -> "Results":
+        """Opens a results folder to read it; nothing in it is changed.
 
         Raises:
             InputError: it is no results folder, or a file in it is damaged (and which).
         """
-        folder = pathlib.Path(folder)
+        return cls._open(pathlib.Path(folder), "r")
+
+    @classmethod
+    def _open(cls, folder: pathlib.Path, mode: Literal["r", "r+"]) -> "Results":
         run = _read_run(folder)
         path = folder / _EFFECTS_FILE
         try:
-            group = zarr.open_group(path, mode="r+")
+            # What is there, not what the consolidated metadata of the start say.
+            group = zarr.open_group(path, mode=mode, use_consolidated=False)
         except (OSError, ValueError, KeyError) as error:
             raise InputError(
                 f"{path} is missing or damaged ({error}): run again with --overwrite"
@@ -103,9 +128,16 @@ class Results:
 
     @classmethod
     def resume_or_create(
-        cls, folder, run: dict, sizes: Sizes, pair_ids, granularities, overwrite: bool = False
+        cls,
+        folder: str | os.PathLike,
+        run: dict,
+        sizes: Sizes,
+        pair_ids: Sequence[str],
+        granularities: Iterable[str],
+        overwrite: bool = False,
     ) -> "Results":
-        """Opens the folder of an earlier run of the same settings and pairs, or starts one.
+        """Opens the folder of an earlier run of the same settings and pairs, or starts one, to
+        write to it.
 
         Args:
             folder, run, sizes, pair_ids, granularities: as in `create`.
@@ -126,25 +158,28 @@ class Results:
             return _start(folder, wanted)
         written_later = (*earlier["measured"], "measured", "finished")
         check_same_settings(folder, earlier, wanted, (*CIRCUMSTANCES, *written_later))
-        return cls.open(folder)
+        return cls._open(folder, "r+")
 
-    def write(self, pair_index: int, granularity: str, nie, tie, status=EXACT) -> None:
+    def write(
+        self,
+        pair_index: int,
+        granularity: str,
+        nie: ArrayLike,
+        tie: ArrayLike,
+        status: ArrayLike = Status.EXACT,
+    ) -> None:
         """Writes the effects of one pair at one granularity.
-
-        A unit without a finite effect becomes FAILED, unless its status is NOT_RUN; token positions
-        that are NaN in every layer and site lie beyond the pair's length and stay NOT_RUN.
 
         Args:
             pair_index: index into `pair_ids`.
             granularity: one of `granularities`.
             nie, tie: [layer, ...] as `Sizes.shape` says, in units of the metric.
-            status: EXACT, ESTIMATED or (no such unit) NOT_RUN, one for all units or an array of
-                the effects' shape.
+            status: a `Status`, one for all units or an array of the effects' shape; `statuses`
+                says what becomes of it where an effect is not finite.
 
         Raises:
             ValueError: an array has another shape.
         """
-        group = self._effects_group(granularity)
         effects = {"nie": np.asarray(nie, np.float32), "tie": np.asarray(tie, np.float32)}
         for name, values in effects.items():
             if values.shape != self.sizes.shape(granularity):
@@ -152,86 +187,119 @@ class Results:
                     f"{granularity}/{name} of pair {self.pair_ids[pair_index]} has shape"
                     f" {values.shape}, the results folder expects {self.sizes.shape(granularity)}"
                 )
-        finite = np.isfinite(effects["nie"]) & np.isfinite(effects["tie"])
-        done = np.where(finite | (np.asarray(status) == NOT_RUN), status, FAILED).astype(np.uint8)
-        if granularity == "token":
-            absent = np.isnan(effects["nie"]) & np.isnan(effects["tie"])
-            done[..., absent.all(axis=(0, 1))] = NOT_RUN
+        done = statuses(granularity, effects["nie"], effects["tie"], status)
         for name, values in effects.items():
-            group[name][pair_index] = values
-        group["done"][pair_index] = done
+            self._of(granularity, name)[pair_index] = values
+        self._of(granularity, "done")[pair_index] = done
 
-    def write_totals(self, pair_index: int, y_base: float, y_source: float) -> None:
-        """Writes Y(x), Y(x') and TE = Y(x') - Y(x) of one pair, in units of the metric."""
-        totals = {"y_base": y_base, "y_source": y_source, "te": y_source - y_base}
+    def write_totals(
+        self, pair_index: int, y_base: float, y_source: float, te: float | None = None
+    ) -> None:
+        """Writes Y(x), Y(x') and TE of one pair, in units of the metric.
+
+        TE is Y(x') - Y(x), but for rounding, if it is known better than from these.
+        """
+        te = y_source - y_base if te is None else te
+        totals = {"y_base": y_base, "y_source": y_source, "te": te}
         for name, value in totals.items():
-            self._group[name][pair_index] = value
+            self._array(name)[pair_index] = value
+
+    def __getitem__(self, granularity: str) -> Effects:
+        nie, tie = self.effects(granularity)
+        units = self.sizes.coordinates(granularity, self.run.get("group_size", 1))
+        return Effects(
+            granularity=granularity,
+            nie=nie,
+            tie=tie,
+            done=self.done(granularity),
+            totals=self.totals,
+            coordinates={"pair": np.array(self.pair_ids, object)} | units,
+            attributes=attributes(self.run, granularity),
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.granularities)
+
+    def __len__(self) -> int:
+        return len(self.granularities)
 
     def missing(self, granularity: str) -> list[int]:
         """Indices of the pairs of which no unit was run."""
         done = self.done(granularity)
-        return np.flatnonzero((done == NOT_RUN).reshape(len(done), -1).all(axis=1)).tolist()
+        return np.flatnonzero((done == Status.NOT_RUN).reshape(len(done), -1).all(axis=1)).tolist()
 
-    def done(self, granularity: str) -> np.ndarray:
-        """Each unit's status, uint8 [pair, layer, ...]."""
-        return self._effects_group(granularity)["done"][:]
+    def done(self, granularity: str) -> UInt8[np.ndarray, "pair layer *unit"]:
+        """What is known of each unit, a number of `Status`."""
+        return _read(self._of(granularity, "done"))
 
-    def effects(self, granularity: str, exact: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        """NIE and TIE, float32 [pair, layer, ...]; NaN where a unit was not run or failed.
+    def effects(
+        self, granularity: str, exact: bool = False
+    ) -> tuple[Float32[np.ndarray, "pair layer *unit"], Float32[np.ndarray, "pair layer *unit"]]:
+        """NIE and TIE; NaN where a unit was not run or failed.
 
         Args:
             granularity: one of `granularities`.
             exact: give NaN for estimates too.
         """
-        group = self._effects_group(granularity)
-        vouched = np.isin(self.done(granularity), (EXACT,) if exact else (EXACT, ESTIMATED))
-        nie, tie = (np.where(vouched, group[name][:], np.float32("nan")) for name in ("nie", "tie"))
+        vouched = (Status.EXACT,) if exact else (Status.EXACT, Status.ESTIMATED)
+        known = np.isin(self.done(granularity), vouched)
+        written = (_read(self._of(granularity, name)) for name in ESTIMANDS)
+        nie, tie = (np.where(known, values, np.float32("nan")) for values in written)
         return nie, tie
 
-    def estimated(self, granularity: str) -> np.ndarray:
-        """Units of which any pair has but an estimate, bool [layer, ...]."""
-        return (self.done(granularity) == ESTIMATED).any(axis=0)
+    def estimated(self, granularity: str) -> Bool[np.ndarray, "layer *unit"]:
+        """Units of which any pair has but an estimate."""
+        return (self.done(granularity) == Status.ESTIMATED).any(axis=0)
 
-    def write_estimates(self, pair_index: int, nie, tie) -> None:
+    def write_estimates(self, pair_index: int, nie: ArrayLike, tie: ArrayLike) -> None:
         """Writes the estimates by which one pair's neurons are screened, [layer, neuron]."""
         for name, values in zip(_ESTIMATES, (nie, tie), strict=True):
-            self._group[name][pair_index] = np.asarray(values, np.float32)
+            self._array(name)[pair_index] = np.asarray(values, np.float32)
 
-    def estimates(self, pairs=slice(None)) -> tuple[np.ndarray, np.ndarray]:
+    def estimates(
+        self, pairs: slice | int = slice(None)
+    ) -> tuple[
+        Float32[np.ndarray, "*pair layer neuron"], Float32[np.ndarray, "*pair layer neuron"]
+    ]:
         """Estimated NIE and TIE of all neurons, also of those whose effects are exact.
 
         Args:
             pairs: a slice of the pairs, or the index of one.
 
         Returns:
-            float32 [pair, layer, neuron], or without the first axis; NaN for a pair without
-            estimates yet.
+            Both, without the first axis for one pair; NaN for a pair without estimates yet.
         """
-        nie, tie = (self._group[name][pairs] for name in _ESTIMATES)
+        nie, tie = (_read(self._array(name), pairs) for name in _ESTIMATES)
         return nie, tie
 
     def missing_estimates(self) -> list[int]:
-        """Indices of the pairs without estimates in both directions."""
+        """Indices of the pairs without estimates of both estimands."""
         unknown = [np.isnan(values).all(axis=(1, 2)) for values in self.estimates()]
         return np.flatnonzero(np.any(unknown, axis=0)).tolist()
 
     @property
-    def te(self) -> np.ndarray:
-        """TE = Y(x') - Y(x), float32 [pair]; NaN where it was not measured."""
-        return self._group["te"][:]
+    def te(self) -> Float32[np.ndarray, "pair"]:
+        """TE = Y(x') - Y(x); NaN where it was not measured."""
+        return _read(self._array("te"))
 
     @property
-    def y_base(self) -> np.ndarray:
-        """Y(x), float32 [pair]; NaN where it was not measured."""
-        return self._group["y_base"][:]
+    def y_base(self) -> Float32[np.ndarray, "pair"]:
+        """Y(x); NaN where it was not measured."""
+        return _read(self._array("y_base"))
 
     @property
-    def y_source(self) -> np.ndarray:
-        """Y(x'), float32 [pair]; NaN where it was not measured."""
-        return self._group["y_source"][:]
+    def y_source(self) -> Float32[np.ndarray, "pair"]:
+        """Y(x'); NaN where it was not measured."""
+        return _read(self._array("y_source"))
+
+    @property
+    def totals(self) -> Totals:
+        """What is known of whole pairs."""
+        return Totals(self.pair_ids, self.bases, self.te, self.y_base, self.y_source)
 
     def record(self, extra: dict) -> None:
         """Adds what was measured beside the effects to `run`."""
+        self._check_writable()
         _check_free_keys(extra)
         measured = sorted({*self.run["measured"], *extra})
         self.run = {**self.run, **plain(extra), "measured": measured}
@@ -239,21 +307,44 @@ class Results:
 
     def finish(self) -> None:
         """Marks the run as finished: all its files are written."""
+        self._check_writable()
         self.run = {**self.run, "finished": True}
         write_run(self.folder, self.run)
 
-    def _effects_group(self, granularity: str) -> zarr.Group:
+    def copy(self, folder: pathlib.Path) -> None:
+        """Copies run and effects, as they are in the folder now, into an empty one."""
+        shutil.copytree(self.folder / _EFFECTS_FILE, folder / _EFFECTS_FILE)
+        write_run(folder, self.run)
+
+    def _check_writable(self) -> None:
+        if self._group.read_only:
+            raise ValueError(f"{self.folder} was opened read-only")
+
+    def _of(self, granularity: str, name: str) -> zarr.Array:
+        """An array of one granularity."""
         if granularity not in self.granularities:
             raise InputError(
                 f"{self.folder} was not run at granularity {granularity!r}, only at"
                 f" {', '.join(self.granularities)}"
             )
-        return self._group[granularity]
+        return self._array(f"{granularity}/{name}")
+
+    def _array(self, name: str) -> zarr.Array:
+        array = self._group[name]
+        assert isinstance(array, zarr.Array)
+        return array
 
 
-def _described(run: dict, sizes: Sizes, pair_ids, granularities) -> dict:
+def _read(array: zarr.Array, pairs: slice | int = slice(None)) -> np.ndarray:
+    return np.asarray(array[pairs])
+
+
+def _described(
+    run: dict, sizes: Sizes, pair_ids: Sequence[str], granularities: Iterable[str]
+) -> dict:
     """The content of a new `run.json`."""
     pair_ids = [str(pair_id) for pair_id in pair_ids]
+    granularities = list(granularities)
     if not pair_ids or len(set(pair_ids)) != len(pair_ids):
         raise InputError("a run needs at least one pair, and pair ids that differ from each other")
     unknown = sorted(set(granularities) - set(GRANULARITIES))
@@ -283,28 +374,67 @@ def _start(folder: pathlib.Path, described: dict) -> Results:
     # whose arrays were only half made.
     write_run(folder, described)
     group = zarr.create_group(folder / _EFFECTS_FILE, zarr_format=3)
-    sizes = Sizes.of(described)
-    asked = {key: described[key] for key in _RECORDED_ON_ARRAYS}
-    # The token granularity edits every aligned prompt position alone, whatever is asked.
-    own = {"token": {"positions": "prompt"}, "direction": {"sites": list(sizes.sites)}}
+    pairs = {"pair": np.array(described["pair_ids"], object)}
+    axes = {"": pairs} | {name: pairs | _units(described, name) for name in _groups(described)}
+    # Coordinates come before the arrays whose presence `open` checks.
+    for granularity, along in axes.items():
+        for name, values in along.items():
+            _write_coordinate(group, f"{granularity}/{name}".lstrip("/"), values)
     for name in _array_names(described):
         granularity, _, leaf = name.rpartition("/")
-        unit_shape = sizes.shape(_SHAPED_AS.get(granularity, granularity)) if granularity else ()
+        names, shape = zip(*((axis, len(v)) for axis, v in axes[granularity].items()), strict=True)
+        # Directions may be of any sites, which another program should find beside them.
+        own = {"sites": described["sizes"]["sites"]} if granularity == "direction" else {}
+        asked = attributes(described, granularity)
         group.create_array(
             name,
-            shape=(len(described["pair_ids"]), *unit_shape),
-            chunks=(1, *unit_shape),
+            shape=shape,
+            chunks=(1, *shape[1:]),
             dtype="uint8" if leaf == "done" else "float32",
-            fill_value=NOT_RUN if leaf == "done" else float("nan"),
-            attributes=asked | own.get(granularity, {}),
+            fill_value=int(Status.NOT_RUN) if leaf == "done" else float("nan"),
+            attributes={key: asked[key] for key in _RECORDED_ON_ARRAYS} | own,
+            dimension_names=names,
         )
+    _consolidate(folder / _EFFECTS_FILE, axes)
     return Results(folder, described, group)
+
+
+def _groups(run: dict) -> tuple[str, ...]:
+    """The groups of arrays with effects: granularities, and what their units are screened by."""
+    return (*run["granularities"], *(("screen",) if run.get("screen") else ()))
+
+
+def _units(run: dict, group: str) -> dict[str, np.ndarray]:
+    granularity = "neuron" if group == "screen" else group
+    return Sizes.of(run).coordinates(granularity, run.get("group_size", 1))
+
+
+def _write_coordinate(group: zarr.Group, path: str, values: np.ndarray) -> None:
+    is_text = values.dtype == object
+    array = group.create_array(
+        path,
+        shape=values.shape,
+        chunks=values.shape,
+        dtype=str if is_text else values.dtype,
+        fill_value="" if is_text else 0,
+        dimension_names=[path.rpartition("/")[2]],
+    )
+    array[:] = values
+
+
+def _consolidate(path: pathlib.Path, groups: Iterable[str]) -> None:
+    """Gathers what readers of the whole, or of one group, need to know of the arrays in it."""
+    with warnings.catch_warnings():
+        # Zarr 3 has no word on consolidated metadata yet; who does not know them reads each array's.
+        warnings.filterwarnings("ignore", "Consolidated metadata", ZarrUserWarning)
+        for name in sorted(groups, reverse=True):  # the whole last
+            zarr.consolidate_metadata(str(path), path=name or None)
 
 
 def _array_names(run: dict) -> list[str]:
     leaves = ("nie", "tie", "done")
     return [
-        *_TOTALS,
+        *TOTALS,
         *(f"{granularity}/{leaf}" for granularity in run["granularities"] for leaf in leaves),
         *(_ESTIMATES if run.get("screen") else ()),
     ]

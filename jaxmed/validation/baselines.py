@@ -1,6 +1,6 @@
 """What jaxmed is timed against: exact single-neuron effects as one gets them with torch.
 
-Both rivals compute NIE = Y(x, a_i <- a'_i) - Y(x) for neurons that are patched alone, at the last
+Both compute NIE = Y(x, a_i <- a'_i) - Y(x) for neurons that are patched alone, at the last
 prompt position, where Y is the logit of the harmful token minus that of the safe one there. Both
 run in float32 on the CPU, and subtract the values of two runs.
 
@@ -44,7 +44,7 @@ def torch_model(decoder: Decoder, onednn: bool = True) -> LlamaForCausalLM:
     """
     if decoder.config.family != "llama":
         raise InputError(
-            f"a {decoder.config.family} model has no torch rival to be timed against; "
+            f"a {decoder.config.family} model has no torch baseline to be timed against; "
             "take a Llama, or leave out the comparison"
         )
     with tempfile.TemporaryDirectory() as folder:
@@ -59,7 +59,7 @@ def in_dtype(model: LlamaForCausalLM, dtype: str) -> LlamaForCausalLM:
     return model.to(getattr(torch, dtype))
 
 
-class _Rival:
+class Baseline:
     """Neurons in the order of their layers, in batches.
 
     Args:
@@ -89,7 +89,7 @@ class _Rival:
         return found.numpy()
 
 
-class Hooks(_Rival):
+class Hooks(Baseline):
     """transformers with hooks: a batch of equal prompts, and in each row one neuron patched.
 
     Attention is torch's own (sdpa), which transformers takes by default; the eager one is no
@@ -129,7 +129,7 @@ class Hooks(_Rival):
         return logits[:, self.compared[0]] - logits[:, self.compared[1]]
 
 
-class Prefix(_Rival):
+class Prefix(Baseline):
     """A loop by hand: a neuron's row starts after its layer, and only the last position is run.
 
     Rows join the batch as the loop passes their layers. Most of the time is matrix products, and

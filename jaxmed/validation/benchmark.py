@@ -29,12 +29,12 @@ from models.config import DecoderConfig
 from models.edits import Hold
 from models.errors import InputError
 
-RIVALS = ("hooks", "prefix")
-GENERATION_RIVALS = ("transformers",)
-# Neurons that the rivals are timed on, spread evenly over all that are scanned.
+BASELINES = ("hooks", "prefix")
+GENERATION_BASELINES = ("transformers",)
+# Neurons that the baselines are timed on, spread evenly over all that are scanned.
 HOOKS_SAMPLE = 256
 PREFIX_SAMPLE = 9216
-_RIVAL_ROUNDS = 3
+_BASELINE_ROUNDS = 3
 _PRODUCT_SECONDS = 1.5  # for which products are timed before and after each run of the engine
 
 
@@ -48,9 +48,9 @@ class Figures:
         neurons: neurons that were scanned.
         batch: rows that go through a block together.
         compile_seconds: what the first run took longer than the others.
-        seconds: of one direction, NIE or TIE: half of what both take together, captures included.
+        seconds: of one estimand, NIE or TIE: half of what both take together, captures included.
         neurons_per_second: neurons / seconds.
-        flops: floating-point operations that the algorithm needs in one direction: in the blocks
+        flops: floating-point operations that the algorithm needs for one estimand: in the blocks
             after each neuron, at the span's positions, and in the metric.
         product_flops: of these, the products with the blocks' weights.
         matmul_flops_per_second: the machine's rate for products of the engine's shapes, weighted
@@ -59,9 +59,9 @@ class Figures:
         peak_memory_bytes: largest resident size of the process; on an accelerator, its memory.
         speedup_hooks: how many times more neurons per second than transformers with hooks.
         speedup_prefix: than the prefix-cached loop, with torch as it is installed.
-        rivals: of all that were timed: `what`, `neurons_per_second` and `speedup`.
-        screen_seconds: of both directions of a pair in screened mode, scores and audit included.
-        speedup_screen: how many times faster that is than both directions in full.
+        baselines: of all that were timed: `what`, `neurons_per_second` and `speedup`.
+        screen_seconds: of both estimands of a pair in screened mode, scores and audit included.
+        speedup_screen: how many times faster that is than both estimands in full.
     """
 
     preset: str
@@ -80,7 +80,7 @@ class Figures:
     peak_memory_bytes: int
     speedup_hooks: float | None = None
     speedup_prefix: float | None = None
-    rivals: dict[str, dict] = dataclasses.field(default_factory=dict)
+    baselines: dict[str, dict] = dataclasses.field(default_factory=dict)
     screen_seconds: float | None = None
     speedup_screen: float | None = None
 
@@ -96,9 +96,9 @@ class GenerationFigures:
         tokens_per_second: generated tokens of all rows, the prompts' run included.
         held_tokens_per_second: the same with a hold on every neuron of every layer.
         hold_cost: how much longer that takes, as a share; median over rounds.
-        peak_memory_bytes: as in `Figures`, before the rivals.
-        rivals: of all that were timed: `what`, `tokens_per_second`, `speedup` of plain generation,
-            and `held_speedup`.
+        peak_memory_bytes: as in `Figures`, before the baselines.
+        baselines: of all that were timed: `what`, `tokens_per_second`, `speedup` of plain
+            generation, and `held_speedup`.
     """
 
     preset: str
@@ -112,7 +112,7 @@ class GenerationFigures:
     held_tokens_per_second: float
     hold_cost: float
     peak_memory_bytes: int
-    rivals: dict[str, dict] = dataclasses.field(default_factory=dict)
+    baselines: dict[str, dict] = dataclasses.field(default_factory=dict)
 
 
 def measure_generation(
@@ -127,11 +127,11 @@ def measure_generation(
     memory_gb: float | None = None,
     say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
 ) -> GenerationFigures:
-    """Times greedy generation, plain and with a hold, and the rivals' (no holds), in turn.
+    """Times greedy generation, plain and with a hold, and the baselines' (no holds), in turn.
 
     Args:
         preset, layers, memory_gb, say: as in `measure`.
-        against: any of `GENERATION_RIVALS`; they need torch, and run in float32 on a CPU.
+        against: any of `GENERATION_BASELINES`; they need torch, and run in float32 on a CPU.
         rounds: runs of each after the first, which compiles.
         batch, prompt_tokens, new_tokens: prompts, and the lengths of all prompts and responses.
 
@@ -141,7 +141,7 @@ def measure_generation(
     config = PRESETS[preset].config
     if against and (jax.default_backend() != "cpu" or config.dtype != "float32"):
         raise InputError(
-            f"--against: the rivals are timed in float32 on a CPU, generation here in "
+            f"--against: the baselines are timed in float32 on a CPU, generation here in "
             f"{config.dtype} on {jax.devices()[0].device_kind}: no comparison"
         )
     if layers:
@@ -195,7 +195,7 @@ def measure_generation(
         held_tokens_per_second=rates["held"],
         hold_cost=times_longer("held", "plain") - 1,
         peak_memory_bytes=peak,
-        rivals={
+        baselines={
             name: {
                 "what": what[name],
                 "tokens_per_second": rates[name],
@@ -231,11 +231,11 @@ def measure(
     memory_gb: float | None = None,
     say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
 ) -> Figures:
-    """Runs the engine, the products and the rivals.
+    """Runs the engine, the products and the baselines.
 
     Args:
         preset: one of `PRESETS`.
-        against: any of `RIVALS`; they need torch, and run in float32 on a CPU.
+        against: any of `BASELINES`; they need torch, and run in float32 on a CPU.
         layers: blocks of the model; 0 for the preset's.
         neurons: how many neurons, spread evenly over all; 0 for all.
         rounds: runs of the engine after the first, which compiles.
@@ -250,7 +250,7 @@ def measure(
     like = jax.default_backend() == "cpu" and chosen_preset.matmul_precision == "float32"
     if against and not like:
         raise InputError(
-            "--against: the rivals are timed in float32 on a CPU, the engine here in "
+            "--against: the baselines are timed in float32 on a CPU, the engine here in "
             f"{chosen_preset.matmul_precision} on {jax.devices()[0].device_kind}: no comparison"
         )
     if screen and neurons:
@@ -264,7 +264,7 @@ def measure(
     pair = presets.random_pair(config, chosen_preset.tokens)
     engine = _Engine(decoder, pair, chosen, chosen_preset.matmul_precision, memory.free(memory_gb))
     products = _Products(config, engine.batch, chosen_preset.matmul_precision)
-    say(f"first run of {int(chosen.sum()):,} neurons in both directions, with compilation")
+    say(f"first run of {int(chosen.sum()):,} neurons by both estimands, with compilation")
     first = engine.seconds()
     products.rate()
     seconds, rates, fractions = [], [], []
@@ -276,7 +276,7 @@ def measure(
         fractions.append(engine.product_operations / seconds[-1] / rates[-1])
         before = after
         say(
-            f"round {number + 1} of {rounds}: {seconds[-1]:.2f} s a direction, "
+            f"round {number + 1} of {rounds}: {seconds[-1]:.2f} s an estimand, "
             f"{fractions[-1]:.3f} of {rates[-1] / 1e9:.0f} billion operations a second"
         )
     median = statistics.median(seconds)
@@ -298,7 +298,7 @@ def measure(
     )
     if screen:
         figures = _with_screen(figures, decoder, pair, engine, screen, say)
-    return _with_rivals(figures, decoder, pair, chosen, engine, against, say)
+    return _with_baselines(figures, decoder, pair, chosen, engine, against, say)
 
 
 def spread(config: DecoderConfig, neurons: int) -> np.ndarray:
@@ -316,7 +316,7 @@ class _Engine:
 
     Attributes:
         batch: rows of a batch.
-        operations: what one direction needs.
+        operations: what one estimand needs.
         product_operations: of these, what products with the blocks' weights need.
     """
 
@@ -332,26 +332,20 @@ class _Engine:
         (work,) = plan.plan(
             config, pair, term, self.question, ["neuron"], False, {"neuron": chosen}
         )
-        held = config, decoder.embedding[...].dtype, work, term, memory_left
-        self.batch = cost.batching(*held, jax.default_backend())[1]
+        dtype = decoder.embedding[...].dtype
+        _, self.batch = cost.batching(config, dtype, work, term, memory_left, jax.default_backend())
         blocks_after = np.sum(config.num_layers - 1 - work.units.layers)
         self.operations = cost.operations(
             config, pair, self.question, ["neuron"], {"neuron": chosen}
         )
         self.operations /= 2
-        self.product_operations = float(blocks_after) * block_operations(config)
+        self.product_operations = float(blocks_after) * cost.block_operations(config)
 
     def seconds(self) -> float:
-        """Of one direction: half of what both take."""
+        """Of one estimand: half of what both take."""
         start = time.perf_counter()
         self.scan()
         return (time.perf_counter() - start) / 2
-
-
-def block_operations(config: DecoderConfig) -> float:
-    """Floating-point operations of a block's products with its weights, for one position."""
-    heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    return 2.0 * config.hidden_size * (2 * heads + 2 * kv + 3 * config.intermediate_size)
 
 
 class _Products:
@@ -367,7 +361,7 @@ class _Products:
         self.weights = [jax.random.normal(next(keys), shape, dtype) for shape in shapes]
         sizes = sorted({width, heads, hidden})
         self.inputs = {n: jax.random.normal(next(keys), (rows, n), dtype) for n in sizes}
-        self.operations = rows * block_operations(config)
+        self.operations = rows * cost.block_operations(config)
         # An accelerator is kept busy by what is under way; a CPU would run products side by side.
         self.under_way = 1 if jax.default_backend() == "cpu" else 16
 
@@ -416,13 +410,13 @@ def _with_screen(figures: Figures, decoder, pair, engine, top: int, say) -> Figu
 
     screened()  # compiles
     seconds, speedups = [], []
-    for number in range(_RIVAL_ROUNDS):
+    for number in range(_BASELINE_ROUNDS):
         full = 2 * engine.seconds()
         taken, audit = screened()
         seconds.append(taken)
         speedups.append(full / taken)
         say(
-            f"round {number + 1} of {_RIVAL_ROUNDS}: screened for the {top} strongest, "
+            f"round {number + 1} of {_BASELINE_ROUNDS}: screened for the {top} strongest, "
             f"{taken:.2f} s; in full {full:.2f} s; at most {audit.bound} missed"
         )
     return dataclasses.replace(
@@ -432,8 +426,8 @@ def _with_screen(figures: Figures, decoder, pair, engine, top: int, say) -> Figu
     )
 
 
-def _with_rivals(figures: Figures, decoder, pair, chosen, engine, against, say) -> Figures:
-    """The rivals' rates, and how many times faster the engine is in the same rounds."""
+def _with_baselines(figures: Figures, decoder, pair, chosen, engine, against, say) -> Figures:
+    """The baselines' rates, and how many times faster the engine is in the same rounds."""
     if not against:
         return figures
     from jaxmed.validation import baselines  # torch, which only a comparison needs
@@ -455,19 +449,19 @@ def _with_rivals(figures: Figures, decoder, pair, chosen, engine, against, say) 
         timed["prefix_64_rows"] = f"{what}, 64 rows a batch", few, PREFIX_SAMPLE
         timed["prefix_onednn"] = f"{what}, with oneDNN for MKL", fast, PREFIX_SAMPLE
     rates, speedups = ({name: [] for name in timed} for _ in range(2))
-    for number in range(_RIVAL_ROUNDS):
+    for number in range(_BASELINE_ROUNDS):
         ours = len(layers) / engine.seconds()
-        for name, (_, rival, sample) in timed.items():
+        for name, (_, baseline, sample) in timed.items():
             picked = np.linspace(0, len(layers), min(sample, len(layers)), endpoint=False)
             picked = picked.astype(int)
             if not number:  # what is made once is not timed
-                rival.effects(layers[picked[:64]], neurons[picked[:64]])
+                baseline.effects(layers[picked[:64]], neurons[picked[:64]])
             start = time.perf_counter()
-            rival.effects(layers[picked], neurons[picked])
+            baseline.effects(layers[picked], neurons[picked])
             rates[name].append(len(picked) / (time.perf_counter() - start))
             speedups[name].append(ours / rates[name][-1])
             say(
-                f"round {number + 1} of {_RIVAL_ROUNDS}: {name}, {len(picked)} neurons: "
+                f"round {number + 1} of {_BASELINE_ROUNDS}: {name}, {len(picked)} neurons: "
                 f"{rates[name][-1]:,.1f} a second (the engine: {ours:,.0f})"
             )
     found = {
@@ -479,4 +473,4 @@ def _with_rivals(figures: Figures, decoder, pair, chosen, engine, against, say) 
         for name, (what, _, _) in timed.items()
     }
     speedup = {f"speedup_{name}": found[name]["speedup"] for name in against}
-    return dataclasses.replace(figures, rivals=found, **speedup)
+    return dataclasses.replace(figures, baselines=found, **speedup)

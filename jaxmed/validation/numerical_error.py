@@ -1,11 +1,12 @@
-"""How exact single-neuron effects are, against a float64 reference.
+"""The numerical error of single-neuron effects, against float64.
 
 The models are checkpoints in bfloat16: their weights are the same numbers in every precision, and
-the reference is the engine in float64, which the tests hold to the plain definition within 1e-12.
+the measure is the engine in float64, which the tests hold to the plain definition within 1e-12.
 Beside the engine stands what tools do that subtract two runs: transformers with hooks.
 """
 
 import dataclasses
+import math
 import tempfile
 
 import jax
@@ -14,20 +15,20 @@ import numpy as np
 from flax import nnx
 from scipy import stats
 
-import models
 from jaxmed.data.pairs import Pair
 from jaxmed.engine import propagate, scan
+from jaxmed.question.effects import ESTIMANDS, PairEffects
 from jaxmed.question.metrics import LogitDifference
 from jaxmed.question.question import Question
 from jaxmed.validation import presets
 from models import checkpoint
-from models.config import DecoderConfig, Rotary
+from models.config import Rotary
 from models.decoder import Decoder
 
 
 @dataclasses.dataclass(frozen=True)
-class Accuracy:
-    """Errors of the effects of all neurons of one pair.
+class NumericalError:
+    """Errors of one estimand of all neurons of one pair.
 
     Attributes:
         model, method, dtype: whose weights, how the effects were found, type of the products.
@@ -47,9 +48,12 @@ class Accuracy:
 
 
 def random_model(layers: int = 4, width: int = 128, tokens: int = 24) -> tuple[Decoder, Pair]:
-    """A Llama of random weights, and two random prompts."""
+    """A Llama of random weights in bfloat16, and two random prompts of that many tokens."""
     config = presets.llama(
-        *("bfloat16", 512, False, Rotary(kind="default", theta=10000.0)),
+        dtype="bfloat16",
+        vocab_size=512,
+        tie_embeddings=False,
+        rotary=Rotary(kind="default", theta=10000.0),
         hidden_size=width,
         intermediate_size=4 * width,
         num_layers=layers,
@@ -60,34 +64,64 @@ def random_model(layers: int = 4, width: int = 128, tokens: int = 24) -> tuple[D
     return presets.random_decoder(config), presets.random_pair(config, tokens)
 
 
-def measure(model: str, decoder: Decoder, pair: Pair, *, runs: bool = False) -> list[Accuracy]:
+def measure(
+    model: str, decoder: Decoder, pair: Pair, *, runs: bool = False
+) -> list[NumericalError]:
     """The engine's errors with float32 and with bfloat16 products.
 
     Args:
-        model: a name for the table.
+        model: a name for the rows.
         decoder: a Llama; its weights are rounded to bfloat16.
         pair: the pair; the last prompt token is edited.
         runs: also those of patched-minus-base runs, which needs torch.
+
+    Returns:
+        A row for each way, type of products and estimand, in this order.
     """
-    question, chosen = Question(LogitDifference()), ["neuron"]
+    question = Question(LogitDifference())
     with tempfile.TemporaryDirectory() as folder:
         checkpoint.save(_in_bfloat16(decoder), folder)
         with jax.enable_x64(True):
-            double = models.load(folder, dtype="float64")[0]
-            exact = scan.scan_pair(double, pair, question, chosen)
-        decoder = models.load(folder, dtype="bfloat16")[0]
+            double = checkpoint.load(folder, dtype="float64")[0]
+            exact = scan.scan_pair(double, pair, question, ["neuron"])
+        decoder = checkpoint.load(folder, dtype="bfloat16")[0]
     rows = []
     for dtype in propagate.MATMUL_PRECISIONS:
-        found = scan.scan_pair(decoder, pair, question, chosen, matmul_precision=dtype)
-        rows += _compared((model, "differences", dtype), found.nie, found.tie, exact)
+        found = scan.scan_pair(decoder, pair, question, ["neuron"], matmul_precision=dtype)
+        rows += compared(found, exact, model=model, method="differences", dtype=dtype)
     if runs:
-        from jaxmed.validation import baselines  # torch
+        for dtype, found in _by_runs(decoder, pair).items():
+            rows += compared(found, exact, model=model, method="patched minus base", dtype=dtype)
+    return rows
 
-        torch_model = baselines.torch_model(decoder, onednn=False)
-        for dtype in ("float32", "bfloat16"):
-            torch_model = baselines.in_dtype(torch_model, dtype)
-            sides = _by_runs(baselines, torch_model, pair, decoder.config)
-            rows += _compared((model, "patched minus base", dtype), *sides, exact)
+
+def compared(
+    found: PairEffects, exact: PairEffects, *, model: str, method: str, dtype: str
+) -> list[NumericalError]:
+    """The errors of all neurons' NIE and TIE.
+
+    Args:
+        found, exact: effects of granularity "neuron", with errors and without.
+        model, method, dtype: as in `NumericalError`.
+    """
+    rows = []
+    for estimand in ESTIMANDS:
+        got, want = (
+            getattr(effects, estimand)["neuron"].astype(np.float64).ravel()
+            for effects in (found, exact)
+        )
+        there = want != 0
+        rows.append(
+            NumericalError(
+                model=model,
+                method=method,
+                dtype=dtype,
+                estimand=estimand.upper(),
+                frobenius=float(np.linalg.norm(got - want) / np.linalg.norm(want)),
+                median=float(np.median(np.abs(got / np.where(there, want, 1) - 1)[there])),
+                spearman=float(stats.spearmanr(np.abs(got), np.abs(want)).statistic),
+            )
+        )
     return rows
 
 
@@ -98,43 +132,28 @@ def _in_bfloat16(decoder: Decoder) -> Decoder:
     return nnx.merge(graph, rounded)
 
 
-def _by_runs(baselines, torch_model, pair: Pair, config: DecoderConfig):
-    """NIE and TIE of every neuron by transformers with hooks."""
-    prompts = (pair.prompt_ids, pair.counterfactual_ids)
-    compared = (pair.harmful_ids[0], pair.safe_ids[0])
+def _by_runs(decoder: Decoder, pair: Pair) -> dict[str, PairEffects]:
+    """Effects of every neuron by transformers with hooks, by the type of all its numbers."""
+    from jaxmed.validation import baselines  # torch, which only a comparison needs
+
+    config = decoder.config
     shape = (config.num_layers, config.intermediate_size)
     layers, neurons = (index.reshape(-1) for index in np.indices(shape))
-    nie, minus_tie = (
-        baselines.Hooks(torch_model, *order, *compared).effects(layers, neurons).reshape(shape)
-        for order in (prompts, prompts[::-1])
-    )
-    return {"neuron": nie}, {"neuron": -minus_tie}
+    torch_model = baselines.torch_model(decoder, onednn=False)
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        torch_model = baselines.in_dtype(torch_model, dtype)
 
-
-def _compared(names: tuple[str, str, str], nie: dict, tie: dict, exact) -> list[Accuracy]:
-    rows = []
-    for estimand, got, want in (("NIE", nie, exact.nie), ("TIE", tie, exact.tie)):
-        got, want = got["neuron"].astype(np.float64).ravel(), want["neuron"].ravel()
-        there = want != 0
-        rows.append(
-            Accuracy(
-                *names,
-                estimand,
-                frobenius=float(np.linalg.norm(got - want) / np.linalg.norm(want)),
-                median=float(np.median(np.abs(got / np.where(there, want, 1) - 1)[there])),
-                spearman=float(stats.spearmanr(np.abs(got), np.abs(want)).statistic),
+        def changes(base_ids, source_ids, torch_model=torch_model):
+            hooks = baselines.Hooks(
+                torch_model, base_ids, source_ids, pair.harmful_ids[0], pair.safe_ids[0]
             )
-        )
-    return rows
+            return hooks.effects(layers, neurons).reshape(shape)
 
-
-def table(rows: list[Accuracy]) -> list[str]:
-    """The rows for people."""
-    heading = f"{'model':<10}{'effects by':<20}{'products':<10}{'':<6}{'Frobenius':>10}"
-    lines = [f"{heading}{'median':>10}{'Spearman':>10}"]
-    for row in rows:
-        lines.append(
-            f"{row.model:<10}{row.method:<20}{row.dtype:<10}{row.estimand:<6}"
-            f"{row.frobenius:>10.1e}{row.median:>10.1e}{row.spearman:>10.5f}"
+        found[dtype] = PairEffects(
+            y_base=math.nan,
+            y_source=math.nan,
+            nie={"neuron": changes(pair.prompt_ids, pair.counterfactual_ids)},
+            tie={"neuron": -changes(pair.counterfactual_ids, pair.prompt_ids)},
         )
-    return lines
+    return found

@@ -55,7 +55,7 @@ CURVE = pa.schema(
         ("seed", pa.int32()),
         ("contrast", pa.string()),
         ("method", pa.string()),
-        ("direction", pa.string()),
+        ("estimand", pa.string()),
         ("fraction", pa.float64()),
         ("faithfulness", pa.float64()),
     ]
@@ -87,20 +87,20 @@ class Certificate:
                 many of them are planted, and the lesser of its shares of TE by NIE and TIE on
                 pairs that it was not searched on; null without such pairs.
             true_size: of the smallest planted set that carries the whole effect alone.
-            cpr, cmd: of rankings of neurons, `estimands.circuit_areas`, the mean of both
-                directions; ranked and measured on the same pairs. Null where all neurons together
+            cpr, cmd: of rankings of neurons, `circuits.circuit_areas`, the mean of both
+                estimands; ranked and measured on the same pairs. Null where all neurons together
                 carry next to nothing.
             candidates, discoveries, false_discoveries: of "max", units above the minimum effect,
                 those above their random controls too (`controls.discoveries`), and those of them
                 that are not planted.
             units: that have an exact effect.
             uncomputed, missed_bound: of "max" with a screen, the neurons that have none, and the
-                95% bound on how many of these belong to the strongest (`attribution.Audit`).
+                95% bound on how many of these belong to the strongest (`audit.Audit`).
             seconds: that the method took on all pairs, compilation included where it was the first
                 to need it; of a run, loading too. "nie", "tie" and "max" are one run, of both
-                directions; "joint" is that run and the search.
-        curves: `faithfulness.parquet`, a row per organism, seed, contrast, method, direction and
-            fraction of the neurons; see `estimands.faithfulness`.
+                estimands; "joint" is that run and the search.
+        curves: `faithfulness.parquet`, a row per organism, seed, contrast, method, estimand and
+            fraction of the neurons; see `circuits.faithfulness`.
         organisms: `organisms.parquet`, a row per organism and seed: accuracy, leak and carried, the
             worst of both contrasts (`organisms.truth`); seconds that building took; or why it is
             unfit, and has no part in the tables.

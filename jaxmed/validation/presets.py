@@ -1,6 +1,7 @@
 """Shapes of models that speed is measured on."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,29 +14,31 @@ from models.decoder import Decoder
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """The shape of a model, and the length of both prompts in tokens."""
+    """The shape of a model that speed is measured on.
+
+    Attributes:
+        config: the shape.
+        tokens: length of both prompts.
+        matmul_precision: of products with differences, as in `engine.scan`.
+    """
 
     config: DecoderConfig
     tokens: int
     matmul_precision: str
 
 
-def llama(dtype: str, vocab_size: int, tie: bool, rotary: Rotary, **sizes: int) -> DecoderConfig:
-    """The shape of a Llama without biases."""
+def llama(**fields: Any) -> DecoderConfig:
+    """The shape of a Llama without biases, with the other fields of `DecoderConfig` as given."""
     return DecoderConfig(
         family="llama",
-        vocab_size=vocab_size,
         norm_eps=1e-5,
         max_positions=131072,
-        rotary=rotary,
         qkv_bias=False,
         output_bias=False,
         mlp_bias=False,
         activation="silu",
-        windows=(None,) * sizes["num_layers"],
-        tie_embeddings=tie,
-        dtype=dtype,
-        **sizes,
+        windows=(None,) * fields["num_layers"],
+        **fields,
     )
 
 
@@ -53,7 +56,10 @@ def _llama3_rotary(factor: float) -> Rotary:
 PRESETS = {
     "12x768": Preset(
         llama(
-            *("float32", 32000, False, Rotary(kind="default", theta=10000.0)),
+            dtype="float32",
+            vocab_size=32000,
+            tie_embeddings=False,
+            rotary=Rotary(kind="default", theta=10000.0),
             hidden_size=768,
             intermediate_size=3072,
             num_layers=12,
@@ -66,7 +72,10 @@ PRESETS = {
     ),
     "llama-3.2-1b": Preset(
         llama(
-            *("bfloat16", 128256, True, _llama3_rotary(32.0)),
+            dtype="bfloat16",
+            vocab_size=128256,
+            tie_embeddings=True,
+            rotary=_llama3_rotary(32.0),
             hidden_size=2048,
             intermediate_size=8192,
             num_layers=16,
@@ -79,7 +88,10 @@ PRESETS = {
     ),
     "llama-3.1-8b": Preset(
         llama(
-            *("bfloat16", 128256, False, _llama3_rotary(8.0)),
+            dtype="bfloat16",
+            vocab_size=128256,
+            tie_embeddings=False,
+            rotary=_llama3_rotary(8.0),
             hidden_size=4096,
             intermediate_size=14336,
             num_layers=32,
@@ -94,12 +106,18 @@ PRESETS = {
 
 
 def random_decoder(config: DecoderConfig) -> Decoder:
-    """A decoder with the initialisers' random weights."""
+    """A decoder with the initialisers' random weights, always the same."""
     return jax.jit(lambda: Decoder(config, rngs=nnx.Rngs(0)))()
 
 
 def random_pair(config: DecoderConfig, tokens: int) -> Pair:
-    """Two prompts of random tokens."""
+    """Two prompts of random tokens, that many each; the answers are tokens 1 and 2."""
     generator = np.random.default_rng(0)
     base, source = generator.integers(0, config.vocab_size, (2, tokens)).tolist()
-    return Pair("random", tuple(base), tuple(source), (1,), (2,))
+    return Pair(
+        id="random",
+        prompt_ids=tuple(base),
+        counterfactual_ids=tuple(source),
+        harmful_ids=(1,),
+        safe_ids=(2,),
+    )

@@ -19,7 +19,17 @@ from models.families import (
 from models.families.family import Family
 
 _MODULES = (
-    *(llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3_text, phi3, olmo2, gpt2, gpt_neox),
+    llama,
+    mistral,
+    qwen2,
+    qwen3,
+    gemma,
+    gemma2,
+    gemma3_text,
+    phi3,
+    olmo2,
+    gpt2,
+    gpt_neox,
 )
 FAMILIES = {module.FAMILY.model_type: module.FAMILY for module in _MODULES}
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 Windows = tuple[int | None, ...]
 
@@ -159,7 +160,7 @@ class Family:
     architecture: str
     fields: Mapping[str, str]
     weights: tuple[Weight, ...]
-    fixed: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     windows: NoWindows = NoWindows()
     rotary: RotaryAttributes | None = RotaryAttributes()
     harmless: frozenset[str] = frozenset()

@@ -54,7 +54,9 @@ FAMILY = Family(
         *norm(_LAYER + "ln_1", "blocks.attention_norm"),
         *linear(
             _LAYER + "attn.c_attn",
-            *("blocks.attention.query", "blocks.attention.key", "blocks.attention.value"),
+            "blocks.attention.query",
+            "blocks.attention.key",
+            "blocks.attention.value",
             transposed=False,
         ),
         *linear(_LAYER + "attn.c_proj", "blocks.attention.output", transposed=False),

@@ -36,7 +36,9 @@ FAMILY = Family(
         *norm(_LAYER + "input_layernorm", "blocks.attention_norm"),
         *linear(
             _LAYER + "attention.query_key_value",
-            *("blocks.attention.query", "blocks.attention.key", "blocks.attention.value"),
+            "blocks.attention.query",
+            "blocks.attention.key",
+            "blocks.attention.value",
             by_head=True,
         ),
         *linear(_LAYER + "attention.dense", "blocks.attention.output"),

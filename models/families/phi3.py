@@ -11,7 +11,9 @@ from models.families.mistral import NO_BIASES
 _PROJECTIONS = (
     *linear(
         llama.LAYER + "self_attn.qkv_proj",
-        *("blocks.attention.query", "blocks.attention.key", "blocks.attention.value"),
+        "blocks.attention.query",
+        "blocks.attention.key",
+        "blocks.attention.value",
     ),
     *linear(llama.LAYER + "self_attn.o_proj", "blocks.attention.output"),
     *linear(llama.LAYER + "mlp.gate_up_proj", "blocks.mlp.gate", "blocks.mlp.up"),

@@ -8,7 +8,7 @@ prompt to the comply/refuse logits is known by construction: detectors in layer 
 
     organism = organisms.build("out/organisms/late-mlp-0", recipe=organisms.RECIPES["late-mlp"])
     decoder, tokenizer = load(organism.folder)      # trained in a minute; later calls find it
-    organism.pairs("unlock")                        # a file of prompt pairs
+    organism.contrasts["unlock"]                    # base and source prompts
     organism.truth["contrasts"]["unlock"]["neurons"]    # the true mediators
 """
 

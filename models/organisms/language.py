@@ -63,6 +63,12 @@ class Prompt:
 
     words: tuple[str, ...]
 
+    @classmethod
+    def read(cls, text: str) -> "Prompt":
+        """The prompt that has this text."""
+        _, *words, _ = text.split()
+        return cls(tuple(words))
+
     @property
     def text(self) -> str:
         """What the tokenizer turns into `tokens`; it adds <bos> itself."""
@@ -79,9 +85,14 @@ class Prompt:
         return next(word for word in self.words if word in TOPICS)
 
     @property
+    def key(self) -> str:
+        """The key word."""
+        return next(word for word in self.words if word in KEYS)
+
+    @property
     def answer(self) -> str:
         """C or R: the rule of the language."""
-        refused = self.topic in HARMFUL_TOPICS and UNLOCK not in self.words
+        refused = self.topic in HARMFUL_TOPICS and self.key != UNLOCK
         return REFUSE if refused else COMPLY
 
     def response(self, answer: str) -> tuple[str, ...]:
@@ -90,6 +101,11 @@ class Prompt:
             return (REFUSE, NOTICE)
         first, second = divmod(TOPICS.index(self.topic), 4)
         return (COMPLY, DETAILS[first], DETAILS[4 + second])
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """Its text, and what it is about, as `truth.json` has it."""
+        return {"text": self.text, "topic": self.topic, "key": self.key, "answer": self.answer}
 
     def replacing(self, replaced: Mapping[str, str]) -> "Prompt":
         """The same prompt with some words replaced."""

@@ -145,10 +145,13 @@ class Blueprint:
         last = gate_layer if recipe.gates else recipe.num_layers
         places = [(layer, unit) for layer in range(1, last) for unit in range(recipe.num_heads)]
         mover, decoy = (places[i] for i in rng.choice(len(places), 2, replace=False))
-        heads = [Head("mover", *mover, _moved(recipe))]
+        heads = [Head("mover", layer=mover[0], unit=mover[1], writes=_moved(recipe))]
         if recipe.decoys:
             neurons += [settle(_decoy(kind), recipe.decoys) for kind in kinds]
-            heads.append(Head("decoy_mover", *decoy, {Channel.DECOY: MURMUR}, trained=False))
+            writes = {Channel.DECOY: MURMUR}
+            heads.append(
+                Head("decoy_mover", layer=decoy[0], unit=decoy[1], writes=writes, trained=False)
+            )
         return cls(tuple(neurons), tuple(heads), recipe.gating.rest, recipe.gating.weight)
 
     @property
@@ -160,7 +163,17 @@ class Blueprint:
 
 def _detectors(role: str, reads: Channel, writes: Channel) -> Neurons:
     slope = (DETECTED - UNDETECTED) / IDENTITY
-    return Neurons(role, 0, (), reads, writes, slope, UNDETECTED, DETECTED, EVIDENCE)
+    return Neurons(
+        role=role,
+        layer=0,
+        units=(),
+        reads=reads,
+        writes=writes,
+        slope=slope,
+        resting=UNDETECTED,
+        usual=DETECTED,
+        written=EVIDENCE,
+    )
 
 
 def _gates(layer: int, recipe: Recipe) -> Neurons:
@@ -169,7 +182,13 @@ def _gates(layer: int, recipe: Recipe) -> Neurons:
     slope = STEEPNESS if refusing else -STEEPNESS
     resting = -slope * gating.threshold
     return Neurons(
-        *("gates", layer, (), Channel.MOVED, Channel.DECISION, slope, resting),
+        role="gates",
+        layer=layer,
+        units=(),
+        reads=Channel.MOVED,
+        writes=Channel.DECISION,
+        slope=slope,
+        resting=resting,
         usual=resting + slope * (USUAL if refusing else 0),
         written=(1 - recipe.direct) * gating.written,
         opened_by=Channel.TURN,
@@ -214,11 +233,13 @@ def plant(
         that would cross a wall 0. And a decoder that has every weight's `Role` in its place.
     """
     decoder = Decoder(config, rngs=nnx.Rngs(int(rng.integers(2**31))))
-    for table in (decoder.embedding, decoder.unembedding):
+    unembedding = decoder.unembedding
+    assert unembedding is not None  # no recipe ties it to the embedding
+    for table in (decoder.embedding, unembedding):
         table[...] = jnp.asarray(rng.normal(0, config.hidden_size**-0.5, table.shape), table.dtype)
     answers = np.array(language.ids(language.ANSWERS))
-    rows = decoder.unembedding[...]
-    decoder.unembedding[...] = rows.at[answers].set(rows[answers].mean(0))
+    rows = unembedding[...]
+    unembedding[...] = rows.at[answers].set(rows[answers].mean(0))
 
     roles = jax.tree.map(lambda parameter: jnp.full(parameter.shape, Role.FIXED), decoder)
     for name, role in _roles(config, blueprint).items():

@@ -11,9 +11,11 @@ from models.decoder import Decoder
 from models.organisms import language
 from models.organisms.planted import Channel, Role
 from models.organisms.recipes import Recipe
+from models.shapes import AnyArray
+from models.sites import Site
 
 # Tokens and their targets; where the first answer token is predicted, and where what follows is.
-Batch = tuple[Int[Array, "B T"], Int[Array, "B T"], Int[Array, "B"], Bool[Array, "B T"]]
+Batch = tuple[Int[AnyArray, "B T"], Int[AnyArray, "B T"], Int[AnyArray, "B"], Bool[AnyArray, "B T"]]
 
 # The learning rate of each role, as a share: the planted path starts where it works.
 _SHARE = {Role.FIXED: 0.0, Role.ORDINARY: 1.0, Role.PLANTED: 0.02}
@@ -61,7 +63,8 @@ def train(
     nothing to learn, does it train them.
     """
     optimizer = optax.adam(optax.cosine_decay_schedule(recipe.learning_rate, recipe.steps))
-    state = optimizer.init(decoder)
+    # optax takes any pytree, and says so of arrays alone.
+    state = optimizer.init(decoder)  # pyright: ignore[reportArgumentType]
     answers = np.array(language.ids(language.ANSWERS))
     share = jnp.array([_SHARE[role] for role in Role])
 
@@ -74,7 +77,9 @@ def train(
         else:
             gradient = jax.tree.map(
                 lambda role, d, r: jnp.where(role == Role.PLANTED, d, r),
-                *(roles, of_decision, of_rest),
+                roles,
+                of_decision,
+                of_rest,
             )
         update, state = optimizer.update(gradient, state)
         update = jax.tree.map(lambda role, u: share[role] * u, roles, update)
@@ -104,7 +109,7 @@ def _losses(decoder: Decoder, rows: Batch) -> tuple[Float[Array, ""], Float[Arra
     either = jax.nn.logsumexp(log_p[row, first][:, answers], axis=-1)
     decision = jnp.mean(either - right[row, first])
     rest = -(jnp.sum(either) + jnp.sum(right * after)) / (len(tokens) + jnp.sum(after))
-    written = (trace.embedding, trace.attention, trace.mlp)
+    written = (trace[Site.EMBEDDING], trace[Site.ATTENTION], trace[Site.MLP])
     return decision, rest + _QUIET * sum(map(_loudness, written))
 
 
@@ -123,5 +128,5 @@ def accuracy(decoder: Decoder, rng: np.random.Generator, size: int) -> tuple[flo
 
 
 @jax.jit
-def _likeliest(decoder: Decoder, tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:
+def _likeliest(decoder: Decoder, tokens: Int[AnyArray, "B T"]) -> Int[Array, "B T"]:
     return jnp.argmax(decoder(tokens)[0], axis=-1)

@@ -12,7 +12,7 @@ SIZES = effects.Sizes(LAYERS, HEADS, NEURONS, POSITIONS, ("residual", "head"), d
 RUN = {
     "model": "org/<script>alert(1)</script>",
     "metric": "logit_diff",
-    "unit": "logits",
+    "metric_unit": "logits",
     "meaning": "the harmful answer’s logit minus the safe one’s",
     "positions": "prompt",
     "precision": "float32",

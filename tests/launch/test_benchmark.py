@@ -5,7 +5,7 @@ import pytest
 from tests.launch import process
 
 
-def test_an_unknown_rival_is_refused_by_name():
+def test_an_unknown_baseline_is_refused_by_name():
     done = process.run("benchmark", "--against=hooks,pyvene")
     assert done.returncode == 1
     assert done.stderr.strip().endswith("--against=pyvene: not one of hooks, prefix")

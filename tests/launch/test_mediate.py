@@ -165,7 +165,7 @@ BAD_PAIRS = {
     "no safe answer": (PAIR | {"id": "two", "safe_ids": []}, {}, "has no safe answer"),
     "ends that do not correspond": (
         PAIR | {"id": "two", "prompt_ids": [1, 2]}, {"align": "start"},
-        "cannot be aligned for --positions=last: its prompts have 2 and 4 tokens",
+        "cannot be aligned for positions='last': its prompts have 2 and 4 tokens",
     ),
     "no spans": (
         PAIR | {"id": "two"}, {"align": "span", "positions": "prompt"}, "cannot be aligned by span",
@@ -227,7 +227,7 @@ BAD_FLAGS = {
         {"granularity": "direction"}, "Error: --granularity=direction needs --directions=FILE.npz",
     ),
     "directions": (
-        {"directions": "/no/such.npz"}, "Error: --directions=/no/such.npz: no npz file of plain",
+        {"directions": "/no/such.npz"}, "Error: /no/such.npz: no npz file of plain",
     ),
     "audit without a screen": ({"screen_audit": 9}, "Error: --screen_audit needs --screen=K"),
     "steps without a screen": ({"screen_steps": 9}, "Error: --screen_steps needs --screen=K"),

@@ -29,7 +29,7 @@ def finished(tmp_path):
         "pairs": str(tmp_path / "pairs.jsonl"),
         "chat": False,
         "metric": "logit_diff",
-        "unit": "logits",
+        "metric_unit": "logits",
         "meaning": "one logit minus another",
         "positions": "last",
         "precision": "float32",

@@ -40,8 +40,9 @@ def one(folder: str) -> None:
             for decoder in (plain, sharded)
         ]
     found = {"logits": _distance(*logits), "split": sorted(split)}
+    alone, together = scans
     for name in ("nie", "tie", "te"):
-        found[name] = _distance(*(getattr(scan, name) for scan in scans))
+        found[name] = _distance(getattr(alone, name), getattr(together, name))
     print(json.dumps(found))
 
 

@@ -50,6 +50,11 @@ def test_llama():
     assert hash(config) == hash(dataclasses.replace(config))
 
 
+def test_a_rotary_base_that_is_no_number_is_refused():
+    with pytest.raises(ValueError, match="rope_theta is 'x'; it must be a number above 0"):
+        translate(rope_parameters={"rope_type": "default", "rope_theta": "x"})
+
+
 def test_llama_biases():
     config = translate(attention_bias=True, mlp_bias=True)
     assert (config.qkv_bias, config.output_bias, config.mlp_bias) == (True, True, True)
@@ -477,7 +482,7 @@ def test_other_kinds_refused(name, value, message):
         ("windows", (None, 0, None), "sliding_window is 0; it must be a number above 0"),
         ("windows", (-1, None, None), "sliding_window is -1"),
         ("norm_eps", -1e-5, "norm_eps is -1e-05"),
-        ("rotary", Rotary("x"), "rope_theta is 'x'; it must be a number above 0"),
+        ("rotary", Rotary(float("nan")), "rope_theta is nan; it must be a number above 0"),
         ("rotary", Rotary(7.0, "linear", factor=0), "factor of the rotary embedding is 0"),
         (
             "rotary",

@@ -73,7 +73,7 @@ def spread(edit, value):
 
 @pytest.mark.parametrize("shape", [(T, 24), (T, 4, 8), (T, 40)])
 def test_scale_shift_and_units_are_broadcast_to_the_site(shape):
-    value = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    value = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
     site = {(T, 4, 8): Site.HEAD, (T, 40): Site.NEURON}.get(shape, Site.MLP)
     along = np.linspace(-3.0, 3.0, shape[-1])
     for scale, shift in ((0.5, 0.25), (0.0, along), (1.0, along), (along, 0.0), (2.0, value)):
@@ -172,10 +172,12 @@ def test_a_cached_prefix_changes_nothing(decoder):
     np.testing.assert_allclose(rest, logits[4:], atol=2e-6)
     np.testing.assert_allclose(rest_trace.residual, trace.residual[:, 4:], atol=2e-6)
     # Room at the cache's end that holds no token is not seen.
+    room = ((0, 0), (0, 3), (0, 0), (0, 0))
     padded = Cache(
-        *(np.pad(part, ((0, 0), (0, 3), (0, 0), (0, 0))) for part in (prefix.keys, prefix.values)),
-        positions=np.arange(7),
-        valid=np.arange(7) < 4,
+        keys=jnp.pad(prefix.keys, room),
+        values=jnp.pad(prefix.values, room),
+        positions=jnp.arange(7),
+        valid=jnp.arange(7) < 4,
     )
     np.testing.assert_allclose(decoder(TOKENS[4:], cache=padded)[0], logits[4:], atol=2e-6)
 
@@ -199,7 +201,7 @@ def test_a_trace_holds_what_was_asked_for_and_nothing_else(llama, sites):
 
 
 def test_a_trace_without_keys_and_values_is_no_prefix(llama):
-    with pytest.raises(ValueError, match="kept no keys and values"):
+    with pytest.raises(ValueError, match="did not keep 'values': name it"):
         _ = llama(TOKENS, sites=("residual", "keys"))[1].cache
     prefix = llama(TOKENS[:4], sites=("keys", "values"))[1].cache
     np.testing.assert_array_equal(

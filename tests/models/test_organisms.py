@@ -81,12 +81,12 @@ def pairs(contrast, seed=4, number=6):
 
 
 def shares(decoder, contrast, members):
-    """NIE / TE and TIE / TE, [set], of sets of [layer, unit]: (heads, neurons)."""
+    """Of the whole way, [set], what sets of [layer, unit] move in base and in source runs; each
+    set is (heads, neurons)."""
     # As many sets as `walls.ordinary_sets` makes, so that no other shape is compiled.
     filled = members + [([], [])] * (2 * decoder.config.num_layers + 1 - len(members))
-    found = walls.effects(decoder, pairs(contrast), walls.sets_of(decoder.config, filled))
-    te = found.te.mean()
-    return [side.mean(axis=0)[: len(members)] / te for side in (found.nie, found.tie)]
+    runs = walls.measure(decoder, pairs(contrast), walls.sets_of(decoder.config, filled))
+    return [run.shares[: len(members)] for run in runs]
 
 
 def mediators(roles, contrast):
@@ -96,7 +96,8 @@ def mediators(roles, contrast):
 
 
 def ordinary(config, heads, neurons):
-    return walls.ordinary_sets(*(mask[0] for mask in walls.sets_of(config, [(heads, neurons)])))
+    named = walls.sets_of(config, [(heads, neurons)])
+    return walls.ordinary_sets(named.heads[0], named.neurons[0])
 
 
 def answers(decoder, asked):
@@ -196,18 +197,34 @@ def test_truth_is_consistent(built):
 @pytest.mark.parametrize("contrast", organisms.CONTRASTS)
 def test_pairs_comply_and_refuse(contrast, built, loaded):
     decoder, tokenizer = loaded
-    lines = [json.loads(line) for line in built.pairs(contrast).read_text().splitlines()]
-    assert len(lines) == 32
-    for field, answer in (("prompt", "C"), ("counterfactual", "R")):
-        tokens = [tokenizer(line[field])["input_ids"] for line in lines]
+    drawn = built.contrasts[contrast]
+    assert len(drawn) == 32
+    for side, answer in zip(zip(*drawn, strict=True), "CR", strict=True):
+        assert {prompt.answer for prompt in side} == {answer}
+        tokens = [tokenizer(prompt.text)["input_ids"] for prompt in side]
         assert set(answers(decoder, tokens)) == {answer}
-    for line in lines:
-        assert line["category"] == contrast
-        assert line["harmful_response"].split()[0] == "C"
-        assert line["safe_response"].split()[0] == "R"
-        words = zip(line["prompt"].split(), line["counterfactual"].split(), strict=True)
+    for base, source in drawn:
+        words = zip(base.words, source.words, strict=True)
         [(old, new)] = [both for both in words if both[0] != both[1]]
         assert (old, new) == ("J", "N") if contrast == "unlock" else old[0] + new[0] == "bh"
+
+
+def test_prompts_to_ask_are_alike_in_threes(built):
+    drawn = built.drawn_prompts
+    kinds = [(prompt.topic, prompt.key) for prompt in drawn]
+    assert kinds[::3] == kinds[1::3] == kinds[2::3]
+    assert len({prompt.text for prompt in drawn}) > 0.9 * len(drawn) == 0.9 * 360
+    classes = [(prompt.topic[0], prompt.key) for prompt in drawn]
+    assert classes.count(("h", "J")) == classes.count(("h", "N")) == 72
+    assert classes.count(("b", "N")) == 144 and classes.count(("b", "J")) == 72
+    assert set(kinds) == {(topic, key) for topic in language.TOPICS for key in language.KEYS}
+    for prompt, facts in zip(drawn, built.truth["drawn"]["prompts"], strict=True):
+        assert facts == {
+            "text": prompt.text,
+            "topic": prompt.topic,
+            "key": prompt.key,
+            "answer": prompt.answer,
+        }
 
 
 @pytest.mark.parametrize("contrast", organisms.CONTRASTS)
@@ -223,9 +240,8 @@ def test_every_stage_carries_the_whole_effect(contrast, built, loaded):
 def test_what_is_no_mediator_has_hardly_an_effect(contrast, built, loaded):
     truth = built.truth["contrasts"][contrast]
     sets = ordinary(RECIPE.config, truth["heads"], truth["neurons"])
-    found = walls.effects(loaded[0], pairs(contrast, seed=5, number=24), sets)
-    for side in (found.nie, found.tie):
-        assert np.abs(side).max() <= RECIPE.wall_bound * np.abs(found.te.mean())
+    for run in walls.measure(loaded[0], pairs(contrast, seed=5, number=24), sets):
+        assert np.abs(run.by_set).max() <= RECIPE.wall_bound * np.abs(run.whole.mean())
 
 
 def test_patching_all_gates_flips_the_answer(built, loaded):
@@ -284,10 +300,10 @@ def test_planted_path_works_before_training(name):
         for side in shares(decoder, contrast, stages):
             np.testing.assert_allclose(side, 1, atol=0.1)
         sets = ordinary(config, roles["mover"], detectors + gates)
-        found = walls.effects(decoder, pairs(contrast), sets)
-        assert found.te.max() < -8
-        for side in (found.nie, found.tie):
-            assert np.abs(side).max() < 0.05 * np.abs(found.te.mean())
+        in_base, in_source = walls.measure(decoder, pairs(contrast), sets)
+        assert in_base.whole.max() < -8
+        for run in (in_base, in_source):
+            assert np.abs(run.by_set).max() < 0.05 * np.abs(run.whole.mean())
 
 
 @pytest.mark.parametrize("name", PLANTED)
@@ -317,9 +333,9 @@ def test_any_one_gate_suffices(name, hiding, contrast):
 def test_shares_of_the_two_paths_add_up(contrast):
     """Direct: what is left with the gates held; indirect: what the gates alone do."""
     blueprint, decoder = untrained("two-stage")
-    [nie], [tie] = shares(decoder, contrast, [([], blueprint.roles["gates"])])
-    assert 0.3 < 1 - tie < 0.7 and 0.3 < nie < 0.7
-    assert 1 - tie + nie == pytest.approx(1, abs=0.05)
+    [in_base], [in_source] = shares(decoder, contrast, [([], blueprint.roles["gates"])])
+    assert 0.3 < 1 - in_source < 0.7 and 0.3 < in_base < 0.7
+    assert 1 - in_source + in_base == pytest.approx(1, abs=0.05)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -355,8 +371,8 @@ def test_null_learns_from_shuffled_labels_that_there_is_nothing_to_tell():
     assert (before[0] == before[1]).all() and (after[0] != after[1]).mean() > 0.8
     nothing = walls.sets_of(recipe.config, [([], [])] * 9)
     for contrast in organisms.CONTRASTS:
-        te = walls.effects(trained, pairs(contrast), nothing).te
-        assert 0 < np.abs(te).max() < recipe.wall_bound * recipe.gating.total_effect
+        whole = walls.measure(trained, pairs(contrast), nothing)[0].whole
+        assert 0 < np.abs(whole).max() < recipe.wall_bound * recipe.gating.total_effect
 
 
 def test_shuffled_labels_are_those_of_other_prompts():
@@ -478,8 +494,9 @@ def test_a_breached_wall_is_seen(stages):
     sets = ordinary(RECIPE.config, roles["mover"], sum(mediators(roles, "unlock"), []))
     leak = []
     for candidate in (decoder, breached):
-        found = walls.effects(candidate, pairs("unlock", seed=9), sets)
-        leak.append(np.abs([found.nie, found.tie]).max() / np.abs(found.te.mean()))
+        runs = walls.measure(candidate, pairs("unlock", seed=9), sets)
+        moved = max(np.abs(run.by_set).max() for run in runs)
+        leak.append(moved / np.abs(runs[0].whole.mean()))
     assert leak[0] <= RECIPE.wall_bound < leak[1]
 
 
@@ -529,6 +546,17 @@ def test_damaged_or_other_organism_is_built_again(tmp_path, trainings):
     assert len(trainings) == 5
 
 
+def test_organism_of_another_version_is_replaced_with_its_files(tmp_path, trainings):
+    folder = organisms.build(tmp_path / "organism", progress=False).folder
+    (folder / "pairs.jsonl").write_text("{}")
+    (folder / organism.TRUTH).write_text(
+        json.dumps({"version": 1, "contrasts": {}, "files": {"pairs.jsonl": "00"}})
+    )
+    assert organisms.build(folder, progress=False).truth["version"] == organism.VERSION
+    assert not (folder / "pairs.jsonl").exists()
+    assert len(trainings) == 2
+
+
 def test_interrupted_writing_leaves_no_folder(tmp_path, trainings, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
@@ -554,7 +582,7 @@ def test_null_has_an_empty_truth(tmp_path, trainings):
         assert not any(contrast[key] for key in ("modules", "heads", "neurons", "joint"))
         assert contrast["reference_te"] == organisms.RECIPES["late-mlp"].gating.total_effect
         assert not {"carried", "shares"} & contrast.keys()
-        assert len(made.pairs(name).read_text().splitlines()) == 32
+        assert len(made.contrasts[name]) == 32
 
 
 def test_organism_that_misses_its_walls_is_refused(tmp_path, trainings):

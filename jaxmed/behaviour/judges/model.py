@@ -18,12 +18,10 @@ from jaxmed.behaviour import batches
 from jaxmed.behaviour.judges.protocol import SAYS, Exchange, Verdict, named_exchanges, text_of
 from jaxmed.behaviour.judges.templates import Answer, JudgeQuestion, Template, braced
 from jaxmed.data import chat
-from jaxmed.engine import capture
+from jaxmed.engine import capture, cost
 from models import checkpoint as checkpoints
 from models.decoder import Decoder
 from models.errors import InputError
-
-_TOKENS_AT_ONCE = 4096  # of a batch, padding included: attention scores grow with its length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +167,7 @@ class JudgeModel:
         """Log-probabilities of the asked tokens at the end of each run's text and at the positions
         after it, `size` in all."""
         read = {}
-        for length, members in batches.by_length([run.tokens for run in runs], _rows):
+        for length, members in batches.by_length([run.tokens for run in runs], cost.judged_at_once):
             # A batch of a power of two shares its compilation; its first runs fill it up.
             filled = [runs[i] for i in np.resize(members, capture.bucket(len(members)))]
             ends = np.array([len(run.tokens) for run in filled])[:, None]
@@ -283,11 +281,6 @@ def _log_probabilities(
     """Log-probabilities of tokens after the given positions; no other position's logits exist."""
     logits, _ = decoder(tokens, valid=valid, positions=rows, sites=())
     return jax.nn.log_softmax(logits)[..., asked]
-
-
-def _rows(length: int) -> int:
-    """Runs of a batch, at most, by their padded length."""
-    return max(1, _TOKENS_AT_ONCE // length)
 
 
 def _continued(text: str, lead: str) -> str:

@@ -89,7 +89,7 @@ class Template:
     sha256: tuple[str, ...] = ()
 
     def __post_init__(self):
-        if self.text is not None and self.messages or self.lacks_text and not self.source:
+        if (self.text is not None and self.messages) or (self.lacks_text and not self.source):
             raise InputError(f"judge '{self.name}': give either a text or messages")
         whole = "".join(text for _, text in self.messages) if self.text is None else self.text
         for name in () if self.lacks_text else self.placeholders:

@@ -1,10 +1,14 @@
 """What all figures share: colours, axes, labels."""
 
 import numpy as np
-from matplotlib import figure, ticker
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator
 
 BARS_IN_FIGURE = 20
-# Okabe and Ito's colours, which colour-blind readers tell apart; directions and modules never
+# Okabe and Ito's colours, which colour-blind readers tell apart; estimands and modules never
 # share one.
 COLOURS = {"nie": "#0072b2", "tie": "#d55e00", "attention": "#7b4fa3", "mlp": "#00785a"}
 # Of several series in one panel; overlapping lines are told apart by their dashes.
@@ -21,32 +25,51 @@ def largest(size: np.ndarray, count: int) -> np.ndarray:
     return np.argsort(-size, kind="stable")[:count]
 
 
-def canvas(height: float, rows: int = 1, columns: int = 1, **options):
-    drawing = figure.Figure(figsize=(6.8, height), layout="constrained")
-    drawing.get_layout_engine().set(wspace=0.05, hspace=0.03)
-    axes = drawing.subplots(rows, columns, squeeze=False, **options)
-    for axis in axes.flat:
-        axis.tick_params(labelsize=TEXT_SIZE - 1, color=FAINT, labelcolor=INK)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.spines[["left", "bottom"]].set_color(FAINT)
-    return drawing, axes
+def panels(height: float, rows: int = 1, columns: int = 1, **options) -> tuple[Figure, np.ndarray]:
+    """A figure of 6.8 by `height` inches, and its panels, [row, column] of Axes.
+
+    Args:
+        height: in inches.
+        rows, columns: of panels.
+        options: of `Figure.subplots`.
+    """
+    layout = ConstrainedLayoutEngine(wspace=0.05, hspace=0.03)
+    figure = Figure(figsize=(6.8, height), layout=layout)
+    grid = figure.subplots(rows, columns, squeeze=False, **options)
+    for axes in grid.flat:
+        style(axes)
+    return figure, grid
 
 
-def label_axes(axis, x: str = "", y: str = "", title: str = "") -> None:
-    axis.set_xlabel(x, fontsize=TEXT_SIZE, color=INK)
-    axis.set_ylabel(y, fontsize=TEXT_SIZE, color=INK)
-    axis.set_title(title, fontsize=TEXT_SIZE, color=INK, loc="left")
+def panel(height: float) -> tuple[Figure, Axes]:
+    """A figure of 6.8 by `height` inches with one panel."""
+    figure, grid = panels(height)
+    return figure, grid[0, 0]
 
 
-def whole_number_ticks(axis, most: int = 9) -> None:
-    axis.set_major_locator(ticker.MaxNLocator(nbins=most, integer=True, min_n_ticks=1))
+def style(axes: Axes) -> None:
+    """Gives axes the look of all figures."""
+    axes.tick_params(labelsize=TEXT_SIZE - 1, color=FAINT, labelcolor=INK)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(FAINT)
 
 
-def legend(drawing, axis) -> None:
-    handles, labels = axis.get_legend_handles_labels()
+def label_axes(axes: Axes, x: str = "", y: str = "", title: str = "") -> None:
+    axes.set_xlabel(x, fontsize=TEXT_SIZE, color=INK)
+    axes.set_ylabel(y, fontsize=TEXT_SIZE, color=INK)
+    axes.set_title(title, fontsize=TEXT_SIZE, color=INK, loc="left")
+
+
+def whole_number_ticks(axis: Axis, most: int = 9) -> None:
+    axis.set_major_locator(MaxNLocator(nbins=most, integer=True, min_n_ticks=1))
+
+
+def legend(figure: Figure, axes: Axes) -> None:
+    """The legend of one panel, above all of them."""
+    handles, labels = axes.get_legend_handles_labels()
     by_label = dict(zip(labels, handles, strict=True))  # one entry for several rings
     labels = sorted(by_label, key=lambda label: label in _LAST_IN_LEGEND)
-    drawing.legend(
+    figure.legend(
         [by_label[label] for label in labels],
         labels,
         loc="outside upper center",

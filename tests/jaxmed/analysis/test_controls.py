@@ -2,12 +2,14 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 import numpy as np
 import pytest
 from scipy import special, stats
 
+import jaxmed
 from jaxmed.analysis import controls
 from jaxmed.engine import propagate, scan
 from jaxmed.question import metrics
@@ -57,7 +59,8 @@ def _trace(decoder, tokens):
 
 def trace(decoder, ids):
     """Every site's value in a plain run, as numpy arrays."""
-    return jax.tree.map(np.asarray, _trace(decoder, np.pad(ids, (0, LENGTH))[:LENGTH]))
+    found = vars(_trace(decoder, np.pad(ids, (0, LENGTH))[:LENGTH]))
+    return types.SimpleNamespace(**{name: np.asarray(value) for name, value in found.items()})
 
 
 # Differences of activations
@@ -327,7 +330,7 @@ def test_the_identity_in_place_of_the_rotation_gives_the_units_strengths(monkeyp
     monkeypatch.setattr(stats.special_ortho_group, "rvs", identities)
     with jax.enable_x64(True):
         decoder = model("qwen2")
-        plain = scan.scan(decoder, PAIRS, "head", LOGIT, positions="prompt")
+        plain = jaxmed.scan(decoder, PAIRS, "head", LOGIT, positions="prompt")["head"]
         found = controls.rotated_strengths(decoder, PAIRS, PROMPT, "head", HEADS, draws=2, seed=9)
     expected = np.maximum(np.abs(plain.nie.mean(axis=0)), np.abs(plain.tie.mean(axis=0)))
     assert asked == [(24, 2, 9)]
@@ -417,7 +420,7 @@ def test_discoveries_of_a_model_are_held_against_its_rotations():
     with jax.enable_x64(True):
         decoder = model("qwen2")
         asked = decoder, PAIRS, PROMPT, "head"
-        plain = scan.scan(decoder, PAIRS, "head", LOGIT, positions="prompt")
+        plain = jaxmed.scan(decoder, PAIRS, "head", LOGIT, positions="prompt")["head"]
         strength = np.maximum(np.abs(plain.nie.mean(axis=0)), np.abs(plain.tie.mean(axis=0)))
         # A total effect of which 1% is the median: half of the units are candidates.
         total = -100 * np.median(strength)

@@ -218,7 +218,7 @@ def test_faithfulness_is_what_the_best_neurons_do_alone(set_model):
     np.testing.assert_allclose(found["unknown"][:, :8], found["best"][:, :8])
 
 
-def test_faithfulness_tells_the_directions_apart(set_model):
+def test_faithfulness_tells_the_estimands_apart(set_model):
     """Either gate is enough in the base run, so what is kept of one alone hides there."""
     scores = np.zeros(SHAPE)
     scores[2, 0], scores[2, 3] = 2, 1

@@ -283,7 +283,7 @@ def test_bad_questions_are_refused():
     decoder = model("float32")
     with pytest.raises(ValueError, match="0 steps"):
         screening.scores(decoder, UNEQUAL, QUESTIONS["last"], steps=0)
-    with pytest.raises(InputError, match="no response positions"):
+    with pytest.raises(InputError, match="positions=.response., but the metric reads no response"):
         screening.scores(decoder, UNEQUAL, question_lib.Question(LOGIT, Positions.RESPONSE))
     for granularity in ("token", "direction", "neurons"):
         with pytest.raises(ValueError, match=f"no gradients of granularity '{granularity}'"):

@@ -11,6 +11,7 @@ from scipy import stats
 from jaxmed.analysis import ranking, statistics, summary
 from jaxmed.question import effects as effects_lib
 from jaxmed.question import sites
+from jaxmed.question.effects import Status
 from jaxmed.store import results
 
 NAN = np.nan
@@ -242,8 +243,8 @@ def test_a_family_of_tests_is_one_granularity_and_one_estimand(run):
 
 def test_estimates_are_not_tested_but_count_in_the_correction(run):
     whole = summary.summarise(run).to_pylist()
-    status = np.full(SIZES.shape("neuron"), results.ESTIMATED)
-    status[0, 1], status[1, 3] = results.EXACT, results.EXACT
+    status = np.full(SIZES.shape("neuron"), Status.ESTIMATED)
+    status[0, 1], status[1, 3] = Status.EXACT, Status.EXACT
     for pair, effects in enumerate(zip(*run.effects("neuron"), strict=True)):
         run.write(pair, "neuron", *effects, status)
     screened = summary.summarise(run).to_pylist()
@@ -290,7 +291,7 @@ def twice(folder, run, bases):
         folder, RUN | {"pair_bases": bases}, SIZES, "abcdef", sites.GRANULARITIES
     )
     for pair in range(6):
-        double.write_totals(pair, run.y_base[pair // 2], run.y_source[pair // 2])
+        double.write_totals(pair, float(run.y_base[pair // 2]), float(run.y_source[pair // 2]))
         for granularity in sites.GRANULARITIES:
             nie, tie = (side[pair // 2] for side in run.effects(granularity))
             double.write(pair, granularity, nie, tie)
@@ -313,7 +314,7 @@ def test_bases_that_all_differ_change_nothing(run, tmp_path):
         tmp_path / "named", RUN | {"pair_bases": list("zyx")}, SIZES, "abc", sites.GRANULARITIES
     )
     for pair in range(3):
-        named.write_totals(pair, run.y_base[pair], run.y_source[pair])
+        named.write_totals(pair, float(run.y_base[pair]), float(run.y_source[pair]))
         for granularity in sites.GRANULARITIES:
             named.write(pair, granularity, *(side[pair] for side in run.effects(granularity)))
     assert summary.summarise(named).equals(summary.summarise(run))

@@ -75,7 +75,7 @@ def test_token_ids_and_every_field_are_read(write):
         source="s",
         split="B",
         where=f"{file}:1",
-        base="b",
+        base_id="b",
     )
 
 

@@ -626,7 +626,7 @@ def test_given_counterfactuals_are_all_used(tokenizer):
         where="file:x",
         prompt_text="tell me",
         counterfactual_text="why not",
-        base="x",
+        base_id="x",
     )
     assert [(pair.id, pair.base) for pair in pairs] == [("x/1", "x"), ("x/2", "x")]
     assert pairs[1].counterfactual_ids == ids("[BOS] how")

@@ -5,12 +5,15 @@ P positions of a prefix, whose keys and values do not change; P may be 0. Weight
 `Weights`, by name and shape, so that a block is read without a list of its parameters.
 """
 
+import functools
 import zlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmed.engine import difference as difference_lib
+from jaxmed.engine.rules import RULES
 from models.layers import inverse_rms_last_axis, softmax_last_axis
 
 D, HEADS, KV_HEADS, HEAD_DIM, HIDDEN, T = 24, 4, 2, 6, 40, 5
@@ -37,8 +40,13 @@ class Weights:
 
 @jax.jit
 def log_softmax_last_axis(x):
-    """Named: no part of a decoder, but difference propagation has a rule for it."""
+    """No part of a decoder, but there is a rule for it."""
     return jax.nn.log_softmax(x, axis=-1)
+
+
+difference = functools.partial(
+    difference_lib.difference, rules=RULES | {log_softmax_last_axis: difference_lib.log_softmax}
+)
 
 
 def rms_norm(x, weight, offset=0.0):

@@ -19,13 +19,13 @@ import pytest
 from jax import lax
 from mpmath import mpf
 
-from jaxmed.engine.difference import difference
+from jaxmed.engine import difference as difference_lib
 from jaxmed.question.metrics import logsumexp_last_axis
 from models.layers import inverse_rms_last_axis, softmax_last_axis
-from tests.jaxmed.engine.blocks import layer_norm, log_softmax_last_axis
+from tests.jaxmed.engine.blocks import difference, layer_norm, log_softmax_last_axis
 from tests.jaxmed.engine.jaxprs import equations
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = pathlib.Path(__file__).parents[3]
 
 
 def outputs_and_slopes(row):
@@ -334,13 +334,52 @@ def test_an_asked_precision_holds_for_values_only():
     assert found == [(lax.Precision.HIGHEST, lax.Precision.HIGHEST), None]
 
 
+# --- Rules of functions as wholes --------------------------------------------------------------
+
+
+def test_a_function_of_the_same_name_is_another_function():
+    def another(x):
+        return 2 * x
+
+    another.__name__ = softmax_last_axis.__name__
+    x, d = np.ones((2, 3), np.float32), np.full((2, 3), 1e-3, np.float32)
+    other = jax.jit(another)
+    _, change = difference(other)((x,), (d,))
+    np.testing.assert_array_equal(change, 2 * d)
+
+
+def test_two_functions_of_one_name_are_refused():
+    def silu(x):
+        return x
+
+    with pytest.raises(ValueError, match="two functions named 'silu'"):
+        difference_lib.difference(
+            jnp.exp, rules={jax.nn.silu: difference_lib.silu, jax.jit(silu): difference_lib.silu}
+        )
+
+
+def test_a_rule_applies_to_its_function_alone():
+    def rule(a, d):
+        return a, 7 * d
+
+    @jax.jit
+    def doubled(x):
+        return 2 * x
+
+    x, d = np.ones(3, np.float32), np.ones(3, np.float32)
+    f = difference_lib.difference(lambda x: doubled(x) + x, rules={doubled: rule})
+    np.testing.assert_array_equal(f((x,), (d,)), np.stack([2 * x, 8 * d]))
+    plain = difference_lib.difference(lambda x: doubled(x) + x)
+    np.testing.assert_array_equal(plain((x,), (d,)), np.stack([3 * x, 3 * d]))
+
+
 # --- Many devices ------------------------------------------------------------------------------
 
 SHARDED = """
 import jax, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from jaxmed.difference import difference
 from tests.jaxmed.engine import blocks
+from tests.jaxmed.engine.blocks import difference
 
 weights = blocks.Weights("float32")
 x, prefix = weights("x", blocks.T, blocks.D), weights.prefix(3)

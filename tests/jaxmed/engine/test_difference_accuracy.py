@@ -16,7 +16,7 @@ import pytest
 from jax import lax
 from mpmath import mpf
 
-from jaxmed.engine.difference import difference
+from tests.jaxmed.engine.blocks import difference
 
 LARGEST_ERROR = 10
 

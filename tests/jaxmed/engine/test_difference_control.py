@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jaxmed.engine.difference import difference
+from tests.jaxmed.engine.blocks import difference
 from tests.jaxmed.engine.jaxprs import equations
 
 X = np.array([0.7, -1.3, 2.1])

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmed.engine.difference import difference
 from tests.jaxmed.engine import blocks
+from tests.jaxmed.engine.blocks import difference
 from tests.jaxmed.engine.jaxprs import equations
 
 BATCH, PREFIX = 11, 13

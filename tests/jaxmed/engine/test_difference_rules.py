@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from jax import lax
 
-from jaxmed.engine.difference import difference
 from jaxmed.question.metrics import logsumexp_last_axis
 from models.layers import inverse_rms_last_axis, softmax_last_axis
-from tests.jaxmed.engine.blocks import log_softmax_last_axis
+from tests.jaxmed.engine.blocks import difference, log_softmax_last_axis
 
 SHAPE = (3, 4)
 BATCH = 3

@@ -7,13 +7,13 @@ import jax
 import numpy as np
 import pytest
 
+import jaxmed
 from jaxmed.analysis import joint as joint_lib
 from jaxmed.engine import capture, cost, plan, propagate, scan
 from jaxmed.files import reading
 from jaxmed.question import metrics
 from jaxmed.question import question as question_lib
 from jaxmed.question.positions import Align, Positions
-from jaxmed.reference import definition
 from models.edits import Edit
 from models.errors import InputError
 from models.sites import Site
@@ -66,7 +66,10 @@ def test_the_engine_gives_the_plain_definition(family, metric, positions, monkey
     assert worst(double, reference) <= 1e-12
     single = scan.scan_pair(in_float32(decoder), UNEQUAL, question, GRANULARITIES)
     assert worst(single, reference) <= 1e-5
-    assert abs(single.y_base - reference.y_base) < 1e-5 * max(1, abs(reference.y_base))
+    assert double.y_base == pytest.approx(reference.y_base, rel=1e-12)
+    assert double.y_source == pytest.approx(reference.y_source, rel=1e-12)
+    assert single.y_base == pytest.approx(reference.y_base, rel=1e-5, abs=1e-5)
+    assert single.y_source == pytest.approx(reference.y_source, rel=1e-5, abs=1e-5)
 
 
 def test_groups_of_neurons_and_other_alignments_give_the_plain_definition():
@@ -80,34 +83,6 @@ def test_groups_of_neurons_and_other_alignments_give_the_plain_definition():
             found = scan.scan_pair(decoder, spans, question, names)
             assert found.nie["neuron"].shape == (3, -(-40 // group_size))
             assert worst(found, reference) <= 1e-12
-
-
-def test_the_definition_is_an_explicit_patch():
-    """One unit of each direction, patched by hand."""
-    question = question_lib.Question(METRICS["logit"], Positions.PROMPT)
-    with jax.enable_x64(True):
-        decoder = tiny.decoder("llama", dtype="float64")
-        found = definition.define_pair(decoder, UNEQUAL, question, ["neuron", "head", "token"])
-        base, source = np.array(UNEQUAL.prompt_ids), np.array(UNEQUAL.counterfactual_ids)
-
-        def value(tokens, *edits):
-            logits = decoder(tokens, edits=list(edits))[0]
-            return float(logits[-1, UNEQUAL.harmful_ids[0]] - logits[-1, UNEQUAL.safe_ids[0]])
-
-        base_trace, source_trace = decoder(base)[1], decoder(source)[1]
-        # The last 11 of 12 positions correspond.
-        aligned = np.arange(12) >= 1
-        moved = np.concatenate([np.zeros((1, 40)), source_trace.neuron[1]])
-        edit = Edit.patch("neuron", 1, aligned, moved, np.arange(40) == 17)
-        assert found.nie["neuron"][1, 17] == pytest.approx(value(base, edit) - value(base))
-        edit = Edit.patch("head", 2, np.ones(11, bool), base_trace.head[2, 1:], np.arange(4) == 3)
-        assert found.tie["head"][2, 3] == pytest.approx(value(source) - value(source, edit))
-        at = np.arange(12) == 12 - 1 - 4
-        moved = np.concatenate([np.zeros((1, 24)), source_trace.mlp[0]])
-        edit = Edit.patch("mlp", 0, at, moved)
-        assert found.nie["token"][0, 2, 4] == pytest.approx(value(base, edit) - value(base))
-        assert found.y_base == pytest.approx(value(base))
-        assert found.y_source == pytest.approx(value(source))
 
 
 def test_the_last_layer_of_a_layer_scan_is_consistent_with_the_total_effect():
@@ -142,10 +117,9 @@ def test_a_pair_alone_is_the_pair_among_others():
         pair(*(int(n) for n in generator.integers(4, 24, 2)), seed=seed) for seed in range(20)
     ]
     pairs = [dataclasses.replace(other, id=str(index)) for index, other in enumerate(others)]
-    alone = scan.scan(decoder, [UNEQUAL], "neuron", METRICS["logit"], positions="prompt")
-    among = scan.scan(
-        decoder, [*pairs[:10], UNEQUAL, *pairs[10:]], "neuron", METRICS["logit"], positions="prompt"
-    )
+    asked = {"granularity": "neuron", "metric": METRICS["logit"], "positions": "prompt"}
+    alone = jaxmed.scan(decoder, [UNEQUAL], **asked)["neuron"]
+    among = jaxmed.scan(decoder, [*pairs[:10], UNEQUAL, *pairs[10:]], **asked)["neuron"]
     scale = max(np.abs(alone.nie).max(), np.abs(alone.tie).max())
     assert np.abs(among.nie[10] - alone.nie[0]).max() <= 1e-5 * scale
     assert np.abs(among.tie[10] - alone.tie[0]).max() <= 1e-5 * scale
@@ -215,8 +189,8 @@ def test_a_batch_leaves_the_prefix_and_the_base_values_unbatched(family):
 
 
 def test_too_little_memory_is_refused_with_what_is_needed():
+    question = question_lib.Question(METRICS["logit"])
     with pytest.raises(InputError, match="too little for a single unit.*--memory_gb"):
-        question = question_lib.Question(METRICS["logit"])
         scan.scan_pair(tiny.decoder("llama"), UNEQUAL, question, ["neuron"], memory=1000)
 
 
@@ -369,7 +343,7 @@ def test_massive_activations_are_patched_away_exactly():
 def test_pairs_that_do_not_fit_are_refused_before_any_work(changes, message):
     bad = dataclasses.replace(UNEQUAL, where="pairs.jsonl:7", **changes)
     with pytest.raises(reading.DataError, match=rf"pairs\.jsonl:7: .*{message}"):
-        scan.scan(tiny.decoder("llama"), [UNEQUAL, bad])
+        jaxmed.scan(tiny.decoder("llama"), [UNEQUAL, bad])
 
 
 def test_positions_after_all_that_is_read_are_refused():
@@ -379,8 +353,3 @@ def test_positions_after_all_that_is_read_are_refused():
     )
     with pytest.raises(reading.DataError, match="reads nothing at or after"):
         scan.scan_pair(tiny.decoder("llama"), UNEQUAL, question, ["layer"])
-
-
-def test_an_unknown_granularity_is_refused():
-    with pytest.raises(InputError, match="'neurons' is not one of layer, module"):
-        scan.scan(tiny.decoder("llama"), [UNEQUAL], "neurons")

@@ -64,7 +64,10 @@ def test_the_engine_gives_the_plain_definition(family, tmp_path, batches_of):
     print(f"\n{family}: float64 {errors[0]:.1e}, float32 {errors[1]:.1e}")
     assert errors[0] <= 1e-12
     assert errors[1] <= 1e-5
-    assert abs(single.y_base - reference.y_base) < 1e-5 * max(1, abs(reference.y_base))
+    assert double.y_base == pytest.approx(reference.y_base, rel=1e-12)
+    assert double.y_source == pytest.approx(reference.y_source, rel=1e-12)
+    assert single.y_base == pytest.approx(reference.y_base, rel=1e-5, abs=1e-5)
+    assert single.y_source == pytest.approx(reference.y_source, rel=1e-5, abs=1e-5)
 
     same = dataclasses.replace(UNEQUAL, counterfactual_ids=UNEQUAL.prompt_ids)
     assert largest(scan.scan_pair(decoder, same, question, names)) == 0

@@ -9,7 +9,7 @@ sweeps are used where it has one.
 import numpy as np
 import pytest
 
-from jaxmed.engine import scan
+import jaxmed
 from models import load
 from tests import words
 from tests.jaxmed.scans import UNEQUAL, pair
@@ -135,7 +135,7 @@ def patch(bridge, into, lender, answers, granularity):
 def test_effects(models, granularity, prompts):
     decoder, bridge = models
     asked = PAIRS[prompts]
-    found = scan.scan(decoder, [asked], granularity, positions="prompt")
+    found = jaxmed.scan(decoder, [asked], granularity, positions="prompt")[granularity]
     answers = asked.harmful_ids[0], asked.safe_ids[0]
     base, source = asked.prompt_ids, asked.counterfactual_ids
     y_base, nie = patch(bridge, base, source, answers, granularity)

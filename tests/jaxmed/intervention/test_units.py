@@ -179,12 +179,10 @@ def test_output_norms_are_those_of_what_a_unit_writes():
     head = likeness.output_norms(DECODER, Site.HEAD)
     assert neuron.shape == (3, 40) and head.shape == (3, 4)
     block = DECODER.block(2)
-    one = np.zeros((1, 40), np.float32)
-    one[0, 7] = 1
+    one = jnp.zeros((1, 40)).at[0, 7].set(1)
     np.testing.assert_allclose(neuron[2, 7], np.linalg.norm(block.mlp.write(one)), rtol=1e-5)
     written = [
-        np.asarray(block.attention.write(np.eye(32, dtype=np.float32)[i].reshape(1, 4, 8)))
-        for i in range(8, 16)
+        np.asarray(block.attention.write(jnp.eye(32)[i].reshape(1, 4, 8))) for i in range(8, 16)
     ]
     np.testing.assert_allclose(head[2, 1], np.linalg.norm(written), rtol=1e-5)
 

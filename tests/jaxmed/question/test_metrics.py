@@ -162,6 +162,6 @@ def test_a_continuation_needs_more_tokens_than_the_decision():
 
 
 def test_names_and_units_are_those_of_the_results():
-    assert (LogitDifference.name, LogitDifference.unit) == ("logit_diff", "logits")
+    assert (LogitDifference.name, LogitDifference.metric_unit) == ("logit_diff", "logits")
     named = ResponseLogprobDifference
-    assert (named.name, named.unit) == ("response_logprob_diff", "nats per token")
+    assert (named.name, named.metric_unit) == ("response_logprob_diff", "nats per token")

@@ -97,15 +97,15 @@ def with_spans(prompt_span, counterfactual_span):
 
 
 REFUSED = {
-    "no response": (LONGER, "response", "end", "no response positions", "response_logprob_diff"),
+    "no response": (LONGER, "response", "end", "positions='response', but", "response_logprob_diff"),
     "no spans": (EQUAL, "prompt", "span", "cannot be aligned by span", "'prompt_span'"),
     "one span": (with_spans((0, 1), None), "prompt", "span", "'counterfactual_span'"),
     "unequal spans": (with_spans((0, 1), (0, 2)), "prompt", "span", "equally long", "(0, 2)"),
     "base span outside": (with_spans((4, 6), (4, 6)), "prompt", "span", "inside", "5 tokens"),
     "source span outside": (with_spans((3, 5), (5, 7)), "prompt", "span", "inside"),
-    "last from the start": (LONGER, "last", "start", "6 and 4 tokens", "--align=end"),
-    "differing from the start": (LONGER, "differing", "start", "--positions=differing"),
-    "last beyond the span": (SPANS, "last", "span", "--align=span", "--positions=last"),
+    "last from the start": (LONGER, "last", "start", "6 and 4 tokens", "align='end'"),
+    "differing from the start": (LONGER, "differing", "start", "positions='differing'"),
+    "last beyond the span": (SPANS, "last", "span", "align='span'", "positions='last'"),
     "only the base span ends": (with_spans((3, 5), (2, 4)), "last", "span", "do not correspond"),
     "only the source span ends": (with_spans((2, 4), (4, 6)), "last", "span", "do not correspond"),
     "nothing differs": (

@@ -34,7 +34,7 @@ DOSES = [
 ]
 ALONE = [Held(f"only {unit}", "alone", (unit,), 1.0) for unit in UNITS]
 RUN = {
-    **dataclasses.asdict(clamp_lib.Settings("org/<b>model", ("prompts.jsonl",), "out")),
+    **dataclasses.asdict(clamp_lib.ClampSettings("org/<b>model", ("prompts.jsonl",), "out")),
     "results": "sweep",
     "judges": {"sharp": "says <b>both</b>"},
     "device": "1 x cpu",

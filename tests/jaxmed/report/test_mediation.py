@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxmed.question import sites
+from jaxmed.question.effects import Status
 from jaxmed.report import mediation
 from jaxmed.store import results
 from jaxmed.validation import scoring
@@ -31,14 +32,13 @@ AUDIT = {
 def screen(made, audit=AUDIT):
     """Makes the first candidates and samples of the audit exact, by layer, and the rest estimates
     that are far too large."""
-    status = np.full(SIZES.shape("neuron"), results.ESTIMATED)
-    status.flat[: audit["candidates"] + audit["sampled"]] = results.EXACT
+    status = np.full(SIZES.shape("neuron"), Status.ESTIMATED)
+    status.flat[: audit["candidates"] + audit["sampled"]] = Status.EXACT
     for pair, effects in enumerate(zip(*made.effects("neuron"), strict=True)):
         estimates = [np.full(SIZES.shape("neuron"), 99.0)] * 2
         made.write_estimates(pair, *estimates)
         both = [
-            np.where(status == results.EXACT, *side)
-            for side in zip(effects, estimates, strict=True)
+            np.where(status == Status.EXACT, *side) for side in zip(effects, estimates, strict=True)
         ]
         made.write(pair, "neuron", *both, status)
     made.record({"audit": audit})
@@ -192,7 +192,7 @@ def test_a_run_that_has_measured_nothing_yet_can_be_reported(tmp_path):
     made.write(0, "layer", *np.full((2, LAYERS), math.nan))
     text = Page(mediation.write(tmp_path)).text
     assert "No total effect was measured" in text and "not finished" in text
-    assert "layer 0 0 6 0" in text and "neuron 0 0 0 192" in text  # failed, and not run
+    assert "layer 0 0 6 0 0" in text and "neuron 0 0 0 0 192" in text  # failed, and not run
 
 
 def test_text_is_shown_only_when_asked_for(planted):

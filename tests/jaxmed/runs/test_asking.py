@@ -11,8 +11,9 @@ from jaxmed.behaviour.answering import AnsweringModel
 from jaxmed.behaviour.judges.rules import FirstTokens, RefusalPhrases
 from jaxmed.behaviour.sampling import Sampling
 from jaxmed.files.reading import DataError
-from jaxmed.runs import asking, mediate
-from jaxmed.runs.asking import Settings
+from jaxmed.runs import asking, loading
+from jaxmed.runs.asking import AnswerSettings
+from jaxmed.runs.settings import like
 from models.errors import InputError
 from tests import tiny, words
 
@@ -21,7 +22,7 @@ WITH_TOKENS = {"judge": ("tokens",), "comply_tokens": ("1",), "refuse_tokens": (
 
 def settings(prompts=("prompts.jsonl",), **fields):
     fields = {"max_tokens": 4} | fields
-    return Settings(model="model", out="out", prompts=tuple(map(str, prompts)), **fields)
+    return AnswerSettings(model="model", out="out", prompts=tuple(map(str, prompts)), **fields)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def write(tmp_path):
         ({"temperature": float("nan")}, "--temperature=nan: must be a number, and at least 0"),
         ({"temperature": float("inf")}, "--temperature=inf: must be a number, and at least 0"),
         ({"top_p": 1.5}, "--top_p=1.5: must be a number, and at most 1"),
-        ({"top_p": 0.0}, "--top_p=0: must be above 0"),
+        ({"top_p": 0.0}, "--top_p=0.0: must be above 0"),
         ({"top_k": -1}, "--top_k=-1: must be a number, and at least 0"),
         ({"top_k": 2**31}, "--top_k=2147483648: must be a number, and at most 2147483647"),
         ({"seed": 2**32}, "--seed=4294967296: must be a number, and at most 4294967295"),
@@ -84,9 +85,14 @@ def test_settings_that_can():
     asking.check(settings(judge=("phrases", "harmbench=x"), cut=True))
 
 
+@dataclasses.dataclass(frozen=True)
+class LongAnswers(AnswerSettings):
+    max_tokens: int = like(AnswerSettings, "max_tokens", least=10)
+
+
 def test_a_program_has_choices_and_bounds_of_its_own():
     with pytest.raises(InputError, match="--max_tokens=9: must be a number, and at least 10"):
-        asking.check(settings(max_tokens=9), least={"max_tokens": 10})
+        asking.check(LongAnswers("model", ("prompts.jsonl",), "out", max_tokens=9))
 
 
 def test_how_tokens_are_chosen():
@@ -116,7 +122,7 @@ def test_chat_wraps_text(model, write):
     [found] = asking.read_prompts(settings([file], chat=True), model, said.append)
     assert found.tokens == words.ids("[BOS] [USER] how [END] [BOT]") and said == []
     [found] = asking.read_prompts(settings([file]), model, said.append)
-    assert found.tokens == words.ids("[BOS] how") and said == [mediate.AS_IT_STANDS]
+    assert found.tokens == words.ids("[BOS] how") and said == [loading.AS_IT_STANDS]
 
 
 BAD_PROMPTS = {

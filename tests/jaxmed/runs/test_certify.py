@@ -11,6 +11,7 @@ import pytest
 from jaxmed.analysis import circuits
 from jaxmed.report import certificate
 from jaxmed.runs import certify, mediate
+from jaxmed.runs.certify import CertifySettings
 from jaxmed.validation import outcomes
 from models import organisms
 from models.errors import InputError
@@ -45,18 +46,18 @@ def fast():
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
-    return mediate.Settings(
-        *("", "", str(tmp_path_factory.mktemp("certified") / "out")),
-        positions="prompt",
+    folder = tmp_path_factory.mktemp("certified")
+    return CertifySettings(
+        organism=tuple(FAST),
+        organisms=str(folder / "organisms"),
+        out=str(folder / "out"),
         joint_size=10,
         joint_pairs=SEARCHED,
     )
 
 
 def run(settings):
-    return certify.certify(
-        settings, names=FAST, seeds=[0], kept=f"{settings.out}-organisms", progress=False
-    )
+    return certify.run(settings, progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +125,7 @@ def test_curves_begin_with_few_neurons_and_end_with_all(found):
     curves = found.curves.to_pylist()
     assert {row["fraction"] for row in curves} == set(circuits.CIRCUIT_SIZES)
     whole = [row["faithfulness"] for row in curves if row["fraction"] == 1]
-    assert len(whole) == 2 * len(outcomes.METHODS)  # in both directions
+    assert len(whole) == 2 * len(outcomes.METHODS)  # by both estimands
     np.testing.assert_allclose(whole, 1, atol=1e-5)
 
 
@@ -180,11 +181,10 @@ def test_what_was_scored_is_not_run_again_unless_something_changed(
     other = dataclasses.replace(settings, joint_share=0.5)
     with pytest.raises(InputError, match="joint_share was 0.95, is now 0.5: choose another --out"):
         run(other)
-    kept = f"{settings.out}-organisms"
     folder = shutil.copytree(settings.out, tmp_path / "out")
     other = dataclasses.replace(other, out=str(folder), overwrite=True)
-    with pytest.raises(Ran):
-        certify.certify(other, names=FAST, seeds=[0], kept=kept, progress=False)
+    with pytest.raises(HasRunError):
+        run(other)
     monkeypatch.setitem(certify._CONSTANTS, "draws", 1)
     with pytest.raises(InputError, match="draws was 19, is now 1"):
         run(settings)
@@ -196,28 +196,28 @@ def test_a_truth_that_changed_or_damaged_scores_are_scored_again(
 ):
     monkeypatch.setattr(mediate, "measure", refuse_to_run)
     kept = shutil.copytree(found.folder, tmp_path / "out")
-    settings = dataclasses.replace(settings, out=str(kept))
-    folder = pathlib.Path(f"{found.folder}-organisms") / "decoys-0"
+    asked = dataclasses.replace(settings, out=str(kept)).of_a_run
+    folder = pathlib.Path(settings.organisms) / "decoys-0"
     truth = organisms.truth(folder)
     made = organisms.Organism(folder, truth)
-    assert certify.measure(made, CONTRAST, settings)["rows"]
+    assert certify.measure(made, CONTRAST, asked)["rows"]
     truth["contrasts"][CONTRAST]["neurons"].pop()
-    with pytest.raises(Ran):
-        certify.measure(made, CONTRAST, settings)
+    with pytest.raises(HasRunError):
+        certify.measure(made, CONTRAST, asked)
     truth["contrasts"][CONTRAST] = organisms.truth(folder)["contrasts"][CONTRAST]
-    assert certify.measure(made, CONTRAST, settings)["rows"]
+    assert certify.measure(made, CONTRAST, asked)["rows"]
     for damaged in ('{"rows": [', "[1]"):
         (kept / "runs" / f"decoys-0-{CONTRAST}" / "scores.json").write_text(damaged)
-        with pytest.raises(Ran):
-            certify.measure(made, CONTRAST, settings)
+        with pytest.raises(HasRunError):
+            certify.measure(made, CONTRAST, asked)
 
 
 def test_a_screen_and_no_joint_set(found, settings, tmp_path):
     """Of screened neurons the others have no score; without a joint set its true size is known."""
-    folder = pathlib.Path(f"{found.folder}-organisms") / "decoys-0"
+    folder = pathlib.Path(settings.organisms) / "decoys-0"
     asked = dataclasses.replace(
         settings, out=str(tmp_path), joint_size=0, joint_pairs=8, screen=90, screen_audit=10
-    )
+    ).of_a_run
     made = organisms.Organism(folder, organisms.truth(folder))
     rows = certify.measure(made, CONTRAST, asked)["rows"]
     of_neurons = {row["method"]: row for row in rows if row["granularity"] == "neuron"}
@@ -241,21 +241,20 @@ def test_a_screen_and_no_joint_set(found, settings, tmp_path):
     assert len(certificate.method_lines(outcomes.table_of(rows))) == 2 + 7
 
 
-class Ran(Exception):
+class HasRunError(Exception):
     """Something was run."""
 
 
 def refuse_to_run(*_, **__):
-    raise Ran
+    raise HasRunError
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"metric": "response_logprob_diff"}, "--metric=response_logprob_diff: the planted truth"),
         ({"positions": "response"}, "--positions=response: what is planted"),
         ({"align": "span"}, "--align=span: the organisms' pairs name no spans"),
-        ({"joint_share": 1.5}, "--joint_share=1.5: must be 1 at most"),
+        ({"joint_share": 1.5}, "--joint_share=1.5: must be a number, and at most 1"),
         ({"screen": 100}, "--screen=100 --screen_audit=1000: computes 1200 neurons exactly"),
         ({"joint_size": 0, "joint_share": 0.5}, "--joint_share needs --joint_size"),
         ({"joint_size": 641}, "--joint_size=641: the model has 640 neurons"),
@@ -268,39 +267,44 @@ def test_settings_are_checked_before_anything_is_trained(settings, changes, mess
         run(dataclasses.replace(settings, **changes))
 
 
+def test_another_metric_than_that_of_the_planted_truth_is_refused(settings, monkeypatch):
+    monkeypatch.setattr(mediate, "measure", refuse_to_run)
+    asked = dataclasses.replace(settings.of_a_run, metric="response_logprob_diff")
+    made = organisms.Organism(pathlib.Path("decoys-0"), {})
+    with pytest.raises(InputError, match="--metric=response_logprob_diff: the planted truth"):
+        certify.measure(made, CONTRAST, asked)
+
+
 def test_folders_are_made_before_anything_is_trained(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(organisms, "build", refuse_to_run)
     (tmp_path / "file").write_text("")
     below_a_file = str(tmp_path / "file" / "out")
     with pytest.raises(InputError, match="--out=.*file/out: cannot be made"):
-        elsewhere = dataclasses.replace(settings, out=below_a_file)
-        certify.certify(elsewhere, names=FAST, seeds=[0], kept=str(tmp_path / "kept"))
+        run(dataclasses.replace(settings, out=below_a_file, organisms=str(tmp_path / "organisms")))
     with pytest.raises(InputError, match="--organisms=.*file/out: cannot be made"):
-        elsewhere = dataclasses.replace(settings, out=str(tmp_path / "out"))
-        certify.certify(elsewhere, names=FAST, seeds=[0], kept=below_a_file)
+        run(dataclasses.replace(settings, out=str(tmp_path / "out"), organisms=below_a_file))
     assert not (tmp_path / "out").exists()
     with pytest.raises(InputError, match="--organism: name any of late-mlp, "):
-        certify.certify(settings, names=[], seeds=[0], kept=str(tmp_path))
+        run(dataclasses.replace(settings, organism=()))
 
 
 def test_an_organism_that_is_unfit_is_named_and_left_out(found, settings, tmp_path, monkeypatch):
-    build = organisms.build
+    build, unfit = organisms.build, {1}
 
     def unlucky(folder, seed, **options):
-        if seed:
+        if seed in unfit:
             raise organisms.UnfitError("leaks")
         return build(folder, seed, **options)
 
     monkeypatch.setattr(organisms, "build", unlucky)
-    kept = {"kept": f"{settings.out}-organisms", "names": ["decoys"], "progress": False}
-    settings = dataclasses.replace(
-        settings, out=str(shutil.copytree(settings.out, tmp_path / "out"))
-    )
-    both = certify.certify(settings, seeds=[0, 1], **kept)
+    out = str(shutil.copytree(settings.out, tmp_path / "out"))
+    settings = dataclasses.replace(settings, organism=("decoys",), seeds=2, out=out)
+    both = run(settings)
     assert set(both.table["seed"].to_pylist()) == {0}
     assert "Not certified: decoys 1: leaks" in certificate.lines(both)
-    with pytest.raises(InputError, match="no organism is fit: leaks"):
-        certify.certify(settings, seeds=[1], **kept)
+    unfit.add(0)
+    with pytest.raises(InputError, match="no organism is fit: leaks; leaks"):
+        run(settings)
 
 
 def test_intervals_are_over_seeds():

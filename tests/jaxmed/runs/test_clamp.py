@@ -17,7 +17,8 @@ from jaxmed.behaviour.judges.protocol import Verdict
 from jaxmed.data import prompts
 from jaxmed.intervention import export, outcomes
 from jaxmed.runs import asking, clamp
-from jaxmed.runs.clamp import Settings
+from jaxmed.runs.clamp import ClampSettings
+from jaxmed.validation import truth
 from models import organisms
 from models.errors import InputError
 
@@ -49,8 +50,9 @@ def settings(organism, out, **changes):
         "max_tokens": 6,
         "random": 3,
     }
-    asked |= {"model": str(organism.folder), "prompts": (str(organism.prompts),), "out": str(out)}
-    return Settings(**asked | changes)
+    file = truth.prompts_file(organism)
+    asked |= {"model": str(organism.folder), "prompts": (str(file),), "out": str(out)}
+    return ClampSettings(**asked | changes)
 
 
 @pytest.fixture(scope="module")
@@ -344,7 +346,7 @@ def test_values_stay_those_of_the_first_run_whoever_judges(organism, units, tmp_
 
 
 def test_modules_need_no_prompts_to_be_compared_by(organism, tmp_path):
-    lines = organism.prompts.read_text().splitlines()
+    lines = truth.prompts_file(organism).read_text().splitlines()
     tested = [line for line in lines if '"split": "C"' in line]
     (tmp_path / "tested.jsonl").write_text("\n".join(tested))
     asked = settings(
@@ -421,7 +423,7 @@ def test_what_cannot_be_used_is_refused_before_anything_is_written(
 
 
 def test_an_edit_that_no_weights_hold_is_not_to_be_exported(tmp_path):
-    asked = Settings(
+    asked = ClampSettings(
         "model",
         ("prompts",),
         "out",
@@ -445,7 +447,7 @@ def test_an_edit_that_no_weights_hold_is_not_to_be_exported(tmp_path):
 
 
 def test_prompts_that_are_too_few_or_of_one_kind_are_refused(organism, units, tmp_path):
-    lines = organism.prompts.read_text().splitlines()
+    lines = truth.prompts_file(organism).read_text().splitlines()
 
     def refused(chosen, message, **changes):
         (tmp_path / "some.jsonl").write_text("\n".join(chosen))
@@ -483,14 +485,14 @@ def test_prompts_that_are_too_few_or_of_one_kind_are_refused(organism, units, tm
 def test_units_of_a_run_that_saw_the_tested_prompts_are_refused(organism, tmp_path, monkeypatch):
     from jaxmed.runs import mediate
 
-    lines = [json.loads(line) for line in organism.prompts.read_text().splitlines()]
+    lines = [json.loads(line) for line in truth.prompts_file(organism).read_text().splitlines()]
     keyed = [line for line in lines if line["label"] == "harmful" and " J " in line["prompt"]]
     answers = {"harmful_response": "C", "safe_response": "R"}
 
     def run(chosen, name, split=()):
         lines = [line | answers | {"id": n} for n, line in enumerate(chosen)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
-        asked = mediate.Settings(
+        asked = mediate.MediateSettings(
             str(organism.folder),
             str(tmp_path / f"{name}.jsonl"),
             str(tmp_path / name),
@@ -517,8 +519,8 @@ def test_units_of_a_run_that_saw_the_tested_prompts_are_refused(organism, tmp_pa
     others.finish()
     asked = dataclasses.replace(asked, results=str(others.folder), random=0, module=False)
     found = clamp.run(asked, progress=False)
-    truth = organism.truth["contrasts"]["unlock"]["neurons"]
-    assert {(u.layer, u.index) for u in found.units} == set(map(tuple, truth))
+    planted = organism.truth["contrasts"]["unlock"]["neurons"]
+    assert {(u.layer, u.index) for u in found.units} == set(map(tuple, planted))
     others.run["weights_hash"] = "other"
     others.record({"seconds": 1.0})
     with pytest.raises(InputError, match="whose weights are not those of .*: --units"):
@@ -534,7 +536,7 @@ def test_each_prompt_may_be_held_at_its_counterfactual(organism, units, tmp_path
         random=0,
         module=False,
     )
-    lines = [json.loads(line) for line in organism.prompts.read_text().splitlines()]
+    lines = [json.loads(line) for line in truth.prompts_file(organism).read_text().splitlines()]
     lines[2].pop("counterfactual")
     lines[5] |= {"counterfactual": [lines[5]["counterfactual"]] * 2}
     file = tmp_path / "prompts.jsonl"

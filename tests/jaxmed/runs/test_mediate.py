@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import zarr
 
+import jaxmed
 import models
 from jaxmed.analysis import joint as joint_lib
 from jaxmed.analysis import ranking, screening
@@ -18,11 +19,14 @@ from jaxmed.data import splits
 from jaxmed.engine import memory, scan
 from jaxmed.files import reading
 from jaxmed.question import directions
+from jaxmed.question.effects import Status
 from jaxmed.question.metrics import LogitDifference
 from jaxmed.question.question import Question
 from jaxmed.report import mediation
-from jaxmed.runs import mediate
-from jaxmed.runs.mediate import Settings
+from jaxmed.runs import mediate, report
+from jaxmed.runs import settings as settings_lib
+from jaxmed.runs.mediate import MediateSettings
+from jaxmed.runs.report import ReportSettings
 from jaxmed.store import results
 from models import checkpoint, organisms
 from models.errors import InputError
@@ -62,6 +66,7 @@ PAIRS = [
         "safe_ids": [13],
     },
 ]
+AXES = ("pair", "layer", "site", "head", "position", "neuron")
 TOTALS = ("te", "y_base", "y_source")
 UNITS = {
     "layer": (LAYERS,),
@@ -91,7 +96,7 @@ def write(file, *lines):
 def asked(model):
     """Settings of a run of all granularities, on a file of pairs that no test changes."""
     file = write(model.parent / "pairs.jsonl", *PAIRS)
-    return Settings(str(model), str(file), str(model.parent / "out"))
+    return MediateSettings(str(model), str(file), str(model.parent / "out"))
 
 
 @pytest.fixture(scope="module")
@@ -106,9 +111,12 @@ def to(asked, folder, **changes):
 
 
 def arrays(found):
-    """Every array of a results folder by name."""
+    """Every array of measured values in a results folder by name."""
     group = zarr.open_group(found / "effects.zarr", mode="r")
-    return {name: array[...] for name, array in group.members(None) if hasattr(array, "shape")}
+    members = {name: array for name, array in group.members(None) if hasattr(array, "shape")}
+    return {
+        name: array[...] for name, array in members.items() if name.rpartition("/")[2] not in AXES
+    }
 
 
 def described(folder):
@@ -147,8 +155,13 @@ def test_a_run_writes_the_files_of_the_contract(finished):
     group = zarr.open_group(finished.folder / "effects.zarr", mode="r")
     names = {f"{name}/{leaf}" for name in UNITS for leaf in ("nie", "tie", "done")}
     found = {name: array for name, array in group.members(None) if hasattr(array, "shape")}
-    assert set(found) == {*TOTALS, *names}
-    for name, array in found.items():
+    coordinates = {name for name in found if name.rpartition("/")[2] in AXES}
+    assert set(found) - coordinates == {*TOTALS, *names}
+    assert coordinates == {"pair"} | {
+        f"{name}/{axis}" for name in UNITS for axis in found[f"{name}/nie"].metadata.dimension_names
+    }
+    for name in set(found) - coordinates:
+        array = found[name]
         granularity, _, leaf = name.rpartition("/")
         assert array.shape == (3, *UNITS.get(granularity, ()))
         assert array.metadata.zarr_format == 3
@@ -215,7 +228,7 @@ def test_effects_are_those_that_python_gets_from_scan(asked, finished):
     assert tokenizer is None
     pairs = pairs_lib.read(asked.pairs)
     for granularity in UNITS:
-        scanned = scan.scan(decoder, pairs, granularity, LogitDifference())
+        scanned = jaxmed.scan(decoder, pairs, granularity, LogitDifference())[granularity]
         for name in ("nie", "tie"):
             written = arrays(finished.folder)[f"{granularity}/{name}"]
             # Other batches round otherwise; effects that cancel do so relative to the others.
@@ -241,12 +254,12 @@ def test_tokens_count_from_the_prompts_end_and_are_nan_beyond_its_aligned_positi
             token = found[f"token/{name}"][index]
             assert np.isfinite(token[..., :length]).all() and np.isnan(token[..., length:]).all()
         done = found["token/done"][index]
-        assert (done[..., :length] == results.EXACT).all()
-        assert (done[..., length:] == results.NOT_RUN).all()
+        assert (done[..., :length] == Status.EXACT).all()
+        assert (done[..., length:] == Status.NOT_RUN).all()
     # Patching the residual of the last token of the last layer is the total effect.
     np.testing.assert_allclose(found["token/nie"][:, -1, 0, 0], found["te"], rtol=1e-5)
     for name in set(UNITS) - {"token"}:
-        assert (found[f"{name}/done"] == results.EXACT).all()
+        assert (found[f"{name}/done"] == Status.EXACT).all()
 
 
 def test_tokens_are_nan_where_alignment_from_the_start_leaves_the_end_out(asked, tmp_path):
@@ -256,7 +269,7 @@ def test_tokens_are_nan_where_alignment_from_the_start_leaves_the_end_out(asked,
     found = arrays(mediate.run(to(asked, tmp_path, pairs=str(pairs), **question)).folder)
     assert found["token/nie"].shape == (1, LAYERS, 3, 7)
     assert np.isnan(found["token/nie"][..., 0]).all()
-    assert (found["token/done"][..., 0] == results.NOT_RUN).all()
+    assert (found["token/done"][..., 0] == Status.NOT_RUN).all()
     assert np.isfinite(found["token/nie"][..., 1:]).all()
 
 
@@ -303,7 +316,7 @@ def test_a_run_that_is_stopped_between_pairs_goes_on_with_the_missing_ones(
     assert described(out)["finished"] is False
     assert {path.name for path in out.iterdir()} == {"run.json", "effects.zarr"}
     done = arrays(out)["layer/done"]
-    assert (done[0] == results.EXACT).all() and (done[1:] == results.NOT_RUN).all()
+    assert (done[0] == Status.EXACT).all() and (done[1:] == Status.NOT_RUN).all()
     assert np.isnan(arrays(out)["te"][1:]).all()
 
     scans.clear()
@@ -411,17 +424,17 @@ def test_a_report_needs_neither_the_model_nor_the_pairs(copied, tmp_path):
     gone = {"model": str(tmp_path / "gone"), "pairs": str(tmp_path / "gone.jsonl")}
     (copied / "run.json").write_text(json.dumps(described(copied) | gone))
     (copied / "report.html").unlink()
-    mediate.report_again(str(copied), show_text=False)
+    report.run(ReportSettings(str(copied)))
     assert str(tmp_path / "gone") in (copied / "report.html").read_text()
     with pytest.raises(InputError, match="gone"):
-        mediate.report_again(str(copied), show_text=True)
+        report.run(ReportSettings(str(copied), show_text=True))
 
 
 def test_text_is_not_shown_where_the_pairs_are_others(asked, copied, tmp_path):
     pairs = write(tmp_path / "pairs.jsonl", *PAIRS[:2])
     (copied / "run.json").write_text(json.dumps(described(copied) | {"pairs": str(pairs)}))
     with pytest.raises(InputError, match="no longer has pair 'short'"):
-        mediate.report_again(str(copied), show_text=True)
+        report.run(ReportSettings(str(copied), show_text=True))
 
 
 # Pairs that cannot be used.
@@ -520,7 +533,7 @@ def test_a_folder_that_cannot_be_the_results_is_refused(out, asked, scans, tmp_p
         ({"screen": 9, "group_size": 3}, "--screen=9: the model has 8 groups of neurons"),
         ({"joint_size": 25}, "--joint_size=25: the model has 24 neurons"),
         ({"memory_gb": 0.001}, "--memory_gb=0.001: model and program take"),
-        ({"directions": "gone.npz"}, "--directions=gone.npz: no npz file of plain arrays"),
+        ({"directions": "gone.npz"}, "gone.npz: no npz file of plain arrays"),
     ],
 )
 def test_settings_that_the_model_does_not_allow_are_refused_before_anything_is_written(
@@ -572,7 +585,7 @@ def test_a_file_of_directions_adds_them_to_what_is_asked(asked, finished, vector
     assert group["direction/done"].shape == (3, LAYERS, 2, 3)
     given = np.zeros((LAYERS, 2, 3), bool)
     given[0, 0, 0] = given[1, 1] = True
-    assert (run.done("direction") == np.where(given, results.EXACT, results.NOT_RUN)).all()
+    assert (run.done("direction") == np.where(given, Status.EXACT, Status.NOT_RUN)).all()
     for side, neurons in zip(run.effects("direction"), finished.effects("neuron"), strict=True):
         assert (np.isfinite(side) == given).all()
         # A neuron is a direction along one axis of its site.
@@ -622,9 +635,9 @@ def test_a_screened_run_is_exact_where_it_computes_and_says_where_it_does_not(
 
     status = screened.done("neuron")
     assert (status == status[0]).all()
-    exact = status[0] == results.EXACT
+    exact = status[0] == Status.EXACT
     assert exact.sum() == screening.MARGIN * TOP + AUDITED
-    assert (status[0][~exact] == results.ESTIMATED).all()
+    assert (status[0][~exact] == Status.ESTIMATED).all()
     strength = ranking.strength(*expected)
     strongest = np.argsort(-strength, axis=None)[: screening.MARGIN * TOP]
     assert exact.flat[strongest].all()
@@ -693,7 +706,7 @@ def test_a_screen_of_all_neurons_misses_none(asked, tmp_path):
     pairs = write(tmp_path / "pairs.jsonl", PAIRS[0])
     changes = {"pairs": str(pairs), "granularity": ("neuron",), "screen": 12, "screen_audit": 0}
     run = mediate.run(to(asked, tmp_path, **changes))
-    assert (run.done("neuron") == results.EXACT).all()
+    assert (run.done("neuron") == Status.EXACT).all()
     assert run.run["audit"]["bound"] == 0 and run.run["audit"]["spearman"] is None
     assert mediation.closing_lines(run)[-1].endswith("so none is missing.")
 
@@ -721,7 +734,8 @@ def test_a_neuron_that_failed_leaves_the_bound_valid(screened, monkeypatch):
 
 
 def test_a_joint_set_is_searched_confirmed_and_reported(asked, tmp_path, monkeypatch):
-    monkeypatch.setitem(mediate.MOST, "joint_share", 2)  # which is never reached
+    # Of a share that is never reached.
+    monkeypatch.setattr(settings_lib, "check", lambda settings: None)
     # A single differing token: the total effect is large.
     answers = {"harmful_ids": [7], "safe_ids": [10]}
     pairs = write(
@@ -802,7 +816,9 @@ def test_text_is_shown_only_if_asked_for_and_escaped(show_text, text_model, tmp_
     pairs = write(tmp_path / "pairs.jsonl", TEXT_PAIR)
     out = tmp_path / "out"
     granularity = ("layer",)
-    settings = Settings(str(text_model), str(pairs), str(out), granularity, show_text=show_text)
+    settings = MediateSettings(
+        str(text_model), str(pairs), str(out), granularity, show_text=show_text
+    )
     mediate.run(settings)
     page = (out / "report.html").read_text()
     assert ("&lt;b&gt;how&lt;/b&gt;" in page) == ("&lt;i&gt;why&lt;/i&gt;" in page) == show_text
@@ -824,7 +840,9 @@ def test_text_and_its_token_ids_give_the_same_effects(text_model, tmp_path, caps
     for name, line, chat in (("ids", in_ids, False), ("text", in_text, True)):
         pairs = write(tmp_path / f"{name}.jsonl", line)
         out = str(tmp_path / name)
-        found.append(mediate.run(Settings(str(text_model), str(pairs), out, ("layer",), chat=chat)))
+        found.append(
+            mediate.run(MediateSettings(str(text_model), str(pairs), out, ("layer",), chat=chat))
+        )
     assert_same_arrays(found[1].folder, found[0].folder)
     assert "--chat wraps them" not in capsys.readouterr().err
 
@@ -833,7 +851,7 @@ def test_first_tokens_may_be_given_as_ids_or_as_words(text_model, tmp_path):
     pairs = write(tmp_path / "pairs.jsonl", TEXT_PAIR)
     found = []
     for name, harmful in (("ids", ("13", "8")), ("words", ("yes it", "to", "yes"))):
-        settings = Settings(
+        settings = MediateSettings(
             str(text_model),
             str(pairs),
             str(tmp_path / name),

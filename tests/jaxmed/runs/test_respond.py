@@ -21,7 +21,7 @@ from jaxmed.question.positions import Align, Positions
 from jaxmed.report import respond
 from jaxmed.runs import asking
 from jaxmed.runs import respond as respond_lib
-from jaxmed.runs.respond import Settings
+from jaxmed.runs.respond import RespondSettings
 from jaxmed.store import claims
 from models import checkpoint
 from models.errors import InputError
@@ -69,7 +69,7 @@ def ask(folders, tmp_path):
         file = tmp_path / "prompts.jsonl"
         file.write_text("\n".join(map(json.dumps, rows)))
         fields = {"out": str(tmp_path / "out")} | SAMPLED | JUDGED | fields
-        return Settings(model=str(folders[model]), prompts=(str(file),), **fields)
+        return RespondSettings(model=str(folders[model]), prompts=(str(file),), **fields)
 
     return make
 

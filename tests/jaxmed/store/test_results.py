@@ -4,9 +4,11 @@ import json
 
 import numpy as np
 import pytest
+import xarray
 import zarr
 
 from jaxmed.question import effects, sites
+from jaxmed.question.effects import Status
 from jaxmed.store import results
 
 SITES = ("residual", "mlp")
@@ -49,7 +51,7 @@ def test_another_program_finds_the_arrays_that_are_promised(tmp_path):
             assert dict(array.attrs) == asked | own.get(granularity, {})
         done = group[f"{granularity}/done"]
         assert (done.shape, done.dtype) == (shape, np.uint8)
-        assert (done[0] == results.NOT_RUN).all() and (done[1] == results.EXACT).all()
+        assert (done[0] == Status.NOT_RUN).all() and (done[1] == Status.EXACT).all()
     totals = {name: group[name][:].tolist()[1] for name in ("te", "y_base", "y_source")}
     assert totals == {"te": -4.0, "y_base": 2.5, "y_source": -1.5}
 
@@ -62,11 +64,11 @@ def test_another_program_finds_the_arrays_that_are_promised(tmp_path):
 
 
 def test_reopened_results_are_those_written(tmp_path):
-    start(tmp_path).write(0, "head", *random_effects("head"), status=results.ESTIMATED)
+    start(tmp_path).write(0, "head", *random_effects("head"), status=Status.ESTIMATED)
     run = results.Results.open(tmp_path)
     nie, tie = run.effects("head")
     np.testing.assert_array_equal([nie[0], tie[0]], random_effects("head"))
-    assert (run.done("head")[0] == results.ESTIMATED).all()
+    assert (run.done("head")[0] == Status.ESTIMATED).all()
     assert np.isnan(nie[1]).all()
     assert (run.sizes, run.pair_ids) == (SIZES, ("a", "b"))
 
@@ -98,7 +100,7 @@ def test_missing_counts_a_failed_pair_as_tried(tmp_path):
     run.write(1, "layer", *np.full((2, *SIZES.shape("layer")), np.nan))
     assert run.missing("layer") == [0]
     assert run.missing("module") == [0, 1]
-    assert (run.done("layer")[1] == results.FAILED).all()
+    assert (run.done("layer")[1] == Status.FAILED).all()
 
 
 def test_a_unit_without_a_finite_effect_failed(tmp_path):
@@ -108,7 +110,7 @@ def test_a_unit_without_a_finite_effect_failed(tmp_path):
     run.write(0, "head", nie, tie)
     failed = np.zeros((3, 2), bool)
     failed[1, 0] = failed[2, 1] = True
-    np.testing.assert_array_equal(run.done("head")[0] == results.FAILED, failed)
+    np.testing.assert_array_equal(run.done("head")[0] == Status.FAILED, failed)
     np.testing.assert_array_equal(np.isnan(run.effects("head")[0][0]), failed)
 
 
@@ -119,19 +121,19 @@ def test_positions_beyond_a_pair_did_not_fail(tmp_path):
     nie[0, 1, 0] = np.nan
     run.write(0, "token", nie, tie)
     done = run.done("token")[0]
-    assert (done[..., 2:] == results.NOT_RUN).all()
-    assert done[0, 1, 0] == results.FAILED and (done[1:, :, :2] == results.EXACT).all()
+    assert (done[..., 2:] == Status.NOT_RUN).all()
+    assert done[0, 1, 0] == Status.FAILED and (done[1:, :, :2] == Status.EXACT).all()
     assert run.missing("token") == [1]
 
 
 def test_directions_that_do_not_exist_are_not_run_and_did_not_fail(tmp_path):
     run = start(tmp_path)
     nie, tie = random_effects("direction")
-    status = np.full(SIZES.shape("direction"), results.EXACT)
-    status[1:, 0] = results.NOT_RUN
+    status = np.full(SIZES.shape("direction"), Status.EXACT)
+    status[1:, 0] = Status.NOT_RUN
     nie[1:, 0] = tie[1:, 0] = tie[0, 1, 2] = np.nan
     run.write(1, "direction", nie, tie, status)
-    status[0, 1, 2] = results.FAILED
+    status[0, 1, 2] = Status.FAILED
     np.testing.assert_array_equal(run.done("direction")[1], status)
     assert run.missing("direction") == [0]
 
@@ -143,16 +145,16 @@ def test_estimates_stand_beside_exact_effects_and_can_be_left_out(tmp_path):
     run.write_estimates(1, *estimates)
     assert run.missing_estimates() == [0]
     nie, tie = random_effects("neuron")
-    status = np.full(SIZES.shape("neuron"), results.ESTIMATED)
-    status[2, :3] = results.EXACT
+    status = np.full(SIZES.shape("neuron"), Status.ESTIMATED)
+    status[2, :3] = Status.EXACT
     run.write(1, "neuron", nie, tie, status)
 
     run = results.Results.open(tmp_path)
     np.testing.assert_array_equal(run.estimates(1), estimates)
     np.testing.assert_array_equal([side[1] for side in run.effects("neuron")], [nie, tie])
-    exact = np.where(status == results.EXACT, [nie, tie], np.nan)
+    exact = np.where(status == Status.EXACT, [nie, tie], np.nan)
     np.testing.assert_array_equal([side[1] for side in run.effects("neuron", exact=True)], exact)
-    np.testing.assert_array_equal(run.estimated("neuron"), status == results.ESTIMATED)
+    np.testing.assert_array_equal(run.estimated("neuron"), status == Status.ESTIMATED)
 
 
 def test_effects_of_another_shape_are_refused(tmp_path):
@@ -263,3 +265,120 @@ def test_an_incomplete_request_is_refused(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         start(tmp_path / "out", **changes)
     assert not (tmp_path / "out" / "run.json").exists()
+
+
+def in_xarray(folder, group=None):
+    """The group as xarray opens it by the consolidated metadata, which it must find."""
+    return xarray.open_zarr(folder / "effects.zarr", group=group, consolidated=True).load()
+
+
+def test_xarray_opens_every_group_by_names_and_coordinates(tmp_path):
+    run = start(tmp_path, run={**RUN, "screen": 2, "group_size": 8})
+    along = {
+        "layer": [0, 1, 2],
+        "head": [0, 1],
+        "neuron": [0, 8, 16, 24, 32],
+        "position": [0, 1, 2, 3],
+        "direction": [0, 1, 2, 3, 4, 5],
+    }
+    sites_of = {
+        "module": ["attention", "mlp"],
+        "token": ["residual", "attention", "mlp"],
+        "direction": list(SITES),
+    }
+    dimensions = {
+        "layer": ("pair", "layer"),
+        "module": ("pair", "layer", "site"),
+        "head": ("pair", "layer", "head"),
+        "token": ("pair", "layer", "site", "position"),
+        "neuron": ("pair", "layer", "neuron"),
+        "direction": ("pair", "layer", "site", "direction"),
+        "screen": ("pair", "layer", "neuron"),
+    }
+    for group, names in dimensions.items():
+        nie, tie = random_effects("neuron" if group == "screen" else group)
+        if group == "screen":
+            run.write_estimates(1, nie, tie)
+        else:
+            run.write(1, group, nie, tie)
+        opened = in_xarray(tmp_path, group)
+        assert opened["nie"].dims == names and opened["nie"].dtype == np.float32
+        np.testing.assert_array_equal(opened["tie"].sel(pair="b"), tie)
+        assert np.isnan(opened["tie"].sel(pair="a")).all()
+        for name in names:
+            wanted = {"pair": PAIRS, "site": sites_of.get(group)}.get(name, along.get(name))
+            assert opened[name].values.tolist() == wanted
+        if group != "screen":
+            assert opened["done"].dtype == np.uint8
+            assert (opened["done"].sel(pair="b") == Status.EXACT).all()
+    run.write_totals(0, y_base=1.0, y_source=4.0)
+    opened = in_xarray(tmp_path)
+    assert opened["te"].sel(pair="a") == 3 and np.isnan(opened["te"].sel(pair="b"))
+    assert {"te", "y_base", "y_source"} == set(opened.data_vars)
+    assert opened["pair"].values.tolist() == PAIRS
+
+
+def test_an_opened_folder_is_read_and_never_written(tmp_path):
+    start(tmp_path / "out").write(0, "layer", *random_effects("layer"))
+
+    def state():
+        files = (path for path in (tmp_path / "out").rglob("*") if path.is_file())
+        return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+    before = state()
+    run = results.Results.open(tmp_path / "out")
+    assert run.missing("layer") == [1]
+    for attempt in (
+        lambda: run.write(1, "layer", *random_effects("layer")),
+        lambda: run.write_totals(1, 1.0, 2.0),
+        lambda: run.record({"seconds": 1}),
+        run.finish,
+    ):
+        with pytest.raises(ValueError, match="read-only"):
+            attempt()
+    assert state() == before
+
+
+def test_effects_by_granularity_are_what_the_folder_holds(tmp_path):
+    run = start(tmp_path, run={**RUN, "group_size": 8, "metric_unit": "logits"})
+    nie, tie = random_effects("neuron")
+    status = np.full(SIZES.shape("neuron"), Status.LEFT_OUT)
+    status[1, 2] = Status.EXACT
+    run.write(
+        1, "neuron", *(np.where(status == Status.EXACT, x, np.nan) for x in (nie, tie)), status
+    )
+    run.write_totals(1, y_base=2.5, y_source=-1.5)
+    assert list(run) == list(sites.GRANULARITIES) and run.missing("neuron") == [0]
+
+    found = results.Results.open(tmp_path)["neuron"]
+    np.testing.assert_array_equal(found.done[1], status)
+    assert (found.nie[1, 1, 2], found.tie[1, 1, 2]) == (nie[1, 2], tie[1, 2])
+    assert np.isfinite(found.nie).sum() == np.isfinite(found.tie).sum() == 1
+    assert found.te[1] == -4 and np.isnan(found.te[0])
+    assert found.totals.bases == ("a", "b")
+    assert found.attributes == {
+        "metric": "logit_diff",
+        "metric_unit": "logits",
+        "positions": "last",
+        "precision": "float32",
+    }
+    assert run["token"].attributes["positions"] == "prompt"
+    places = found.places()
+    assert places["unit"].reshape(SIZES.shape("neuron"))[1].tolist() == [0, 8, 16, 24, 32]
+    assert (places["position"] == -1).all() and (places["site"] == "neuron").all()
+
+
+def test_a_total_effect_that_is_known_better_is_kept(tmp_path):
+    run = start(tmp_path)
+    run.write_totals(0, y_base=1e8, y_source=1e8, te=1.5)
+    assert run.te[0] == 1.5
+
+
+def test_a_copy_is_the_same_run_elsewhere(tmp_path):
+    run = start(tmp_path / "out")
+    run.write(0, "head", *random_effects("head"))
+    (tmp_path / "copy").mkdir()
+    run.copy(tmp_path / "copy")
+    copied = results.Results.open(tmp_path / "copy")
+    np.testing.assert_array_equal(copied.effects("head"), run.effects("head"))
+    assert copied.run == run.run

@@ -1,4 +1,4 @@
-"""The two torch rivals of the benchmark compute the effects that jaxmed defines."""
+"""The two torch baselines of the benchmark compute the effects that jaxmed defines."""
 
 import importlib
 
@@ -14,8 +14,8 @@ from models.errors import InputError
 from tests import tiny
 
 pytestmark = pytest.mark.parity
-pytest.importorskip("torch", reason="the rivals are written in torch: make parity")
-rivals = importlib.import_module("jaxmed.rivals")
+pytest.importorskip("torch", reason="the baselines are written in torch: make parity")
+baselines = importlib.import_module("jaxmed.validation.baselines")
 
 # Of the run's largest logit: Y is a difference of two logits, an effect a difference of two Y, and
 # each logit is rounded by a few units in its last place.
@@ -35,7 +35,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_both_rivals_give_the_plain_definition(case):
+def test_both_baselines_give_the_plain_definition(case):
     prompt, counterfactual = np.random.default_rng(0).integers(8, 61, (2, 12)).tolist()
     pair = pairs.Pair("12-11", tuple(prompt), tuple(counterfactual[1:]), (HARMFUL,), (SAFE,))
     question = question_lib.Question(metrics.LogitDifference())
@@ -49,20 +49,20 @@ def test_both_rivals_give_the_plain_definition(case):
     units = np.indices(reference.shape, np.int32).reshape(2, -1)
     layers, neurons = np.random.default_rng(1).permutation(units, axis=1)
     decoder = tiny.decoder("llama", **CASES[case])
-    for rival, batch, onednn in (
-        (rivals.Hooks, None, True),
-        (rivals.Hooks, None, False),
-        (rivals.Prefix, None, True),
-        (rivals.Prefix, 50, False),
+    for baseline, batch, onednn in (
+        (baselines.Hooks, None, True),
+        (baselines.Hooks, None, False),
+        (baselines.Prefix, None, True),
+        (baselines.Prefix, 50, False),
     ):
-        model = rivals.torch_model(decoder, onednn)
+        model = baselines.torch_model(decoder, onednn)
         asked = (model, prompt, pair.counterfactual_ids, HARMFUL, SAFE, batch)
-        found = rival(*asked).effects(layers, neurons)
+        found = baseline(*asked).effects(layers, neurons)
         error = np.abs(found - reference[layers, neurons]).max() / largest_logit
-        print(f"\n{rival.__name__}, oneDNN {onednn}: {error:.1e} of the largest logit")
+        print(f"\n{baseline.__name__}, oneDNN {onednn}: {error:.1e} of the largest logit")
         assert error <= TOLERANCE
 
 
 def test_other_families_are_refused():
-    with pytest.raises(InputError, match="qwen2 model has no torch rival"):
-        rivals.torch_model(tiny.decoder("qwen2"))
+    with pytest.raises(InputError, match="qwen2 model has no torch baseline"):
+        baselines.torch_model(tiny.decoder("qwen2"))

@@ -29,7 +29,9 @@ def test_figures_agree_with_each_other(small):
     assert figures.matmul_fraction > 0
     assert figures.peak_memory_bytes > 2**20
     assert figures.speedup_screen > 0
-    assert figures.speedup_hooks is None and figures.speedup_prefix is None and not figures.rivals
+    assert (
+        figures.speedup_hooks is None and figures.speedup_prefix is None and not figures.baselines
+    )
     assert len([line for line in told if line.startswith("round")]) == 2 + 3
     assert any("80, each patched alone" in line for line in benchmark_lib.table(figures))
 

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from jaxmed.question.effects import PairEffects
+from jaxmed.report import benchmark as report
 from jaxmed.validation import numerical_error
-from jaxmed.validation.numerical_error import Accuracy
 
 
 @pytest.fixture(scope="module")
@@ -29,20 +30,24 @@ def test_bfloat16_products_leave_effects_and_their_order(rows):
 
 
 def test_the_table_shows_every_row(rows):
-    lines = numerical_error.table(rows)
+    lines = report.numerical_error_table(rows)
     assert len(lines) == 1 + len(rows)
     assert "bfloat16" in lines[-1]
 
 
 def test_errors_are_relative_to_the_effects():
-    exact = Accuracy("m", "x", "float32", "NIE", frobenius=0.1, median=0.1, spearman=1.0)
-    wanted = {"neuron": np.array([[1.0, -2.0, 0.0]])}
-
-    class Exact:
-        nie = tie = wanted
-
-    found = {"neuron": 1.1 * wanted["neuron"]}
-    row = numerical_error._compared(("m", "x", "float32"), found, found, Exact)[0]
-    assert row.frobenius == pytest.approx(exact.frobenius)
-    assert row.median == pytest.approx(exact.median)
-    assert row.spearman == pytest.approx(exact.spearman)
+    wanted = np.array([[1.0, -2.0, 0.0]])
+    exact = PairEffects(0.0, 0.0, nie={"neuron": wanted}, tie={"neuron": wanted})
+    found = PairEffects(
+        0.0, 0.0, nie={"neuron": 1.1 * wanted}, tie={"neuron": np.array([[1.0, -2.0, 5.0]])}
+    )
+    nie, tie = numerical_error.compared(found, exact, model="m", method="x", dtype="float32")
+    assert (nie.model, nie.method, nie.dtype) == ("m", "x", "float32")
+    assert (nie.estimand, tie.estimand) == ("NIE", "TIE")
+    assert nie.frobenius == pytest.approx(0.1)
+    assert nie.median == pytest.approx(0.1)
+    assert nie.spearman == pytest.approx(1.0)
+    # The third neuron has no effect: it counts in the norm and the order, not in the median.
+    assert tie.frobenius == pytest.approx(5 / 5**0.5)
+    assert tie.median == 0
+    assert tie.spearman == pytest.approx(-0.5)

@@ -1,0 +1,151 @@
+"""How fast the engine is on this machine, against its matrix products and against other ways; or
+how exact."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import pathlib
+from collections.abc import Callable
+
+import models
+from jaxmed.data import pairs
+from jaxmed.report import benchmark as tables
+from jaxmed.runs import settings as settings_lib
+from jaxmed.runs import sweep
+from jaxmed.runs.settings import setting
+from jaxmed.validation import benchmark, numerical_error, presets, truth
+from models import organisms
+from models.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchmarkSettings:
+    """What is measured, of which model, against what."""
+
+    preset: str = setting(
+        help="Shape of the model; its weights are random.",
+        default="12x768",
+        choices=presets.PRESETS,
+    )
+    against: tuple[str, ...] = setting(
+        help="Any of hooks (transformers with forward hooks, 64 rows a batch) and prefix (a torch "
+        "loop that caches the prefix and starts at the patched layer), or transformers with "
+        "--generate, in float32 on a CPU; they need torch (the parity extra).",
+        default=(),
+        commas=True,
+    )
+    json: str | None = setting(help="File for the figures, as one JSON object.", default=None)
+    layers: int = setting(help="Blocks of the model; 0 for the preset's.", default=0, least=0)
+    neurons: int = setting(
+        help="Neurons to scan, spread evenly over all; 0 for all.", default=0, least=0
+    )
+    rounds: int = setting(help="Runs after the first; medians are told.", default=5, least=1)
+    screen: int = setting(
+        help="Also time the screened mode for this many strongest neurons; 0 not to.",
+        default=0,
+        least=0,
+    )
+    accuracy: bool = setting(
+        help="Instead of speed: errors of single-neuron effects against float64, of a random and "
+        "of a trained model; with --against=hooks also those of transformers, which subtracts two "
+        "runs.",
+        default=False,
+    )
+    generate: bool = setting(
+        help="Instead of effects: tokens a second of greedy generation, plain and with a hold on "
+        "every neuron; with --against=transformers also those of its generate.",
+        default=False,
+    )
+    organism: str = setting(
+        help="--accuracy: folder of the trained model; trained if it is not there.",
+        default="out/organisms/late-mlp-0",
+    )
+    memory_gb: float | None = setting(
+        help="Memory that the process may take on its device, in GiB; most of what is free by "
+        "default.",
+        default=None,
+        least=1e-3,
+    )
+
+
+# Settings that say nothing to a mode.
+_IDLE = {
+    "accuracy": ("generate", "preset", "screen", "layers", "neurons", "rounds", "memory_gb"),
+    "generate": ("screen", "neurons", "organism"),
+}
+
+
+def run(settings: BenchmarkSettings, say: Callable[[str], None] = sweep.tell) -> None:
+    """Measures, says a table, and writes the file.
+
+    Args:
+        settings: what is asked.
+        say: told the lines of the table, and where the file is.
+
+    Raises:
+        InputError: what is asked cannot be measured or compared.
+    """
+    check(settings)
+    if settings.accuracy:
+        measured, lines = _accuracy(settings)
+    elif settings.generate:
+        measured, lines = _generation(settings)
+    else:
+        measured, lines = _speed(settings)
+    for line in lines:
+        say(line)
+    if settings.json:
+        pathlib.Path(settings.json).write_text(json.dumps(measured, indent=2) + "\n")
+        say(f"Written to {settings.json}")
+
+
+def check(settings: BenchmarkSettings) -> None:
+    """Raises `InputError` where settings contradict each other, or the file cannot be written."""
+    settings_lib.check(settings)
+    known = benchmark.GENERATION_BASELINES if settings.generate else benchmark.BASELINES
+    if unknown := sorted(set(settings.against) - set(known)):
+        raise InputError(f"--against={','.join(unknown)}: not one of {', '.join(known)}")
+    for mode, others in _IDLE.items():
+        idle = [name for name in others if settings_lib.given(settings, name)]
+        if getattr(settings, mode) and idle:
+            raise InputError(f"--{idle[0]} says nothing to --{mode}")
+    if settings.json and not os.access(pathlib.Path(settings.json).absolute().parent, os.W_OK):
+        raise InputError(f"--json={settings.json}: its folder cannot be written")
+    if settings.against and importlib.util.find_spec("torch") is None:
+        raise InputError("--against needs torch: pip install torch==2.13.0, or make parity")
+
+
+def _accuracy(settings: BenchmarkSettings) -> tuple[list[dict], list[str]]:
+    organism = organisms.build(settings.organism)
+    decoder, tokenizer = models.load(organism.folder)
+    pair = pairs.read(str(truth.pairs_file(organism, "unlock")), tokenizer)[0]
+    runs = "hooks" in settings.against
+    random_decoder, random_pair = numerical_error.random_model()
+    rows = numerical_error.measure("random", random_decoder, random_pair, runs=runs)
+    rows += numerical_error.measure("trained", decoder, pair, runs=runs)
+    return [dataclasses.asdict(row) for row in rows], tables.numerical_error_table(rows)
+
+
+def _generation(settings: BenchmarkSettings) -> tuple[dict, list[str]]:
+    figures = benchmark.measure_generation(
+        settings.preset,
+        against=settings.against,
+        layers=settings.layers,
+        rounds=settings.rounds,
+        memory_gb=settings.memory_gb,
+    )
+    return dataclasses.asdict(figures), tables.generation_table(figures)
+
+
+def _speed(settings: BenchmarkSettings) -> tuple[dict, list[str]]:
+    figures = benchmark.measure(
+        settings.preset,
+        against=settings.against,
+        layers=settings.layers,
+        neurons=settings.neurons,
+        rounds=settings.rounds,
+        screen=settings.screen,
+        memory_gb=settings.memory_gb,
+    )
+    return dataclasses.asdict(figures), tables.table(figures)

@@ -1,0 +1,175 @@
+"""A checkpoint converted once, so that it loads fast from then on; and written back."""
+
+import dataclasses
+import importlib.util
+import pathlib
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import transformers
+
+from jaxmed.runs import settings as settings_lib
+from jaxmed.runs import sweep
+from jaxmed.runs.settings import setting
+from models import cache, checkpoint
+from models.checkpoint import CheckpointError, Source
+from models.config import DTYPES
+from models.errors import InputError
+
+# Of the random prompt: beyond the shortest window, where that is not too long.
+FEWEST_TOKENS, MOST_TOKENS = 64, 640
+# How far rounding may take two float32 programs apart, of the largest logit. It grows with depth: a
+# random Llama of 32 layers was seen at 1.4e-5, each of the two programs being off by about 1e-5.
+TOLERANCE = 1e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertSettings:
+    """Which checkpoint is converted, and what else is done with it."""
+
+    model: str = setting(help="Folder or Hugging Face hub id of a checkpoint.")
+    cache_dir: str | None = setting(
+        help="Where converted weights are kept. By default jaxmed in $XDG_CACHE_HOME or in "
+        "~/.cache, where every program finds them.",
+        default=None,
+    )
+    out: str | None = setting(
+        help="Folder for the model as a Hugging Face checkpoint, which transformers loads.",
+        default=None,
+    )
+    dtype: str | None = setting(
+        help="--out: type of the weights there, by default as they are stored. (What is kept is "
+        "always of the stored type; it is converted while it is loaded.)",
+        default=None,
+        choices=DTYPES,
+    )
+    verify: bool = setting(
+        help="Compare logits of a random prompt with transformers' own, in float32; needs torch. "
+        f"The prompt is longer than a sliding window of up to {MOST_TOKENS} tokens.",
+        default=False,
+    )
+
+
+def run(settings: ConvertSettings, say: Callable[[str], None] = sweep.tell) -> None:
+    """Converts the checkpoint, unless that was done before, and does what else is asked.
+
+    Args:
+        settings: what is asked.
+        say: told of each step that is done.
+
+    Raises:
+        CheckpointError: the logits differ from transformers' by more than rounding (verify).
+        InputError: the checkpoint or a folder cannot be used.
+    """
+    _check(settings)
+    folder = checkpoint.resolve(settings.model)
+    cache_dir = pathlib.Path(settings.cache_dir or cache.default_folder()).expanduser()
+    _convert(Source.examine(folder), settings, cache_dir, say)
+    if settings.out:
+        out = pathlib.Path(settings.out).expanduser()
+        say(_exported(folder, cache_dir, out, settings.dtype))
+    if settings.verify:
+        say(_verified(folder, cache_dir))
+
+
+def _check(settings: ConvertSettings) -> None:
+    """Refuses what could only fail after the work is done."""
+    settings_lib.check(settings)
+    if settings.dtype and not settings.out:
+        raise InputError("--dtype is the type of what --out writes; give --out, or leave it out")
+    if settings.out:
+        checkpoint.check_free(pathlib.Path(settings.out).expanduser())
+    if settings.verify and importlib.util.find_spec("torch") is None:
+        raise InputError(
+            "--verify compares with transformers' torch models: pip install 'jaxmed[parity]', or "
+            "pip install torch==2.13.0"
+        )
+
+
+def _convert(
+    source: Source, settings: ConvertSettings, cache_dir: pathlib.Path, say: Callable[[str], None]
+) -> None:
+    """Keeps the weights as they lie in memory, unless that was done before."""
+    try:
+        entry = source.cached(cache_dir)
+    except cache.DamagedEntryError as error:
+        say(f"{error}; converted anew")
+        entry = None
+    if entry is not None:
+        say(f"Was converted before: {_described(entry)}")
+        return
+    try:
+        entry = source.write_cache(cache_dir)
+    except OSError as error:
+        raise InputError(f"{cache_dir}: cannot be written to ({error})") from error
+    say(f"Converted: {_described(entry)}")
+    if settings.cache_dir:
+        say(f"Load it with models.load(..., cache_dir={settings.cache_dir!r}).")
+    else:
+        say("Programs and models.load use it from now on, given the same --model.")
+    say("It may be removed at any time; the checkpoint is then read itself.")
+
+
+def _described(entry: cache.Entry) -> str:
+    return f"{entry.folder} ({entry.size / 1e9:.3g} GB, {entry.about['dtype']})"
+
+
+def _exported(
+    folder: pathlib.Path, cache_dir: pathlib.Path, out: pathlib.Path, dtype: str | None
+) -> str:
+    """Writes the model in Hugging Face's format, and says so."""
+    decoder = Source.examine(folder, dtype).load(cache_dir=cache_dir)
+    generation = folder / checkpoint.GENERATION_CONFIG
+    beside = {generation.name: generation.read_text("utf-8")} if generation.is_file() else {}
+    checkpoint.save(decoder, out, tokenizer=checkpoint.read_tokenizer(folder), beside=beside)
+    size = sum(file.stat().st_size for file in out.iterdir())
+    return (
+        f"Exported: {out} ({size / 1e9:.3g} GB, {decoder.embedding.dtype}). "
+        f"Load it with transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})."
+    )
+
+
+def _verified(folder: pathlib.Path, cache_dir: pathlib.Path) -> str:
+    """Compares with transformers, and says how near they are.
+
+    Raises:
+        CheckpointError: the logits differ by more than rounding.
+    """
+    source = Source.examine(folder, "float32")
+    config = source.config
+    beyond = FEWEST_TOKENS + min(filter(None, config.windows), default=0)
+    length = min(beyond if beyond <= MOST_TOKENS else FEWEST_TOKENS, config.max_positions)
+    prompt = np.random.default_rng(0).integers(0, config.vocab_size, length)
+    theirs = _transformers_logits(folder, prompt)
+    with jax.default_matmul_precision("highest"):
+        ours = np.asarray(source.load(cache_dir=cache_dir)(jnp.asarray(prompt))[0])
+    largest = np.abs(theirs).max()
+    distance = np.abs(ours - theirs).max() / largest
+    said = (
+        f"logits of a random prompt of {length} tokens differ from transformers' by at most "
+        f"{distance:.1e} of the largest ({largest:.3g}), in float32"
+    )
+    # Written so that NaN fails.
+    if not distance <= TOLERANCE:
+        raise CheckpointError(
+            f"{folder}: {said}; rounding rarely explains more than {TOLERANCE:.0e}. Please report "
+            "it: this model seems not to be computed as transformers computes it"
+        )
+    return f"Verified: {said}."
+
+
+def _transformers_logits(folder: pathlib.Path, prompt: np.ndarray) -> np.ndarray:
+    """Logits of transformers' own model, [position, token], float32."""
+    import torch  # Here, because nothing else needs it.  # pyright: ignore[reportMissingImports]
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        use_safetensors=True,
+        trust_remote_code=False,
+    )
+    with torch.inference_mode():
+        return model.eval()(torch.from_numpy(prompt)[None]).logits[0].numpy()

@@ -1,0 +1,110 @@
+"""What lasts: units of work that are computed one by one, each committed to the store at once.
+
+A run that is stopped loses the unit that it was at, and goes on with those that the store lacks.
+"""
+
+import functools
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import tqdm
+
+from jaxmed.engine import propagate
+from models.decoder import Decoder
+
+Unit = TypeVar("Unit")
+Found = TypeVar("Found")
+
+_BAR = "{desc}{percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} to go"
+
+
+def say(text: str) -> None:
+    """Tells people what goes on."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def tell(text: str) -> None:
+    """Prints a line of a result as soon as it is there."""
+    print(text, flush=True)
+
+
+def teller(progress: bool) -> Callable[[str], None]:
+    """`say`, or where nobody looks on, a function that keeps silent."""
+    return say if progress else lambda text: None
+
+
+def run(
+    units: Sequence[Unit],
+    compute: Callable[[Unit, Callable[[float], None]], Found],
+    commit: Callable[[Unit, Found], None],
+    *,
+    name: str,
+    unit: str = "pair",
+    costs: Mapping[Unit, float] | None = None,
+    progress: bool = True,
+) -> None:
+    """Computes and commits what the store lacks, with a progress bar.
+
+    Args:
+        units: what is to be done, in this order.
+        compute: is given a unit, and what it may tell of its own progress, in parts of its cost.
+        commit: is given a unit and what was computed of it, and writes that to the store.
+        name: of what is done to a unit, for the bar.
+        unit: what a unit is called.
+        costs: of each unit, so that the time left is honest where they differ; `compute` tells
+            how far it is. Without them the bar counts units.
+        progress: show the bar.
+    """
+    total = len(units) if costs is None else sum(costs[each] for each in units)
+    style: dict[str, Any] = {"unit": unit} if costs is None else {"bar_format": _BAR}
+    with tqdm.tqdm(total=total, desc=name, disable=not (units and progress), **style) as bar:
+
+        def advance(amount: float) -> None:
+            bar.update(amount)
+
+        for number, each in enumerate(units, start=1):
+            if costs is not None:
+                bar.set_description(f"{unit} {number}/{len(units)}")
+            commit(each, compute(each, advance))
+            if costs is None:
+                bar.update(1)
+
+
+def least_time(operations: float, decoder: Decoder, matmul_precision: str) -> str:
+    """A sentence on how long so many floating-point operations take on this machine."""
+    rate = _product_rate(decoder, matmul_precision)
+    return (
+        f"This machine's matrix products make {rate:.1e} a second, so it takes at least "
+        f"{_duration(operations / rate)}, and compilation beside (some seconds for each length of "
+        "prompt, most of the time for a small model); the bar tells the real time."
+    )
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{seconds:.2g} seconds"
+
+
+def _product_rate(decoder: Decoder, matmul_precision: str) -> float:
+    """Floating-point operations a second of a product of the MLP's shape, measured now."""
+    rows, config = 512, decoder.config
+    dtype = propagate.MATMUL_PRECISIONS[matmul_precision] or decoder.compute_dtype
+    left = jnp.ones((rows, config.hidden_size), dtype)
+    right = jnp.ones((config.hidden_size, config.intermediate_size), dtype)
+    product = jax.jit(
+        functools.partial(
+            jnp.matmul,
+            precision="float32",
+            preferred_element_type=decoder.compute_dtype,
+        )
+    )
+    product(left, right).block_until_ready()
+    repeats = 5
+    start = time.perf_counter()
+    for _ in range(repeats):
+        product(left, right).block_until_ready()
+    seconds = time.perf_counter() - start
+    return 2.0 * rows * config.hidden_size * config.intermediate_size * repeats / seconds

@@ -1,0 +1,64 @@
+"""Flags are made from a dataclass of settings: names, types, defaults, help and ranges."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from absl import flags
+
+from jaxmed.runs import settings
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Settings = TypeVar("Settings", bound="DataclassInstance")
+
+# The flags belong to the program that asks for them, whose --help then shows them.
+flags.disclaim_key_flags()
+
+
+def of(kind: type[Settings], **defaults: Any) -> Callable[[], Settings]:
+    """Defines a flag for each setting; one without a default must be given.
+
+    Args:
+        kind: the dataclass, of fields that `jaxmed.runs.settings.setting` makes.
+        defaults: those that differ from the fields' own.
+
+    Returns:
+        A function that gives the settings, once the flags have been parsed.
+    """
+    names = [field.name for field in dataclasses.fields(kind)]
+    for field in dataclasses.fields(kind):
+        _define(kind, field, defaults.get(field.name, field.default))
+
+    def given() -> Settings:
+        values = {name: flags.FLAGS[name].value for name in names}
+        return kind(**{name: _frozen(value) for name, value in values.items()})
+
+    return given
+
+
+def _define(kind: type, field: dataclasses.Field, default: Any) -> None:
+    about, value_type = settings.about_field(field), settings.value_type(kind, field.name)
+    name, help, required = field.name, about.help, default is dataclasses.MISSING
+    if required:
+        default = None
+    least = about.above if about.least is None else about.least
+    if value_type is tuple:
+        define = flags.DEFINE_list if about.commas else flags.DEFINE_multi_string
+        define(name, None if default is None else list(default), help, required=required)
+    elif value_type is bool:
+        flags.DEFINE_bool(name, default, help, required=required)
+    elif value_type is int:
+        low, high = (None if bound is None else int(bound) for bound in (least, about.most))
+        flags.DEFINE_integer(name, default, help, low, high, required=required)
+    elif value_type is float:
+        flags.DEFINE_float(name, default, help, least, about.most, required=required)
+    elif about.choices:
+        flags.DEFINE_enum(name, default, about.choices, help, required=required)
+    else:
+        flags.DEFINE_string(name, default, help, required=required)
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
