@@ -11,7 +11,7 @@ import dataclasses
 import enum
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -90,7 +90,7 @@ def refusal(found: ClampOutcome) -> Refusal | None:
     often than before.
     """
 
-    def refused(criterion: Criterion, row: dict, bound: float, shown=float) -> Refusal:
+    def refused(criterion: Criterion, row: dict, bound: float, shown: Callable = float) -> Refusal:
         change, low, high = (shown(row[f"change{end}"]) for end in ("", "_low", "_high"))
         return Refusal(criterion, change, low, high, bound)
 

@@ -252,9 +252,7 @@ def _export(found: ClampOutcome, model: AnsweringModel, folder: str) -> None:
         export.write(found, model, folder, card)
     except export.RefusedError as refused:
         why = model_card.refusal(refused.refusal)
-        raise InputError(
-            f"--export: nothing was written: {why}. Results: {found.folder}"
-        ) from None
+        raise InputError(f"--export: nothing was written: {why}. Results: {found.folder}") from None
 
 
 def check(settings: ClampSettings) -> None:
