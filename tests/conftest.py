@@ -10,7 +10,7 @@ import pytest
 from tests import typecheck
 
 # Packages whose annotations are checked, shapes included, whenever a test calls something in them.
-CHECKED = ("models",)
+CHECKED = ("models", "jaxmed.behaviour", "jaxmed.intervention")
 jaxtyping.install_import_hook(CHECKED, f"{typecheck.__name__}.checked")
 
 from models import cache  # noqa: E402 (only now, so that it is checked too)
