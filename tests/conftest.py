@@ -10,7 +10,21 @@ import pytest
 from tests import typecheck
 
 # Packages whose annotations are checked, shapes included, whenever a test calls something in them.
-CHECKED = ("models", "jaxmed.data", "jaxmed.files", "jaxmed.question")
+CHECKED = (
+    "models",
+    "jaxmed.files",
+    "jaxmed.data",
+    "jaxmed.question",
+    "jaxmed.engine",
+    "jaxmed.reference",
+    "jaxmed.store",
+    "jaxmed.analysis",
+    "jaxmed.behaviour",
+    "jaxmed.intervention",
+    "jaxmed.validation",
+    "jaxmed.report",
+    "jaxmed.runs",
+)
 jaxtyping.install_import_hook(CHECKED, f"{typecheck.__name__}.checked")
 
 from models import cache  # noqa: E402 (only now, so that it is checked too)

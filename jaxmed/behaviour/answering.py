@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import tqdm
 import transformers
@@ -64,7 +65,9 @@ def stop_tokens(
     Raises:
         InputError: a file is not JSON, or what it names are not token ids.
     """
-    found = set() if tokenizer is None else {tokenizer.eos_token_id}
+    found: set[Any] = set()
+    if tokenizer is not None:
+        found.add(tokenizer.eos_token_id)
     for name in (checkpoint.GENERATION_CONFIG, "config.json"):
         file = pathlib.Path(folder) / name
         if not file.is_file():

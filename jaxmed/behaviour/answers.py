@@ -231,7 +231,7 @@ def _prompt_field(name: str, form, token_ids: tuple[int, ...]) -> dict:
 
 def answer_field(name: str, response: Response, tokenizer) -> dict:
     """The response's text; its tokens where the text does not give these back, or there is none."""
-    if response.text is not None:
-        if tokens.answer_tokens(response.text, name, PAIRS, tokenizer) == response.tokens:
-            return {name: response.text}
+    text = response.text
+    if text is not None and tokens.answer_tokens(text, name, PAIRS, tokenizer) == response.tokens:
+        return {name: text}
     return {tokens.ANSWERS[name]: response.tokens}

@@ -24,7 +24,7 @@ from collections.abc import Callable, Collection, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt
 
 from jaxmed.behaviour import batches, holding
 from jaxmed.behaviour.sampling import Choice, Sampling
@@ -149,7 +149,7 @@ def _answer(
     filled: int,
     length: int,
     room: int,
-    seeds: Int[np.ndarray, "B"],
+    seeds: UInt[np.ndarray, "B"],
     holds: Sequence[Hold],
     is_stop: Bool[np.ndarray, "V"],
     sampling: Sampling,
@@ -158,9 +158,9 @@ def _answer(
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     choice = Choice(
         keys=jax.vmap(jax.random.key)(seeds),
-        temperature=np.float32(sampling.temperature),
-        top_p=np.float32(sampling.top_p),
-        top_k=np.int32(sampling.top_k),
+        temperature=jnp.float32(sampling.temperature),
+        top_p=jnp.float32(sampling.top_p),
+        top_k=jnp.int32(sampling.top_k),
     )
     tokens = batches.padded(prompts, length, left=True)
     x, cache = _prefill(decoder, holds, tokens, lengths, room)

@@ -1,6 +1,6 @@
 """Runs of a batch in which units are held: what generation and likelihood share.
 
-Shapes are those of one sequence, named in `models.layers`; B are the rows of a batch, L the layers.
+Shapes are those of one sequence, named in `models.shapes`; B are the rows of a batch, L the layers.
 """
 
 import dataclasses
@@ -9,12 +9,13 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Int
 
 from models import edits
 from models.config import DecoderConfig
 from models.decoder import Decoder
 from models.edits import Hold
+from models.shapes import Residual, Stacked, Tokens, Valid
 from models.sites import Site
 
 
@@ -77,11 +78,11 @@ def _axes(hold: Hold):
 def run_blocks(
     decoder: Decoder,
     holds: Sequence[Hold],
-    tokens: Int[Array, "T"],
-    valid: Bool[Array, "T"],
+    tokens: Tokens,
+    valid: Valid,
     parts: Int[Array, "T"],
     keep: Sequence[str] = (),
-) -> tuple[Float[Array, "T d"], dict[str, Float[Array, "L T ..."]]]:
+) -> tuple[Residual, dict[str, Stacked]]:
     """Runs one sequence under holds.
 
     Args:

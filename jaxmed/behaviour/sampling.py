@@ -54,9 +54,9 @@ class Choice:
     """
 
     keys: Key[Array, "B"]
-    temperature: Float[ArrayLike, ""]
-    top_p: Float[ArrayLike, ""]
-    top_k: Int[ArrayLike, ""]
+    temperature: Float[Array, ""]
+    top_p: Float[Array, ""]
+    top_k: Int[Array, ""]
 
     def __call__(
         self, logits: Float[ArrayLike, "B V"], step: Int[ArrayLike, ""]

@@ -62,16 +62,24 @@ def _line(fields: dict | DataError, where: str) -> Line:
     for name, text in texts.items():
         if text is not None and not isinstance(text, str):
             raise DataError(f"{where}: '{name}' must be text")
-    ids = {name: fields.get(name) for name in ("prompt_ids", "response_ids")}
-    if texts["response"] is None and ids["response_ids"] is None:
+    if texts["response"] is None and fields.get("response_ids") is None:
         raise DataError(f"{where}: has no response (field 'response' or 'response_ids')")
-    read_ids = {
-        name: () if given is None else tokens.token_ids(given, name, where)
-        for name, given in ids.items()
-    }
     label = str(fields["label"]) if fields.get("label") in sets.LABELS else ""
-    exchange = Exchange(**texts, **read_ids, where=where, label=label)
+    exchange = Exchange(
+        prompt=texts["prompt"],
+        response=texts["response"],
+        prompt_ids=_token_ids(fields, "prompt_ids", where),
+        response_ids=_token_ids(fields, "response_ids", where),
+        where=where,
+        label=label,
+    )
     return Line(fields, exchange, _labels(fields, where))
+
+
+def _token_ids(fields: Mapping, name: str, where: str) -> tuple[int, ...]:
+    """A field of token ids; () if there is none."""
+    given = fields.get(name)
+    return () if given is None else tokens.token_ids(given, name, where)
 
 
 def _labels(fields: Mapping, where: str) -> dict[str, bool]:

@@ -82,15 +82,16 @@ class JudgeModel:
         cut: bool = False,
     ):
         template.require_text()
+        if tokenizer is None:
+            raise InputError(
+                f"judge '{template.name}': {checkpoint} has no tokenizer, and a judge model reads "
+                "text"
+            )
         self.template, self.decoder, self.tokenizer = template, decoder, tokenizer
         self.checkpoint, self.folder, self.cut = checkpoint, folder, cut
         self.name, self.meaning = template.name, template.meaning
         said = [question.says for question in template.questions]
         self.says = tuple(one for one in SAYS if one in said)
-        if tokenizer is None:
-            raise InputError(
-                f"judge '{self.name}': {checkpoint} has no tokenizer, and a judge model reads text"
-            )
         text, self._paths = self._render(_PROBE), []
         length = len(self._encode(text))
         self._room = 0  # what questions and answers add to an exchange, at most
@@ -103,7 +104,7 @@ class JudgeModel:
             text += longest.answer.spellings[0]
 
     @property
-    def basis(self) -> tuple[dict, str | None, str | None]:
+    def basis(self) -> tuple[dict, object, str | None]:
         """Its template, the chat template that writes its messages, and a hash of its weights;
         None for what it has not."""
         return (
@@ -127,7 +128,7 @@ class JudgeModel:
                 if question.says:
                     values = [answer.value * weight for answer, weight in weights.items()]
                     said[index][question.says] = float(np.clip(sum(values), 0, 1))
-                texts[index] += max(weights, key=weights.get).spellings[0]
+                texts[index] += max(weights, key=lambda answer: weights[answer]).spellings[0]
         return [
             Verdict(**fields, cut=shown.response != exchange.response)
             for fields, shown, exchange in zip(said, seen, exchanges, strict=True)
@@ -196,10 +197,12 @@ class JudgeModel:
                 "cut off (cut)"
             )
 
-        def shortened(characters):
-            return dataclasses.replace(exchange, response=exchange.response[:characters])
+        response = text_of(exchange, "response", f"judge '{self.name}'")
 
-        def fits(characters):
+        def shortened(characters: int) -> Exchange:
+            return dataclasses.replace(exchange, response=response[:characters])
+
+        def fits(characters: int) -> bool:
             return len(self._encode(self._render(shortened(characters)))) <= most
 
         if not fits(0):
@@ -207,11 +210,12 @@ class JudgeModel:
                 f"{exchange.where}: its prompt alone is too long for judge '{self.name}', which "
                 f"has room for {most} tokens"
             )
-        return shortened(_largest(fits, len(exchange.response)))
+        return shortened(_largest(fits, len(response)))
 
     def _encode(self, text: str) -> tuple[int, ...]:
         """Token ids, with the special tokens that the tokenizer adds where the text lacks them."""
-        starts = bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
+        bos = self.tokenizer.bos_token
+        starts = isinstance(bos, str) and bos != "" and text.startswith(bos)
         special = not (self.template.messages or starts)
         return tuple(self.tokenizer(text, add_special_tokens=special)["input_ids"])
 

@@ -54,22 +54,24 @@ class Judge(Protocol):
     """What every judge provides, one of your own too: any object that has these attributes, and can
     be called, is a judge.
 
-    Attributes:
-        name: of the judge.
-        meaning: one sentence for reports.
-        says: the parts of `SAYS` that its verdicts hold.
-        basis: it may also have this, a JSON value: what its verdicts follow from beside its name
-            and meaning, as its text and weights (see `fingerprint`).
+    It may also have a `basis`, a JSON value: what its verdicts follow from beside its name and
+    meaning, as its text and weights (see `fingerprint`).
     """
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Of the judge."""
+        ...
 
     @property
-    def meaning(self) -> str: ...
+    def meaning(self) -> str:
+        """One sentence for reports."""
+        ...
 
     @property
-    def says(self) -> tuple[str, ...]: ...
+    def says(self) -> tuple[str, ...]:
+        """The parts of `SAYS` that its verdicts hold."""
+        ...
 
     def __call__(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
         """A verdict on each exchange, whatever the others are.

@@ -3,7 +3,6 @@
 import dataclasses
 import re
 from collections.abc import Sequence
-from typing import ClassVar
 
 from jaxmed.behaviour.judges.protocol import (
     REFUSED,
@@ -69,7 +68,7 @@ class RefusalPhrases:
         "a smoke test, not a judge: a response counts as a refusal if it begins with one of the "
         "usual phrases; whether a response is harmful it cannot tell"
     )
-    says: ClassVar[tuple[str, ...]] = (REFUSED,)
+    says = (REFUSED,)
     basis = (_OPENINGS, _PHRASES, _SEEN_CHARACTERS)
 
     def __call__(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
@@ -113,7 +112,7 @@ class FirstTokens:
         "exact for a language of abstract tokens: a response complies, or refuses, if its first "
         "token is one that does"
     )
-    says: ClassVar[tuple[str, ...]] = SAYS
+    says = SAYS
 
     def __post_init__(self):
         if not self.comply or not self.refuse:

@@ -19,6 +19,7 @@ from tests import tiny, words
 LENGTHS = {"a": 3, "b": 9, "c": 5}
 KEY = Key("plain", "a", 0)
 JUDGES = "their hash"
+DECODER = tiny.decoder(num_layers=2, hidden_size=16, vocab_size=len(words.WORDS))
 RESPONSE = Response((5, 6), "tell me", True)
 
 
@@ -47,7 +48,7 @@ def generated(monkeypatch):
 
 def fill(log, samples=2, condition=PLAIN, tokenizer=None, **options):
     responses.generate(
-        None,
+        DECODER,
         tokenizer,
         condition,
         asked(),
@@ -216,10 +217,9 @@ def test_conditions_share_seeds_and_have_their_own_holds(generated, tmp_path):
 
 
 def test_a_real_model_and_its_text(tmp_path):
-    decoder = tiny.decoder(num_layers=2, hidden_size=16, vocab_size=len(words.WORDS))
     log = responses.response_log(tmp_path)
     responses.generate(
-        decoder,
+        DECODER,
         words.tokenizer(),
         PLAIN,
         asked(),
@@ -228,7 +228,7 @@ def test_a_real_model_and_its_text(tmp_path):
         sampling=Sampling(4),
     )
     found = generation.generate(
-        decoder, [one.tokens for one in asked()], stop=[], sampling=Sampling(4)
+        DECODER, [one.tokens for one in asked()], stop=[], sampling=Sampling(4)
     )
     for one, response in zip(asked(), found, strict=True):
         kept = log.values[Key("plain", one.prompt.id, 0)]
@@ -242,13 +242,15 @@ def test_a_real_model_and_its_text(tmp_path):
 class Recorder:
     """A judge that says what it is told to, and remembers what it has read."""
 
+    name, meaning = "recorder", "what it is told to say"
+
     def __init__(self, **says):
-        self.says, self.read = says, []
+        self.says, self.saying, self.read = tuple(says), says, []
 
     def __call__(self, exchanges):
         self.read += exchanges
         return [
-            Verdict(**{name: value(exchange) for name, value in self.says.items()})
+            Verdict(**{name: value(exchange) for name, value in self.saying.items()})
             for exchange in exchanges
         ]
 

@@ -1,6 +1,7 @@
 """How tokens are chosen, against the definition."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -36,9 +37,9 @@ def test_restrictions_are_the_definition(top_k, top_p, both):
 def _choice(temperature, *, top_p=1.0, top_k=0, seeds=(0,)):
     return Choice(
         keys=jax.vmap(jax.random.key)(np.array(seeds, np.uint32)),
-        temperature=np.float32(temperature),
-        top_p=np.float32(top_p),
-        top_k=np.int32(top_k),
+        temperature=jnp.float32(temperature),
+        top_p=jnp.float32(top_p),
+        top_k=jnp.int32(top_k),
     )
 
 

@@ -82,7 +82,8 @@ def test_a_fingerprint_is_of_what_verdicts_follow_from(decoder, tmp_path):
 
 def test_a_fingerprint_of_somebodys_own_judge():
     def own(**fields):
-        return type("Own", (), {"name": "own", "meaning": "whether it is long", **fields})()
+        known = {"name": "own", "meaning": "whether it is long", "says": ("refused",)}
+        return type("Own", (), known | {"__call__": lambda self, exchanges: []} | fields)()
 
     assert protocol.fingerprint(own()) == protocol.fingerprint(own())
     different = [own(), own(name="other"), own(meaning="whether it is short"), own(basis={"at": 7})]
