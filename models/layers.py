@@ -172,6 +172,7 @@ class RMSNorm(nnx.Module):
         self.offset = offset
 
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+        """The vectors, each normed by its own root mean square."""
         weight = self.weight[...].astype(x.dtype)
         return x * inverse_rms_last_axis(x, self.eps) * (self.offset + weight)
 
@@ -184,6 +185,7 @@ class LayerNorm(RMSNorm):
         self.bias = nnx.Param(jnp.zeros(size, dtype))
 
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+        """The vectors, each centred and normed."""
         centred = x - jnp.mean(x, axis=-1, keepdims=True)
         return super().__call__(centred) + self.bias[...].astype(x.dtype)
 

@@ -16,6 +16,9 @@ Nothing else in jaxmed needs torch, so nothing else imports this module; `pip in
 'jaxmed[parity]'` or `pip install torch==2.13.0` brings it.
 """
 
+# pyright: reportMissingImports=false
+# (torch comes with the extra `parity` alone)
+
 import abc
 import tempfile
 from collections.abc import Sequence

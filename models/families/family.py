@@ -68,9 +68,11 @@ class OneWindow(NoWindows):
     attributes = ("sliding_window",)
 
     def read(self, attributes, layers):
+        """The one window, for every layer."""
         return (attributes["sliding_window"],) * layers
 
     def write(self, windows):
+        """The first layer's, which is every layer's."""
         return {"sliding_window": windows[0]}
 
 
@@ -88,6 +90,7 @@ class WindowsByType(NoWindows):
         self.attributes = ("sliding_window", "layer_types", *deriving)
 
     def read(self, attributes, layers):
+        """The window of each layer by its type; `ValueError` where the types cannot be had."""
         window, types = attributes["sliding_window"], attributes["layer_types"]
         of_type = {"full_attention": None, "sliding_attention": window}
         unknown = set(types) - of_type.keys()
@@ -104,6 +107,7 @@ class WindowsByType(NoWindows):
         return tuple(of_type[layer_type] for layer_type in types)
 
     def write(self, windows):
+        """Each layer's type, and the window if any layer has it."""
         window = next(filter(None, windows), None)
         types = ["sliding_attention" if w else "full_attention" for w in windows]
         return {"layer_types": types} | ({"sliding_window": window} if window else {})
@@ -119,6 +123,7 @@ class WindowsFromLayer(WindowsByType):
         super().__init__("use_sliding_window", "max_window_layers")
 
     def write(self, windows):
+        """As of types, with the flag and the first layer that they are derived from."""
         first = next((layer for layer, window in enumerate(windows) if window), len(windows))
         flag = {"use_sliding_window": first < len(windows), "max_window_layers": first}
         return super().write(windows) | flag
@@ -161,7 +166,7 @@ class Family:
     fields: Mapping[str, str]
     weights: tuple[Weight, ...]
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    windows: NoWindows = NoWindows()
+    windows: NoWindows = dataclasses.field(default_factory=NoWindows)
     rotary: RotaryAttributes | None = RotaryAttributes()
     harmless: frozenset[str] = frozenset()
     stray: Mapping[str, object] = dataclasses.field(default_factory=dict)

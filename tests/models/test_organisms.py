@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 
 import jax
@@ -311,7 +312,7 @@ def test_every_planted_unit_has_an_effect_of_its_own(name):
     """In one direction at least, as a method that looks at single units needs."""
     blueprint, decoder = untrained(name)
     for contrast in organisms.CONTRASTS:
-        neurons = sum(mediators(blueprint.roles, contrast), [])
+        neurons = [*itertools.chain(*mediators(blueprint.roles, contrast))]
         found = shares(decoder, contrast, [([], [unit]) for unit in neurons])
         assert np.abs(found).max(axis=0).min() > 0.05
 
@@ -491,7 +492,7 @@ def test_a_breached_wall_is_seen(stages):
     head = next(h for h in range(RECIPE.num_heads) if [1, h] not in planted_heads)
     rows = slice(head * size, (head + 1) * size)
     output[...] = output[...].at[1, rows, Channel.DECISION].set(3.0)
-    sets = ordinary(RECIPE.config, roles["mover"], sum(mediators(roles, "unlock"), []))
+    sets = ordinary(RECIPE.config, roles["mover"], [*itertools.chain(*mediators(roles, "unlock"))])
     leak = []
     for candidate in (decoder, breached):
         runs = walls.measure(candidate, pairs("unlock", seed=9), sets)
