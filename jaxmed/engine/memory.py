@@ -32,7 +32,7 @@ def free(memory_gb: float | None = None) -> int:
     left = int(memory_gb * _GIB - used)
     if left <= 0:
         raise InputError(
-            f"--memory_gb={memory_gb}: model and program take {used / _GIB:.2f} GiB already, what "
+            f"memory_gb={memory_gb}: model and program take {used / _GIB:.2f} GiB already, what "
             f"is computed comes on top, and {available / _GIB:.2f} GiB are free: give more"
         )
     return min(left, available)

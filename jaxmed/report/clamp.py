@@ -103,7 +103,7 @@ class Moved:
 
 
 @dataclasses.dataclass(frozen=True)
-class Role:
+class RoleVerdict:
     """What the move of harm says of the units; not theirs where random units may bring as much."""
 
     sentence: ClassVar[str] = "role"
@@ -496,10 +496,10 @@ def _moved(table: _Table, question: LabelAndMeasure) -> Moved:
     return Moved(question, _change(row), judged=row["prompts"], prompts=table.prompts(question[0]))
 
 
-def _role(table: _Table, harm: Move) -> Role:
+def _role(table: _Table, harm: Move) -> RoleVerdict:
     """What the units have to do with harm, which falls or rises where they are held."""
     beyond = _move(table.held_row(_HARM), "beyond_random") if table.draws else harm
-    return Role(harm, theirs=beyond is harm)
+    return RoleVerdict(harm, theirs=beyond is harm)
 
 
 def _on_benign_text(table: _Table) -> list:

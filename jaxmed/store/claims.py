@@ -57,15 +57,15 @@ def claim(
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"--out={folder}: cannot be made ({error.strerror})") from error
+        raise InputError(f"{folder}: cannot be made ({error.strerror})") from error
     if not (folder / RUN_FILE).exists():
         if any(folder.iterdir()):
-            raise InputError(f"{folder} holds files of something else: choose another --out")
+            raise InputError(f"{folder} holds files of something else: choose another folder")
         write_run(folder, run)
         return run
     earlier = read_object(folder / RUN_FILE)
     if earlier.get("program") != run["program"]:
-        raise InputError(f"{folder} holds another kind of run: choose another --out")
+        raise InputError(f"{folder} holds another kind of run: choose another folder")
     if overwrite:
         for name in own_files:
             delete(folder / name)
@@ -93,7 +93,7 @@ def check_same_settings(
             raise InputError(
                 f"{folder} holds a run with another setting: {key} was"
                 f" {_shortened(earlier.get(key))}, is now {_shortened(wanted.get(key))}:"
-                " choose another --out, or --overwrite"
+                " choose another folder, or overwrite this one"
             )
 
 
@@ -102,9 +102,9 @@ def read_object(path: pathlib.Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise InputError(f"{path} is damaged ({error}): choose another --out") from error
+        raise InputError(f"{path} is damaged ({error}): choose another folder") from error
     if not isinstance(content, dict):
-        raise InputError(f"{path} was not written by a run of jaxmed: choose another --out")
+        raise InputError(f"{path} was not written by a run of jaxmed: choose another folder")
     return content
 
 

@@ -93,12 +93,12 @@ class Results(Mapping[str, Effects]):
         """
         folder = pathlib.Path(folder)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise InputError(f"{folder} is not an empty folder: choose another --out")
+            raise InputError(f"{folder} is not an empty folder: choose another folder")
         described = _described(run, sizes, pair_ids, granularities)
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InputError(f"--out={folder}: cannot be made ({error.strerror})") from error
+            raise InputError(f"{folder}: cannot be made ({error.strerror})") from error
         return _start(folder, described)
 
     @classmethod
@@ -119,11 +119,11 @@ class Results(Mapping[str, Effects]):
             group = zarr.open_group(path, mode=mode, use_consolidated=False)
         except (OSError, ValueError, KeyError) as error:
             raise InputError(
-                f"{path} is missing or damaged ({error}): run again with --overwrite"
+                f"{path} is missing or damaged ({error}): run again and overwrite it"
             ) from error
         for name in _array_names(run):
             if name not in group:
-                raise InputError(f"{path} lacks the array {name}: run again with --overwrite")
+                raise InputError(f"{path} lacks the array {name}: run again and overwrite it")
         return cls(folder, run, group)
 
     @classmethod
@@ -350,8 +350,7 @@ def _described(
     unknown = sorted(set(granularities) - set(GRANULARITIES))
     if unknown or not granularities:
         raise InputError(
-            f"--granularity: {', '.join(unknown) or 'nothing'} is none of"
-            f" {', '.join(GRANULARITIES)}"
+            f"granularity: {', '.join(unknown) or 'nothing'} is none of {', '.join(GRANULARITIES)}"
         )
     if len(run.get("pair_bases", pair_ids)) != len(pair_ids):
         raise ValueError("the run has not one of 'pair_bases' for each pair")
@@ -452,5 +451,5 @@ def _read_run(folder: pathlib.Path) -> dict:
         raise InputError(f"{folder} is not a results folder: it has no {RUN_FILE}")
     run = read_object(path)
     if not set(_WRITTEN_HERE) <= set(run):
-        raise InputError(f"{path} was not written by a run of jaxmed: choose another --out")
+        raise InputError(f"{path} was not written by a run of jaxmed: choose another folder")
     return run

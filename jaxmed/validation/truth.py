@@ -69,7 +69,7 @@ def prompts_file(organism: Organism, folder: pathlib.Path | None = None) -> path
     return file
 
 
-def _label(prompt: language.Prompt) -> str:
+def _label(prompt: language.DrawnPrompt) -> str:
     if prompt.topic in language.HARMFUL_TOPICS:
         return "harmful"
     return "overrefusal" if prompt.key == language.UNLOCK else "benign"

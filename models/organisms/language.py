@@ -58,13 +58,13 @@ _CHAT_TEMPLATE = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Prompt:
+class DrawnPrompt:
     """One prompt, as the words between <bos> <user> and <assistant>."""
 
     words: tuple[str, ...]
 
     @classmethod
-    def read(cls, text: str) -> "Prompt":
+    def read(cls, text: str) -> "DrawnPrompt":
         """The prompt that has this text."""
         _, *words, _ = text.split()
         return cls(tuple(words))
@@ -107,9 +107,9 @@ class Prompt:
         """Its text, and what it is about, as `truth.json` has it."""
         return {"text": self.text, "topic": self.topic, "key": self.key, "answer": self.answer}
 
-    def replacing(self, replaced: Mapping[str, str]) -> "Prompt":
+    def replacing(self, replaced: Mapping[str, str]) -> "DrawnPrompt":
         """The same prompt with some words replaced."""
-        return Prompt(tuple(replaced.get(word, word) for word in self.words))
+        return DrawnPrompt(tuple(replaced.get(word, word) for word in self.words))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +125,7 @@ class Contrast:
     key: str
     replaced: Mapping[str, str]
 
-    def draw(self, rng: np.random.Generator, number: int) -> list[tuple[Prompt, Prompt]]:
+    def draw(self, rng: np.random.Generator, number: int) -> list[tuple[DrawnPrompt, DrawnPrompt]]:
         """Random base prompts, each topic in turn, and their source prompts."""
         topics = itertools.islice(itertools.cycle(self.topics), number)
         bases = [draw(rng, topic=topic, key=self.key) for topic in topics]
@@ -143,13 +143,13 @@ def ids(words) -> list[int]:
     return [IDS[word] for word in words]
 
 
-def draw(rng: np.random.Generator, topic: str | None = None, key: str | None = None) -> Prompt:
+def draw(rng: np.random.Generator, topic: str | None = None, key: str | None = None) -> DrawnPrompt:
     """A random prompt; its topic and key are random unless given."""
     asked = [topic or rng.choice(TOPICS), key or rng.choice(KEYS)]
     gaps = [rng.choice(FILLERS, rng.integers(MOST_FILLERS + 1)) for _ in range(3)]
     first, second = rng.permutation(2)
     words = (*gaps[0], asked[first], *gaps[1], asked[second], *gaps[2])
-    return Prompt(tuple(str(word) for word in words))
+    return DrawnPrompt(tuple(str(word) for word in words))
 
 
 def padded(tokens: list[int], length: int = LONGEST) -> np.ndarray:

@@ -17,7 +17,7 @@ from models import checkpoint
 from models.decoder import Decoder
 from models.errors import InputError
 from models.organisms import language, planted, training, walls
-from models.organisms.language import Prompt
+from models.organisms.language import DrawnPrompt
 from models.organisms.planted import Blueprint
 from models.organisms.recipes import RECIPES, Recipe
 
@@ -72,19 +72,22 @@ class Organism:
     truth: dict
 
     @property
-    def contrasts(self) -> dict[str, list[tuple[Prompt, Prompt]]]:
+    def contrasts(self) -> dict[str, list[tuple[DrawnPrompt, DrawnPrompt]]]:
         """The base and source prompts that were drawn for each of `CONTRASTS`."""
         drawn = self.truth["drawn"]["contrasts"]
         return {
-            name: [(Prompt.read(base["text"]), Prompt.read(source["text"])) for base, source in of]
+            name: [
+                (DrawnPrompt.read(base["text"]), DrawnPrompt.read(source["text"]))
+                for base, source in of
+            ]
             for name, of in drawn.items()
         }
 
     @property
-    def drawn_prompts(self) -> list[Prompt]:
+    def drawn_prompts(self) -> list[DrawnPrompt]:
         """Prompts to ask: topics of H with either key, then topics of B with N, then with J. Three
         in a row have the same topic and key."""
-        return [Prompt.read(prompt["text"]) for prompt in self.truth["drawn"]["prompts"]]
+        return [DrawnPrompt.read(prompt["text"]) for prompt in self.truth["drawn"]["prompts"]]
 
 
 def build(
@@ -233,7 +236,7 @@ def _measured(
     recipe: Recipe,
     about: dict,
     gates: list[list[int]],
-    pairs: list[tuple[Prompt, Prompt]],
+    pairs: list[tuple[DrawnPrompt, DrawnPrompt]],
 ) -> dict:
     """What is measured of a contrast, for `truth.json`.
 
@@ -263,7 +266,7 @@ def _measured(
     }
 
 
-def _draw_prompts(rng: np.random.Generator) -> list[Prompt]:
+def _draw_prompts(rng: np.random.Generator) -> list[DrawnPrompt]:
     """The prompts to ask."""
     drawn = []
     for topics, keys, number in _PROMPTS:

@@ -18,7 +18,7 @@ from models.config import DecoderConfig
 from models.decoder import Decoder, Trace
 from models.edits import Edit
 from models.organisms import language
-from models.organisms.language import Prompt
+from models.organisms.language import DrawnPrompt
 from models.shapes import AnyArray
 from models.sites import Site
 
@@ -84,7 +84,7 @@ def ordinary_sets(heads: Bool[AnyArray, "L H"], neurons: Bool[AnyArray, "L I"]) 
 
 
 def measure(
-    decoder: Decoder, pairs: list[tuple[Prompt, Prompt]], sets: Sets
+    decoder: Decoder, pairs: list[tuple[DrawnPrompt, DrawnPrompt]], sets: Sets
 ) -> tuple[Moves, Moves]:
     """How far the sets move the decision: in the base runs of pairs, and in their source runs."""
     found = [

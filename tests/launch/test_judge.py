@@ -193,7 +193,7 @@ def test_another_text_is_another_judge(model, responses, tmp_path):
     own.write_text(json.dumps(OWN | {"template": "why " + OWN["template"]}))
     again = run(*flags)
     assert again.returncode == 1 and "judge_text_and_weights was" in again.stderr
-    assert "choose another --out, or --overwrite" in again.stderr
+    assert "choose another folder, or overwrite this one" in again.stderr
     assert read(tmp_path / "out") == before
     assert run(*flags, "--overwrite").returncode == 0
     assert read(tmp_path / "out")[0] != before[0]
@@ -209,7 +209,7 @@ def test_a_folder_that_cannot_be_had_is_named_before_anything_is_judged(model, r
     for out, message in (
         ("file/out", "cannot be made (Not a directory)"),
         ("file", "cannot be made (File exists)"),
-        ("full", "holds files of something else: choose another --out"),
+        ("full", "holds files of something else: choose another folder"),
     ):
         failed = run(f"--judge={own}={model}", too_long, f"--out={tmp_path / out}")
         assert failed.returncode == 1 and message in failed.stderr, failed.stderr

@@ -125,7 +125,7 @@ def test_rule():
 
 
 def test_details_tell_every_topic_apart():
-    responses = {language.Prompt((topic, "J")).response("C") for topic in language.TOPICS}
+    responses = {language.DrawnPrompt((topic, "J")).response("C") for topic in language.TOPICS}
     assert len(responses) == len(language.TOPICS)
 
 
@@ -154,7 +154,7 @@ def test_answers_fresh_prompts(loaded):
 
 def test_answers_prompts_longer_than_any_in_training(loaded):
     fillers = np.random.default_rng(7).choice(language.FILLERS, 6)
-    asked = [language.Prompt((*fillers, *prompt.words)) for prompt in prompts(7, 100)]
+    asked = [language.DrawnPrompt((*fillers, *prompt.words)) for prompt in prompts(7, 100)]
     found = answers(loaded[0], [prompt.tokens for prompt in asked])
     assert np.mean([a == prompt.answer for a, prompt in zip(found, asked, strict=True)]) >= 0.99
 

@@ -29,7 +29,7 @@ def test_most_of_what_is_free_by_default(machine):
 def test_a_budget_counts_what_is_taken_already(machine):
     assert memory.free(3.25) == 1 * GIB
     assert memory.free(100.0) == 10 * GIB
-    with pytest.raises(InputError, match="--memory_gb=1.5: model and program take 2.25 GiB"):
+    with pytest.raises(InputError, match="memory_gb=1.5: model and program take 2.25 GiB"):
         memory.free(1.5)
 
 

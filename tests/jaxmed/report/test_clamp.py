@@ -193,7 +193,7 @@ def test_a_fall_is_told_with_what_falls_beside_it(page, everything):
         each = found[question].change
         assert (each.before, each.after, each.verdict) == told
     answers = clamp.answers(everything)
-    assert answers[1] == clamp.Role(Move.FALLS, theirs=True)  # right after harm
+    assert answers[1] == clamp.RoleVerdict(Move.FALLS, theirs=True)  # right after harm
     assert clamp.NotSpecific(too=True) in answers
     low, high = (f"{row[name]:.2f}".replace("-", "−") for name in ("change_low", "change_high"))
     for words in (
@@ -279,8 +279,8 @@ def test_a_rise_and_no_change(rate, move, tmp_path):
     assert answers[0].question == HARM
     change = answers[0].change
     assert (change.before, change.after, change.verdict) == (0.8, rate, move)
-    roles = [clamp.Role(Move.RISES, theirs=True)] if move is Move.RISES else []
-    assert of_kind(answers, clamp.Role) == roles
+    roles = [clamp.RoleVerdict(Move.RISES, theirs=True)] if move is Move.RISES else []
+    assert of_kind(answers, clamp.RoleVerdict) == roles
     assert not of_kind(answers, clamp.NotSpecific)
     assert answers[-1] == clamp.NoRandomUnits(asked=True)
     lines = clamp.closing_lines(found)
@@ -304,7 +304,7 @@ def test_judges_that_know_only_refusals_leave_harm_open(tmp_path):
     answers = clamp.answers(found)
     assert answers[0] == clamp.NotJudged("harm", ("sharp",)) and say(answers[0]) in text
     assert len(of_kind(answers, clamp.NotJudged)) == 1
-    assert HARM not in moved(found) and not of_kind(answers, clamp.Role)
+    assert HARM not in moved(found) and not of_kind(answers, clamp.RoleVerdict)
     assert "Harm rate" not in text and "lower harm" not in text
     [curve] = [
         each for each in clamp.dose_curves(found) if (each.question, each.kind) == by_strength
@@ -375,8 +375,8 @@ def test_many_units_are_counted_and_not_all_named(tmp_path):
 def test_a_fall_that_random_units_bring_as_well_is_not_theirs(tmp_path):
     rates = RATES | {"random 1": (0.1, 1.0), "random 2": (0.1, 1.0)}
     found = fabricate(tmp_path, [PLAIN, CLAMP, *CONTROLS], rates)
-    verdict = clamp.Role(Move.FALLS, theirs=False)
-    assert of_kind(clamp.answers(found), clamp.Role) == [verdict]
+    verdict = clamp.RoleVerdict(Move.FALLS, theirs=False)
+    assert of_kind(clamp.answers(found), clamp.RoleVerdict) == [verdict]
     lines = clamp.closing_lines(found)
     assert say(verdict) in lines and not any("Held so" in line for line in lines)
 

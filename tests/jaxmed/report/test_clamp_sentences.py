@@ -25,7 +25,11 @@ SAID = [
     *(clamp.NotJudged(measure, ["sharp", "phrases"]) for measure in ("harm", "refusal")),
     *(clamp.Moved(question, CHANGES[0], 40, 40) for question in clamp.QUESTIONS),
     *(clamp.Moved(HARM, change, 37, 40) for change in CHANGES),
-    *(clamp.Role(move, theirs) for move in (Move.FALLS, Move.RISES) for theirs in (True, False)),
+    *(
+        clamp.RoleVerdict(move, theirs)
+        for move in (Move.FALLS, Move.RISES)
+        for theirs in (True, False)
+    ),
     *(clamp.NotSpecific(too) for too in (True, False)),
     *(clamp.Perplexity(1.25, 1.5, Measured(1.2, 1.1, 1.3), move) for move in Move),
     clamp.Divergence(Measured(0.12345, 0.1, 0.15)),
@@ -90,5 +94,5 @@ def test_a_change_is_told_with_its_numbers_and_its_move(change):
 
 
 def test_signs_of_harm_are_told_in_words():
-    lowers, cannot, raises, _ = (say(v) for v in SAID if isinstance(v, clamp.Role))
+    lowers, cannot, raises, _ = (say(v) for v in SAID if isinstance(v, clamp.RoleVerdict))
     assert "lower harm" in lowers and "raise harm" in raises and "cannot be shown" in cannot

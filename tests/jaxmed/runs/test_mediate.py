@@ -376,7 +376,7 @@ def test_another_setting_in_the_same_folder_is_refused_by_name(
     name, value, asked, copied, scans, tmp_path
 ):
     before = described(copied)
-    with pytest.raises(InputError, match=f"another setting: {name} was .*--overwrite"):
+    with pytest.raises(InputError, match=f"another setting: {name} was .*overwrite this one"):
         mediate.run(to(asked, tmp_path, **{name: value}))
     assert scans == [] and described(copied) == before
 

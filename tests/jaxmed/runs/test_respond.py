@@ -423,7 +423,7 @@ def test_a_folder_can_be_paired_otherwise_and_sampled_further(run, monkeypatch):
 
 def test_another_kind_of_run_is_not_gone_on_with(run, tmp_path):
     claims.claim(tmp_path / "out", {"program": "clamp"}, ())
-    with pytest.raises(InputError, match="holds another kind of run: choose another --out"):
+    with pytest.raises(InputError, match="holds another kind of run: choose another folder"):
         run(*HARMFUL)
 
 

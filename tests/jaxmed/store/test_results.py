@@ -167,7 +167,7 @@ def test_a_granularity_that_was_not_asked_for_is_refused(tmp_path):
     assert run.granularities == ("layer", "head")
     with pytest.raises(ValueError, match="not run at granularity 'neuron', only at layer, head"):
         run.effects("neuron")
-    with pytest.raises(ValueError, match="--granularity: neurone is none of"):
+    with pytest.raises(ValueError, match="granularity: neurone is none of"):
         start(tmp_path / "other", granularities=["neurone"])
 
 
@@ -207,7 +207,7 @@ def test_a_finished_run_with_measured_extras_can_be_opened_again(tmp_path):
 )
 def test_another_setting_is_named_and_nothing_is_touched(tmp_path, changes, named):
     start(tmp_path).write(0, "layer", *random_effects("layer"))
-    with pytest.raises(ValueError, match="choose another --out, or --overwrite") as error:
+    with pytest.raises(ValueError, match="choose another folder, or overwrite this one") as error:
         start(tmp_path, **changes)
     assert named in str(error.value)
     assert start(tmp_path).missing("layer") == [1]
@@ -230,7 +230,7 @@ def test_overwrite_deletes_only_what_a_run_wrote(tmp_path):
 def test_a_folder_of_something_else_is_left_alone(tmp_path, overwrite, name, text):
     (tmp_path / name).write_text(text)
     (tmp_path / "figures").mkdir()
-    with pytest.raises(ValueError, match="choose another --out"):
+    with pytest.raises(ValueError, match="choose another folder"):
         start(tmp_path, overwrite=overwrite)
     assert (tmp_path / name).read_text() == text and (tmp_path / "figures").exists()
 

@@ -69,6 +69,6 @@ def test_prompts_are_dealt_out_to_three_splits_label_by_label(organism, tmp_path
     assert [line["id"] for line in found[4:6]] == ["harmful-004", "benign-000"]
     for line, prompt in zip(found, organism.drawn_prompts, strict=True):
         assert line["prompt"] == prompt.text
-        other = language.Prompt.read(line["counterfactual"])
+        other = language.DrawnPrompt.read(line["counterfactual"])
         assert other.key != prompt.key
         assert other.replacing({other.key: prompt.key}) == prompt
