@@ -110,8 +110,6 @@ class Findings(Mapping[str, Effects]):
             InputError: the folder is not empty or cannot be made.
         """
         folder = pathlib.Path(folder)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise InputError(f"folder={str(folder)!r} is not an empty folder: choose another")
         if isinstance(self._source, Results):
             self._source.copy(folder)
             return

@@ -1,7 +1,7 @@
 """What work costs: operations, bytes, and the size of every batch.
 
-All batches of the project are sized here, and all operations counted. How much memory there is,
-`engine.memory` tells; what is computed of each pair, `engine.plan`.
+All batches but those of the reference are sized here, and all operations counted. How much memory
+there is, `engine.memory` tells; what is computed of each pair, `engine.plan`.
 """
 
 from collections.abc import Iterable, Mapping

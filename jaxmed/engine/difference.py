@@ -71,10 +71,14 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.extend import core
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, PyTree
+
+# What a rule is given: a number of a traced program, or one that NumPy holds.
+Value = Array | np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1010,7 +1014,7 @@ class _Exponentials:
     changes, and not what is left of its own.
     """
 
-    def __init__(self, a: Array, d: Array):
+    def __init__(self, a: Value, d: Value):
         largest = jnp.max(a, axis=-1, keepdims=True)
         largest = jnp.where(jnp.isfinite(largest), largest, 0)
         # Kept apart from the largest, which would swallow it where every score is masked.
@@ -1046,7 +1050,7 @@ class _Exponentials:
         near, far = self.change - self.p * self.s, self.w - self.p * self.scale
         return jnp.where(self.far, far, near) / self.scale
 
-    def log_softmax_change(self, d: Array) -> Array:
+    def log_softmax_change(self, d: Value) -> Array:
         """Where both changes are larger than log p, their difference would lose it."""
         far = jnp.where(
             jnp.abs(d) > jnp.abs(self.log_p), self.new_log_p - self.log_p, d - self.log_total_change
@@ -1057,22 +1061,22 @@ class _Exponentials:
         return self.log_total_change[..., 0]
 
 
-def softmax(a: Array, d: Array) -> tuple[Array, Array]:
+def softmax(a: Value, d: Value) -> tuple[Array, Array]:
     """The rule of softmax over the last axis."""
     return jax.nn.softmax(a, axis=-1), _Exponentials(a, d).softmax_change()
 
 
-def log_softmax(a: Array, d: Array) -> tuple[Array, Array]:
+def log_softmax(a: Value, d: Value) -> tuple[Array, Array]:
     """The rule of log-softmax over the last axis."""
     return jax.nn.log_softmax(a, axis=-1), _Exponentials(a, d).log_softmax_change(d)
 
 
-def logsumexp(a: Array, d: Array) -> tuple[Array, Array]:
+def logsumexp(a: Value, d: Value) -> tuple[Array, Array]:
     """The rule of log-sum-exp over the last axis."""
     return jax.nn.logsumexp(a, axis=-1), _Exponentials(a, d).logsumexp_change()
 
 
-def inverse_rms(a: Array, d: Array, eps: ArrayLike) -> tuple[Array, Array]:
+def inverse_rms(a: Value, d: Value, eps: ArrayLike) -> tuple[Array, Array]:
     """The rule of 1 / sqrt(mean(a^2) + eps) over the last axis, which is kept.
 
     The changed mean square is formed from a + d, so that no large entry is left behind in it.
@@ -1090,7 +1094,7 @@ def _last_axis_mean(x: Array) -> Array:
     return jnp.dot(x, weights, precision=lax.Precision.HIGHEST)
 
 
-def silu(a: Array, d: Array) -> tuple[Array, Array]:
+def silu(a: Value, d: Value) -> tuple[Array, Array]:
     """The rule of a s(a); s(a + d) is known to its own rounding even where it all but vanishes."""
     s_a = lax.logistic(a)
     s_b, _ = _logistic_pair(a + d)

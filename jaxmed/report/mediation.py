@@ -233,7 +233,7 @@ def write(folder, show_text: bool = False, pairs=None) -> pathlib.Path:
         InputError: the folder is no results folder, or show_text has no pairs to show.
     """
     if show_text and pairs is None:
-        raise InputError("--show_text needs --pairs: a results folder holds no text")
+        raise InputError("show_text needs pairs: a results folder holds no text")
     results = Results.open(folder)
     summary = read_summary(results)
     total = total_verdict(results, summary)
@@ -381,7 +381,7 @@ def _section(results: Results, units: UnitTable) -> Section:
     )
 
 
-def _cell(values: EstimandValues, index: int) -> dict:
+def _cell(values: EstimandValues, index: int | np.integer) -> dict:
     return {
         "effect": Measured(
             float(values.mean[index]), float(values.low[index]), float(values.high[index])
@@ -402,7 +402,7 @@ def largest_verdict(units: UnitTable, metric_unit: str) -> LargestVerdict:
     )
 
 
-def _unit_effect(units: UnitTable, values: EstimandValues, index: int) -> UnitEffect:
+def _unit_effect(units: UnitTable, values: EstimandValues, index: int | np.integer) -> UnitEffect:
     share = float(values.share[index])
     return UnitEffect(
         units.name(index), float(values.mean[index]), None if math.isnan(share) else share

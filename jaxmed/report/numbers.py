@@ -3,6 +3,10 @@
 import dataclasses
 import math
 
+import numpy as np
+
+Number = float | np.floating  # NumPy's are shown as Python's are
+
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
@@ -18,7 +22,7 @@ class Measured:
         return not math.isnan(self.low)
 
 
-def fixed(value: float | None, decimals: int = 2) -> str:
+def fixed(value: Number | None, decimals: int = 2) -> str:
     """A number with so many decimals; a small one is not shown as 0, which it is not."""
     if value is None or math.isnan(value):
         return "–"
@@ -26,19 +30,19 @@ def fixed(value: float | None, decimals: int = 2) -> str:
     return shown.replace("-", "−")
 
 
-def signed(value: float, decimals: int = 2) -> str:
+def signed(value: Number, decimals: int = 2) -> str:
     """A change, with its sign."""
     return ("+" if value > 0 else "") + fixed(value, decimals)
 
 
-def decimals(value: float) -> int:
+def decimals(value: Number) -> int:
     """How many decimals show three digits of a value."""
     if not value or not math.isfinite(value):
         return 2
     return max(0, 2 - math.floor(math.log10(abs(value))))
 
 
-def number(value: float) -> str:
+def number(value: Number) -> str:
     """A number with three digits."""
     return fixed(value, decimals(value))
 
@@ -67,12 +71,12 @@ def percent(fraction: float | None) -> str:
     return f"{round(100 * fraction)}%".replace("-", "−")
 
 
-def q_value(value: float) -> str:
+def q_value(value: Number) -> str:
     """A false discovery rate."""
     return "< 0.001" if value < 0.001 else fixed(value, 3)
 
 
-def whole(value: int) -> str:
+def whole(value: int | np.integer) -> str:
     """A whole number, with commas between thousands."""
     return f"{value:,}"
 
@@ -82,7 +86,7 @@ def counted(number: int, one: str, several: str = "") -> str:
     return f"{number:,} {one if number == 1 else several or one + 's'}"
 
 
-def ordinal(number: int) -> str:
+def ordinal(number: int | np.integer) -> str:
     """1st, 2nd, 3rd, 4th, 11th."""
     ends = {1: "st", 2: "nd", 3: "rd"}
     end = "th" if number % 100 in (11, 12, 13) else ends.get(number % 10, "th")

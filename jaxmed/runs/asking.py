@@ -28,8 +28,13 @@ LEAVE_OUT = "(or leave such prompts out: --skip_bad_prompts)"
 
 # What responses do not depend on: a run that goes on may be judged otherwise.
 MAY_CHANGE = (
-    *("judge", "judge_template", "comply_tokens", "refuse_tokens", "cut"),
-    *("judges", "judges_hash"),
+    "judge",
+    "judge_template",
+    "comply_tokens",
+    "refuse_tokens",
+    "cut",
+    "judges",
+    "judges_hash",
 )
 
 

@@ -41,8 +41,16 @@ _OWN_FILES = (*responses.FILES, TABLE, CONTROLS, "report.html", "figures")
 # conditions, judged otherwise, and exported from.
 _MAY_CHANGE = (
     *asking.MAY_CHANGE,
-    *("samples", "most_prompts", "random", "module", "top_doses", "strength_doses", "alone"),
-    *("margin", "perplexity_margin", "export"),
+    "samples",
+    "most_prompts",
+    "random",
+    "module",
+    "top_doses",
+    "strength_doses",
+    "alone",
+    "margin",
+    "perplexity_margin",
+    "export",
 )
 
 
@@ -247,12 +255,11 @@ def _export(found: ClampOutcome, model: AnsweringModel, folder: str) -> None:
     Raises:
         InputError: its own test does not allow that.
     """
+    if refused := export.refusal(found):
+        why = model_card.refusal(refused)
+        raise InputError(f"--export: nothing was written: {why}. Results: {found.folder}")
     card = model_card.card(found, str(model.decoder.embedding.dtype))
-    try:
-        export.write(found, model, folder, card)
-    except export.RefusedError as refused:
-        why = model_card.refusal(refused.refusal)
-        raise InputError(f"--export: nothing was written: {why}. Results: {found.folder}") from None
+    export.write(found, model, folder, card)
 
 
 def check(settings: ClampSettings) -> None:
@@ -323,6 +330,11 @@ def _opened(settings: ClampSettings, model: AnsweringModel) -> Results | None:
     if not results.run["finished"]:
         raise InputError(
             f"--results={settings.results}: that run is not finished; give its command again first"
+        )
+    if "weights_hash" not in results.run:
+        raise InputError(
+            f"--results={settings.results}: was saved from Python, which keeps neither weights nor "
+            "prompts in mind; name the units instead (--units), or run launch.mediate"
         )
     if results.run["weights_hash"] != model.weights_hash:
         raise InputError(

@@ -123,7 +123,7 @@ class MediateSettings:
         least=0,
     )
     joint_share: float = setting(
-        help="--joint_size: the search stops at this share of TE, in both directions, and takes "
+        help="--joint_size: the search stops at this share of TE, by both estimands, and takes "
         "out the neurons that it does not need.",
         default=joint_lib.SHARE,
         least=0,
@@ -549,7 +549,7 @@ def _announce(
         for name in results.granularities
     )
     asked.say(
-        f"{todo} pairs, at most {units:,} units each, in both directions: "
+        f"{todo} pairs, at most {units:,} units each, by both estimands: "
         f"{operations:.2e} floating-point operations"
         + (f", and at most {joint:.2e} for the joint set" if joint else "")
         + f". {sweep.least_time(operations, asked.decoder, settings.matmul_precision)}"
@@ -559,7 +559,7 @@ def _announce(
 def _joint(asked: MediateRun, results: Results) -> dict | None:
     """The greedy joint set, as `run.json` and the report have it; None where TE is too small.
 
-    Its fields are those of `estimands.JointSet`; "share" that it was searched for; "confirmed": its
+    Its fields are those of `joint.JointSet`; "share" that it was searched for; "confirmed": its
     shares on the pairs that it was not searched on, and how many pairs they are, None if there are
     none or their TE is too small; "seconds" that search and confirmation took. The search sees
     nothing of those other pairs, but that a screen has chosen its neurons by all of them.

@@ -35,6 +35,8 @@ def run(settings: ReportSettings) -> Results:
 def _pairs(results: Results) -> list[pairs_lib.Pair]:
     """The pairs that the results are of, read again for their texts."""
     described = results.run
+    if "pairs" not in described:
+        raise InputError(f"--show_text: {results.folder} was saved from Python, and names no texts")
     tokenizer = checkpoint.read_tokenizer(checkpoint.resolve(described["model"]))
     pairs = pairs_lib.read(described["pairs"], tokenizer, chat=described["chat"])
     if missing := set(results.pair_ids) - {pair.id for pair in pairs}:

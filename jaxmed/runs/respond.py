@@ -34,7 +34,11 @@ _OWN_FILES = (*responses.FILES, TABLE, PAIRS)
 # and samples can be added.
 _MAY_CHANGE = (
     *asking.MAY_CHANGE,
-    *("samples", "counterfactual", "count", "safe_template", "threshold"),
+    "samples",
+    "counterfactual",
+    "count",
+    "safe_template",
+    "threshold",
 )
 
 

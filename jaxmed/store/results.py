@@ -92,13 +92,9 @@ class Results(Mapping[str, Effects]):
             InputError: the folder is not empty or cannot be made, or an argument is not as above.
         """
         folder = pathlib.Path(folder)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise InputError(f"{folder} is not an empty folder: choose another folder")
+        _check_empty(folder)
         described = _described(run, sizes, pair_ids, granularities)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"{folder}: cannot be made ({error.strerror})") from error
+        _make(folder)
         return _start(folder, described)
 
     @classmethod
@@ -312,7 +308,13 @@ class Results(Mapping[str, Effects]):
         write_run(self.folder, self.run)
 
     def copy(self, folder: pathlib.Path) -> None:
-        """Copies run and effects, as they are in the folder now, into an empty one."""
+        """Copies run and effects, as they are in the folder now, into an empty one.
+
+        Raises:
+            InputError: the folder is not empty or cannot be made.
+        """
+        _check_empty(folder)
+        _make(folder)
         shutil.copytree(self.folder / _EFFECTS_FILE, folder / _EFFECTS_FILE)
         write_run(folder, self.run)
 
@@ -337,6 +339,18 @@ class Results(Mapping[str, Effects]):
 
 def _read(array: zarr.Array, pairs: slice | int = slice(None)) -> np.ndarray:
     return np.asarray(array[pairs])
+
+
+def _check_empty(folder: pathlib.Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} is not an empty folder: choose another folder")
+
+
+def _make(folder: pathlib.Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be made ({error.strerror})") from error
 
 
 def _described(

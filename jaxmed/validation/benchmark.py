@@ -182,7 +182,7 @@ def measure_generation(
     config = presets.PRESETS[preset].config
     if against and (jax.default_backend() != "cpu" or config.dtype != "float32"):
         raise InputError(
-            f"--against: the baselines are timed in float32 on a CPU, generation here in "
+            f"against={against}: the baselines are timed in float32 on a CPU, generation here in "
             f"{config.dtype} on {jax.devices()[0].device_kind}: no comparison"
         )
     config = presets.with_layers(config, layers)
@@ -299,11 +299,11 @@ def measure(
     like = jax.default_backend() == "cpu" and chosen_preset.matmul_precision == "float32"
     if against and not like:
         raise InputError(
-            "--against: the baselines are timed in float32 on a CPU, the engine here in "
+            f"against={against}: the baselines are timed in float32 on a CPU, the engine here in "
             f"{chosen_preset.matmul_precision} on {jax.devices()[0].device_kind}: no comparison"
         )
     if screen and neurons:
-        raise InputError("--screen looks at all neurons: leave out --neurons")
+        raise InputError(f"screen={screen} looks at all neurons: leave out neurons={neurons}")
     config = chosen_preset.config
     config = presets.with_layers(config, layers)
     chosen = spread(config, neurons)
@@ -365,7 +365,7 @@ def spread(config: DecoderConfig, neurons: int) -> Bool[np.ndarray, "L I"]:
     """
     count = config.num_layers * config.intermediate_size
     if neurons > count:
-        raise InputError(f"--neurons={neurons}: the model has {count}")
+        raise InputError(f"neurons={neurons}: the model has {count}")
     chosen = np.zeros(count, bool)
     chosen[np.linspace(0, count, neurons or count, endpoint=False).astype(int)] = True
     return chosen.reshape(config.num_layers, config.intermediate_size)

@@ -12,7 +12,7 @@ def test_an_unknown_baseline_is_refused_by_name():
 def test_more_neurons_than_there_are_is_refused_before_any_work():
     done = process.call("benchmark", "--layers=1", "--neurons=4000")
     assert done.returncode == 1
-    assert "--neurons=4000: the model has 3072" in done.stderr
+    assert "neurons=4000: the model has 3072" in done.stderr
 
 
 def test_flags_that_would_say_nothing_are_refused():

@@ -246,7 +246,7 @@ def test_exchanges_of_a_run_with_labels_of_people(responses, tmp_path):
         ),
         (["--judge=phrases", "--cut"], ROWS, "--judge=phrases runs no model"),
         (["--judge=phrases={model}"], ROWS, "phrases runs no model: leave ={model} out"),
-        (["--judge=harmbench="], ROWS, "--judge=harmbench=: names no checkpoint after the ="),
+        (["--judge=harmbench="], ROWS, "judge 'harmbench=': names no checkpoint after the ="),
         (["--judge=phrases", "--comply_tokens=1"], ROWS, "are for --judge=tokens alone"),
         (["--judge=tokens"], ROWS, "give the first tokens that comply"),
         (["--judge=tokens", "--comply_tokens=C"], ROWS, "--comply_tokens=C: must be token ids"),
@@ -274,7 +274,7 @@ def test_exchanges_of_a_run_with_labels_of_people(responses, tmp_path):
         (
             ["--judge=harmbench={model}", "--judge_template=wildguard={text}"],
             ROWS,
-            "--judge_template=wildguard={text}: --judge names no wildguard",
+            "judge_template 'wildguard={text}': no judge wildguard is asked for",
         ),
     ],
 )

@@ -13,10 +13,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType
 
+import jaxmed
 import models
 from jaxmed.data import pairs
-from jaxmed.engine import scan as scan_lib
-from jaxmed.question import metrics
 from models import checkpoint
 
 PAIR = pairs.Pair("one", (8, 9, 10, 11), (8, 12, 10, 11), (6,), (7,))
@@ -36,7 +35,7 @@ def one(folder: str) -> None:
     with jax.default_matmul_precision("highest"):
         logits = [decoder(TOKENS)[0] for decoder in (plain, sharded)]
         scans = [
-            scan_lib.scan(decoder, [PAIR], granularity="neuron", metric=metrics.LogitDifference())
+            jaxmed.scan(decoder, [PAIR], "neuron", progress=False)["neuron"]
             for decoder in (plain, sharded)
         ]
     found = {"logits": _distance(*logits), "split": sorted(split)}

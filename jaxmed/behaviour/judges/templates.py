@@ -92,9 +92,9 @@ class Template:
         if (self.text is not None and self.messages) or (self.lacks_text and not self.source):
             raise InputError(f"judge '{self.name}': give either a text or messages")
         whole = "".join(text for _, text in self.messages) if self.text is None else self.text
-        for name in () if self.lacks_text else self.placeholders:
-            if braced(name) not in whole:
-                raise InputError(f"judge '{self.name}': its template has no {braced(name)}")
+        missing = [braced(name) for name in self.placeholders if braced(name) not in whole]
+        if missing and not self.lacks_text:
+            raise InputError(f"judge '{self.name}': its template has no {missing[0]}")
         for question in self.questions:
             if question.says not in (*SAYS, ""):
                 raise InputError(

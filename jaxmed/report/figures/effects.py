@@ -112,7 +112,7 @@ class UnitTable:
         }
         return dataclasses.replace(self, **places, nie=self.nie.of(chosen), tie=self.tie.of(chosen))
 
-    def name(self, index: int) -> str:
+    def name(self, index: int | np.integer) -> str:
         """What a unit is called in figures, tables and sentences."""
         layer, unit = f"L{self.layer[index]}", self.unit[index]
         site = SITE_TITLES.get(self.site[index], self.site[index])

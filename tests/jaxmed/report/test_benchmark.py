@@ -3,7 +3,12 @@
 import dataclasses
 
 from jaxmed.report import benchmark
-from jaxmed.validation.benchmark import Figures, GenerationFigures
+from jaxmed.validation.benchmark import (
+    BaselineGeneration,
+    BaselineSpeed,
+    Figures,
+    GenerationFigures,
+)
 from jaxmed.validation.numerical_error import NumericalError
 from tests.jaxmed.report.told import check_golden
 
@@ -38,14 +43,14 @@ GENERATION = GenerationFigures(
 )
 
 
-def baseline(what, **figures):
-    return {"what": what, "speedup": 81.2, "held_speedup": 70.1} | figures
+def timed(what, tokens_per_second):
+    return BaselineGeneration(what, tokens_per_second, speedup=81.2, held_speedup=70.1)
 
 
 def test_speed():
     compared = dataclasses.replace(
         FIGURES,
-        baselines={"hooks": baseline("transformers with hooks", neurons_per_second=12.34)},
+        baselines={"hooks": BaselineSpeed("transformers with hooks", 12.34, speedup=81.2)},
         screen_seconds=1.23,
         speedup_screen=9.87,
     )
@@ -56,11 +61,8 @@ def test_speed():
 
 
 def test_speed_of_generation():
-    timed = {
-        "b": baseline("transformers' generate", tokens_per_second=12.34),
-        "a": baseline("another", tokens_per_second=1.0),
-    }
-    compared = dataclasses.replace(GENERATION, baselines=timed)
+    baselines = {"b": timed("transformers' generate", 12.34), "a": timed("another", 1.0)}
+    compared = dataclasses.replace(GENERATION, baselines=baselines)
     lines = benchmark.generation_table(compared)
     assert [line.partition("  ")[0] for line in lines[-2:]] == ["another", "transformers' generate"]
     check_golden("generation_speed", lines)

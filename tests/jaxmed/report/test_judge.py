@@ -2,7 +2,6 @@
 
 import dataclasses
 import pathlib
-import types
 
 import pytest
 
@@ -18,6 +17,15 @@ VERDICTS = [
     Verdict(harmful=0.6, refused=0.4),
     Verdict(harmful=0.1, refused=1.0),
 ]
+
+
+class Sharp:
+    name, meaning, says = "sharp", "says <b>both</b>", ("harmful", "refused")
+
+    def __call__(self, exchanges):
+        raise AssertionError("its verdicts are given")
+
+
 LABELS = {"harmful": [True, False, False, False]}
 
 
@@ -25,8 +33,7 @@ def outcome(labels, threshold=0.5):
     found = {
         part: agreement.agreement(VERDICTS, own, threshold, part) for part, own in labels.items()
     }
-    named = types.SimpleNamespace(name="sharp", meaning="says <b>both</b>")
-    return JudgeOutcome(pathlib.Path("out/judged.jsonl"), named, VERDICTS, found, threshold)
+    return JudgeOutcome(pathlib.Path("out/judged.jsonl"), Sharp(), VERDICTS, found, threshold)
 
 
 def test_verdicts_are_counted_by_part():

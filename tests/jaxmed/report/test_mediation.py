@@ -240,7 +240,7 @@ def test_text_is_shown_only_when_asked_for(planted):
     assert "secret" not in Page(mediation.write(planted.folder, pairs=pairs)).text
     shown = Page(mediation.write(planted.folder, show_text=True, pairs=pairs))
     assert shown.text.count("<b>secret</b>") == PAIRS
-    with pytest.raises(ValueError, match="--show_text needs --pairs"):
+    with pytest.raises(ValueError, match="show_text needs pairs"):
         mediation.write(planted.folder, show_text=True)
 
 

@@ -384,6 +384,9 @@ def test_judges_must_say_what_has_to_be_known(organism, tmp_path):
     class Silent:
         name, meaning, says = "silent", "nothing", ()
 
+        def __call__(self, exchanges):
+            raise AssertionError("it is refused before it is asked")
+
     class Refusals(Silent):
         says = ("refused",)
 

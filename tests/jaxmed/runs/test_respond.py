@@ -1,4 +1,4 @@
-"""Pairs of a model's own answers: which responses make them, and that `data.read` reads them."""
+"""Pairs of a model's own answers: which responses make them, and that `pairs.read` reads them."""
 
 import json
 
