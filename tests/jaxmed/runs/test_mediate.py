@@ -532,7 +532,7 @@ def test_a_folder_that_cannot_be_the_results_is_refused(out, asked, scans, tmp_p
         ({"screen": 25}, "--screen=25: the model has 24 neurons"),
         ({"screen": 9, "group_size": 3}, "--screen=9: the model has 8 groups of neurons"),
         ({"joint_size": 25}, "--joint_size=25: the model has 24 neurons"),
-        ({"memory_gb": 0.001}, "--memory_gb=0.001: model and program take"),
+        ({"memory_gb": 0.001}, "memory_gb=0.001: model and program take"),
         ({"directions": "gone.npz"}, "gone.npz: no npz file of plain arrays"),
     ],
 )
@@ -720,7 +720,8 @@ def test_a_neuron_that_failed_leaves_the_bound_valid(screened, monkeypatch):
 
     def failing(self, granularity, **options):
         nie, tie = original(self, granularity, **options)
-        nie[:, layer, neuron] = np.nan
+        if granularity == "neuron":
+            nie[:, layer, neuron] = np.nan
         return nie, tie
 
     whole = mediate._audit(screened, selection, TOP)
