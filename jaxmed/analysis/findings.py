@@ -88,8 +88,8 @@ class Findings(Mapping[str, Effects]):
         """
         import pandas
 
-        if estimand not in summary.ESTIMANDS:
-            raise InputError(f"estimand={estimand!r}: not one of {', '.join(summary.ESTIMANDS)}")
+        if estimand not in summary.SUMMARISED:
+            raise InputError(f"estimand={estimand!r}: not one of {', '.join(summary.SUMMARISED)}")
         names = list(self) if granularity is None else [granularity]
         if granularity is not None and granularity not in self:
             raise InputError(f"granularity={granularity!r}: not one of {', '.join(self)}")

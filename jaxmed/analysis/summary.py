@@ -11,7 +11,7 @@ from jaxmed.files import atomic
 from jaxmed.question.effects import TOTALS, Effects, Status, Totals
 from jaxmed.store.results import Results
 
-ESTIMANDS = ("nie", "tie", "nde", "int")  # those of every unit that a summary has
+SUMMARISED = ("nie", "tie", "nde", "int")  # those of every unit that a summary has
 
 _SUMMARY_FILE = "summary.parquet"
 
@@ -50,7 +50,7 @@ def summarise(found: Mapping[str, Effects]) -> pa.Table:
             "nde": estimands.natural_direct_effect(effects.te, tie),
             "int": estimands.interaction(nie, tie),
         }
-        for estimand in ESTIMANDS:
+        for estimand in SUMMARISED:
             over_bases = statistics.by_base(values[estimand], effects.totals.bases)
             tables.append(_rows(granularity, estimand, over_bases, places, exact))
     return pa.concat_tables(tables)

@@ -15,6 +15,7 @@ import dataclasses
 import math
 import types
 import typing
+from collections.abc import Iterable
 from typing import Any
 
 from models.errors import InputError
@@ -39,7 +40,7 @@ def setting(
     *,
     help: str,
     default: Any = dataclasses.MISSING,
-    choices: typing.Iterable[str] = (),
+    choices: Iterable[str] = (),
     least: float | None = None,
     most: float | None = None,
     above: float | None = None,

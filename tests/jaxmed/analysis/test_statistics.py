@@ -232,7 +232,7 @@ def test_a_summary_row_holds_its_units_statistics(run):
 
 def test_a_family_of_tests_is_one_granularity_and_one_estimand(run):
     rows = summary.summarise(run).to_pylist()
-    for granularity, estimand in itertools.product(sites.GRANULARITIES, summary.ESTIMANDS):
+    for granularity, estimand in itertools.product(sites.GRANULARITIES, summary.SUMMARISED):
         family = [
             row for row in rows if (row["granularity"], row["estimand"]) == (granularity, estimand)
         ]
@@ -249,7 +249,7 @@ def test_estimates_are_not_tested_but_count_in_the_correction(run):
         run.write(pair, "neuron", *effects, status)
     screened = summary.summarise(run).to_pylist()
     tests = ("ci_low", "ci_high", "p_value", "q_value")
-    for estimand in summary.ESTIMANDS:
+    for estimand in summary.SUMMARISED:
         family = [
             (row, full)
             for row, full in zip(screened, whole, strict=True)
