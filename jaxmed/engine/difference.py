@@ -1087,14 +1087,14 @@ def inverse_rms(a: Value, d: Value, eps: ArrayLike) -> tuple[Array, Array]:
     return lax.rsqrt(mean_square), _rsqrt_change(mean_square, changed, change)
 
 
-def _last_axis_mean(x: Array) -> Array:
+def _last_axis_mean(x: Value) -> Array:
     """As a product with a vector, which XLA's CPU backend forms ten times faster than the sum where
     an axis of the batch has length 1."""
     weights = jnp.full((x.shape[-1], 1), 1 / x.shape[-1], x.dtype)
     return jnp.dot(x, weights, precision=lax.Precision.HIGHEST)
 
 
-def silu(a: Value, d: Value) -> tuple[Array, Array]:
+def silu(a: Value, d: Value) -> tuple[Value, Value]:
     """The rule of a s(a); s(a + d) is known to its own rounding even where it all but vanishes."""
     s_a = lax.logistic(a)
     s_b, _ = _logistic_pair(a + d)

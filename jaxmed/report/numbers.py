@@ -86,7 +86,7 @@ def counted(number: int, one: str, several: str = "") -> str:
     return f"{number:,} {one if number == 1 else several or one + 's'}"
 
 
-def ordinal(number: int | np.integer) -> str:
+def ordinal(number: int) -> str:
     """1st, 2nd, 3rd, 4th, 11th."""
     ends = {1: "st", 2: "nd", 3: "rd"}
     end = "th" if number % 100 in (11, 12, 13) else ends.get(number % 10, "th")
