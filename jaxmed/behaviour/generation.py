@@ -56,7 +56,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     stop: Collection[int],
-    sampling: Sampling = Sampling(),  # noqa: B008
+    sampling: Sampling = Sampling(),  # noqa: B008 (it is frozen)
     seeds: Sequence[int] | None = None,
     holds: Sequence[Hold] = (),
     batch_size: int | None = None,
