@@ -20,17 +20,15 @@ from jaxmed.intervention.export import Criterion
 from jaxmed.runs import asking, clamp
 from jaxmed.runs.clamp import ClampSettings
 from jaxmed.validation import truth
-from models import organisms
 from models.errors import InputError
+from tests import shared_organism
 
 GATES, DETECTORS = "gates", "detectors"
 
 
 @pytest.fixture(scope="module")
 def organism(tmp_path_factory):
-    recipe = dataclasses.replace(organisms.RECIPES["late-mlp"], steps=60)
-    folder = tmp_path_factory.mktemp("organism") / "late-mlp"
-    return organisms.build(folder, recipe=recipe, progress=False)
+    return shared_organism.organism(tmp_path_factory.mktemp("clamp") / "decoys", tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
