@@ -669,6 +669,8 @@ def _measures(table: _Table, label: str) -> list[str]:
 
 def _shown_mean(row: dict | None) -> Measured | None:
     """The mean of a row; of log-probabilities the perplexity."""
-    if row is None or row["measure"] != "nll":
-        return row and _mean(row)
-    return Measured(_clean(_exp(row["mean"])), math.nan, math.nan)
+    if row is None:
+        return None
+    if row["measure"] == "nll":
+        return Measured(_clean(_exp(row["mean"])), math.nan, math.nan)
+    return _mean(row)
