@@ -15,13 +15,20 @@ TEMPLATE = (
 
 def tokenizer(chat_template: str | None = TEMPLATE) -> transformers.PreTrainedTokenizerFast:
     """The tokenizer; without chat template if that is None."""
-    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(IDS, unk_token="[UNK]"))
+    return tokenizer_of(IDS, "[BOS]", chat_template)
+
+
+def tokenizer_of(
+    ids: dict[str, int], bos: str, chat_template: str | None
+) -> transformers.PreTrainedTokenizerFast:
+    """A tokenizer of these words, "[UNK]" among them, with this BOS."""
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="[UNK]"))
     inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     inner.post_processor = tokenizers.processors.TemplateProcessing(
-        single="[BOS] $A", special_tokens=[("[BOS]", IDS["[BOS]"])]
+        single=f"{bos} $A", special_tokens=[(bos, ids[bos])]
     )
     made = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner, unk_token="[UNK]", bos_token="[BOS]"
+        tokenizer_object=inner, unk_token="[UNK]", bos_token=bos
     )
     made.chat_template = chat_template
     return made

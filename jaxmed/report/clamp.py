@@ -42,7 +42,6 @@ QUESTIONS: tuple[LabelAndMeasure, ...] = (
 _LABELS = ("harmful", "benign", "overrefusal", "creative")
 _SIDE_EFFECTS = ("repetition", "unfinished", "tokens")
 _MEASURES = ("harm", "refusal", "compliance", "nll", "kl", "repetition", "unfinished", "tokens")
-_WITH_INTERVAL = ("harm", "refusal", "compliance")
 _DOSES = ("top", "strength")
 
 
@@ -249,7 +248,6 @@ class SideEffect:
     measure: str
     label: str
     change: Change
-    decimals: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,23 +260,14 @@ class UnitAlone:
 
 
 @dataclasses.dataclass(frozen=True)
-class Cell:
-    """A mean of a condition, and how it is shown."""
-
-    mean: Measured
-    decimals: int
-    with_interval: bool
-
-
-@dataclasses.dataclass(frozen=True)
 class ConditionRow:
-    """A condition; the mean of so many draws, or of none."""
+    """A condition; the mean of so many draws, or of none. `means` follows the table's measures."""
 
     name: str
     mean_of: int
     units: int
     strength: float
-    cells: Sequence[Cell | None]
+    means: Sequence[Measured | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -557,15 +546,11 @@ def _likeness(found: ClampOutcome) -> list[Likeness]:
 def _side_effects(table: _Table) -> list[SideEffect]:
     """What becomes of the responses themselves, a row for each measure and label."""
     return [
-        SideEffect(measure, label, _change(row), _decimals(measure))
+        SideEffect(measure, label, _change(row))
         for measure in _SIDE_EFFECTS
         for label in table.labels()
         for row in table.rows(["clamp"], (label, measure)).values()
     ]
-
-
-def _decimals(measure: str) -> int:
-    return {"tokens": 1}.get(measure, 2)
 
 
 def _curves(table: _Table, kind: str) -> dict[LabelAndMeasure, list[tuple[float, dict]]]:
@@ -663,7 +648,7 @@ def _condition_tables(table: _Table) -> list[ConditionTable]:
                 mean_of=len(table.draws) if name == "random" else 0,
                 units=len(each.units),
                 strength=each.strength,
-                cells=[_cell(table.row(name, (label, measure))) for measure in measures],
+                means=[_shown_mean(table.row(name, (label, measure))) for measure in measures],
             )
             for name, each in conditions
         ]
@@ -682,11 +667,10 @@ def _measures(table: _Table, label: str) -> list[str]:
     ]
 
 
-def _cell(row: dict | None) -> Cell | None:
+def _shown_mean(row: dict | None) -> Measured | None:
+    """The mean of a row; of log-probabilities the perplexity."""
     if row is None:
         return None
-    measure = row["measure"]
-    mean = (
-        Measured(_clean(_exp(row["mean"])), math.nan, math.nan) if measure == "nll" else _mean(row)
-    )
-    return Cell(mean, _decimals(measure), with_interval=measure in _WITH_INTERVAL)
+    if row["measure"] == "nll":
+        return Measured(_clean(_exp(row["mean"])), math.nan, math.nan)
+    return _mean(row)

@@ -21,10 +21,9 @@ from jaxmed.runs import loading, sweep
 from jaxmed.runs import settings as settings_lib
 from jaxmed.runs.mediate import MediateSettings
 from jaxmed.runs.settings import like, setting
+from jaxmed.runs.skipping import Skipped
 from jaxmed.store import circumstances
 from models.errors import InputError
-
-LEAVE_OUT = "(or leave such prompts out: --skip_bad_prompts)"
 
 # What responses do not depend on: a run that goes on may be judged otherwise.
 MAY_CHANGE = (
@@ -167,20 +166,14 @@ def read_prompts(
         InputError: a file or prompt cannot be used (or is left out, where that is asked), ids are
             used twice, or prompts that are the same have different labels.
     """
-    bad, again = [], []
-
-    def skip(error: DataError) -> None:
-        bad.append(error)
-        say(f"Skipped: {error}")
-
-    on_bad = skip if settings.skip_bad_prompts else None
+    skipped = Skipped("prompts", settings.skip_bad_prompts, say)
     reads_text = any(
         named.name_and_checkpoint(given)[0] not in named.WITHOUT_MODEL for given in settings.judge
     )
-    found, files, seen = [], {}, {}
+    found, again, files, seen = [], [], {}, {}
     for given in settings.prompts:
         source, label, path = _described_file(given)
-        for prompt in prompts_lib.read(path, label=label, source=source, on_bad=on_bad):
+        for prompt in prompts_lib.read(path, label=label, source=source, on_bad=skipped.on_bad):
             try:
                 if prompt.id in files:
                     raise DataError(
@@ -200,9 +193,7 @@ def read_prompts(
                         f"prompt is {found[earlier].prompt.label} at {found[earlier].prompt.where}"
                     )
             except DataError as error:
-                if on_bad is None:
-                    raise DataError(f"{error} {LEAVE_OUT}") from None
-                on_bad(error)
+                skipped.add(error)
                 continue
             files[prompt.id] = prompt.where
             if earlier is not None:
@@ -216,8 +207,7 @@ def read_prompts(
             f"{len(again)} prompts are the same as others before them and are left out, the first "
             f"at {again[0].prompt.where}: each counts once, and is in one split"
         )
-    if bad:
-        say(f"Skipped {len(bad)} of {len(bad) + len(found)} prompts")
+    skipped.tell(len(found))
     if not found:
         raise DataError(f"{', '.join(settings.prompts)}: not one prompt can be used")
     is_text = any(isinstance(one.prompt.prompt, str) for one in found)

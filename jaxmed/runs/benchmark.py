@@ -130,6 +130,7 @@ def _accuracy(settings: BenchmarkSettings) -> tuple[list[dict], list[str]]:
 def _generation(settings: BenchmarkSettings) -> tuple[dict, list[str]]:
     figures = benchmark.measure_generation(
         settings.preset,
+        say=sweep.say,
         against=settings.against,
         layers=settings.layers,
         rounds=settings.rounds,
@@ -141,6 +142,7 @@ def _generation(settings: BenchmarkSettings) -> tuple[dict, list[str]]:
 def _speed(settings: BenchmarkSettings) -> tuple[dict, list[str]]:
     figures = benchmark.measure(
         settings.preset,
+        say=sweep.say,
         against=settings.against,
         layers=settings.layers,
         neurons=settings.neurons,

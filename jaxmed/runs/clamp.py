@@ -31,6 +31,7 @@ from jaxmed.report import clamp, model_card
 from jaxmed.runs import asking, sweep
 from jaxmed.runs.asking import AnswerSettings
 from jaxmed.runs.settings import setting
+from jaxmed.runs.skipping import Skipped
 from jaxmed.store import claims
 from jaxmed.store.results import Results
 from models import checkpoint
@@ -427,15 +428,15 @@ def _with_counterfactuals(
     Raises:
         DataError: one has none that can be used, and is not to be left out.
     """
-    kept = []
+    kept, skipped = [], Skipped("prompts", settings.skip_bad_prompts, say)
     for one in tested:
         try:
             _sources(settings, model, [one])
             kept.append(one)
         except DataError as error:
-            if not settings.skip_bad_prompts:
-                raise DataError(f"--edit=source: {error} {asking.LEAVE_OUT}") from None
-            say(f"Skipped: {error}")
+            if skipped.on_bad is None:
+                raise DataError(f"--edit=source: {error}{skipped.way_out}") from None
+            skipped.on_bad(error)
     return kept
 
 

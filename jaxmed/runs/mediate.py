@@ -30,6 +30,7 @@ from jaxmed.report import mediation
 from jaxmed.runs import loading, sweep
 from jaxmed.runs import settings as settings_lib
 from jaxmed.runs.settings import setting
+from jaxmed.runs.skipping import Skipped
 from jaxmed.store import circumstances
 from jaxmed.store.results import Results
 from models import checkpoint, organisms
@@ -322,14 +323,8 @@ def _read_pairs(
     say: Callable[[str], None],
 ) -> tuple[list[Pair], int]:
     """The pairs that can be used, and how many cannot."""
-    bad = []
-
-    def skip(error: DataError) -> None:
-        bad.append(error)
-        say(f"Skipped: {error}")
-
-    on_bad = skip if settings.skip_bad_pairs else None
-    pairs = pairs_lib.read(settings.pairs, tokenizer, chat=settings.chat, on_bad=on_bad)
+    skipped = Skipped("pairs", settings.skip_bad_pairs, say)
+    pairs = pairs_lib.read(settings.pairs, tokenizer, chat=settings.chat, on_bad=skipped.on_bad)
     if settings.split:
         everywhere = len(pairs)
         pairs = [pair for pair in pairs if pair.split in settings.split]
@@ -345,20 +340,17 @@ def _read_pairs(
             check_pair(decoder.config, pair, question, settings.granularities)
             usable.append(pair)
         except DataError as error:
-            if on_bad is None:
-                raise DataError(f"{error} (or leave such pairs out: --skip_bad_pairs)") from None
-            on_bad(error)
+            skipped.add(error)
     if not usable:
         raise DataError(f"{settings.pairs}: not one of its pairs can be used")
-    if bad:
-        say(f"Skipped {len(bad)} of {len(bad) + len(usable)} pairs")
+    skipped.tell(len(usable))
     same = sum(pair.prompt_ids == pair.counterfactual_ids for pair in usable)
     if same:
         say(f"{same} of {len(usable)} pairs have identical prompts: all their effects are 0")
     is_text = usable[0].prompt_text is not None and not usable[0].is_chat
     if is_text and tokenizer.chat_template:
         say(loading.AS_IT_STANDS)
-    return usable, len(bad)
+    return usable, skipped.count
 
 
 def _description(

@@ -26,6 +26,7 @@ from jaxmed.runs import asking, sweep
 from jaxmed.runs import settings as settings_lib
 from jaxmed.runs.asking import AnswerSettings
 from jaxmed.runs.settings import like, setting
+from jaxmed.runs.skipping import Skipped
 from jaxmed.store import claims
 from models.errors import InputError
 
@@ -186,12 +187,6 @@ def find_pairs(
             f"--counterfactual={settings.counterfactual}: {', '.join(settings.prompts)} have no "
             "benign prompts; give some, --prompts=benign=FILE"
         )
-    bad = []
-
-    def skip(error: DataError) -> None:
-        bad.append(error)
-        say(f"No pair: {error}")
-
     if settings.counterfactual == "given" and not any(
         one.counterfactuals or one.counterfactual_ids for one in harmful
     ):
@@ -200,7 +195,7 @@ def find_pairs(
             "counterfactual in its file; give --counterfactual=matched or length, and benign "
             "--prompts"
         )
-    way_out = "" if settings.skip_bad_prompts else f" {asking.LEAVE_OUT}"
+    skipped = Skipped("prompts", settings.skip_bad_prompts, say, told="No pair")
     try:
         pairs = pairing.pair_up(
             harmful if settings.counterfactual == "given" else harmful + benign,
@@ -209,10 +204,12 @@ def find_pairs(
             chat=settings.chat,
             count=settings.count,
             seed=settings.seed,
-            on_bad=skip if settings.skip_bad_prompts else None,
+            on_bad=skipped.on_bad,
         )
     except DataError as error:
-        raise DataError(f"--counterfactual={settings.counterfactual}: {error}{way_out}") from None
+        raise DataError(
+            f"--counterfactual={settings.counterfactual}: {error}{skipped.way_out}"
+        ) from None
     usable = []
     for pair in pairs:
         what = f"{pair.where}: the counterfactual of prompt '{pair.base}'"
@@ -220,12 +217,10 @@ def find_pairs(
             asking.check_tokens(what, pair.counterfactual_ids, settings, model)
             usable.append(pair)
         except DataError as error:
-            if way_out:
-                raise DataError(f"{error}{way_out}") from None
-            skip(error)
+            skipped.add(error)
     if not usable:
         raise DataError(f"not one of {len(harmful)} harmful prompts has a usable counterfactual")
-    if bad:
+    if skipped.count:
         bases = {pair.base for pair in usable}
         say(f"{len(bases)} of {len(harmful)} harmful prompts can be paired")
     return usable

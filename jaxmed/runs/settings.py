@@ -102,7 +102,7 @@ def check(settings) -> None:
     for name, about in fields.items():
         value = getattr(settings, name)
         if about.choices and value is not None:
-            _check_choice(name, value, about.choices)
+            check_choice(f"--{name}", value, about.choices)
         elif value is not None:
             _check_range(name, value, about)
     for name, about in fields.items():
@@ -113,10 +113,13 @@ def check(settings) -> None:
                 raise InputError(f"--{name} needs --{needed}={value or 'K'}")
 
 
-def _check_choice(name: str, value: str | tuple[str, ...], choices: tuple[str, ...]) -> None:
-    values = set(value) if isinstance(value, tuple) else {value}
-    if unknown := sorted(values - set(choices)):
-        raise InputError(f"--{name}={','.join(unknown)}: not one of {', '.join(choices)}")
+def check_choice(name: str, value: str | tuple[str, ...], choices: Iterable[str]) -> None:
+    """Raises `InputError`, about the flag or argument of this name, where a text, or one of
+    several, is none of the choices."""
+    choices = list(choices)
+    values = value if isinstance(value, tuple) else (value,)
+    if unknown := sorted({str(each) for each in values if each not in choices}):
+        raise InputError(f"{name}={','.join(unknown)}: not one of {', '.join(choices)}")
 
 
 def _check_range(name: str, value: Any, about: Setting) -> None:

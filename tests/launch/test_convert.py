@@ -2,8 +2,6 @@
 
 import importlib.util
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -145,15 +143,7 @@ def test_bad_flags(folder, flags, message):
 
 def test_stopped(folder):
     """Ctrl-C while it writes leaves nothing half-written."""
-    stopped = subprocess.run(
-        [sys.executable, "-c", STOPPED, *command(folder)],
-        check=False,
-        cwd=process.ROOT,
-        env=process.ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    stopped = process.run_python("-c", STOPPED, *command(folder))
     assert stopped.returncode == 130
     assert "the same command goes on." in stopped.stderr
     assert not list((folder.parent / "cache" / "weights").iterdir())
