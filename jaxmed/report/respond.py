@@ -73,7 +73,7 @@ def _first_split(found: RespondOutcome) -> str | None:
 def command(found: RespondOutcome) -> str:
     """The command that finds units by these pairs."""
     words = ["python", "-m", "launch.mediate"]
-    words += [f"--model={found.model}", f"--pairs={found.folder / PAIRS}"]
+    words += [f"--model={found.model}", f"--pairs={found.folder / PAIRS}", "--positions=prompt"]
     if found.chat:
         words.append("--chat")
     if split := _first_split(found):

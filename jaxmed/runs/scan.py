@@ -76,6 +76,8 @@ def scan(
     check_choice("matmul_precision", matmul_precision, propagate.MATMUL_PRECISIONS)
     check_choice("positions", positions, Positions)
     check_choice("align", align, Align)
+    if isinstance(metric, str):
+        raise InputError(f"metric={metric!r}: give a metric, as jaxmed.LogitDifference() is one")
     if group_size < 1:
         raise InputError(f"group_size={group_size}: must be at least 1")
     if ("direction" in granularities) != (directions is not None):

@@ -138,6 +138,11 @@ def test_a_group_of_neurons_is_chosen_by_any_of_its_neurons(decoder):
     assert np.argwhere(some["neuron"].done == Status.EXACT).tolist() == [[0, 1, 1]]
 
 
+def test_effects_that_are_not_there_are_told(found):
+    with pytest.raises(KeyError, match="no effects of 'direction'; there are those of layer, mod"):
+        found["direction"]
+
+
 def test_effects_in_xarray_have_names_and_coordinates(found):
     heads = found["head"].to_xarray()
     assert heads["nie"].dims == ("pair", "layer", "head")
@@ -250,6 +255,7 @@ def test_an_unfinished_run_gives_nan_for_what_is_not_there(tmp_path):
         ({"granularity": ()}, "granularity names none of"),
         ({"positions": "first"}, "positions=first: not one of last"),
         ({"align": "middle"}, "align=middle: not one of end"),
+        ({"metric": "logit"}, r"metric='logit': give a metric, as jaxmed.LogitDifference\(\)"),
         ({"matmul_precision": "float8"}, "matmul_precision=float8: not one of float32"),
         ({"group_size": 0}, "group_size=0"),
         ({"granularity": "direction"}, "directions=FILE.npz go together"),

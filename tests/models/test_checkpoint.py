@@ -228,7 +228,7 @@ def test_buffers_of_another_type_are_ignored(tmp_path):
     assert_equal(models.load(tmp_path / "model")[0], decoder)
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", tiny.costly_families())
 def test_export_is_bit_equal(family, tmp_path):
     """Every tensor, its name and its type, there and back again."""
     tiny.save(tmp_path / "model", family, dtype="bfloat16")

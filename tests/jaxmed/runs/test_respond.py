@@ -159,7 +159,8 @@ def test_rates_by_prompt_and_by_label(run):
     assert lines[5] == f"Pairs: {found.folder / 'pairs.jsonl'} ({total}: {splits})"
     assert lines[6].startswith("The command finds units by split A alone")
     command = f"python -m launch.mediate --model={found.model} "
-    command += f"--pairs={found.folder / 'pairs.jsonl'} --split=A --out={found.folder / 'mediate'}"
+    command += f"--pairs={found.folder / 'pairs.jsonl'} --positions=prompt --split=A "
+    command += f"--out={found.folder / 'mediate'}"
     assert found.pairs["A"] and lines[7:] == [command]
 
 
