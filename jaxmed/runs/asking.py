@@ -43,6 +43,7 @@ class AnswerSettings:
     """Which model answers which prompts, how, and who judges."""
 
     model: str = like(MediateSettings, "model")
+    adapter: str = like(MediateSettings, "adapter")
     prompts: tuple[str, ...] = setting(
         help="File of prompts: CSV, JSON, JSONL or parquet, a published set or jaxmed's own form "
         "(id, prompt or prompt_ids, label). LABEL=FILE gives the label of a file that does not say "
@@ -144,9 +145,15 @@ def load(settings: AnswerSettings) -> AnsweringModel:
     Raises:
         InputError: as `models.load`.
     """
-    folder, decoder, tokenizer = loading.load(settings.model, settings.dtype)
-    stop = answering.stop_tokens(folder, tokenizer)
-    return AnsweringModel(folder, decoder, tokenizer, stop, settings.memory_gb)
+    loaded = loading.load(settings.model, settings.adapter, settings.dtype)
+    return AnsweringModel(
+        loaded.folder,
+        loaded.decoder,
+        loaded.tokenizer,
+        answering.stop_tokens(loaded.folder, loaded.tokenizer),
+        memory_gb=settings.memory_gb,
+        adapter=loaded.adapter,
+    )
 
 
 def read_prompts(
@@ -316,6 +323,7 @@ def described(
         "precision": generation.PRECISION,
         "stop_tokens": sorted(model.stop),
         "weights_hash": model.weights_hash,
+        "adapter_hash": model.adapter_hash,
         "prompts_hash": hash_of(seen),
         **circumstances.circumstances(),
     }

@@ -45,6 +45,11 @@ class MediateSettings:
     """What is asked of a checkpoint and a file of pairs."""
 
     model: str = setting(help="Folder or Hugging Face hub id of a checkpoint.")
+    adapter: str = setting(
+        help="Folder or hub id of a LoRA adapter in peft's format, which is merged into the "
+        "weights as they are loaded.",
+        default="",
+    )
     pairs: str = setting(
         help="JSONL file, one pair a line: id, prompt (text or chat messages; the run that "
         "complies), counterfactual, harmful_response, safe_response; or prompt_ids, "
@@ -244,7 +249,8 @@ def measure(settings: MediateSettings, *, progress: bool = True) -> tuple[Result
     check(settings)
     say = sweep.teller(progress)
     say(f"Loading {settings.model}")
-    folder, decoder, tokenizer = loading.load(settings.model, settings.dtype)
+    loaded = loading.load(settings.model, settings.adapter, settings.dtype)
+    decoder, tokenizer = loaded.decoder, loaded.tokenizer
     check_counts(settings, decoder.config)
     budget = memory.free(settings.memory_gb)
     question = Question(
@@ -257,7 +263,7 @@ def measure(settings: MediateSettings, *, progress: bool = True) -> tuple[Result
     pairs, skipped = _read_pairs(settings, decoder, tokenizer, question, say)
     results = Results.resume_or_create(
         settings.out,
-        _description(settings, question, folder, pairs, skipped),
+        _description(settings, question, loaded, pairs, skipped),
         sizes(decoder.config, pairs, question, settings.granularities),
         [pair.id for pair in pairs],
         settings.granularities,
@@ -362,7 +368,11 @@ def _read_pairs(
 
 
 def _description(
-    settings: MediateSettings, question: Question, folder, pairs: list[Pair], skipped: int
+    settings: MediateSettings,
+    question: Question,
+    loaded: loading.Loaded,
+    pairs: list[Pair],
+    skipped: int,
 ) -> dict:
     """What `run.json` says of the run."""
     return (dataclasses.asdict(settings) | circumstances.circumstances()) | {
@@ -370,13 +380,14 @@ def _description(
         "meaning": question.metric.meaning,
         # The name under which the results' arrays record it.
         "precision": settings.matmul_precision,
-        "weights_hash": checkpoint.weights_hash(folder),
+        "weights_hash": checkpoint.weights_hash(loaded.folder),
+        "adapter_hash": checkpoint.adapter_hash(loaded.adapter),
         "pairs_hash": _pairs_hash(pairs),
         "pair_bases": [pair.base for pair in pairs],
         "prompt_hashes": _prompt_hashes(pairs),
         "directions_hash": question.directions and question.directions.hash,
         "skipped": skipped,
-        "truth": _truth(folder, pairs),
+        "truth": _truth(loaded, pairs),
         "seeds": {"bootstrap": statistics.SEED, "screen": SCREEN_SEED},
     }
 
@@ -616,12 +627,14 @@ def _has_total_effect(results: Results, pairs: slice) -> bool:
     return len(te) > 0 and abs(float(np.mean(te))) >= ranking.MINIMUM_TOTAL_EFFECT
 
 
-def _truth(folder, pairs: list[Pair]) -> dict | None:
+def _truth(loaded: loading.Loaded, pairs: list[Pair]) -> dict | None:
     """What was planted for the contrast that an organism's pairs are of.
 
-    None for any other checkpoint, and where the pairs' category is no contrast of the organism.
+    None for any other checkpoint, an organism that an adapter has changed among them, and where the
+    pairs' category is no contrast of the organism.
     """
-    if not (folder / organisms.TRUTH).is_file():
+    folder = loaded.folder
+    if loaded.adapter is not None or not (folder / organisms.TRUTH).is_file():
         return None
     categories = {pair.category for pair in pairs}
     contrasts = organisms.truth(folder)["contrasts"]
