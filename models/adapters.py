@@ -132,13 +132,15 @@ def changes(
     attributes = _attributes(file)
     try:
         config = _Config.of(attributes)
-        modules = {row.name.removesuffix(".weight"): row for row in rows if _kind(row)}
+        named = _named(rows, shapes)
+        modules = {n.removesuffix(".weight"): row for n, row in named.items() if _kind(row)}
         targeted = {name for name, row in modules.items() if config.targets(name, _kind(row))}
     except (ValueError, TypeError, AttributeError, ArithmeticError, re.error) as error:
         raise AdapterError(f"{file}: {error}") from error
     weights = folder / WEIGHTS
-    found = {name: Change(stored) for stored, name in _whole(weights, rows, shapes).items()}
-    _check_saved(file, config, found)
+    whole = _whole(weights, named, shapes)
+    _check_saved(file, config, whole)
+    found = {named[name].name: Change(stored) for name, stored in whole.items()}
     _check_targeted(weights, modules, targeted, shapes)
     for module in targeted:
         row = modules[module]
@@ -148,6 +150,15 @@ def changes(
         raise AdapterError(f"{file}: target_modules names no module of this model")
     _check_tied(file, rows, found)
     return found
+
+
+def _named(rows: Iterable[Row], shapes: Iterable[str]) -> dict[str, Row]:
+    """The tensors by the names that the adapter has for them.
+
+    Since version 5 transformers calls every unembedding lm_head, GPT-NeoX's embed_out too.
+    """
+    newer = any(name.startswith(f"{_PREFIX}lm_head.") for name in shapes)
+    return {"lm_head.weight" if newer and _kind(row) == "head" else row.name: row for row in rows}
 
 
 def _lora(
@@ -173,11 +184,8 @@ def _lora(
     return {"factors": (first, second), "scale": config.scale(module), "turned": turned}
 
 
-def _whole(
-    weights: pathlib.Path, rows: Iterable[Row], shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, str]:
-    """The tensors that the adapter holds whole, and those of the model that they stand for."""
-    names = {row.name for row in rows}
+def _whole(weights: pathlib.Path, names: Iterable[str], shapes: Iterable[str]) -> dict[str, str]:
+    """Tensors of the model that the adapter holds whole, and what it calls them."""
     found = {}
     for stored in shapes:
         if _FACTOR.fullmatch(stored):
@@ -189,7 +197,7 @@ def _whole(
                 f"{weights}: {stored} is neither A or B of a LoRA nor a weight that this model has "
                 "of its own; it is an adapter of another kind, or of another model"
             )
-        found[stored] = name
+        found[name] = stored
     return found
 
 

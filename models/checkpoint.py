@@ -47,7 +47,15 @@ INDEX = "model.safetensors.index.json"
 GENERATION_CONFIG = "generation_config.json"  # where a response stops
 
 # What is asked of the Hub: no code, no pickle, no second copy of the weights in another layout.
-_DOWNLOADED = ["model*.safetensors", adapters.WEIGHTS, "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
+_DOWNLOADED = [
+    "model*.safetensors",
+    adapters.WEIGHTS,
+    "*.json",
+    "*.jinja",
+    "*.model",
+    "merges.txt",
+    "vocab.txt",
+]
 _NOT_DOWNLOADED = ["*/*"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 

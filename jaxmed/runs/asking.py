@@ -43,7 +43,6 @@ class AnswerSettings:
     """Which model answers which prompts, how, and who judges."""
 
     model: str = like(MediateSettings, "model")
-    adapter: str = like(MediateSettings, "adapter")
     prompts: tuple[str, ...] = setting(
         help="File of prompts: CSV, JSON, JSONL or parquet, a published set or jaxmed's own form "
         "(id, prompt or prompt_ids, label). LABEL=FILE gives the label of a file that does not say "
@@ -51,6 +50,7 @@ class AnswerSettings:
         "name, where two files number their prompts alike. May be given several times."
     )
     out: str = like(MediateSettings, "out")
+    adapter: str = like(MediateSettings, "adapter")
     chat: bool = like(MediateSettings, "chat")
     samples: int = setting(
         help="Responses of each prompt; more than one need a --temperature.", default=1, least=1

@@ -49,9 +49,7 @@ def load(model: str, adapter: str, dtype: str) -> Loaded:
     return Loaded(folder, merged, *models.load(folder, adapter=merged, dtype=parameter_type))
 
 
-def _parameter_type(
-    asked: str, folder: pathlib.Path, adapter: pathlib.Path | None
-) -> str | None:
+def _parameter_type(asked: str, folder: pathlib.Path, adapter: pathlib.Path | None) -> str | None:
     """The type that parameters are loaded in; None for the checkpoint's own."""
     if asked or jax.default_backend() != "cpu":
         return asked or None

@@ -45,17 +45,17 @@ class MediateSettings:
     """What is asked of a checkpoint and a file of pairs."""
 
     model: str = setting(help="Folder or Hugging Face hub id of a checkpoint.")
-    adapter: str = setting(
-        help="Folder or hub id of a LoRA adapter in peft's format, which is merged into the "
-        "weights as they are loaded.",
-        default="",
-    )
     pairs: str = setting(
         help="JSONL file, one pair a line: id, prompt (text or chat messages; the run that "
         "complies), counterfactual, harmful_response, safe_response; or prompt_ids, "
         "counterfactual_ids, harmful_ids, safe_ids."
     )
     out: str = setting(help="Folder for the results; a stopped run goes on.")
+    adapter: str = setting(
+        help="Folder or hub id of a LoRA adapter in peft's format, which is merged into the "
+        "weights as they are loaded.",
+        default="",
+    )
     granularity: tuple[str, ...] = setting(
         help=f"Any of {', '.join(SITES)}. token edits each aligned prompt position alone, "
         "whatever --positions says. direction needs --directions, and --directions alone is enough "
