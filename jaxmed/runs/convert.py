@@ -158,8 +158,8 @@ def _verified(source: Source, cache_dir: pathlib.Path) -> str:
     # Written so that NaN fails.
     if not distance <= TOLERANCE:
         raise CheckpointError(
-            f"{source.folder}: {said}; rounding rarely explains more than {TOLERANCE:.0e}. Please report "
-            "it: this model seems not to be computed as transformers computes it"
+            f"{source.folder}: {said}; rounding rarely explains more than {TOLERANCE:.0e}. Please "
+            "report it: this model seems not to be computed as transformers computes it"
         )
     return f"Verified: {said}."
 

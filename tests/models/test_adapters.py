@@ -197,7 +197,7 @@ def assert_equal_blocks(a, b):
     ],
 )
 def test_fused_modules(family, module, paths, tmp_path):
-    """What is added is cut as the weight itself is: of a weight of zeros it is all that there is."""
+    """What is added is cut as the weight itself is: added to zeros, it is all there is."""
     tiny.save(tmp_path / "base", family)
     weights = stored(tmp_path / "base")
     shape = weights[f"{module}.weight"].shape
