@@ -114,7 +114,8 @@ def _convert(
     if settings.cache_dir:
         say(f"Load it with models.load(..., cache_dir={settings.cache_dir!r}).")
     else:
-        say("Programs and models.load use it from now on, given the same --model.")
+        same = "--model and --adapter" if settings.adapter else "--model"
+        say(f"Programs and models.load use it from now on, given the same {same}.")
     say("It may be removed at any time; the checkpoint is then read itself.")
 
 

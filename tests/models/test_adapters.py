@@ -1,6 +1,5 @@
 """LoRA adapters are merged as their definition says, or refused with one message."""
 
-import json
 import logging
 
 import jax
@@ -14,27 +13,10 @@ from models import adapters, checkpoint
 from models.checkpoint import Source
 from models.errors import InputError
 from tests import tiny
+from tests.lora import ALPHA, RANK, random_lora, stored, write
 from tests.models.test_checkpoint import WEIGHTS, assert_equal, says
 
 Q, UP = "model.layers.{}.self_attn.q_proj", "model.layers.{}.mlp.up_proj"
-RANK, ALPHA = 2, 6
-CONFIG = {
-    "peft_type": "LORA",
-    "base_model_name_or_path": "someone/base",
-    "task_type": "CAUSAL_LM",
-    "r": RANK,
-    "lora_alpha": ALPHA,
-    "target_modules": ["q_proj", "up_proj"],
-    "bias": "none",
-    "lora_dropout": 0.1,
-    # As peft writes them where they are not used.
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "use_dora": False,
-    "loftq_config": {},
-    "layer_replication": None,
-    "megatron_core": "megatron.core",
-}
 ALL = [name.format(layer) for layer in range(3) for name in (Q, UP)]
 
 
@@ -43,30 +25,6 @@ def base(tmp_path):
     """A tiny checkpoint of three layers, whose embeddings are not tied."""
     tiny.save(tmp_path / "base")
     return tmp_path / "base"
-
-
-def stored(folder):
-    return safetensors.numpy.load_file(folder / WEIGHTS)
-
-
-def random_lora(folder, modules, ranks=None, dtype="float32"):
-    """A and B of modules of a checkpoint, of this rank or of their own."""
-    rng, found = np.random.default_rng(1), {}
-    for module in modules:
-        outputs, inputs = stored(folder)[f"{module}.weight"].shape
-        rank = (ranks or {}).get(module, RANK)
-        for name, shape in (("lora_A", (rank, inputs)), ("lora_B", (outputs, rank))):
-            values = rng.normal(0, 0.3, shape).astype(dtype)
-            found[f"base_model.model.{module}.{name}.weight"] = values
-    return found
-
-
-def write(folder, tensors, **options):
-    """An adapter's folder."""
-    folder.mkdir(exist_ok=True)
-    (folder / adapters.CONFIG).write_text(json.dumps(CONFIG | options))
-    safetensors.numpy.save_file(tensors, folder / adapters.WEIGHTS)
-    return folder
 
 
 def by_hand(folder, base, tensors, scale):
