@@ -92,15 +92,19 @@ def default_folder() -> pathlib.Path:
     return (base if base.is_absolute() else pathlib.Path.home() / ".cache") / "jaxmed"
 
 
-def name(weights_hash: str, source_bytes: int, rows: Iterable[Row]) -> str:
+def name(
+    weights_hash: str, adapter_hash: str | None, source_bytes: int, rows: Iterable[Row]
+) -> str:
     """The name of the entry of a checkpoint's weights.
 
     Args:
         weights_hash: of the weight files.
-        source_bytes: their size; it tells without a hash that there can be no entry.
+        adapter_hash: of what is merged into them; None where nothing is.
+        source_bytes: the size of all these files; it tells without a hash that there can be no
+            entry.
         rows: how they hold the parameters.
     """
-    said = repr((_LAYOUT, weights_hash, list(rows)))
+    said = repr((_LAYOUT, weights_hash, adapter_hash, list(rows)))
     return f"{source_bytes}-{hashlib.blake2b(said.encode(), digest_size=16).hexdigest()}"
 
 

@@ -6,6 +6,7 @@ in the checkpoint, and every tensor of the checkpoint in the decoder.
 Weights go straight to their place: each tensor is read once, in small pieces, into the buffers that
 become the parameters, and a host reads only what its devices hold. `launch.convert` keeps weights
 as they lie in memory; a checkpoint that it has converted is read from there (`models.cache`).
+An adapter (`models.adapters`) is merged piece by piece, as the weights that it changes are read.
 """
 
 import concurrent.futures
@@ -33,7 +34,7 @@ import transformers
 from flax import nnx
 from huggingface_hub.errors import StrictDataclassError
 
-from models import cache, families, hf_config, placement, weights
+from models import adapters, cache, families, hf_config, placement, weights
 from models.config import DecoderConfig
 from models.decoder import Decoder
 from models.errors import InputError
@@ -46,7 +47,15 @@ INDEX = "model.safetensors.index.json"
 GENERATION_CONFIG = "generation_config.json"  # where a response stops
 
 # What is asked of the Hub: no code, no pickle, no second copy of the weights in another layout.
-_DOWNLOADED = ["model*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
+_DOWNLOADED = [
+    "model*.safetensors",
+    adapters.WEIGHTS,
+    "*.json",
+    "*.jinja",
+    "*.model",
+    "merges.txt",
+    "vocab.txt",
+]
 _NOT_DOWNLOADED = ["*/*"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
@@ -80,6 +89,7 @@ class CheckpointError(InputError):
 def load(
     folder_or_hub_id: str | os.PathLike,
     *,
+    adapter: str | os.PathLike | None = None,
     dtype=None,
     mesh: jax.sharding.Mesh | None = None,
     cache_dir: str | os.PathLike | None = None,
@@ -89,8 +99,10 @@ def load(
     Args:
         folder_or_hub_id: a folder with config.json and safetensors, or the id of such a repository
             on the Hugging Face Hub.
+        adapter: folder or hub id of a LoRA adapter in peft's format, which is merged into the
+            weights; None for none. Its own tokenizer is taken, where it has one.
         dtype: of the parameters. By default they stay as they are stored, whatever config.json
-            says (the widest type if several are stored).
+            says (the widest type if several are stored, an adapter's among them).
         mesh: devices to spread the parameters over, with the axes `sweep` and `model`, as
             `models.placement` says; by default the default device.
         cache_dir: where `launch.convert` keeps converted weights, by default
@@ -100,22 +112,28 @@ def load(
         The decoder, and the tokenizer or None if the checkpoint has no tokenizer files.
 
     Raises:
-        CheckpointError: naming the file, and the tensor or attribute.
+        CheckpointError, adapters.AdapterError: naming the file, and the tensor or attribute.
     """
-    source = Source.examine(resolve(folder_or_hub_id), dtype)
-    tokenizer = read_tokenizer(source.folder)
+    source = Source.examine(resolve(folder_or_hub_id), dtype, resolve_adapter(adapter))
+    tokenizer = read_tokenizer(source.folder, source.adapter)
     if tokenizer is not None:
         _check_tokenizer(source, tokenizer)
     return source.load(mesh, cache_dir), tokenizer
 
 
-def stored_dtype(folder: pathlib.Path) -> str:
-    """The type in which a checkpoint's parameters are stored, the widest if there are several.
+def stored_dtype(folder: pathlib.Path, adapter: pathlib.Path | None = None) -> str:
+    """The type in which parameters are stored, the widest if there are several.
+
+    Args:
+        folder: of the checkpoint.
+        adapter: folder of what is merged into it.
 
     Raises:
         CheckpointError: naming the file that cannot be read.
     """
-    return _widest(_headers(folder, families.get(_read_config(folder).family)))
+    _check_adapter(folder, adapter)
+    stored = _headers(folder, families.get(_read_config(folder).family))
+    return _widest(stored | _adapter_tensors(adapter))
 
 
 def save(
@@ -194,6 +212,11 @@ def resolve(folder_or_hub_id: str | os.PathLike) -> pathlib.Path:
         ) from error
 
 
+def resolve_adapter(adapter: str | os.PathLike | None) -> pathlib.Path | None:
+    """The folder of an adapter, as `resolve`; None where none is asked for, by None or ""."""
+    return resolve(adapter) if adapter else None
+
+
 def weights_hash(folder: pathlib.Path, cache_dir: str | os.PathLike | None = None) -> str:
     """BLAKE2b of the weight files, in the order of their names; 64 hex digits.
 
@@ -215,18 +238,30 @@ def weights_hash(folder: pathlib.Path, cache_dir: str | os.PathLike | None = Non
     return cache.remembered_hash(_cache_folder(cache_dir), files, compute)
 
 
+def adapter_hash(adapter: pathlib.Path | None) -> str | None:
+    """BLAKE2b of an adapter's config and weights, 64 hex digits; None without an adapter."""
+    if adapter is None:
+        return None
+    digest = hashlib.blake2b(digest_size=32)
+    for file in (adapter / adapters.CONFIG, adapter / adapters.WEIGHTS):
+        digest.update(hashlib.blake2b(file.read_bytes()).digest())
+    return digest.hexdigest()
+
+
 @dataclasses.dataclass(frozen=True)
 class Source:
     """A checkpoint that can be loaded; made by `examine`, which reads no weights.
 
     Attributes:
         folder: where it is.
+        adapter: where the adapter is that is merged into it; None without one.
         config: the shape of its model.
         dtype: in which its parameters are wanted.
         rows: the weights, in the order of the files.
     """
 
     folder: pathlib.Path
+    adapter: pathlib.Path | None
     config: DecoderConfig
     dtype: jnp.dtype
     rows: tuple[Row, ...]
@@ -235,20 +270,24 @@ class Source:
     _parameters: Mapping[Path, nnx.Param]
 
     @classmethod
-    def examine(cls, folder: pathlib.Path, dtype=None) -> "Source":
+    def examine(
+        cls, folder: pathlib.Path, dtype=None, adapter: pathlib.Path | None = None
+    ) -> "Source":
         """Looks at everything but the weights' values.
 
         Args:
             folder: of the checkpoint.
             dtype: in which its parameters are wanted, by default as they are stored.
+            adapter: folder of an adapter that is merged into them.
 
         Raises:
-            CheckpointError: naming the file, and the tensor or attribute.
+            CheckpointError, adapters.AdapterError: naming the file, and the tensor or attribute.
         """
+        _check_adapter(folder, adapter)
         config = _read_config(folder)
         family = families.get(config.family)
-        stored = _headers(folder, family)
-        config = dataclasses.replace(config, dtype=_widest(stored))
+        stored, added = _headers(folder, family), _adapter_tensors(adapter)
+        config = dataclasses.replace(config, dtype=_widest(stored | added))
         dtype = jnp.dtype(dtype or config.dtype)
         if jax.dtypes.canonicalize_dtype(dtype) != dtype:
             raise CheckpointError(
@@ -259,15 +298,18 @@ class Source:
             nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype))
         )
         prefix = _missing_prefix(family, stored)
-        rows = [
-            dataclasses.replace(row, name=row.name.removeprefix(prefix))
-            for row in _rows(config, parameters)
-        ]
+        named = _rows(config, parameters)
+        rows = [dataclasses.replace(row, name=row.name.removeprefix(prefix)) for row in named]
         _check_names(folder, rows, config, stored, prefix)
+        if adapter is not None:
+            shapes = {name: tensor.shape for name, tensor in added.items()}
+            for name, change in adapters.changes(adapter, named, shapes).items():
+                name = name.removeprefix(prefix)
+                stored[name] = _changed(stored[name], change, added, config.dtype)
         _check_shapes(rows, stored)
         order = {name: position for position, name in enumerate(stored)}
         rows.sort(key=lambda row: order[row.name])
-        return cls(folder, config, dtype, tuple(rows), stored, graph, parameters)
+        return cls(folder, adapter, config, dtype, tuple(rows), stored, graph, parameters)
 
     def cached(self, cache_dir: str | os.PathLike | None = None) -> cache.Entry | None:
         """The converted weights in the cache, or None where there are none.
@@ -297,6 +339,8 @@ class Source:
             raise CheckpointError(f"{self.folder}: changed while it was read; run this again")
         arrays = {path: parameter[...] for path, parameter in parameters.items()}
         about = {"model": str(self.folder), "dtype": self.config.dtype}
+        if self.adapter is not None:
+            about["adapter"] = str(self.adapter)
         return cache.write(folder, name, arrays, about)
 
     def load(
@@ -319,9 +363,10 @@ class Source:
         except cache.DamagedEntryError as error:
             _log.warning(
                 "%s; the checkpoint itself is read. To write it again: "
-                "python -m launch.convert --model=%s",
+                "python -m launch.convert --model=%s%s",
                 error,
                 self.folder,
+                f" --adapter={self.adapter}" if self.adapter else "",
             )
         return self.read(mesh)
 
@@ -366,11 +411,15 @@ class Source:
         return self._decoder(done)
 
     def _entry_name(self, cache_dir: pathlib.Path) -> str:
-        return cache.name(weights_hash(self.folder, cache_dir), self._file_bytes, self.rows)
+        hashes = weights_hash(self.folder, cache_dir), adapter_hash(self.adapter)
+        return cache.name(*hashes, self._file_bytes, self.rows)
 
     @property
     def _file_bytes(self) -> int:
-        return sum(file.stat().st_size for file in _shard_files(self.folder))
+        files = _shard_files(self.folder)
+        if self.adapter is not None:
+            files.append(self.adapter / adapters.WEIGHTS)
+        return sum(file.stat().st_size for file in files)
 
     @property
     def _parameter_bytes(self) -> int:
@@ -447,6 +496,64 @@ class _Stored:
         """The error that says so."""
         as_type = "" if dtype == self.dtype else f" when converted to {dtype}"
         return CheckpointError(f"{self.shard}: {self.name} has NaN or infinite values{as_type}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Merged(_Stored):
+    """A tensor of a shard, and what an adapter adds to it; `dtype` is that of their sum.
+
+    Attributes:
+        base: the tensor.
+        factors: A and B.
+        scale, turned: as in `adapters.Change`.
+    """
+
+    base: _Stored
+    factors: tuple[_Stored, _Stored]
+    scale: float
+    turned: bool
+
+    def read(self, where: tuple[slice, ...]) -> np.ndarray:
+        """A part of the sum, which is computed in float32 at least."""
+        first, second = self.factors
+        outputs, inputs = where[::-1] if self.turned else where
+        number = jnp.promote_types(jnp.float32, self.dtype)
+        a, b = (
+            factor.read(part).astype(number)
+            for factor, part in (
+                (first, (slice(0, first.shape[0]), inputs)),
+                (second, (outputs, slice(0, second.shape[1]))),
+            )
+        )
+        added = number.type(self.scale) * (b @ a)
+        base = self.base.read(where).astype(number)
+        return (base + (added.T if self.turned else added)).astype(jnp.dtype(self.dtype))
+
+    def not_finite(self, dtype: np.dtype) -> CheckpointError:
+        """The error that says so."""
+        first, _ = self.factors
+        plain = super().not_finite(dtype)
+        return CheckpointError(f"{plain}, once the LoRA of {first.shard} is added")
+
+
+def _changed(
+    tensor: _Stored, change: adapters.Change, added: Mapping[str, _Stored], dtype: str
+) -> _Stored:
+    """What becomes of a tensor by an adapter, whose own tensors are `added`."""
+    base = added[change.replacement] if change.replacement else tensor
+    if change.factors is None:
+        return base
+    first, second = (added[name] for name in change.factors)
+    return _Merged(
+        tensor.name,
+        tensor.shard,
+        base.shape,
+        dtype,
+        base=base,
+        factors=(first, second),
+        scale=change.scale,
+        turned=change.turned,
+    )
 
 
 def _rows(config: DecoderConfig, parameters: Mapping[Path, nnx.Param]) -> list[Row]:
@@ -577,6 +684,43 @@ def _headers(folder: pathlib.Path, family: Family) -> dict[str, _Stored]:
     return {name: _understood(tensor) for name, tensor in stored.items()}
 
 
+def _adapter_tensors(adapter: pathlib.Path | None) -> dict[str, _Stored]:
+    """All tensors of an adapter, unread; none without one."""
+    if adapter is None:
+        return {}
+    file = adapter / adapters.WEIGHTS
+    tensors = [_Stored(name, file, shape, dtype) for name, shape, dtype in _header(file)]
+    return {tensor.name: _understood(tensor) for tensor in tensors}
+
+
+def _check_adapter(folder: pathlib.Path, adapter: pathlib.Path | None) -> None:
+    """Refuses an adapter that would be passed over in silence, and one that is none."""
+    has_weights = (folder / SINGLE_FILE).is_file() or (folder / INDEX).is_file()
+    if adapters.is_in(folder) and not has_weights:
+        base = adapters.base_model(folder) or "ITS_BASE_MODEL"
+        raise CheckpointError(
+            f"{folder}: is an adapter, without the model that it was trained on: give "
+            f"--model={base} --adapter={folder}; from Python load({base!r}, adapter=...)"
+        )
+    if adapters.is_in(folder) and adapter is None:
+        raise CheckpointError(
+            f"{folder}: has an adapter ({adapters.CONFIG}) beside the weights: --adapter={folder} "
+            "merges it (from Python load(..., adapter=...), for a judge launch.convert with --out);"
+            f" without it, use a copy of the folder that has no {adapters.CONFIG}"
+        )
+    if adapter is None:
+        return
+    if not adapters.is_in(adapter):
+        raise CheckpointError(
+            f"{adapter}: has no {adapters.CONFIG}; an adapter is a folder that peft has saved"
+        )
+    if not (adapter / adapters.WEIGHTS).is_file():
+        raise CheckpointError(
+            f"{adapter}: has no {adapters.WEIGHTS}; pickled weights (.bin) are never read: load it "
+            "with peft, and save it again"
+        )
+
+
 def _header(shard: pathlib.Path) -> list[tuple[str, tuple[int, ...], str]]:
     """Name, shape and safetensors' name of the type of each tensor of a file, in its order."""
     try:
@@ -665,8 +809,15 @@ def _refuse_code(attributes: Mapping) -> None:
         )
 
 
-def read_tokenizer(folder: pathlib.Path) -> transformers.PreTrainedTokenizerBase | None:
-    """The tokenizer in a checkpoint's folder, or None if it has no tokenizer files."""
+def read_tokenizer(
+    folder: pathlib.Path, adapter: pathlib.Path | None = None
+) -> transformers.PreTrainedTokenizerBase | None:
+    """The tokenizer in a checkpoint's folder, or None if it has no tokenizer files.
+
+    That of an adapter comes first: training has added its tokens and its chat template there.
+    """
+    if adapter is not None and (own := read_tokenizer(adapter)):
+        return own
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return None
     try:

@@ -31,6 +31,7 @@ class AnsweringModel:
         decoder, tokenizer: as `models.load` gives them.
         stop: the tokens that end a response.
         memory_gb: all that a run may take on its device, as in `memory.free`.
+        adapter: folder of what was merged into the checkpoint; None where nothing was.
     """
 
     folder: pathlib.Path
@@ -38,6 +39,7 @@ class AnsweringModel:
     tokenizer: transformers.PreTrainedTokenizerBase | None
     stop: frozenset[int]
     memory_gb: float | None = None
+    adapter: pathlib.Path | None = None
 
     @property
     def budget(self) -> int:
@@ -46,8 +48,13 @@ class AnsweringModel:
 
     @functools.cached_property
     def weights_hash(self) -> str:
-        """Of its files."""
+        """Of the checkpoint's files."""
         return checkpoint.weights_hash(self.folder)
+
+    @functools.cached_property
+    def adapter_hash(self) -> str | None:
+        """Of the adapter's files; None without one."""
+        return checkpoint.adapter_hash(self.adapter)
 
 
 def stop_tokens(

@@ -49,6 +49,7 @@ class AnswerSettings:
         "name, where two files number their prompts alike. May be given several times."
     )
     out: str = like(MediateSettings, "out")
+    adapter: str = like(MediateSettings, "adapter")
     chat: bool = like(MediateSettings, "chat")
     samples: int = setting(
         help="Responses of each prompt; more than one need a --temperature.", default=1, least=1
@@ -143,9 +144,15 @@ def load(settings: AnswerSettings) -> AnsweringModel:
     Raises:
         InputError: as `models.load`.
     """
-    folder, decoder, tokenizer = loading.load(settings.model, settings.dtype)
-    stop = answering.stop_tokens(folder, tokenizer)
-    return AnsweringModel(folder, decoder, tokenizer, stop, settings.memory_gb)
+    loaded = loading.load(settings.model, settings.adapter, settings.dtype)
+    return AnsweringModel(
+        loaded.folder,
+        loaded.decoder,
+        loaded.tokenizer,
+        answering.stop_tokens(loaded.folder, loaded.tokenizer),
+        memory_gb=settings.memory_gb,
+        adapter=loaded.adapter,
+    )
 
 
 def read_prompts(
@@ -306,6 +313,7 @@ def described(
         "precision": generation.PRECISION,
         "stop_tokens": sorted(model.stop),
         "weights_hash": model.weights_hash,
+        "adapter_hash": model.adapter_hash,
         "prompts_hash": hash_of(seen),
         **circumstances.circumstances(),
     }

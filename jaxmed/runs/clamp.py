@@ -337,6 +337,12 @@ def _opened(settings: ClampSettings, model: AnsweringModel) -> Results | None:
             f"--results={settings.results}: was saved from Python, which keeps neither weights nor "
             "prompts in mind; name the units instead (--units), or run launch.mediate"
         )
+    if results.run["adapter_hash"] != model.adapter_hash:
+        measured = results.run["adapter"] or "no adapter"
+        raise InputError(
+            f"--results={settings.results}: is a run of {results.run['model']} with {measured}, "
+            f"which is not that of --adapter={settings.adapter}: give the same"
+        )
     if results.run["weights_hash"] != model.weights_hash:
         raise InputError(
             f"--results={settings.results}: is a run of {results.run['model']}, whose weights are "

@@ -12,7 +12,8 @@ import transformers
 
 from jaxmed.runs import settings as settings_lib
 from jaxmed.runs import sweep
-from jaxmed.runs.settings import setting
+from jaxmed.runs.mediate import MediateSettings
+from jaxmed.runs.settings import like, setting
 from models import cache, checkpoint
 from models.checkpoint import CheckpointError, Source
 from models.config import DTYPES
@@ -30,6 +31,7 @@ class ConvertSettings:
     """Which checkpoint is converted, and what else is done with it."""
 
     model: str = setting(help="Folder or Hugging Face hub id of a checkpoint.")
+    adapter: str = like(MediateSettings, "adapter")
     cache_dir: str | None = setting(
         help="Where converted weights are kept. By default jaxmed in $XDG_CACHE_HOME or in "
         "~/.cache, where every program finds them.",
@@ -65,13 +67,14 @@ def run(settings: ConvertSettings, say: Callable[[str], None] = sweep.tell) -> N
     """
     _check(settings)
     folder = checkpoint.resolve(settings.model)
+    adapter = checkpoint.resolve_adapter(settings.adapter)
     cache_dir = pathlib.Path(settings.cache_dir or cache.default_folder()).expanduser()
-    _convert(Source.examine(folder), settings, cache_dir, say)
+    _convert(Source.examine(folder, adapter=adapter), settings, cache_dir, say)
     if settings.out:
         out = pathlib.Path(settings.out).expanduser()
-        say(_exported(folder, cache_dir, out, settings.dtype))
+        say(_exported(Source.examine(folder, settings.dtype, adapter), cache_dir, out))
     if settings.verify:
-        say(_verified(folder, cache_dir))
+        say(_verified(Source.examine(folder, "float32", adapter), cache_dir))
 
 
 def _check(settings: ConvertSettings) -> None:
@@ -81,10 +84,13 @@ def _check(settings: ConvertSettings) -> None:
         raise InputError("--dtype is the type of what --out writes; give --out, or leave it out")
     if settings.out:
         checkpoint.check_free(pathlib.Path(settings.out).expanduser())
-    if settings.verify and importlib.util.find_spec("torch") is None:
+    needed = ["torch==2.13.0", *(["peft"] if settings.adapter else [])]
+    if settings.verify and not all(
+        importlib.util.find_spec(package.partition("=")[0]) for package in needed
+    ):
         raise InputError(
             "--verify compares with transformers' torch models: pip install 'jaxmed[parity]', or "
-            "pip install torch==2.13.0"
+            f"pip install {' '.join(needed)}"
         )
 
 
@@ -108,7 +114,8 @@ def _convert(
     if settings.cache_dir:
         say(f"Load it with models.load(..., cache_dir={settings.cache_dir!r}).")
     else:
-        say("Programs and models.load use it from now on, given the same --model.")
+        same = "--model and --adapter" if settings.adapter else "--model"
+        say(f"Programs and models.load use it from now on, given the same {same}.")
     say("It may be removed at any time; the checkpoint is then read itself.")
 
 
@@ -116,14 +123,13 @@ def _described(entry: cache.Entry) -> str:
     return f"{entry.folder} ({entry.size / 1e9:.3g} GB, {entry.about['dtype']})"
 
 
-def _exported(
-    folder: pathlib.Path, cache_dir: pathlib.Path, out: pathlib.Path, dtype: str | None
-) -> str:
+def _exported(source: Source, cache_dir: pathlib.Path, out: pathlib.Path) -> str:
     """Writes the model in Hugging Face's format, and says so."""
-    decoder = Source.examine(folder, dtype).load(cache_dir=cache_dir)
-    generation = folder / checkpoint.GENERATION_CONFIG
+    decoder = source.load(cache_dir=cache_dir)
+    tokenizer = checkpoint.read_tokenizer(source.folder, source.adapter)
+    generation = source.folder / checkpoint.GENERATION_CONFIG
     beside = {generation.name: generation.read_text("utf-8")} if generation.is_file() else {}
-    checkpoint.save(decoder, out, tokenizer=checkpoint.read_tokenizer(folder), beside=beside)
+    checkpoint.save(decoder, out, tokenizer=tokenizer, beside=beside)
     size = sum(file.stat().st_size for file in out.iterdir())
     return (
         f"Exported: {out} ({size / 1e9:.3g} GB, {decoder.embedding.dtype}). "
@@ -131,18 +137,17 @@ def _exported(
     )
 
 
-def _verified(folder: pathlib.Path, cache_dir: pathlib.Path) -> str:
+def _verified(source: Source, cache_dir: pathlib.Path) -> str:
     """Compares with transformers, and says how near they are.
 
     Raises:
         CheckpointError: the logits differ by more than rounding.
     """
-    source = Source.examine(folder, "float32")
     config = source.config
     beyond = FEWEST_TOKENS + min(filter(None, config.windows), default=0)
     length = min(beyond if beyond <= MOST_TOKENS else FEWEST_TOKENS, config.max_positions)
     prompt = np.random.default_rng(0).integers(0, config.vocab_size, length)
-    theirs = _transformers_logits(folder, prompt)
+    theirs = _transformers_logits(source, prompt)
     with jax.default_matmul_precision("highest"):
         ours = np.asarray(source.load(cache_dir=cache_dir)(jnp.asarray(prompt))[0])
     largest = np.abs(theirs).max()
@@ -154,22 +159,27 @@ def _verified(folder: pathlib.Path, cache_dir: pathlib.Path) -> str:
     # Written so that NaN fails.
     if not distance <= TOLERANCE:
         raise CheckpointError(
-            f"{folder}: {said}; rounding rarely explains more than {TOLERANCE:.0e}. Please report "
-            "it: this model seems not to be computed as transformers computes it"
+            f"{source.folder}: {said}; rounding rarely explains more than {TOLERANCE:.0e}. Please "
+            "report it: this model seems not to be computed as transformers computes it"
         )
     return f"Verified: {said}."
 
 
-def _transformers_logits(folder: pathlib.Path, prompt: np.ndarray) -> np.ndarray:
-    """Logits of transformers' own model, [position, token], float32."""
+def _transformers_logits(source: Source, prompt: np.ndarray) -> np.ndarray:
+    """Logits of transformers' own model, with peft's merge of an adapter, [position, token], in
+    float32."""
     import torch  # Here, because nothing else needs it.  # pyright: ignore[reportMissingImports]
 
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder,
+        source.folder,
         dtype=torch.float32,
         attn_implementation="eager",
         use_safetensors=True,
         trust_remote_code=False,
     )
+    if source.adapter is not None:
+        import peft  # pyright: ignore[reportMissingImports]
+
+        model = peft.PeftModel.from_pretrained(model, source.adapter).merge_and_unload()
     with torch.inference_mode():
         return model.eval()(torch.from_numpy(prompt)[None]).logits[0].numpy()

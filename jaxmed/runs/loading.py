@@ -1,5 +1,6 @@
 """What runs load: the checkpoint, in a type that this machine computes well in."""
 
+import dataclasses
 import pathlib
 import typing
 
@@ -16,24 +17,41 @@ AS_IT_STANDS = (
 )
 
 
-def load(model: str, dtype: str) -> tuple[pathlib.Path, Decoder, typing.Any]:
-    """A checkpoint's folder, decoder and tokenizer, which is None where there is none.
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A checkpoint that was loaded.
+
+    Attributes:
+        folder: of the checkpoint.
+        adapter: folder of what was merged into it; None where nothing was.
+        decoder, tokenizer: as `models.load` gives them.
+    """
+
+    folder: pathlib.Path
+    adapter: pathlib.Path | None
+    decoder: Decoder
+    tokenizer: typing.Any
+
+
+def load(model: str, adapter: str, dtype: str) -> Loaded:
+    """Loads a checkpoint.
 
     Args:
         model: folder or Hugging Face hub id.
+        adapter: folder or hub id of a LoRA adapter that is merged into it; "" for none.
         dtype: of the parameters; "" for the checkpoint's own, but at least float32 on a CPU.
 
     Raises:
         InputError: as `models.load`.
     """
-    folder = checkpoint.resolve(model)
-    decoder, tokenizer = models.load(folder, dtype=_parameter_type(dtype, folder))
-    return folder, decoder, tokenizer
+    folder, merged = checkpoint.resolve(model), checkpoint.resolve_adapter(adapter)
+    parameter_type = _parameter_type(dtype, folder, merged)
+    return Loaded(folder, merged, *models.load(folder, adapter=merged, dtype=parameter_type))
 
 
-def _parameter_type(asked: str, folder: pathlib.Path) -> str | None:
+def _parameter_type(asked: str, folder: pathlib.Path, adapter: pathlib.Path | None) -> str | None:
     """The type that parameters are loaded in; None for the checkpoint's own."""
     if asked or jax.default_backend() != "cpu":
         return asked or None
     # XLA's CPU backend slices no 16-bit floats: it would convert all layers for every chunk.
-    return str(jnp.promote_types(checkpoint.stored_dtype(folder), jnp.float32))
+    return str(jnp.promote_types(checkpoint.stored_dtype(folder, adapter), jnp.float32))

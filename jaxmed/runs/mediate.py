@@ -27,6 +27,7 @@ from jaxmed.question.question import Question, sizes
 from jaxmed.question.question import check as check_pair
 from jaxmed.question.sites import SITES, group_count
 from jaxmed.report import mediation
+from jaxmed.runs import costs as costs_lib
 from jaxmed.runs import loading, sweep
 from jaxmed.runs import settings as settings_lib
 from jaxmed.runs.settings import setting
@@ -52,6 +53,11 @@ class MediateSettings:
         "counterfactual_ids, harmful_ids, safe_ids."
     )
     out: str = setting(help="Folder for the results; a stopped run goes on.")
+    adapter: str = setting(
+        help="Folder or hub id of a LoRA adapter in peft's format, which is merged into the "
+        "weights as they are loaded.",
+        default="",
+    )
     granularity: tuple[str, ...] = setting(
         help=f"Any of {', '.join(SITES)}. token edits each aligned prompt position alone, "
         "whatever --positions says. direction needs --directions, and --directions alone is enough "
@@ -245,7 +251,8 @@ def measure(settings: MediateSettings, *, progress: bool = True) -> tuple[Result
     check(settings)
     say = sweep.teller(progress)
     say(f"Loading {settings.model}")
-    folder, decoder, tokenizer = loading.load(settings.model, settings.dtype)
+    loaded = loading.load(settings.model, settings.adapter, settings.dtype)
+    decoder, tokenizer = loaded.decoder, loaded.tokenizer
     check_counts(settings, decoder.config)
     budget = memory.free(settings.memory_gb)
     question = Question(
@@ -258,7 +265,7 @@ def measure(settings: MediateSettings, *, progress: bool = True) -> tuple[Result
     pairs, skipped = _read_pairs(settings, decoder, tokenizer, question, say)
     results = Results.resume_or_create(
         settings.out,
-        _description(settings, question, folder, pairs, skipped),
+        _description(settings, question, loaded, pairs, skipped),
         sizes(decoder.config, pairs, question, settings.granularities),
         [pair.id for pair in pairs],
         settings.granularities,
@@ -354,7 +361,11 @@ def _read_pairs(
 
 
 def _description(
-    settings: MediateSettings, question: Question, folder, pairs: list[Pair], skipped: int
+    settings: MediateSettings,
+    question: Question,
+    loaded: loading.Loaded,
+    pairs: list[Pair],
+    skipped: int,
 ) -> dict:
     """What `run.json` says of the run."""
     return (dataclasses.asdict(settings) | circumstances.circumstances()) | {
@@ -362,13 +373,14 @@ def _description(
         "meaning": question.metric.meaning,
         # The name under which the results' arrays record it.
         "precision": settings.matmul_precision,
-        "weights_hash": checkpoint.weights_hash(folder),
+        "weights_hash": checkpoint.weights_hash(loaded.folder),
+        "adapter_hash": checkpoint.adapter_hash(loaded.adapter),
         "pairs_hash": _pairs_hash(pairs),
         "pair_bases": [pair.base for pair in pairs],
         "prompt_hashes": _prompt_hashes(pairs),
         "directions_hash": question.directions and question.directions.hash,
         "skipped": skipped,
-        "truth": _truth(folder, pairs),
+        "truth": _truth(loaded, pairs),
         "seeds": {"bootstrap": statistics.SEED, "screen": SCREEN_SEED},
     }
 
@@ -471,12 +483,22 @@ def _scan(asked: MediateRun, results: Results, selection: screening.Selection | 
         say(f"Going on with {results.folder}: {len(pairs) - len(todo)} pairs are done")
     chosen = {"neuron": selection.computed} if selection else {}
     config, question = asked.decoder.config, asked.question
+    by_granularity = {
+        name: {
+            index: cost.operations(config, pairs[index], question, [name], chosen)
+            for index, names in todo.items()
+            if name in names
+        }
+        for name in results.granularities
+    }
     costs = {
-        index: cost.operations(config, pairs[index], question, names, chosen)
-        for index, names in todo.items()
+        index: sum(by_granularity[name][index] for name in names) for index, names in todo.items()
     }
     if asked.progress:
-        _announce(asked, results, len(todo), sum(costs.values()), chosen)
+        totals = {name: sum(costs.values()) for name, costs in by_granularity.items() if costs}
+        _announce(asked, results, len(todo), totals, chosen)
+    first, *others = todo
+    began = time.time()
 
     def compute(index: int, advance: Callable[[float], None]) -> effects.PairEffects:
         return scan.scan_pair(
@@ -494,6 +516,13 @@ def _scan(asked: MediateRun, results: Results, selection: screening.Selection | 
         results.write_totals(index, found.y_base, found.y_source)
         for name in todo[index]:
             _write(results, index, name, found, question, selection)
+        if index == first and asked.progress:
+            operations = {
+                name: sum(of_pairs.get(other, 0.0) for other in others)
+                for name, of_pairs in by_granularity.items()
+            }
+            if told := costs_lib.left(time.time() - began, costs[first], operations):
+                say(told)
 
     sweep.run(list(todo), compute, commit, name="pair", costs=costs, progress=asked.progress)
 
@@ -521,14 +550,18 @@ def _write(
 
 
 def _announce(
-    asked: MediateRun, results: Results, todo: int, operations: float, chosen: dict[str, np.ndarray]
+    asked: MediateRun,
+    results: Results,
+    todo: int,
+    operations: dict[str, float],
+    chosen: dict[str, np.ndarray],
 ) -> None:
-    """Says what the run will cost.
+    """Says what the run will cost, and how to leave out what costs most.
 
     Args:
         asked, results: the run.
         todo: pairs to be scanned.
-        operations: floating-point operations of their scan.
+        operations: floating-point operations of their scan, by granularity.
         chosen: by granularity, the units that are computed; all of the others.
     """
     settings, pairs = asked.settings, asked.pairs
@@ -536,16 +569,34 @@ def _announce(
         cost.run_operations(asked.decoder.config, pair, asked.question) * joint_lib.CANDIDATES
         for pair in pairs[: settings.joint_pairs]
     )
-    units = sum(
-        chosen[name].sum() if name in chosen else math.prod(results.sizes.shape(name))
-        for name in results.granularities
-    )
+    units = {
+        name: int(chosen[name].sum()) if name in chosen else math.prod(results.sizes.shape(name))
+        for name in operations
+    }
+    total = sum(operations.values())
     asked.say(
-        f"{todo} pairs, at most {units:,} units each, by both estimands: "
-        f"{operations:.2e} floating-point operations"
+        f"{todo} pairs, at most {sum(units.values()):,} units each, by both estimands: "
+        f"{total:.2e} floating-point operations"
         + (f", and at most {joint:.2e} for the joint set" if joint else "")
-        + f". {sweep.least_time(operations, asked.decoder, settings.matmul_precision)}"
+        + f". {costs_lib.least_time(total, asked.decoder, settings.matmul_precision)}"
     )
+    if len(operations) > 1 and total:
+        asked.say(costs_lib.shares(operations, units))
+        if without := _without(settings, costs_lib.dearest(operations)):
+            asked.say(without)
+
+
+def _without(settings: MediateSettings, dearest: str) -> str:
+    """A sentence on how to leave a granularity out; "" where another setting needs it."""
+    others = ",".join(name for name in settings.granularity if name != dearest)
+    if not others or (dearest == "neuron" and (settings.screen or settings.joint_size)):
+        return ""
+    said = f"To leave {dearest} out, stop this, and give another --out and --granularity={others}"
+    if dearest == "direction":
+        return f"{said} without --directions"
+    if dearest == "neuron":
+        return f"{said}; or compute only the strongest, --screen=100"
+    return said
 
 
 def _joint(asked: MediateRun, results: Results) -> dict | None:
@@ -608,12 +659,14 @@ def _has_total_effect(results: Results, pairs: slice) -> bool:
     return len(te) > 0 and abs(float(np.mean(te))) >= ranking.MINIMUM_TOTAL_EFFECT
 
 
-def _truth(folder, pairs: list[Pair]) -> dict | None:
+def _truth(loaded: loading.Loaded, pairs: list[Pair]) -> dict | None:
     """What was planted for the contrast that an organism's pairs are of.
 
-    None for any other checkpoint, and where the pairs' category is no contrast of the organism.
+    None for any other checkpoint, an organism that an adapter has changed among them, and where the
+    pairs' category is no contrast of the organism.
     """
-    if not (folder / organisms.TRUTH).is_file():
+    folder = loaded.folder
+    if loaded.adapter is not None or not (folder / organisms.TRUTH).is_file():
         return None
     categories = {pair.category for pair in pairs}
     contrasts = organisms.truth(folder)["contrasts"]

@@ -37,7 +37,9 @@ def _pairs(results: Results) -> list[pairs_lib.Pair]:
     described = results.run
     if "pairs" not in described:
         raise InputError(f"--show_text: {results.folder} was saved from Python, and names no texts")
-    tokenizer = checkpoint.read_tokenizer(checkpoint.resolve(described["model"]))
+    folder = checkpoint.resolve(described["model"])
+    adapter = checkpoint.resolve_adapter(described["adapter"])
+    tokenizer = checkpoint.read_tokenizer(folder, adapter)
     pairs = pairs_lib.read(described["pairs"], tokenizer, chat=described["chat"])
     if missing := set(results.pair_ids) - {pair.id for pair in pairs}:
         raise InputError(f"--show_text: {described['pairs']} no longer has pair '{min(missing)}'")

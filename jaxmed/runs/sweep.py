@@ -3,18 +3,11 @@
 A run that is stopped loses the unit that it was at, and goes on with those that the store lacks.
 """
 
-import functools
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-import jax
-import jax.numpy as jnp
 import tqdm
-
-from jaxmed.engine import propagate
-from models.decoder import Decoder
 
 Unit = TypeVar("Unit")
 Found = TypeVar("Found")
@@ -23,8 +16,8 @@ _BAR = "{desc}{percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} to go"
 
 
 def say(text: str) -> None:
-    """Tells people what goes on."""
-    print(text, file=sys.stderr, flush=True)
+    """Tells people what goes on, above a progress bar if there is one."""
+    tqdm.tqdm.write(text, file=sys.stderr)
 
 
 def tell(text: str) -> None:
@@ -72,39 +65,3 @@ def run(
             commit(each, compute(each, advance))
             if costs is None:
                 bar.update(1)
-
-
-def least_time(operations: float, decoder: Decoder, matmul_precision: str) -> str:
-    """A sentence on how long so many floating-point operations take on this machine."""
-    rate = _product_rate(decoder, matmul_precision)
-    return (
-        f"This machine's matrix products make {rate:.1e} a second, so it takes at least "
-        f"{_duration(operations / rate)}, and compilation beside (some seconds for each length of "
-        "prompt, most of the time for a small model); the bar tells the real time."
-    )
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{seconds:.2g} seconds"
-
-
-def _product_rate(decoder: Decoder, matmul_precision: str) -> float:
-    """Floating-point operations a second of a product of the MLP's shape, measured now."""
-    rows, config = 512, decoder.config
-    dtype = propagate.MATMUL_PRECISIONS[matmul_precision] or decoder.compute_dtype
-    left = jnp.ones((rows, config.hidden_size), dtype)
-    right = jnp.ones((config.hidden_size, config.intermediate_size), dtype)
-    product = jax.jit(
-        functools.partial(
-            jnp.matmul,
-            precision="float32",
-            preferred_element_type=decoder.compute_dtype,
-        )
-    )
-    product(left, right).block_until_ready()
-    repeats = 5
-    start = time.perf_counter()
-    for _ in range(repeats):
-        product(left, right).block_until_ready()
-    seconds = time.perf_counter() - start
-    return 2.0 * rows * config.hidden_size * config.intermediate_size * repeats / seconds

@@ -10,7 +10,7 @@ import safetensors.numpy
 import models
 from models import checkpoint
 from models.checkpoint import Source
-from tests import tiny, words
+from tests import lora, tiny, words
 from tests.launch import process
 
 # As the program, but for a Ctrl-C between its arrays' being written and its noting that they are.
@@ -86,6 +86,47 @@ def test_converts_a_damaged_entry_anew(folder):
     assert ran.returncode == 0
     assert "entry.json: cannot be read" in ran.stdout and "converted anew" in ran.stdout
     assert Source.examine(folder).cached(cache_dir) is not None
+
+
+MODULE = "gpt_neox.layers.1.mlp.dense_h_to_4h"
+
+
+@pytest.fixture
+def adapter(folder):
+    tensors = lora.random_lora(folder, [MODULE])
+    options = {"target_modules": ["dense_h_to_4h"], "layers_to_transform": [1]}
+    return lora.write(folder.parent / "adapter", tensors, **options)
+
+
+def test_exports_with_an_adapter(folder, adapter):
+    """Merged into what is kept, under a name of its own, and into what is written."""
+    out = folder.parent / "out"
+    ran = call(folder, f"--adapter={adapter}", f"--out={out}")
+    assert ran.returncode == 0, ran.stderr
+    assert "use it from now on" not in ran.stdout  # it is not where they look for it
+    a, b = (
+        lora.random_lora(folder, [MODULE])[f"base_model.model.{MODULE}.lora_{name}.weight"]
+        for name in "AB"
+    )
+    base = lora.stored(folder)[f"{MODULE}.weight"].astype("float32")
+    expected = base + lora.ALPHA / lora.RANK * (b @ a)
+    np.testing.assert_allclose(lora.stored(out)[f"{MODULE}.weight"], expected, rtol=0, atol=1e-6)
+    entries = [Source.examine(folder, adapter=given) for given in (None, adapter)]
+    plain, merged = (source.cached(folder.parent / "cache") for source in entries)
+    assert plain is None and merged is not None
+    wrong = call(adapter)
+    assert wrong.returncode == 1
+    assert "is an adapter, without the model that it was trained on: give --model=" in wrong.stderr
+
+
+@needs_torch
+@pytest.mark.parity
+def test_verify_with_an_adapter(folder, adapter):
+    """Against peft's own merge."""
+    pytest.importorskip("peft", reason="parity tests need peft: make parity")
+    ran = call(folder, f"--adapter={adapter}", "--verify")
+    assert ran.returncode == 0, ran.stderr
+    assert "Verified: logits of a random prompt of 64 tokens differ from" in ran.stdout
 
 
 @needs_torch

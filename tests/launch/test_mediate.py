@@ -1,6 +1,7 @@
 """The command line: what it writes and says, and how it fails."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -69,6 +70,10 @@ def test_a_run_ends_with_status_0_and_says_where_its_results_are(model, pairs, t
     assert lines[0] == f"Results: {out} (open {out / 'report.html'})"
     assert any(line.startswith("Neurons: ") and "NIE" in line for line in lines)
     assert f"Loading {model}" in done.stderr and "floating-point operations" in done.stderr
+    assert re.search(r"Of these operations neuron \d.*% \(24 units a pair\), layer", done.stderr)
+    assert "To leave neuron out, stop this, and give another --out and --granularity=layer; or" in (
+        done.stderr
+    )
     assert (out / "report.html").exists() and (out / "summary.parquet").exists()
     run = json.loads((out / "run.json").read_text())
     assert run["finished"] is True and run["granularity"] == ["layer", "neuron"]

@@ -541,7 +541,11 @@ def test_units_of_a_run_that_saw_the_tested_prompts_are_refused(organism, tmp_pa
     found = clamp.run(asked, progress=False)
     planted = organism.truth["contrasts"]["unlock"]["neurons"]
     assert {(u.layer, u.index) for u in found.units} == set(map(tuple, planted))
-    others.run["weights_hash"] = "other"
+    others.run |= {"adapter": "lora", "adapter_hash": "other"}
+    others.record({"seconds": 1.0})
+    with pytest.raises(InputError, match="with lora, which is not that of --adapter=: give the"):
+        clamp.run(asked, progress=False)
+    others.run |= {"adapter": "", "adapter_hash": None, "weights_hash": "other"}
     others.record({"seconds": 1.0})
     with pytest.raises(InputError, match="whose weights are not those of .*: --units"):
         clamp.run(asked, progress=False)

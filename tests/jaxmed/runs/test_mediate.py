@@ -30,7 +30,7 @@ from jaxmed.runs.report import ReportSettings
 from jaxmed.store import results
 from models import checkpoint, organisms
 from models.errors import InputError
-from tests import tiny, words
+from tests import lora, tiny, words
 
 LAYERS, HEADS, NEURONS = 2, 4, 12
 SHAPE = {
@@ -398,6 +398,27 @@ def test_other_weights_under_the_same_name_are_refused(asked, copied, tmp_path):
     (copied / "run.json").write_text(json.dumps(run))
     with pytest.raises(InputError, match="another setting: weights_hash was"):
         mediate.run(to(asked, tmp_path, model=str(tmp_path / "model")))
+
+
+def test_another_adapter_under_the_same_name_is_refused(asked, model, tmp_path):
+    """It is part of what the results are of; the base's weights are the same."""
+    modules = [f"model.layers.{layer}.mlp.up_proj" for layer in range(LAYERS)]
+    tensors, name = lora.random_lora(model, modules), tmp_path / "adapter"
+    options = {"target_modules": ["up_proj"]}
+    adapter = lora.write(name, tensors, **options)
+    settings = to(asked, tmp_path, adapter=str(adapter), granularity=("layer",))
+    run = described(mediate.run(settings).folder)
+    assert run["adapter"] == str(adapter)
+    assert run["adapter_hash"] == checkpoint.adapter_hash(adapter)
+    assert run["weights_hash"] == checkpoint.weights_hash(model)
+    plain = mediate.run(to(asked, tmp_path / "plain", granularity=("layer",)))
+    assert described(plain.folder)["adapter_hash"] is None
+    assert np.abs(plain.te - results.Results.open(settings.out).te).max() > 1e-3
+    lora.write(name, tensors, lora_alpha=1, **options)
+    with pytest.raises(InputError, match="another setting: adapter_hash was"):
+        mediate.run(settings)
+    with pytest.raises(InputError, match="another setting: adapter was"):
+        mediate.run(dataclasses.replace(settings, adapter=""))
 
 
 def test_a_run_whose_report_failed_is_not_finished(asked, tmp_path, monkeypatch):
