@@ -20,7 +20,7 @@ import pathlib
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import huggingface_hub
 import jax
@@ -83,6 +83,7 @@ def load(
     dtype=None,
     mesh: jax.sharding.Mesh | None = None,
     cache_dir: str | os.PathLike | None = None,
+    ignore_config: Collection[str] = (),
 ) -> tuple[Decoder, transformers.PreTrainedTokenizerBase | None]:
     """Loads a model in Hugging Face's format.
 
@@ -95,6 +96,8 @@ def load(
             `models.placement` says; by default the default device.
         cache_dir: where `launch.convert` keeps converted weights, by default
             `models.cache.default_folder()`. They are used if they are there; none are written.
+        ignore_config: keys of config.json that are accepted though their meaning is not known here,
+            because they do not change what the model computes.
 
     Returns:
         The decoder, and the tokenizer or None if the checkpoint has no tokenizer files.
@@ -102,20 +105,25 @@ def load(
     Raises:
         CheckpointError: naming the file, and the tensor or attribute.
     """
-    source = Source.examine(resolve(folder_or_hub_id), dtype)
+    source = Source.examine(resolve(folder_or_hub_id), dtype, ignore_config)
     tokenizer = read_tokenizer(source.folder)
     if tokenizer is not None:
         _check_tokenizer(source, tokenizer)
     return source.load(mesh, cache_dir), tokenizer
 
 
-def stored_dtype(folder: pathlib.Path) -> str:
+def stored_dtype(folder: pathlib.Path, ignore_config: Collection[str] = ()) -> str:
     """The type in which a checkpoint's parameters are stored, the widest if there are several.
+
+    Args:
+        folder: of the checkpoint.
+        ignore_config: as in `load`.
 
     Raises:
         CheckpointError: naming the file that cannot be read.
     """
-    return _widest(_headers(folder, families.get(_read_config(folder).family)))
+    family = families.get(_read_config(folder, ignore_config).family)
+    return _widest(_headers(folder, family))
 
 
 def save(
@@ -235,17 +243,20 @@ class Source:
     _parameters: Mapping[Path, nnx.Param]
 
     @classmethod
-    def examine(cls, folder: pathlib.Path, dtype=None) -> "Source":
+    def examine(
+        cls, folder: pathlib.Path, dtype=None, ignore_config: Collection[str] = ()
+    ) -> "Source":
         """Looks at everything but the weights' values.
 
         Args:
             folder: of the checkpoint.
             dtype: in which its parameters are wanted, by default as they are stored.
+            ignore_config: as in `load`.
 
         Raises:
             CheckpointError: naming the file, and the tensor or attribute.
         """
-        config = _read_config(folder)
+        config = _read_config(folder, ignore_config)
         family = families.get(config.family)
         stored = _headers(folder, family)
         config = dataclasses.replace(config, dtype=_widest(stored))
@@ -628,17 +639,15 @@ def _widest(stored: Mapping[str, _Stored]) -> str:
     return jnp.dtype(functools.reduce(jnp.promote_types, dtypes)).name
 
 
-def _read_config(folder: pathlib.Path) -> DecoderConfig:
+def _read_config(folder: pathlib.Path, ignored: Collection[str]) -> DecoderConfig:
     file = folder / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{folder}: has no config.json; is it a Hugging Face checkpoint?")
     attributes = _read_json(file)
     try:
-        # Before transformers builds its class: it knows less well what is not supported here.
-        hf_config.refuse_unsupported(attributes)
+        config = hf_config.read(attributes, ignored)
         _refuse_code(attributes)
-        found = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        return hf_config.from_hf(found)
+        return config
     except (*_OF_BAD_VALUES, StrictDataclassError) as error:
         raise CheckpointError(f"{file}: {error}") from error
 
@@ -649,7 +658,8 @@ def _refuse_code(attributes: Mapping) -> None:
     It is ignored where it is what transformers later took over: the same class by name (Phi-3).
     This is said, for a checkpoint may have changed what the class computes.
     """
-    named = str(dict(attributes.get("auto_map") or {}).get("AutoModelForCausalLM", ""))
+    auto_map = attributes.get("auto_map")
+    named = isinstance(auto_map, Mapping) and str(auto_map.get("AutoModelForCausalLM") or "")
     family = families.get(attributes["model_type"])
     if named and named.rpartition(".")[2] != family.architecture:
         raise ValueError(

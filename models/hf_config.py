@@ -308,9 +308,7 @@ def _positions(
     by_field = {"rotary": parameters}
     if family.rotary.by_layer_type:
         by_field = {"rotary": parameters[FULL], "window_rotary": parameters[SLIDING]}
-    found: dict[str, Any] = {
-        field: _rotary(of, family, ignored) for field, of in by_field.items()
-    }
+    found: dict[str, Any] = {field: _rotary(of, family, ignored) for field, of in by_field.items()}
     rotary = found["rotary"]
     if rotary.kind == "longrope":
         # Beyond the original context transformers changes the frequencies of all positions as soon
@@ -379,4 +377,3 @@ def _rope_parameters(rotary: Rotary) -> dict:
     values = {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
     given = {key: value for key, value in values.items() if value is not None}
     return {"rope_type": rotary.kind} | given
-
