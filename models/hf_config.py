@@ -5,6 +5,7 @@ the model computes. What differs between families is data in `models.families`.
 """
 
 import dataclasses
+import reprlib
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -57,7 +58,10 @@ HARMLESS_BY_REASON = {
         "hidden_dropout_prob",
         "initializer_factor",
         "initializer_range",
+        "line_by_line",
+        "neftune_noise_alpha",
         "resid_pdrop",
+        "use_deepspeed_checkpointing",
     },
     "names tokens, or tells of the tokenizer; programs ask the tokenizer itself": {
         "bos_token_id",
@@ -83,18 +87,24 @@ HARMLESS_BY_REASON = {
         "return_dict",
         "tie_last_hidden_states",
         "torchscript",
+        "use_bfloat16",
         "use_cache",
+        "use_flash_attention",
         "use_return_dict",
+        "use_sdpa",
     },
     "tells how long training's texts were, not how long a run may be": {
         "max_sequence_length",
         "seq_length",
     },
-    "tells who wrote the checkpoint, with what": {
+    "tells who wrote the checkpoint and what for; all that is read here are decoders": {
         "_model_name_or_path",
         "_name_or_path",
         "architectures",
         "auto_map",
+        "custom_pipeline",
+        "custom_pipelines",
+        "is_decoder",
         "is_llama_config",
         "transformers.js_config",
         "transformers_version",
@@ -124,15 +134,11 @@ ONLY_AT = {
     "use_mrope": False,
 }
 
-# Attributes that every family reads, by the names that they have or had in transformers, which
-# copies them to where they are read.
-_READ = {
-    "dtype",
-    "model_type",
+# Attributes that every family reads; and other names of them, from which transformers takes them.
+_READ = {"dtype", "model_type", "rope_parameters"}
+_OTHER_NAMES = {
     "partial_rotary_factor",
-    "quantization_config",
     "rope_local_base_freq",
-    "rope_parameters",
     "rope_scaling",
     "rope_theta",
     "rotary_emb_base",
@@ -267,10 +273,15 @@ def _refuse_unknown(
 
     One that is off (null, false, 0 or empty) has none, unless transformers declares it.
     """
-    required = ONLY_AT | family.only_at
+    parameters = attributes.get("rope_parameters") or {}
+    # In some families transformers reads only one of their names, and leaves the other as it is.
+    copied = {name: parameters[name] for name in parameters.keys() & _OTHER_NAMES}
+    required = ONLY_AT | family.only_at | copied
     understood = {*family.fields.values(), *family.windows.understood(attributes), *_READ}
+    taken = _OTHER_NAMES - attributes.keys()
+    known = understood | taken | required.keys() | UNSUPPORTED.keys()
     for name in sorted(ignored):
-        if name in understood | required.keys() | UNSUPPORTED.keys():
+        if name in known | {"quantization_config"}:
             raise ValueError(
                 f"ignore_config: {name} cannot be ignored: it is known to say what the model "
                 "computes"
@@ -282,16 +293,19 @@ def _refuse_unknown(
         value = attributes[name]
         usual = required.get(name, declared.get(name))
         if value != usual and (value or usual):
+            way_out = (
+                f": it would be computed as for {usual!r}"
+                if name in required
+                else _may_be_ignored(name)
+            )
             raise ValueError(
-                f"attribute {name} = {value!r} is not understood for model_type "
-                f"{family.model_type!r}{_way_out(name, name in required)}"
+                f"attribute {name} = {reprlib.repr(value)} is not understood for model_type "
+                f"{family.model_type!r}{way_out}"
             )
 
 
-def _way_out(name: str, changes: bool = False) -> str:
-    """What to do about an attribute that is refused: the end of a sentence."""
-    if changes:
-        return ": at another value the model is computed in a way that jaxmed has not"
+def _may_be_ignored(name: str) -> str:
+    """The way out, where an attribute is refused for nothing but that it is unknown."""
     return (
         "; where it does not change what the model computes, have it ignored: "
         f"--ignore_config={name}, or from Python ignore_config=({name!r},)"
@@ -337,7 +351,7 @@ def _rotary(parameters: Mapping, family: Family, ignored: Collection[str]) -> Ro
         if not harmless and name not in ignored:
             raise ValueError(
                 f"rope_parameters: {key} = {given[key]!r} is not understood for rope_type {kind!r} "
-                f"of model_type {family.model_type!r}{_way_out(name)}"
+                f"of model_type {family.model_type!r}{_may_be_ignored(name)}"
             )
     for key in needed.values():
         if key not in given:

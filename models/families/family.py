@@ -114,7 +114,11 @@ class WindowsByType(NoWindows):
 
     def understood(self, attributes):
         """The window, the types, and what they are derived from."""
-        return {"sliding_window", "layer_types", "use_sliding_window", *self.deriving}
+        found = {"sliding_window", "layer_types", "use_sliding_window", *self.deriving}
+        # What the first Gemma 2 called its window.
+        if attributes.get("sliding_window_size") == attributes["sliding_window"]:
+            found.add("sliding_window_size")
+        return found
 
     def read(self, attributes, layers):
         """The window of each layer by its type; `ValueError` where the types cannot be had."""
