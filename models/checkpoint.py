@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import importlib.util
 import json
 import logging
 import os
@@ -55,6 +56,9 @@ _SHARDS = "model-*-of-*.safetensors"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 # The way out where a model that ties its embeddings has a config.json that does not say so.
 _TIED = "the model ties its embeddings: set tie_word_embeddings to true in config.json"
+
+# Modules that turn tokenizer.model into a fast tokenizer.
+_OF_SENTENCEPIECE = ("sentencepiece", "google.protobuf")
 
 # Safetensors' names of the types that a parameter may be stored in.
 _STORED_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
@@ -757,12 +761,48 @@ def _refuse_code(attributes: Mapping) -> None:
 
 def read_tokenizer(folder: pathlib.Path) -> transformers.PreTrainedTokenizerBase | None:
     """The tokenizer in a checkpoint's folder, or None if it has no tokenizer files."""
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+    found = {name for name in _TOKENIZER_FILES if (folder / name).is_file()}
+    if not found:
         return None
+    if "tokenizer.json" not in found:
+        _check_vocabulary(folder, found)
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # whatever the tokenizer's own reader raises
         raise CheckpointError(f"{folder}: the tokenizer cannot be read: {error}") from error
+    # transformers makes one of special tokens alone where the vocabulary's file is missing.
+    if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):
+        raise CheckpointError(
+            f"{folder}: the tokenizer has special tokens alone: its vocabulary is not in "
+            f"{', '.join(sorted(found))}; download tokenizer.json or tokenizer.model as well"
+        )
+    return tokenizer
+
+
+def _check_vocabulary(folder: pathlib.Path, found: Collection[str]) -> None:
+    """Refuses a vocabulary that transformers would misread or cannot read: without
+    tokenizer.json, it makes one of the older files."""
+    if "vocab.json" in found:
+        if not (folder / "merges.txt").is_file():
+            raise CheckpointError(
+                f"{folder}: has vocab.json without merges.txt, which says how text is cut into its "
+                "tokens; download it again"
+            )
+    elif "tokenizer.model" in found:
+        lacking = [name for name in _OF_SENTENCEPIECE if not _is_installed(name)]
+        if lacking:
+            raise CheckpointError(
+                f"{folder}: the tokenizer is in tokenizer.model alone, without tokenizer.json; to "
+                f"read it, {' and '.join(lacking)} must be installed: "
+                "pip install 'jaxmed[sentencepiece]'"
+            )
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # what holds it is not installed
+        return False
 
 
 def _check_tokenizer(source: Source, tokenizer: transformers.PreTrainedTokenizerBase) -> None:

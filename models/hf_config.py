@@ -169,7 +169,7 @@ def read(attributes: Mapping, ignored: Collection[str] = ()) -> DecoderConfig:
     given = {
         name: value
         for name, value in attributes.items()
-        if name != "model_type" and (value is not None or name in may_be_null)
+        if name not in HARMLESS | {"model_type"} and (value is not None or name in may_be_null)
     }
     return from_hf(transformers.AutoConfig.for_model(model_type, **given), ignored)
 
