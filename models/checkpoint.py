@@ -75,8 +75,8 @@ _QUANTISED = {
 _PIECE_BYTES = 2**23
 _READERS = min(8, os.cpu_count() or 1)
 
-# What transformers' classes, whose own checks are not complete, raise for a bad value.
-_OF_BAD_VALUES = (ValueError, KeyError, TypeError, AttributeError, ArithmeticError)
+# What transformers' classes, whose own checks are not complete, raise for a value of another kind.
+_OF_ANOTHER_KIND = (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 _PROGRESS_FROM_BYTES = 10**9
 
@@ -732,8 +732,12 @@ def _read_config(folder: pathlib.Path, ignored: Collection[str]) -> DecoderConfi
         config = hf_config.read(attributes, ignored)
         _refuse_code(attributes)
         return config
-    except (*_OF_BAD_VALUES, StrictDataclassError) as error:
+    except (ValueError, StrictDataclassError) as error:
         raise CheckpointError(f"{file}: {error}") from error
+    except _OF_ANOTHER_KIND as error:
+        raise CheckpointError(
+            f"{file}: a value is not of the kind that its key has ({type(error).__name__}: {error})"
+        ) from error
 
 
 def _refuse_code(attributes: Mapping) -> None:

@@ -134,6 +134,9 @@ ONLY_AT = {
     "use_mrope": False,
 }
 
+# transformers makes a list of the layers: a damaged number would fill the memory.
+MOST_LAYERS = 10_000
+
 # Attributes that every family reads; and other names of them, from which transformers takes them.
 _READ = {"dtype", "model_type", "rope_parameters"}
 _OTHER_NAMES = {
@@ -163,6 +166,10 @@ def read(attributes: Mapping, ignored: Collection[str] = ()) -> DecoderConfig:
     """
     _refuse_unsupported(attributes)
     model_type = attributes["model_type"]
+    for name in ("num_hidden_layers", families.get(model_type).fields["num_layers"]):
+        layers = attributes.get(name)
+        if isinstance(layers, int) and layers > MOST_LAYERS:
+            raise ValueError(f"{name} = {layers}: more layers than the {MOST_LAYERS} that are read")
     config_class = type(transformers.AutoConfig.for_model(model_type))
     # Some of their annotations are texts.
     may_be_null = {f.name for f in dataclasses.fields(config_class) if "None" in str(f.type)}
