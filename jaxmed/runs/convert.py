@@ -1,6 +1,7 @@
 """A checkpoint converted once, so that it loads fast from then on; and written back."""
 
 import dataclasses
+import functools
 import importlib.util
 import pathlib
 from collections.abc import Callable
@@ -47,6 +48,7 @@ class ConvertSettings:
         default=None,
         choices=DTYPES,
     )
+    ignore_config: tuple[str, ...] = like(MediateSettings, "ignore_config")
     verify: bool = setting(
         help="Compare logits of a random prompt with transformers' own, in float32; needs torch. "
         f"The prompt is longer than a sliding window of up to {MOST_TOKENS} tokens.",
@@ -69,12 +71,15 @@ def run(settings: ConvertSettings, say: Callable[[str], None] = sweep.tell) -> N
     folder = checkpoint.resolve(settings.model)
     adapter = checkpoint.resolve_adapter(settings.adapter)
     cache_dir = pathlib.Path(settings.cache_dir or cache.default_folder()).expanduser()
-    _convert(Source.examine(folder, adapter=adapter), settings, cache_dir, say)
+    examine = functools.partial(
+        Source.examine, folder, adapter=adapter, ignore_config=settings.ignore_config
+    )
+    _convert(examine(), settings, cache_dir, say)
     if settings.out:
         out = pathlib.Path(settings.out).expanduser()
-        say(_exported(Source.examine(folder, settings.dtype, adapter), cache_dir, out))
+        say(_exported(examine(settings.dtype), cache_dir, out))
     if settings.verify:
-        say(_verified(Source.examine(folder, "float32", adapter), cache_dir))
+        say(_verified(examine("float32"), cache_dir))
 
 
 def _check(settings: ConvertSettings) -> None:
@@ -124,7 +129,7 @@ def _described(entry: cache.Entry) -> str:
 
 
 def _exported(source: Source, cache_dir: pathlib.Path, out: pathlib.Path) -> str:
-    """Writes the model in Hugging Face's format, and says so."""
+    """Writes the model in Hugging Face's format, in the source's type, and says so."""
     decoder = source.load(cache_dir=cache_dir)
     tokenizer = checkpoint.read_tokenizer(source.folder, source.adapter)
     generation = source.folder / checkpoint.GENERATION_CONFIG
@@ -138,7 +143,7 @@ def _exported(source: Source, cache_dir: pathlib.Path, out: pathlib.Path) -> str
 
 
 def _verified(source: Source, cache_dir: pathlib.Path) -> str:
-    """Compares with transformers, and says how near they are.
+    """Compares a source in float32 with transformers, and says how near they are.
 
     Raises:
         CheckpointError: the logits differ by more than rounding.

@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 import typing
+from collections.abc import Collection
 
 import jax
 import jax.numpy as jnp
@@ -33,25 +34,37 @@ class Loaded:
     tokenizer: typing.Any
 
 
-def load(model: str, adapter: str, dtype: str) -> Loaded:
+def load(model: str, adapter: str, dtype: str, ignore_config: Collection[str]) -> Loaded:
     """Loads a checkpoint.
 
     Args:
         model: folder or Hugging Face hub id.
         adapter: folder or hub id of a LoRA adapter that is merged into it; "" for none.
         dtype: of the parameters; "" for the checkpoint's own, but at least float32 on a CPU.
+        ignore_config: as in `models.load`.
 
     Raises:
         InputError: as `models.load`.
     """
     folder, merged = checkpoint.resolve(model), checkpoint.resolve_adapter(adapter)
-    parameter_type = _parameter_type(dtype, folder, merged)
-    return Loaded(folder, merged, *models.load(folder, adapter=merged, dtype=parameter_type))
+    decoder, tokenizer = models.load(
+        folder,
+        adapter=merged,
+        dtype=_parameter_type(dtype, folder, merged, ignore_config),
+        ignore_config=ignore_config,
+    )
+    return Loaded(folder, merged, decoder, tokenizer)
 
 
-def _parameter_type(asked: str, folder: pathlib.Path, adapter: pathlib.Path | None) -> str | None:
+def _parameter_type(
+    asked: str,
+    folder: pathlib.Path,
+    adapter: pathlib.Path | None,
+    ignore_config: Collection[str],
+) -> str | None:
     """The type that parameters are loaded in; None for the checkpoint's own."""
     if asked or jax.default_backend() != "cpu":
         return asked or None
     # XLA's CPU backend slices no 16-bit floats: it would convert all layers for every chunk.
-    return str(jnp.promote_types(checkpoint.stored_dtype(folder, adapter), jnp.float32))
+    stored = checkpoint.stored_dtype(folder, adapter, ignore_config)
+    return str(jnp.promote_types(stored, jnp.float32))

@@ -27,8 +27,6 @@ FAMILY = Family(
     },
     fixed={"norm": "layer", "mlp_bias": True, "gated_mlp": False},
     rotary=RotaryAttributes(partial=True),
-    # Dropout, which is training's, and the training code's names of it.
-    harmless=frozenset({"attention_probs_dropout_prob", "hidden_dropout_prob"}),
     base_prefix="gpt_neox.",
     ignored=(r"\battention\.(masked_)?bias$", r"\brotary_emb\.inv_freq$"),
     weights=(

@@ -78,6 +78,16 @@ def test_converts_and_exports(folder):
     assert f"Was converted before: {entry.folder} (" in again.stdout
 
 
+def test_ignores_a_key_of_config_json(folder):
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"logit_scale": 0.5}))
+    ran = call(folder)
+    assert ran.returncode == 1 and "--ignore_config=logit_scale" in ran.stderr
+    ran = call(folder, "--ignore_config=logit_scale", f"--out={folder.parent / 'out'}")
+    assert ran.returncode == 0, ran.stderr
+    assert models.load(folder.parent / "out")
+
+
 def test_converts_a_damaged_entry_anew(folder):
     cache_dir = folder.parent / "cache"
     entry = Source.examine(folder).write_cache(cache_dir)

@@ -32,7 +32,9 @@ def stages(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    return shared_organism.organism(tmp_path_factory.mktemp("organisms") / "decoys", tmp_path_factory)
+    return shared_organism.organism(
+        tmp_path_factory.mktemp("organisms") / "decoys", tmp_path_factory
+    )
 
 
 @pytest.fixture(scope="module")

@@ -392,6 +392,18 @@ def test_other_pairs_under_the_same_name_are_refused(change, asked, copied, tmp_
         mediate.run(to(asked, tmp_path, pairs=str(pairs)))
 
 
+def test_an_ignored_key_of_config_json_is_recorded(asked, finished, tmp_path):
+    shutil.copytree(asked.model, tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"logit_scale": 0.5}))
+    other = to(asked, tmp_path, model=str(tmp_path / "model"), granularity=("layer",))
+    with pytest.raises(InputError, match="config.json: .* --ignore_config=logit_scale"):
+        mediate.run(other)
+    found = mediate.run(dataclasses.replace(other, ignore_config=("logit_scale",)))
+    assert described(found.folder)["ignore_config"] == ["logit_scale"]
+    assert described(finished.folder)["ignore_config"] == []
+
+
 def test_other_weights_under_the_same_name_are_refused(asked, copied, tmp_path):
     tiny.save(tmp_path / "model", seed=1, **SHAPE)
     run = described(copied) | {"model": str(tmp_path / "model")}
