@@ -12,7 +12,7 @@ import transformers
 
 from jaxmed.runs import settings as settings_lib
 from jaxmed.runs import sweep
-from jaxmed.runs.settings import setting
+from jaxmed.runs.settings import Settings, setting
 from models import cache, checkpoint
 from models.checkpoint import CheckpointError, Source
 from models.config import DTYPES
@@ -26,18 +26,20 @@ TOLERANCE = 1e-4
 
 
 @dataclasses.dataclass(frozen=True)
-class ConvertSettings:
+class ConvertSettings(Settings):
     """Which checkpoint is converted, and what else is done with it."""
 
-    model: str = setting(help="Folder or Hugging Face hub id of a checkpoint.")
+    model: str = setting(help="Folder or Hugging Face hub id of a checkpoint.", path=True)
     cache_dir: str | None = setting(
         help="Where converted weights are kept. By default jaxmed in $XDG_CACHE_HOME or in "
         "~/.cache, where every program finds them.",
         default=None,
+        path=True,
     )
     out: str | None = setting(
         help="Folder for the model as a Hugging Face checkpoint, which transformers loads.",
         default=None,
+        path=True,
     )
     dtype: str | None = setting(
         help="--out: type of the weights there, by default as they are stored. (What is kept is "
@@ -65,11 +67,10 @@ def run(settings: ConvertSettings, say: Callable[[str], None] = sweep.tell) -> N
     """
     _check(settings)
     folder = checkpoint.resolve(settings.model)
-    cache_dir = pathlib.Path(settings.cache_dir or cache.default_folder()).expanduser()
+    cache_dir = pathlib.Path(settings.cache_dir or cache.default_folder())
     _convert(Source.examine(folder), settings, cache_dir, say)
     if settings.out:
-        out = pathlib.Path(settings.out).expanduser()
-        say(_exported(folder, cache_dir, out, settings.dtype))
+        say(_exported(folder, cache_dir, pathlib.Path(settings.out), settings.dtype))
     if settings.verify:
         say(_verified(folder, cache_dir))
 
@@ -80,7 +81,7 @@ def _check(settings: ConvertSettings) -> None:
     if settings.dtype and not settings.out:
         raise InputError("--dtype is the type of what --out writes; give --out, or leave it out")
     if settings.out:
-        checkpoint.check_free(pathlib.Path(settings.out).expanduser())
+        checkpoint.check_free(pathlib.Path(settings.out))
     if settings.verify and importlib.util.find_spec("torch") is None:
         raise InputError(
             "--verify compares with transformers' torch models: pip install 'jaxmed[parity]', or "
