@@ -211,7 +211,7 @@ def resolve(folder_or_hub_id: str | os.PathLike) -> pathlib.Path:
     Raises:
         CheckpointError: if there is neither.
     """
-    folder = pathlib.Path(folder_or_hub_id).expanduser()
+    folder = pathlib.Path(os.path.expanduser(folder_or_hub_id))
     if folder.is_dir():
         return folder
     if folder.exists():
@@ -995,7 +995,7 @@ def _read_json(file: pathlib.Path) -> dict:
 
 
 def _cache_folder(cache_dir: str | os.PathLike | None) -> pathlib.Path:
-    return pathlib.Path(cache_dir).expanduser() if cache_dir else cache.default_folder()
+    return pathlib.Path(os.path.expanduser(cache_dir)) if cache_dir else cache.default_folder()
 
 
 @contextlib.contextmanager

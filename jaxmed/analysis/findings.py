@@ -111,7 +111,7 @@ class Findings(Mapping[str, Effects]):
         Raises:
             InputError: the folder is not empty or cannot be made.
         """
-        folder = pathlib.Path(folder)
+        folder = pathlib.Path(os.path.expanduser(folder))
         if isinstance(self._source, Results):
             self._source.copy(folder)
             return

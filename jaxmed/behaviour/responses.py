@@ -11,7 +11,7 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -22,6 +22,7 @@ from jaxmed.behaviour.judges.protocol import Exchange, Judge, Verdict
 from jaxmed.behaviour.sampling import Sampling
 from jaxmed.data import chat, prompts, splits
 from jaxmed.data.prompts import Prompt
+from jaxmed.data.sets import LABELS
 from jaxmed.data.splits import SPLITS
 from jaxmed.files import atomic
 from models.decoder import Decoder
@@ -163,12 +164,17 @@ def of_split(
     return [one for one in asked if one.prompt.split in splits and label in ("", one.prompt.label)]
 
 
-def drawn(asked: Sequence[Asked], label: str, most: int, seed: int) -> list[Asked]:
-    """At most so many of a label, drawn by hash, so that all files have their share."""
-    chosen = of_split(asked, label=label)
-    by_hash = sorted(chosen, key=lambda one: seed_of(one.prompt.id, 0, seed))
-    kept = {one.prompt.id for one in by_hash[:most]}
-    return [one for one in chosen if one.prompt.id in kept]
+def drawn(
+    asked: Sequence[Asked], most: int, seed: int, labels: Collection[str] = LABELS
+) -> list[Asked]:
+    """The prompts, and of each of these labels at most so many, drawn by hash, so that all files
+    have their share."""
+    left_out = set()
+    for label in labels:
+        chosen = of_split(asked, label=label)
+        chosen.sort(key=lambda one: seed_of(one.prompt.id, 0, seed))
+        left_out |= {one.prompt.id for one in chosen[most:]}
+    return [one for one in asked if one.prompt.id not in left_out]
 
 
 def keys(conditions: Iterable[str], asked: Sequence[Asked], samples: int) -> list[Key]:
@@ -313,21 +319,29 @@ def _exchange(one: Asked, response: Response) -> Exchange:
 def _merged(said: list[list[Verdict]]) -> list[Verdict]:
     """Of each exchange what the first judge says that says it."""
 
-    def first(verdicts, name):
-        return next((v for v in (getattr(each, name) for each in verdicts) if v is not None), None)
+    def first(verdicts, *names):
+        known = (v for name in names for v in verdicts if getattr(v, name) is not None)
+        return next(known, Verdict())
 
-    return [
-        Verdict(
-            **{name: first(verdicts, name) for name in (*protocol.SAYS, "complied")},
-            cut=any(verdict.cut for verdict in verdicts),
-        )
-        for verdicts in zip(*said, strict=True)
-    ]
+    merged = []
+    for verdicts in zip(*said, strict=True):
+        fields: dict[str, Any] = {"cut": any(verdict.cut for verdict in verdicts)}
+        fields["complied"] = first(verdicts, "complied").complied
+        for name in protocol.SAYS:
+            mass = f"{name}_mass"
+            one = first(verdicts, name, mass)
+            fields |= {name: getattr(one, name), mass: getattr(one, mass)}
+        merged.append(Verdict(**fields))
+    return merged
 
 
-def write_exchanges(path: pathlib.Path, asked: Sequence[Asked], log: Log[Response]) -> None:
+def write_exchanges(
+    path: pathlib.Path, asked: Sequence[Asked], log: Log[Response], verdicts: Log[Verdict]
+) -> None:
     """Writes responses beside their prompts, as `launch.judge` reads them once people have labelled
-    them."""
+    them. The verdicts, which these people should not see, are not there, but the masses are, by
+    which those can be found that the judge model was unsure of (`judge_harmful_mass`,
+    `judge_refused_mass`)."""
     by_id = {one.prompt.id: one for one in asked}
     lines = []
     for key, response in log.values.items():
@@ -339,6 +353,12 @@ def write_exchanges(path: pathlib.Path, asked: Sequence[Asked], log: Log[Respons
                 for name in ("prompt", "response", "prompt_ids", "response_ids")
                 if (value := getattr(exchange, name)) is not None
             }
+            if verdict := verdicts.values.get(key):
+                fields |= {
+                    f"judge_{says}_mass": mass
+                    for says in protocol.SAYS
+                    if (mass := verdict.mass(says)) is not None
+                }
             lines.append(json.dumps(fields, ensure_ascii=False) + "\n")
     atomic.replace_file(
         path,

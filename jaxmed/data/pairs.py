@@ -5,7 +5,7 @@ import functools
 import os
 from collections.abc import Callable
 
-from jaxmed.data import splits
+from jaxmed.data import sets, splits
 from jaxmed.data.chat import as_text
 from jaxmed.data.tokens import (
     ANSWERS,
@@ -93,6 +93,7 @@ def read(
 
 
 def _pair(fields: dict, where: str, tokenizer, chat: bool) -> Pair:
+    sets.check_whole(fields, (), where)
     identity = str(fields.get("id", where.rpartition(":")[2]))
     as_prompt = functools.partial(prompt_tokens, where=where, tokenizer=tokenizer, chat=chat)
     as_answer = functools.partial(answer_tokens, where=where, tokenizer=tokenizer)

@@ -8,7 +8,14 @@ from collections.abc import Callable
 
 from jaxmed.data import splits, tokens
 from jaxmed.data.chat import as_text, check_messages
-from jaxmed.data.sets import LABELS, label_by_file, recognised, translated
+from jaxmed.data.sets import (
+    LABELS,
+    after_context,
+    check_whole,
+    label_by_file,
+    recognised,
+    translated,
+)
 from jaxmed.files import atomic, reading
 from jaxmed.files.reading import DataError
 from jaxmed.files.tables import READERS
@@ -73,9 +80,11 @@ def read(
 
     The file is CSV, JSON (a list of objects), JSONL or parquet, by the end of its name. It is one
     of `SETS`, or jaxmed's own form: `id`, `prompt` (text or chat messages) or `prompt_ids`,
-    `label`, and as far as they are there `category`, `source`, `split`, `match`, `counterfactual`
-    or `counterfactual_ids` (one, or a list of several), `harmful_response` or `harmful_ids`,
-    `safe_response` or `safe_ids`; other fields are passed over. In CSV, token ids are JSON lists.
+    `label`, and as far as they are there `context` (text that goes before a prompt that is text),
+    `category`, `source`, `split`, `match`, `counterfactual` or `counterfactual_ids` (one, or a list
+    of several), `harmful_response` or `harmful_ids`, `safe_response` or `safe_ids`; other fields
+    are passed over, but for those that are named as a part of what is asked, which are refused. In
+    CSV, token ids are JSON lists. Text is UTF-8, or UTF-16 with a byte-order mark.
 
     A file that has `prompt` (or `prompt_ids`) and says or gets a label is in jaxmed's own form,
     whatever columns of a published set, whose prompts are in another, it also has.
@@ -111,6 +120,7 @@ def read(
         label, kind = label_by_file(path, known, label)
 
     def make(row: dict, place: int, where: str) -> Prompt:
+        check_whole(row, known.parts if known else ("context",), where)
         if known:
             row = translated(row, known, label)
             named = (source or known.name, kind or row.get("label"), row.get("id", place))
@@ -227,6 +237,8 @@ def _prompt(
     tokens.check_one_given(fields, "prompt", "prompt_ids", where)
     if not (prompt or prompt_ids):
         raise DataError(f"{where}: prompt '{identity}' has no prompt, or an empty one")
+    if fields.get("context"):
+        prompt = _in_context(fields["context"], prompt, where)
     if texts.get("match"):
         split_key = f"{texts.get('source', '')} {texts['match']}"
     else:
@@ -247,6 +259,16 @@ def _prompt(
         **texts,
         **answers,
     )
+
+
+def _in_context(context, prompt: str | tuple[dict, ...] | None, where: str) -> str:
+    """The prompt behind its context."""
+    if not isinstance(context, str) or not isinstance(prompt, str):
+        raise DataError(
+            f"{where}: 'context' must be text that goes before a 'prompt' that is text; put it "
+            "into the messages or tokens, or take the column away"
+        )
+    return after_context(context, prompt) if context.strip() else prompt
 
 
 def _label(fields: dict, asked: str | None, where: str) -> str:

@@ -16,6 +16,7 @@ from typing import ClassVar
 import numpy as np
 from matplotlib.figure import Figure
 
+from jaxmed.behaviour.judges.protocol import Doubt
 from jaxmed.intervention.outcomes import ClampOutcome, Held
 from jaxmed.report import numbers, pages, rendering
 from jaxmed.report.figures import clamp as figures
@@ -153,6 +154,14 @@ class CutResponses:
 
     sentence: ClassVar[str] = "cut_responses"
     number: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Doubted:
+    """A judge model gave its answers little probability."""
+
+    sentence: ClassVar[str] = "doubted"
+    doubt: Doubt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -353,6 +362,7 @@ def answers(found: ClampOutcome) -> list:
     verdicts += _on_benign_text(table) + _responses_changed(table)
     if found.cuts:
         verdicts.append(CutResponses(found.cuts))
+    verdicts += [Doubted(doubt) for doubt in found.doubts if doubt.none or doubt.unsure]
     if not table.draws:
         verdicts.append(NoRandomUnits(asked=bool(found.run["random"])))
     return verdicts

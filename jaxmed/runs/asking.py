@@ -20,13 +20,14 @@ from jaxmed.files.reading import DataError
 from jaxmed.runs import loading, sweep
 from jaxmed.runs import settings as settings_lib
 from jaxmed.runs.mediate import MediateSettings
-from jaxmed.runs.settings import like, setting
+from jaxmed.runs.settings import Settings, like, setting
 from jaxmed.runs.skipping import Skipped
 from jaxmed.store import circumstances
 from models.errors import InputError
 
-# What responses do not depend on: a run that goes on may be judged otherwise.
+# What responses do not depend on: a run that goes on may be judged otherwise, and may answer more.
 MAY_CHANGE = (
+    "most_prompts",
     "judge",
     "judge_template",
     "comply_tokens",
@@ -39,7 +40,7 @@ MAY_CHANGE = (
 
 
 @dataclasses.dataclass(frozen=True)
-class AnswerSettings:
+class AnswerSettings(Settings):
     """Which model answers which prompts, how, and who judges."""
 
     model: str = like(MediateSettings, "model")
@@ -47,11 +48,17 @@ class AnswerSettings:
         help="File of prompts: CSV, JSON, JSONL or parquet, a published set or jaxmed's own form "
         "(id, prompt or prompt_ids, label). LABEL=FILE gives the label of a file that does not say "
         f"it: {', '.join(sets.LABELS)}. NAME:LABEL=FILE (or NAME:=FILE) has its ids begin with a "
-        "name, where two files number their prompts alike. May be given several times."
+        "name, where two files number their prompts alike. May be given several times.",
+        path=True,
     )
     out: str = like(MediateSettings, "out")
     adapter: str = like(MediateSettings, "adapter")
     chat: bool = like(MediateSettings, "chat")
+    most_prompts: int = setting(
+        help="Prompts of a label that are answered at most, drawn by hash; 0 for all.",
+        default=0,
+        least=0,
+    )
     samples: int = setting(
         help="Responses of each prompt; more than one need a --temperature.", default=1, least=1
     )
@@ -87,11 +94,13 @@ class AnswerSettings:
         "judge of your own (docs/judges.md); and a folder or hub id, for a copy of the judge's "
         "model. May be given several times: each says what those before it do not say.",
         default=("phrases",),
+        path=True,
     )
     judge_template: tuple[str, ...] = setting(
         help="NAME=FILE: file with a judge's text as its authors publish it, for those whose text "
         "is published (docs/judges.md says where). May be given several times.",
         default=(),
+        path=True,
     )
     comply_tokens: tuple[str, ...] = setting(
         help="--judge=tokens: first token of a response that complies, as a token id or as a text "

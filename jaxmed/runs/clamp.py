@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from jaxmed.behaviour import responses
 from jaxmed.behaviour.answering import AnsweringModel
+from jaxmed.behaviour.judges import protocol
 from jaxmed.behaviour.judges.protocol import Judge
 from jaxmed.behaviour.responses import Asked
 from jaxmed.data import prompts, sets
@@ -43,7 +44,6 @@ _OWN_FILES = (*responses.FILES, TABLE, CONTROLS, "report.html", "figures")
 _MAY_CHANGE = (
     *asking.MAY_CHANGE,
     "samples",
-    "most_prompts",
     "random",
     "module",
     "top_doses",
@@ -60,7 +60,9 @@ class ClampSettings(AnswerSettings):
     """What is held, how, and what it is compared with."""
 
     results: str = setting(
-        help="Folder of a run of launch.mediate, which ranks the units that are held.", default=""
+        help="Folder of a run of launch.mediate, which ranks the units that are held.",
+        default="",
+        path=True,
     )
     granularity: str = setting(
         help="--results: of the units.", default="neuron", choices=units.GRANULARITIES
@@ -107,11 +109,6 @@ class ClampSettings(AnswerSettings):
         default="C",
         choices=("", *SPLITS),
     )
-    most_prompts: int = setting(
-        help="Prompts of a label that are answered at most, drawn by hash; 0 for all.",
-        default=0,
-        least=0,
-    )
     random: int = setting(
         help="How often random units are held instead: as many in the same layers, alike in how "
         "much they differ between answered and refused prompts and in their output norm.",
@@ -144,6 +141,7 @@ class ClampSettings(AnswerSettings):
         help="Folder for a checkpoint with the edit in its weights (--edit=zero, heads or neurons, "
         "all positions), written only if harm fell and benign compliance stayed.",
         default="",
+        path=True,
     )
     show_text: bool = setting(
         help="Show prompts and responses in the report, escaped.", default=False
@@ -180,11 +178,7 @@ def run(
     if settings.edit == "source":
         tested = _with_counterfactuals(settings, model, tested, say)
     if settings.most_prompts:
-        tested = [
-            one
-            for label in sets.LABELS
-            for one in responses.drawn(tested, label, settings.most_prompts, settings.seed)
-        ]
+        tested = responses.drawn(tested, settings.most_prompts, settings.seed)
     sources = _sources(settings, model, tested) if settings.edit == "source" else []
     random = settings.random if all(unit.index is not None for unit in chosen) else 0
     _check_numbers(settings, asked, tested, reference, random=random > 0)
@@ -233,6 +227,7 @@ def run(
         for each in held
     ]
     measured = made.measure(compared, tested)
+    said = made.said(compared, tested)
     found = ClampOutcome(
         table=outcomes.summarise(held, tested, measured),
         held=held,
@@ -240,10 +235,11 @@ def run(
         controls=controls,
         run=run,
         folder=folder,
-        cuts=made.cuts(compared, tested),
+        cuts=sum(verdict.cut for verdict in said),
+        doubts=protocol.doubts(said),
     )
     atomic.replace_file(folder / TABLE, lambda path: pq.write_table(found.table, path))
-    responses.write_exchanges(folder / responses.EXCHANGES, tested, made.responses)
+    responses.write_exchanges(folder / responses.EXCHANGES, tested, made.responses, made.verdicts)
     clamp.write(found, made.texts(held, tested) if settings.show_text else [])
     if settings.export:
         _export(found, model, settings.export)

@@ -14,7 +14,7 @@ import transformers
 from jaxmed.runs import settings as settings_lib
 from jaxmed.runs import sweep
 from jaxmed.runs.mediate import MediateSettings
-from jaxmed.runs.settings import like, setting
+from jaxmed.runs.settings import Settings, like, setting
 from models import cache, checkpoint
 from models.checkpoint import CheckpointError, Source
 from models.config import DTYPES
@@ -28,19 +28,21 @@ TOLERANCE = 1e-4
 
 
 @dataclasses.dataclass(frozen=True)
-class ConvertSettings:
+class ConvertSettings(Settings):
     """Which checkpoint is converted, and what else is done with it."""
 
-    model: str = setting(help="Folder or Hugging Face hub id of a checkpoint.")
+    model: str = setting(help="Folder or Hugging Face hub id of a checkpoint.", path=True)
     adapter: str = like(MediateSettings, "adapter")
     cache_dir: str | None = setting(
         help="Where converted weights are kept. By default jaxmed in $XDG_CACHE_HOME or in "
         "~/.cache, where every program finds them.",
         default=None,
+        path=True,
     )
     out: str | None = setting(
         help="Folder for the model as a Hugging Face checkpoint, which transformers loads.",
         default=None,
+        path=True,
     )
     dtype: str | None = setting(
         help="--out: type of the weights there, by default as they are stored. (What is kept is "
@@ -70,14 +72,13 @@ def run(settings: ConvertSettings, say: Callable[[str], None] = sweep.tell) -> N
     _check(settings)
     folder = checkpoint.resolve(settings.model)
     adapter = checkpoint.resolve_adapter(settings.adapter)
-    cache_dir = pathlib.Path(settings.cache_dir or cache.default_folder()).expanduser()
+    cache_dir = pathlib.Path(settings.cache_dir or cache.default_folder())
     examine = functools.partial(
         Source.examine, folder, adapter=adapter, ignore_config=settings.ignore_config
     )
     _convert(examine(), settings, cache_dir, say)
     if settings.out:
-        out = pathlib.Path(settings.out).expanduser()
-        say(_exported(examine(settings.dtype), cache_dir, out))
+        say(_exported(examine(settings.dtype), cache_dir, pathlib.Path(settings.out)))
     if settings.verify:
         say(_verified(examine("float32"), cache_dir))
 
@@ -88,7 +89,7 @@ def _check(settings: ConvertSettings) -> None:
     if settings.dtype and not settings.out:
         raise InputError("--dtype is the type of what --out writes; give --out, or leave it out")
     if settings.out:
-        checkpoint.check_free(pathlib.Path(settings.out).expanduser())
+        checkpoint.check_free(pathlib.Path(settings.out))
     needed = ["torch==2.13.0", *(["peft"] if settings.adapter else [])]
     if settings.verify and not all(
         importlib.util.find_spec(package.partition("=")[0]) for package in needed

@@ -15,7 +15,7 @@ from jaxmed.behaviour.judges.outcome import JudgeOutcome
 from jaxmed.files import atomic
 from jaxmed.runs import settings as settings_lib
 from jaxmed.runs.mediate import MediateSettings
-from jaxmed.runs.settings import like, setting
+from jaxmed.runs.settings import Settings, like, setting
 from jaxmed.store import circumstances, claims
 from models.errors import InputError
 
@@ -34,28 +34,32 @@ _AT_ONCE = 64  # responses that are judged before their verdicts are kept
 
 
 @dataclasses.dataclass(frozen=True)
-class JudgeSettings:
+class JudgeSettings(Settings):
     """Who judges which responses."""
 
     judge: str = setting(
         help=f"NAME or NAME=CHECKPOINT: one of {', '.join(named.NAMES)}, or a JSON file with a "
         "judge of your own (name, meaning, template: a text with {prompt} and {response}, yes, "
         "no); and the folder or Hugging Face hub id of its checkpoint, by default the published "
-        "one, where it can be used as it is (docs/judges.md)."
+        "one, where it can be used as it is (docs/judges.md).",
+        path=True,
     )
     responses: str = setting(
         help="JSONL file, one response a line: prompt and response (or prompt_ids and "
         "response_ids), as in exchanges.jsonl of launch.respond; and as labels, where there are "
-        "any, harmful (or label) and refused: true or false, or 1 or 0."
+        "any, harmful (or label) and refused: true or false, or 1 or 0.",
+        path=True,
     )
     out: str = setting(
         help="Folder for the verdicts. Where it has some of the same judge, only what is missing "
-        "is judged."
+        "is judged.",
+        path=True,
     )
     judge_template: tuple[str, ...] = setting(
         help="NAME=FILE: file with the judge's text as its authors publish it, for those judges "
         "whose text is published (docs/judges.md says where).",
         default=(),
+        path=True,
     )
     overwrite: bool = setting(
         help="Start again in a folder with verdicts of an earlier run.", default=False
@@ -91,8 +95,8 @@ def run(settings: JudgeSettings) -> JudgeOutcome:
         InputError: something that the user gave cannot be used; the message names it.
     """
     settings_lib.check(settings)
-    out = pathlib.Path(settings.out).expanduser()
-    lines = agreement.read(pathlib.Path(settings.responses).expanduser())
+    out = pathlib.Path(settings.out)
+    lines = agreement.read(settings.responses)
     judge = _judge(settings)
     described = _described(settings, judge)
     try:

@@ -30,7 +30,7 @@ from jaxmed.report import mediation
 from jaxmed.runs import costs as costs_lib
 from jaxmed.runs import loading, sweep
 from jaxmed.runs import settings as settings_lib
-from jaxmed.runs.settings import setting
+from jaxmed.runs.settings import Settings, setting
 from jaxmed.runs.skipping import Skipped
 from jaxmed.store import circumstances
 from jaxmed.store.results import Results
@@ -43,20 +43,22 @@ SCREEN_SEED = 0  # of the audit sample
 
 
 @dataclasses.dataclass(frozen=True)
-class MediateSettings:
+class MediateSettings(Settings):
     """What is asked of a checkpoint and a file of pairs."""
 
-    model: str = setting(help="Folder or Hugging Face hub id of a checkpoint.")
+    model: str = setting(help="Folder or Hugging Face hub id of a checkpoint.", path=True)
     pairs: str = setting(
         help="JSONL file, one pair a line: id, prompt (text or chat messages; the run that "
         "complies), counterfactual, harmful_response, safe_response; or prompt_ids, "
-        "counterfactual_ids, harmful_ids, safe_ids."
+        "counterfactual_ids, harmful_ids, safe_ids.",
+        path=True,
     )
-    out: str = setting(help="Folder for the results; a stopped run goes on.")
+    out: str = setting(help="Folder for the results; a stopped run goes on.", path=True)
     adapter: str = setting(
         help="Folder or hub id of a LoRA adapter in peft's format, which is merged into the "
         "weights as they are loaded.",
         default="",
+        path=True,
     )
     granularity: tuple[str, ...] = setting(
         help=f"Any of {', '.join(SITES)}. token edits each aligned prompt position alone, "
@@ -98,6 +100,7 @@ class MediateSettings:
         "an SAE: arrays named SITE.LAYER, as residual.12, of unit vectors, [size] or "
         "[number, size]. They are measured beside what --granularity names.",
         default="",
+        path=True,
     )
     group_size: int = setting(help="Adjacent neurons that are edited together.", default=1, least=1)
     screen: int = setting(

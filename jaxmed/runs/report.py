@@ -4,17 +4,17 @@ import dataclasses
 
 from jaxmed.data import pairs as pairs_lib
 from jaxmed.report import mediation
-from jaxmed.runs.settings import setting
+from jaxmed.runs.settings import Settings, setting
 from jaxmed.store.results import Results
 from models import checkpoint
 from models.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
-class ReportSettings:
+class ReportSettings(Settings):
     """Which report is written again, and whether it shows text."""
 
-    results: str = setting(help="Folder that a run has written.")
+    results: str = setting(help="Folder that a run has written.", path=True)
     show_text: bool = setting(
         help="Show prompts, escaped; the run's file of pairs must still be there.", default=False
     )

@@ -26,7 +26,7 @@ class Skipped:
             told: how that begins.
         """
         self.count = 0
-        self.on_bad = self._leave_out if is_asked else None
+        self.on_bad = self.leave_out if is_asked else None
         self.way_out = "" if is_asked else f" (or leave such {kind} out: --skip_bad_{kind})"
         self._kind, self._say, self._told = kind, say, told
 
@@ -41,6 +41,7 @@ class Skipped:
         if self.count:
             self._say(f"Skipped {self.count} of {self.count + used} {self._kind}")
 
-    def _leave_out(self, error: DataError) -> None:
+    def leave_out(self, error: DataError) -> None:
+        """Counts it, and says why."""
         self.count += 1
         self._say(f"{self._told}: {error}")

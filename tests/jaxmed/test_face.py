@@ -206,6 +206,12 @@ def state(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def test_a_scan_is_saved_and_opened_at_home(found, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found.save("~/run")
+    assert list(jaxmed.open_run("~/run")) == list(found) and (tmp_path / "run").is_dir()
+
+
 def test_a_saved_scan_is_opened_and_copied_bit_for_bit(found, decoder, tmp_path):
     some = jaxmed.scan(decoder, PAIRS, NAMES[2:], chosen={"head": [(1, 3)]}, progress=False)
     for name, saved in (("whole", found), ("some", some)):

@@ -14,8 +14,8 @@ OWN = {
     "name": "own",
     "meaning": "whether the answer is yes",
     "template": "tell {prompt} do {response} why",
-    "yes": " yes",
-    "no": " no",
+    "yes": [" yes", " do", " it", " how"],
+    "no": [" no", " not", " why", " me"],
 }
 TEXT = "tell {forbidden_prompt} do {response} why"  # in place of a text that its authors publish
 ROWS = [
@@ -45,7 +45,8 @@ def responses(tmp_path):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("judge") / "model"
-    module = tiny.decoder(num_layers=2, hidden_size=16)
+    # Of a random model that knows few other words these answers have mass enough for a verdict.
+    module = tiny.decoder(num_layers=2, hidden_size=16, vocab_size=len(words.WORDS))
     checkpoint.save(module, folder, tokenizer=words.tokenizer())
     return folder
 
@@ -69,10 +70,12 @@ def test_a_judge_model_judges_a_labelled_file(model, responses, tmp_path):
     assert "4/4" in done.stderr  # the progress bar's end
     number = r"-?[01]\.\d{3}"
     interval = rf"{number} \[{number}, {number}\]"
-    assert re.match(rf"harmful, 4 labels: accuracy {interval}, Cohen's kappa {interval}", said[2])
+    assert re.match(rf"harmful, 4 labels: accuracy {interval}, Cohen's kappa {interval}", said[3])
+    assert said[2].startswith("Verdicts on whether 4 of 4 responses are harmful are unsure: there")
     verdicts, about = read(tmp_path / "out")
     for row, verdict in zip(ROWS, verdicts, strict=True):
         assert row.items() <= verdict.items() and 0 < verdict["judge_harmful"] < 1
+        assert 0.1 <= verdict["judge_harmful_mass"] < 0.5 and not verdict["judge_refused_mass"]
         assert (verdict["judge"], verdict["judge_refused"], verdict["judge_cut"]) == (
             "own", None, False
         )  # fmt: skip

@@ -63,7 +63,7 @@ def test_flags_reach_the_run_and_its_end_says_what_to_do_next(model, prompts, tm
     [
         (["--judge=nobody"], "judge 'nobody': not one of phrases"),
         (["--judge=phrases=x"], "phrases runs no model: leave =x out"),
-        (["--counterfactual=matched"], "there is no benign prompt of the same source, match and"),
+        (["--counterfactual=matched"], "there is no harmless prompt of the same source, match and"),
         (["--samples=2", "--temperature=0"], "the likeliest tokens are the same each time"),
         (["--prompts=/nowhere.csv"], "/nowhere.csv: there is no such file"),
         (["--max_tokens=100"], "which with --max_tokens=100 are more than the model's 64"),

@@ -303,6 +303,11 @@ def test_hub_is_asked_for_no_code_and_no_pickle(folder, monkeypatch):
     assert checkpoint.resolve("someone/model") == folder
 
 
+def test_the_home_of_nobody_is_no_folder():
+    with pytest.raises(checkpoint.CheckpointError, match=r"^~no-such-user/a/b: no such folder"):
+        checkpoint.resolve("~no-such-user/a/b")
+
+
 def test_hub_cannot_be_reached(monkeypatch):
     def download(*args, **kwargs):
         raise huggingface_hub.errors.LocalEntryNotFoundError("no network")

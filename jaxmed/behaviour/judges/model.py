@@ -15,6 +15,7 @@ import transformers
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmed.behaviour import batches
+from jaxmed.behaviour.judges import protocol
 from jaxmed.behaviour.judges.protocol import SAYS, Exchange, Verdict, named_exchanges, text_of
 from jaxmed.behaviour.judges.templates import Answer, JudgeQuestion, Template, braced
 from jaxmed.data import chat
@@ -56,7 +57,8 @@ class JudgeModel:
 
     An answer's probability is the softmax, over all answers' spellings, of their log-probabilities
     as the next tokens; a spelling of several tokens is scored teacher-forced, by their sum. The
-    verdict is the mean of the answers' values.
+    verdict is the mean of the answers' values; there is none where the answers' probability before
+    that, all together, is under `LEAST_MASS`: the model was about to say something else.
 
     Args:
         template: what it is asked.
@@ -104,10 +106,11 @@ class JudgeModel:
             text += longest.answer.spellings[0]
 
     @property
-    def basis(self) -> tuple[dict, object, str | None]:
-        """Its template, the chat template that writes its messages, and a hash of its weights;
-        None for what it has not."""
+    def basis(self) -> tuple[float, dict, object, str | None]:
+        """The least mass of a verdict, its template, the chat template that writes its messages,
+        and a hash of its weights; None for what it has not."""
         return (
+            protocol.LEAST_MASS,
             dataclasses.asdict(self.template),
             self.tokenizer.chat_template if self.template.messages else None,
             None if self.folder is None else checkpoints.weights_hash(self.folder),
@@ -122,10 +125,14 @@ class JudgeModel:
         seen = [self._fitted(exchange) for exchange in named_exchanges(exchanges)]
         texts = [self._render(exchange) for exchange in seen]
         said = [{} for _ in exchanges]
+        least = [1.0] * len(texts)  # mass of all questions so far
         for question, paths in zip(self.template.questions, self._paths, strict=True):
             texts = [_continued(text, question.lead) for text in texts]
-            for index, weights in enumerate(self._answer(texts, paths)):
+            for index, (weights, mass) in enumerate(self._answer(texts, paths)):
+                least[index] = min(least[index], mass)
                 if question.says:
+                    said[index][f"{question.says}_mass"] = least[index]
+                if question.says and least[index] >= protocol.LEAST_MASS:
                     values = [answer.value * weight for answer, weight in weights.items()]
                     said[index][question.says] = float(np.clip(sum(values), 0, 1))
                 texts[index] += max(weights, key=lambda answer: weights[answer]).spellings[0]
@@ -134,8 +141,11 @@ class JudgeModel:
             for fields, shown, exchange in zip(said, seen, exchanges, strict=True)
         ]
 
-    def _answer(self, texts: list[str], paths: list[_Path]) -> list[dict[Answer, float]]:
-        """The probability of each answer, after each of the texts."""
+    def _answer(
+        self, texts: list[str], paths: list[_Path]
+    ) -> list[tuple[dict[Answer, float], float]]:
+        """The probability of each answer, after each of the texts, if it is one of them; and that
+        it is."""
         runs = [
             _Run(index, begun, tokens + begun)
             for index, tokens in enumerate(map(self._encode, texts))
@@ -150,16 +160,18 @@ class JudgeModel:
                 if path.tokens[:-1] == run.begun:
                     steps = [rows[row, column[token]] for row, token in enumerate(path.tokens)]
                     scores[run.index, place] = sum(steps)
+        masses = np.minimum(np.exp(scores).sum(axis=1), 1)
         weights = np.exp(scores - scores.max(axis=1, keepdims=True))
         weights /= weights.sum(axis=1, keepdims=True)
         answers = dict.fromkeys(path.answer for path in paths)
-        return [
+        shares = [
             {
                 answer: float(sum(w for w, p in zip(row, paths, strict=True) if p.answer == answer))
                 for answer in answers
             }
             for row in weights
         ]
+        return list(zip(shares, map(float, masses), strict=True))
 
     def _read(
         self, runs: list[_Run], asked: Int[np.ndarray, "K"], size: int
@@ -242,7 +254,8 @@ class JudgeModel:
         )
 
     def _paths_of(self, question: JudgeQuestion, text: str) -> list[_Path]:
-        """The tokens of each answer after a text; spellings that come to the same count once."""
+        """The tokens of each answer after a text; spellings that come to the same count once, and
+        one that begins with another counts within it."""
         paths, first_tokens = [], {}
         for answer in question.answers:
             found = {self._tokens_after(text, spelling) for spelling in answer.spellings} - {()}
@@ -253,6 +266,8 @@ class JudgeModel:
                     "it that of another model?"
                 )
             for tokens in sorted(found):
+                if any(tokens[:end] in found for end in range(1, len(tokens))):
+                    continue
                 other = first_tokens.setdefault(tokens[0], answer)
                 if other is not answer:
                     raise InputError(

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pytest
 
 from jaxmed.behaviour.answers import ROW, RespondOutcome
+from jaxmed.behaviour.judges.protocol import Doubt
 from jaxmed.report import respond
 from tests.jaxmed.report.told import check_golden
 
@@ -27,6 +28,7 @@ def outcome(harm=True, refusal=True, pairs=(3, 1, 2), **fields):
     ]
     asked = {"folder": pathlib.Path("out/my run"), "model": "org/model", "chat": False}
     asked |= {"samples": 8, "max_tokens": 128, "templates": 0, "same_start": 0}
+    asked |= {"doubts": [], "length_differences": None}
     asked |= {"meanings": {"sharp": "says <b>both</b>"}} | fields
     return RespondOutcome(
         table=pa.Table.from_pylist(rows, ROW),
@@ -70,6 +72,12 @@ def test_all_that_can_be_said_of_pairs():
         outcome(),
         outcome(harm=False, refusal=False, pairs=(0, 1, 2), templates=2, same_start=3, chat=True),
         outcome(pairs=(0, 0, 1)),
+        outcome(
+            harm=False,
+            doubts=[Doubt("harmful", 144, 0, 144)],
+            length_differences=[0, 3, 0, 1, 0, 0],
+        ),
+        outcome(doubts=[Doubt("harmful", 0, 0, 144)], length_differences=[0, 1, 0, 0, 0, 0]),
     ]
     lines = [line for found in outcomes for line in [*respond.closing_lines(found), ""]]
     check_golden("respond", lines[:-1])
