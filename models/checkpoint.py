@@ -36,7 +36,7 @@ from huggingface_hub.errors import StrictDataclassError
 from models import cache, families, hf_config, placement, weights
 from models.config import DecoderConfig
 from models.decoder import Decoder
-from models.errors import InputError
+from models.errors import InputError, failures_as
 from models.families.family import Family
 from models.placement import Placing
 from models.weights import Path, Row
@@ -669,10 +669,8 @@ def read_tokenizer(folder: pathlib.Path) -> transformers.PreTrainedTokenizerBase
     """The tokenizer in a checkpoint's folder, or None if it has no tokenizer files."""
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return None
-    try:
+    with failures_as(CheckpointError, f"{folder}: the tokenizer cannot be read"):
         return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # whatever the tokenizer's own reader raises
-        raise CheckpointError(f"{folder}: the tokenizer cannot be read: {error}") from error
 
 
 def _check_tokenizer(source: Source, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
