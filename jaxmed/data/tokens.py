@@ -46,7 +46,8 @@ def id_given(text: str, vocab_size: int | None, *, where: str) -> int | None:
         raise InputError(f"{where}={text}: {BY_ID} stands before the number of a token")
     # Python refuses to read a number of thousands of digits.
     if len(number) > 10 or (vocab_size is not None and int(number) >= vocab_size):
-        raise InputError(f"{where}={text}: token id outside the vocabulary of {vocab_size}")
+        of = "" if vocab_size is None else f" of {vocab_size}"
+        raise InputError(f"{where}={text}: token id outside the vocabulary{of}")
     return int(number)
 
 
@@ -76,16 +77,13 @@ class Remark(enum.StrEnum):
 
 
 _TOLD = {
-    Remark.ALONE: "answers are tokenised alone, and may begin with another token than the model's "
-    "own: with their prompt they would change its last token (white space at its end?), or it is "
-    "given as token ids",
-    Remark.UNLIKE: "answers would be other tokens after their counterfactual; those that follow "
-    "the prompt are used for both",
-    Remark.QUOTED: "prompts have control tokens in what they say, which the model reads as text",
-    Remark.CONTROL: "texts have control tokens, and are used as they stand",
-    Remark.THINKS: "prompts are followed by thoughts, so that an answer's first token is not the "
-    'first that the model generates: --template_args=\'{"enable_thinking": false}\' has many '
-    "models answer at once",
+    Remark.ALONE: "Behind their prompt they would change its last token (as where white space "
+    "ends it), or it is given as token ids; they may begin with another token than the model's own",
+    Remark.UNLIKE: "Both runs get the tokens that follow the prompt",
+    Remark.QUOTED: "What the prompt says is never read as a control token",
+    Remark.CONTROL: "They are used as they stand",
+    Remark.THINKS: "The first token of an answer is not the first that the model generates; "
+    'template_args, mostly {"enable_thinking": false}, has it answer at once',
 }
 
 
@@ -121,6 +119,11 @@ class Encoder:
             )
         elif template_args:
             raise InputError("template_args: there is no tokenizer, whose template would read them")
+
+    @property
+    def has_template(self) -> bool:
+        """Whether there is a tokenizer with a chat template."""
+        return self.tokenizer is not None and bool(self.tokenizer.chat_template)
 
     def prompt(self, value, name: str, where: str) -> Written:
         """A prompt, of text or of chat messages.
@@ -183,7 +186,7 @@ class Encoder:
         self._check_tokenizer(name, ANSWERS[name], where)
         if not isinstance(text, str):
             raise DataError(f"{where}: '{name}' must be text")
-        return self._following(text, name, where, after)
+        return self._noted(text, name, where, after)
 
     def both_answers(
         self, texts: Mapping[str, Any], where: str, prompt: Written, counterfactual: Written
@@ -199,23 +202,26 @@ class Encoder:
         found = {}
         for name, text in texts.items():
             found[name] = self.answer(text, name, where, prompt)
-            if None not in (prompt.text, counterfactual.text):
-                other = self._joined(text, where, counterfactual)
-                if other is not None and other != found[name]:
-                    self._note(Remark.UNLIKE, where, name)
+            other = self.following(text, counterfactual, where)
+            if prompt.text is not None and other not in (None, found[name]):
+                self._note(Remark.UNLIKE, where, name)
         return found
 
-    def _following(self, text: str, name: str, where: str, after: Written) -> tuple[int, ...]:
-        joined = None if after.text is None else self._joined(text, where, after)
+    def _noted(self, text: str, name: str, where: str, after: Written) -> tuple[int, ...]:
+        """Tokens of an answer; see `answer`."""
+        joined = self.following(text, after, where)
         if joined is None:
             self._note(Remark.ALONE, where, name)
             return self._text.ids(text, where)
         return joined
 
-    def _joined(self, text: str, where: str, after: Written) -> tuple[int, ...] | None:
-        """What a text adds to the tokens of its prompt; None if it changes these."""
+    def following(self, text: str, after: Written, where: str) -> tuple[int, ...] | None:
+        """What a text adds to the tokens of its prompt; None if it changes these, or only they are
+        known."""
+        if after.text is None:
+            return None
         lead = "" if not text or text[0].isspace() else after.gap
-        before = self._text.ids(after.text or "", where)
+        before = self._text.ids(after.text, where)
         both = self._text.ids(f"{after.text}{lead}{text}", where)
         return both[len(before) :] if both[: len(before)] == before else None
 
@@ -252,7 +258,7 @@ class Encoder:
             )
         firsts = set()
         for prompt in prompts:
-            tokens = self._following(text, "", where, prompt)
+            tokens = self._noted(text, "", where, prompt)
             if not tokens:
                 raise InputError(f"{where}: '{text}' has no tokens")
             firsts.add(tokens[0])
@@ -309,7 +315,10 @@ class Encoder:
             if places := self._places.get(remark):
                 place, example = next(iter(places.items()))
                 shown = f" ({example!r})" if example else ""
-                lines.append(f"{len(places)} {_TOLD[remark]}; the first is {place}{shown}")
+                what = remark[0].upper() + remark[1:]
+                lines.append(
+                    f"{what}: {len(places)}, the first at {place}{shown}. {_TOLD[remark]}"
+                )
         return lines
 
     def _check_tokenizer(self, text_name: str, ids_name: str, where: str) -> None:

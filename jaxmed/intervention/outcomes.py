@@ -92,6 +92,7 @@ class ClampOutcome:
         run: `run.json`.
         folder: where all this was written.
         cuts: responses that a judge read only the beginning of.
+        only_think: responses that ended within their thoughts, and so say nothing.
     """
 
     table: pa.Table
@@ -101,6 +102,7 @@ class ClampOutcome:
     run: dict
     folder: pathlib.Path
     cuts: int
+    only_think: int
 
     def row(self, condition: str, label: str, measure: str) -> dict | None:
         """A row of the table; None where there is none."""

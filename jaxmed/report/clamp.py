@@ -157,6 +157,14 @@ class CutResponses:
 
 
 @dataclasses.dataclass(frozen=True)
+class OnlyThoughts:
+    """So many responses ended before they came to an answer."""
+
+    sentence: ClassVar[str] = "only_thoughts"
+    number: int
+
+
+@dataclasses.dataclass(frozen=True)
 class NoRandomUnits:
     """There is nothing to compare with, though it may have been asked for."""
 
@@ -364,6 +372,8 @@ def answers(found: ClampOutcome) -> list:
     verdicts += _on_benign_text(table) + _responses_changed(table)
     if found.cuts:
         verdicts.append(CutResponses(found.cuts))
+    if found.only_think:
+        verdicts.append(OnlyThoughts(found.only_think))
     if not table.draws:
         verdicts.append(NoRandomUnits(asked=bool(found.run["random"])))
     return verdicts

@@ -13,6 +13,7 @@ from jaxmed.behaviour.judges.rules import RefusalPhrases
 from jaxmed.behaviour.responses import PLAIN, Asked, Condition, response_log, verdict_log
 from jaxmed.behaviour.sampling import Sampling
 from jaxmed.data.prompts import Prompt
+from jaxmed.data.tokens import Encoder
 from jaxmed.engine import memory
 from models.errors import InputError
 from tests import tiny, words
@@ -21,7 +22,7 @@ from tests import tiny, words
 @pytest.fixture(scope="module")
 def model():
     decoder = tiny.decoder(num_layers=2, hidden_size=16, vocab_size=len(words.WORDS))
-    return AnsweringModel(pathlib.Path("model"), decoder, words.tokenizer(), frozenset({3}))
+    return AnsweringModel(pathlib.Path("model"), decoder, Encoder(words.tokenizer()), frozenset({3}))
 
 
 def asked(*texts):

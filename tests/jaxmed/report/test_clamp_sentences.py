@@ -39,6 +39,7 @@ SAID = [
         for measure in ("repetition", "unfinished")
     ),
     *(clamp.CutResponses(number) for number in (1, 3000)),
+    *(clamp.OnlyThoughts(number) for number in (1, 3000)),
     *(clamp.NoRandomUnits(asked) for asked in (True, False)),
     *(clamp.Likeness(2, 5, contrast, *MEDIANS) for contrast in ("complied", "harmful")),
     clamp.Likeness(1, 1, "complied", *MEDIANS),

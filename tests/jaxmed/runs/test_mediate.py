@@ -367,7 +367,7 @@ def test_a_finished_run_is_not_computed_again(asked, copied, scans, finished, tm
         ("metric", "response_logprob_diff"),
         ("group_size", 3),
         ("granularity", ("layer",)),
-        ("harmful_tokens", ("1",)),
+        ("harmful_tokens", ("id:1",)),
         ("dtype", "bfloat16"),
         ("matmul_precision", "bfloat16"),
     ],
@@ -851,14 +851,14 @@ def test_text_and_its_token_ids_give_the_same_effects(text_model, tmp_path, caps
 def test_first_tokens_may_be_given_as_ids_or_as_words(text_model, tmp_path):
     pairs = write(tmp_path / "pairs.jsonl", TEXT_PAIR)
     found = []
-    for name, harmful in (("ids", ("13", "8")), ("words", ("yes it", "to", "yes"))):
+    for name, harmful in (("ids", ("id:13", "id:8")), ("words", ("yes it", "to", "yes"))):
         settings = MediateSettings(
             str(text_model),
             str(pairs),
             str(tmp_path / name),
             ("layer",),
             harmful_tokens=harmful,
-            safe_tokens=("14",),
+            safe_tokens=("id:14",),
         )
         found.append(mediate.run(settings))
     assert_same_arrays(found[1].folder, found[0].folder)
@@ -866,5 +866,5 @@ def test_first_tokens_may_be_given_as_ids_or_as_words(text_model, tmp_path):
 
 def test_first_tokens_as_words_need_a_tokenizer(asked, tmp_path):
     with pytest.raises(InputError, match="--safe_tokens=no: the checkpoint has no tokenizer"):
-        mediate.run(to(asked, tmp_path, harmful_tokens=("1",), safe_tokens=("no",)))
+        mediate.run(to(asked, tmp_path, harmful_tokens=("id:1",), safe_tokens=("no",)))
     assert not (tmp_path / "out").exists()

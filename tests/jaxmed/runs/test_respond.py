@@ -15,6 +15,7 @@ from jaxmed.behaviour.judges.protocol import Verdict
 from jaxmed.behaviour.responses import Key, Response
 from jaxmed.data import pairs as pairs_lib
 from jaxmed.data import splits as splits_lib
+from jaxmed.data.tokens import Encoder
 from jaxmed.question import metrics
 from jaxmed.question import question as question_lib
 from jaxmed.question.positions import Align, Positions
@@ -33,8 +34,8 @@ END = words.IDS["[END]"]
 COMPLY, REFUSE = range(4, 10), range(10, VOCABULARY)
 JUDGED = {
     "judge": ("tokens",),
-    "comply_tokens": tuple(map(str, COMPLY)),
-    "refuse_tokens": tuple(map(str, REFUSE)),
+    "comply_tokens": tuple(f"id:{token}" for token in COMPLY),
+    "refuse_tokens": tuple(f"id:{token}" for token in REFUSE),
 }
 SAMPLED = {"samples": 6, "temperature": 1.0, "max_tokens": 5}
 HARMFUL = [
@@ -239,11 +240,12 @@ def test_chat_is_told_to_mediate(run, folders):
 
 
 def test_text_that_loses_tokens_is_written_as_tokens(tmp_path):
-    tokenizer, field = words.tokenizer(), "safe_response"
+    encoder, field = Encoder(words.tokenizer()), "safe_response"
+    after = encoder.prompt("tell me ", "prompt", "file")
     kept = Response(words.ids("no why"), "no why", True)
     lost = Response(words.ids("[BOS] no"), "no", True)
-    assert answers_of.answer_field(field, kept, tokenizer) == {field: "no why"}
-    assert answers_of.answer_field(field, lost, tokenizer) == {"safe_ids": lost.tokens}
+    assert answers_of.answer_field(field, kept, after, encoder) == {field: "no why"}
+    assert answers_of.answer_field(field, lost, after, encoder) == {"safe_ids": lost.tokens}
 
 
 # Which responses count.
