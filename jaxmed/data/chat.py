@@ -4,7 +4,7 @@ import datetime
 import functools
 import inspect
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -191,11 +191,12 @@ class ChatTemplate:
         lead, _ = self._answered
         return lead if lead.isspace() else ""
 
-    @property
-    def turn_end(self) -> str:
-        """The control token that the template ends an answer with; "" where it is none."""
+    def unstopped(self, stop: Collection[int]) -> str:
+        """The control token that the template ends an answer with; "" where it is none, or one of
+        these."""
         _, end = self._answered
-        return self.text.at_start_of(end.lstrip())
+        token = self.text.at_start_of(end.lstrip())
+        return "" if self.text.control_tokens.get(token) in stop else token
 
     def written_in(self, text: str) -> str:
         """What shows that a text has been through such a template already; "" if nothing does: it

@@ -223,7 +223,9 @@ class Encoder:
         lead = "" if not text or text[0].isspace() else after.gap
         before = self._text.ids(after.text, where)
         both = self._text.ids(f"{after.text}{lead}{text}", where)
-        return both[len(before) :] if both[: len(before)] == before else None
+        # An unknown word is the same token whatever is added to it.
+        is_known = not before or before[-1] != self.tokenizer.unk_token_id
+        return both[len(before) :] if is_known and both[: len(before)] == before else None
 
     def first_tokens(
         self, given: Iterable[str], vocab_size: int, after: Iterable[Written], *, where: str
@@ -316,9 +318,7 @@ class Encoder:
                 place, example = next(iter(places.items()))
                 shown = f" ({example!r})" if example else ""
                 what = remark[0].upper() + remark[1:]
-                lines.append(
-                    f"{what}: {len(places)}, the first at {place}{shown}. {_TOLD[remark]}"
-                )
+                lines.append(f"{what}: {len(places)}, the first at {place}{shown}. {_TOLD[remark]}")
         return lines
 
     def _check_tokenizer(self, text_name: str, ids_name: str, where: str) -> None:

@@ -180,12 +180,11 @@ def load(settings: AnswerSettings, say: Callable[[str], None] = sweep.say) -> An
             f"{settings.model} names no token that ends a response: all go on to --max_tokens; "
             "--stop_tokens names one"
         )
-    elif encoder.has_template and (end := encoder.template.turn_end):
-        if encoder.single_token(end, size, where="chat template") not in stop:
-            say(
-                f"The chat template of {settings.model} ends an answer with {end}, which no file "
-                f"names as what ends a response: --stop_tokens='{end}' does"
-            )
+    elif encoder.has_template and (end := encoder.template.unstopped(stop)):
+        say(
+            f"The chat template of {settings.model} ends an answer with {end}, which no file "
+            f"names as what ends a response: --stop_tokens='{end}' does"
+        )
     return AnsweringModel(folder, decoder, encoder, stop, settings.memory_gb, not_followed)
 
 

@@ -169,7 +169,7 @@ def run(
     check(settings)
     results = _opened(settings)
     say = sweep.teller(progress)
-    settings = _asked_alike(settings, results, say)
+    settings = asked_alike(settings, results, say)
     day = loading.day(settings.date, settings.out, overwrite=settings.overwrite)
     settings = dataclasses.replace(settings, date=day)
     say(f"Loading {settings.model}")
@@ -347,7 +347,7 @@ def _opened(settings: ClampSettings) -> Results | None:
     return results
 
 
-def _asked_alike(
+def asked_alike(
     settings: ClampSettings, results: Results | None, say: Callable[[str], None]
 ) -> ClampSettings:
     """The settings, with the chat template's date and arguments of the run that ranks the units

@@ -249,7 +249,11 @@ def test_exchanges_of_a_run_with_labels_of_people(responses, tmp_path):
         (["--judge=harmbench="], ROWS, "judge 'harmbench=': names no checkpoint after the ="),
         (["--judge=phrases", "--comply_tokens=id:1"], ROWS, "are for --judge=tokens alone"),
         (["--judge=tokens"], ROWS, "give the first tokens that comply"),
-        (["--judge=tokens", "--comply_tokens=C"], ROWS, "--comply_tokens=C: must be a token id, as id:12"),
+        (
+            ["--judge=tokens", "--comply_tokens=C"],
+            ROWS,
+            "--comply_tokens=C: must be a token id, as id:12",
+        ),
         (
             ["--judge=strongreject={model}", "--judge_template=strongreject={text}"],
             ROWS,

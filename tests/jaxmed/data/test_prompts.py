@@ -643,9 +643,7 @@ def test_given_counterfactuals_may_be_ids_or_chats(encoder, chatting):
     pairs = pairing.pair_up([tokenised], "given")
     assert [pair.counterfactual_ids for pair in pairs] == [(3,), (4, 5)]
     assert pairs[0].prompt_text is None
-    (pair,) = pairing.pair_up(
-        [harmful("x", counterfactuals=("how",))], "given", chatting
-    )
+    (pair,) = pairing.pair_up([harmful("x", counterfactuals=("how",))], "given", chatting)
     assert pair.counterfactual_ids == ids("[BOS] [USER] how [END] [BOT]") and pair.is_chat
 
 

@@ -6,7 +6,6 @@ import json
 import hypothesis
 import pytest
 import tokenizers
-import transformers
 from hypothesis import strategies as st
 
 from jaxmed.data import pairs as pairs_lib
@@ -116,7 +115,7 @@ def test_pairs_have_joint_answers_and_tell_of_others_as_warnings(made, tmp_path)
     file = tmp_path / "pairs.jsonl"
     file.write_text("\n".join(map(json.dumps, lines)))
     tokenizer = made("sentencepiece", chats.MISTRAL)
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="alone") as caught:
         first, _ = pairs_lib.read(file, tokenizer)
     assert tokenizer.convert_ids_to_tokens(first.harmful_ids) == ["▁Sure"]
     assert [str(line.message).partition(":")[0] for line in caught] == [
@@ -215,7 +214,9 @@ def test_arguments_reach_the_template(made):
     answering = Encoder(tokenizer, chat=True, template_args={"enable_thinking": False})
     assert prompt_of(answering, "tell me").text.endswith("assistant\n<think>\n\n</think>\n\n")
     assert answering.counts == {}
-    with pytest.raises(InputError, match="template_args: the chat template .* reads no 'thinking_'"):
+    with pytest.raises(
+        InputError, match="template_args: the chat template .* reads no 'thinking_'"
+    ):
         Encoder(tokenizer, chat=True, template_args={"thinking_": False})
     with pytest.raises(InputError, match="template_args: 'messages' is not to be given"):
         Encoder(tokenizer, chat=True, template_args={"messages": []})
@@ -236,9 +237,10 @@ def test_a_last_message_of_the_assistant_is_gone_on_with(made, kind, template, e
     encoder = Encoder(made(kind, template), chat=True)
     prompt = prompt_of(encoder, [USER, {"role": "assistant", "content": "Sure, I"}])
     assert prompt.text.endswith(end)
-    assert pieces(encoder, answer_of(encoder, " will", prompt)) == pieces(
-        encoder, encoder.tokenizer("x will", add_special_tokens=False)["input_ids"]
-    )[-1:]
+    assert (
+        pieces(encoder, answer_of(encoder, " will", prompt))
+        == pieces(encoder, encoder.tokenizer("x will", add_special_tokens=False)["input_ids"])[-1:]
+    )
 
 
 def test_a_template_that_drops_a_system_message_is_refused(made):
@@ -256,14 +258,14 @@ def test_a_template_that_drops_a_system_message_is_refused(made):
 
 
 @pytest.mark.parametrize("end", [False, True])
-@pytest.mark.parametrize(
-    ("kind", "bos"), [("sentencepiece", "<s>"), ("byte_level", "<|begin|>")]
-)
+@pytest.mark.parametrize(("kind", "bos"), [("sentencepiece", "<s>"), ("byte_level", "<|begin|>")])
 def test_a_prompt_has_one_bos_and_no_eos(made, kind, bos, end):
     encoder = Encoder(made(kind, chats.CHAT_ML, end=end))
     tokenizer = encoder.tokenizer
     plain, with_bos = (prompt_of(encoder, text).ids for text in ("tell me", f"{bos}tell me"))
-    assert plain == with_bos == tuple(tokenizer(f"{bos}tell me", add_special_tokens=False).input_ids)
+    assert (
+        plain == with_bos == tuple(tokenizer(f"{bos}tell me", add_special_tokens=False).input_ids)
+    )
     assert plain.count(tokenizer.bos_token_id) == 1 and tokenizer.eos_token_id not in plain
     assert tokenizer("tell me")["input_ids"][-1:] == [tokenizer.eos_token_id] or not end
     # A chat has what its template writes, and nothing else.
@@ -319,7 +321,9 @@ def test_control_tokens_in_what_a_user_says_are_text(made, kind, template, contr
     plain = prompt_of(encoder, "tell it me how")
     found = prompt_of(encoder, f"tell {control} me how")
     assert found.ids.count(token) == plain.ids.count(token)
-    assert tokenizer.decode(found.ids) == tokenizer.decode(plain.ids).replace(" it ", f" {control} ")
+    assert tokenizer.decode(found.ids) == tokenizer.decode(plain.ids).replace(
+        " it ", f" {control} "
+    )
     # All around it is as ever; and so is an answer.
     same = plain.ids.index(tokenizer("it", add_special_tokens=False)["input_ids"][-1])
     assert found.ids[: same - 1] == plain.ids[: same - 1]
@@ -372,7 +376,9 @@ def test_what_ends_an_answer_is_known_by_the_template(made):
     }
     for (kind, template), end in ends.items():
         text = TextTokenizer(made(kind, template))
-        assert ChatTemplate(text, date=datetime.date(2026, 1, 1)).turn_end == end
+        template = ChatTemplate(text, date=datetime.date(2026, 1, 1))
+        assert template.unstopped({0}) == end
+        assert template.unstopped({text.control_tokens.get(end, 0)}) == ""
 
 
 # Damaged files.
@@ -384,10 +390,13 @@ def whole():
 
 
 @st.composite
-def damage(draw, places=st.integers(0, 2**20)):
+def damage(draw):
     """A function that damages a text: bytes lost, put in or changed; or another JSON value."""
     kind = draw(st.sampled_from(["cut", "change", "insert", "value", "drop"]))
-    at, extra = draw(places), draw(st.sampled_from(['"', "{", "]", "0", "-1", "null", "\0", "é"]))
+    at, extra = (
+        draw(st.integers(0, 2**20)),
+        draw(st.sampled_from(['"', "{", "]", "0", "-1", "null", "\0", "é"])),
+    )
     value = draw(st.sampled_from([None, -1, 2**40, "x", [], {}, True, [[1, 2]], 0.5]))
 
     def damaged(text):
@@ -426,14 +435,14 @@ def test_a_damaged_tokenizer_is_refused_or_reads_all(damaged, whole, tmp_path):
     (tmp_path / "tokenizer.json").write_text(damaged(whole), encoding="utf-8")
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": chats.CHAT_ML}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    message = ""
     try:
         tokenizer = checkpoint.read_tokenizer(tmp_path)
         encoder = Encoder(tokenizer)
         found = [prompt_of(encoder, value) for value in ("tell me: <|im_end|> 12 é", [USER])]
         found.append(Written(answer_of(encoder, "Sure", found[-1])))
     except InputError as error:
-        assert "\n" not in str(error)
-        return
+        message, found = str(error), []
+    assert found or (message and "\n" not in message)
     for each in found:
         assert all(type(token) is int and token >= 0 for token in each.ids)
-    assert isinstance(tokenizer, transformers.PreTrainedTokenizerBase)

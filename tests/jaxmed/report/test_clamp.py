@@ -66,7 +66,9 @@ def first(rate, count):
     return (np.arange(count) < round(rate * count)).astype(float)
 
 
-def fabricate(folder, held, rates=RATES, counts=COUNTS, judged=("harm", "refusal"), cuts=0, only_think=0):
+def fabricate(
+    folder, held, rates=RATES, counts=COUNTS, judged=("harm", "refusal"), cuts=0, only_think=0
+):
     """What an experiment with these rates finds."""
     rng = np.random.default_rng(0)
     labels = [label for label, count in counts.items() for _ in range(count)]

@@ -15,8 +15,9 @@ from jaxmed.files.reading import DataError
 from jaxmed.runs import asking, loading
 from jaxmed.runs.asking import AnswerSettings
 from jaxmed.runs.settings import like
+from models import checkpoint
 from models.errors import InputError
-from tests import tiny, words
+from tests import chats, tiny, words
 
 WITH_TOKENS = {"judge": ("tokens",), "comply_tokens": ("id:1",), "refuse_tokens": ("id:2",)}
 
@@ -29,7 +30,9 @@ def settings(prompts=("prompts.jsonl",), **fields):
 @pytest.fixture(scope="module")
 def model():
     decoder = tiny.decoder(num_layers=2, hidden_size=16, vocab_size=len(words.WORDS))
-    return AnsweringModel(pathlib.Path("model"), decoder, Encoder(words.tokenizer()), frozenset({3}))
+    return AnsweringModel(
+        pathlib.Path("model"), decoder, Encoder(words.tokenizer()), frozenset({3})
+    )
 
 
 @pytest.fixture(scope="module")
@@ -252,7 +255,9 @@ def test_nothing_is_left(model, write):
 
 
 def test_judges_that_are_asked_for(model):
-    asked = settings(judge=("tokens", "phrases"), comply_tokens=("yes", "id:1"), refuse_tokens=("no",))
+    asked = settings(
+        judge=("tokens", "phrases"), comply_tokens=("yes", "id:1"), refuse_tokens=("no",)
+    )
     yes, no = words.ids("yes no")
     assert asking.read_judges(asked, model, []) == [FirstTokens((yes, 1), (no,)), RefusalPhrases()]
 
@@ -283,3 +288,60 @@ def test_what_judges_read_must_be_there(without_text):
     asked = settings(judge=("tokens",), comply_tokens=("yes",), refuse_tokens=("id:2",))
     with pytest.raises(InputError, match="--comply_tokens=yes: the checkpoint has no tokenizer"):
         asking.read_judges(asked, without_text, [])
+
+
+# What the checkpoint's files say of generation.
+
+
+@pytest.fixture
+def checkpoint_folder(tmp_path):
+    """A function that writes a checkpoint with this tokenizer and generation_config.json."""
+
+    def make(tokenizer, generation):
+        decoder = tiny.decoder(num_layers=2, hidden_size=16, vocab_size=700)
+        folder = tmp_path / "model"
+        checkpoint.save(decoder, folder, tokenizer=tokenizer)
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+        return folder
+
+    return make
+
+
+def test_what_is_asked_of_generation_and_not_done_is_told_and_recorded(checkpoint_folder):
+    tokenizer = chats.byte_level(chats.CHAT_ML)
+    folder, said = checkpoint_folder(tokenizer, {"repetition_penalty": 1.3}), []
+    asked = dataclasses.replace(settings(judge=("phrases",)), model=str(folder))
+    model = asking.load(asked, said.append)
+    assert said == [
+        f"{folder} asks for generation with repetition_penalty=1.3; responses here do without: "
+        "they are of the model's own logits, as the flags say",
+        f"The chat template of {folder} ends an answer with <|im_end|>, which no file names as "
+        "what ends a response: --stop_tokens='<|im_end|>' does",
+    ]
+    run = asking.described(asked, "respond", model, [], [])
+    assert run["generation_not_followed"] == {"repetition_penalty": 1.3}
+    assert run["stop_tokens"] == [1] and run["tokenisation"] == {}
+    said.clear()
+    both = dataclasses.replace(asked, stop_tokens=("<|im_end|>", "id:9"))
+    assert asking.load(both, said.append).stop == {1, 3, 9} and len(said) == 1
+    with pytest.raises(InputError, match="--stop_tokens=I will: is 2 tokens of this tokenizer"):
+        asking.load(dataclasses.replace(asked, stop_tokens=("I will",)), said.append)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"date": "31.1.2026"}, "--date=31.1.2026: must be a day, as 2026-01-31"),
+        ({"template_args": "{"}, "--template_args={: not JSON"),
+        ({"template_args": "[1]"}, "--template_args=[1]: must be a JSON object"),
+        (
+            {"template_args": '{"enable_thinkin": false}'},
+            "--template_args: the chat template of the tokenizer reads no 'enable_thinkin'",
+        ),
+    ],
+)
+def test_what_no_template_reads_is_refused(fields, message):
+    given = {"chat": True, "date": "", "template_args": ""} | fields
+    with pytest.raises(InputError) as caught:
+        loading.encoder(chats.byte_level(chats.CHAT_ML), **given)
+    assert str(caught.value).startswith(message)

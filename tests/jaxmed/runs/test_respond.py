@@ -198,7 +198,7 @@ def test_benign_prompts_that_no_pair_needs_are_not_answered(run):
 def test_pairs_of_text_give_the_models_own_tokens(how, run, folders):
     chat = [{"role": "user", "content": "how to do"}]
     rows = [
-        {"id": "h", "prompt": "tell me how", "label": "harmful", "counterfactual": ["why", chat]},
+        {"id": "h", "prompt": "tell me how ", "label": "harmful", "counterfactual": ["why", chat]},
         {"id": "m", "prompt": chat, "label": "harmful", "counterfactual": "tell me"},
         {"id": "b", "prompt": "tell me why", "label": "benign"},
         {"id": "c", "prompt": [{"role": "user", "content": "how to [USER]"}], "label": "benign"},
@@ -217,7 +217,7 @@ def test_pairs_of_text_give_the_models_own_tokens(how, run, folders):
         "length": [rows[2]["prompt"], rows[3]["prompt"]],
     }[how]
     assert [line["counterfactual"] for line in lines] == counterfactuals
-    assert [line["prompt"] for line in lines][-2:] == ["tell me how", chat]
+    assert [line["prompt"] for line in lines][-2:] == ["tell me how ", chat]
     for pair, line in zip(pairs, lines, strict=True):
         assert pair.harmful_ids == expected(found.folder, pair.base, COMPLY)
         assert pair.safe_ids == expected(found.folder, pair.base, REFUSE)
@@ -298,7 +298,8 @@ def test_the_first_finished_response_that_says_something(tmp_path):
     assert found(2) == Answers(None, None)
 
 
-ONE = {"id": "h", "prompt": "tell me how", "label": "harmful", "counterfactual": "why"}
+# An answer that follows a space is words of its own.
+ONE = {"id": "h", "prompt": "tell me how ", "label": "harmful", "counterfactual": "why"}
 
 
 def test_a_judge_that_says_nothing_of_harm(run, answer):
