@@ -42,7 +42,11 @@ class TextTokenizer:
     @functools.cached_property
     def _pattern(self) -> re.Pattern:
         longest_first = sorted(self.control_tokens, key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        if not longest_first:
+            return re.compile("(?!)")
+        # Of some thousand tokens (Gemma 3) none is tried where no first character of one stands.
+        starts = "".join(sorted({re.escape(token[0]) for token in longest_first}))
+        return re.compile(f"(?=[{starts}])(?:{'|'.join(map(re.escape, longest_first))})")
 
     def first_in(self, text: str) -> str:
         """The first control token in a text; "" if it has none."""

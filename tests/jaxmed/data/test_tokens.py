@@ -393,10 +393,8 @@ def whole():
 def damage(draw):
     """A function that damages a text: bytes lost, put in or changed; or another JSON value."""
     kind = draw(st.sampled_from(["cut", "change", "insert", "value", "drop"]))
-    at, extra = (
-        draw(st.integers(0, 2**20)),
-        draw(st.sampled_from(['"', "{", "]", "0", "-1", "null", "\0", "é"])),
-    )
+    at = draw(st.integers(0, 2**20))
+    extra = draw(st.sampled_from(['"', "{", "]", "0", "-1", "null", "\0", "é"]))
     value = draw(st.sampled_from([None, -1, 2**40, "x", [], {}, True, [[1, 2]], 0.5]))
 
     def damaged(text):
