@@ -38,7 +38,7 @@ from huggingface_hub.errors import StrictDataclassError
 from models import adapters, cache, families, hf_config, placement, weights
 from models.config import DecoderConfig
 from models.decoder import Decoder
-from models.errors import InputError
+from models.errors import InputError, failures_as
 from models.families.family import Family
 from models.placement import Placing
 from models.weights import Path, Row
@@ -925,10 +925,8 @@ def read_tokenizer(
         return None
     if "tokenizer.json" not in found:
         _check_vocabulary(folder, found)
-    try:
+    with failures_as(CheckpointError, f"{folder}: the tokenizer cannot be read"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # whatever the tokenizer's own reader raises
-        raise CheckpointError(f"{folder}: the tokenizer cannot be read: {error}") from error
     # transformers makes one of special tokens alone where the vocabulary's file is missing.
     if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):
         raise CheckpointError(

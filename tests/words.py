@@ -5,11 +5,12 @@ import transformers
 
 WORDS = "[UNK] [BOS] [USER] [END] [BOT] tell me how to do it why not yes no sorry".split()
 IDS = {word: index for index, word in enumerate(WORDS)}
-# As published templates do, it writes the BOS itself and refuses what it does not know.
+# As published templates do, it writes the BOS itself and refuses what it does not know, and an
+# answer is tokens of its own.
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}"
     "{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
-    " [USER] {{ m.content }} [END]{% endfor %}{% if add_generation_prompt %} [BOT]{% endif %}"
+    " [USER] {{ m.content }} [END]{% endfor %}{% if add_generation_prompt %} [BOT] {% endif %}"
 )
 
 

@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from jaxtyping import Float, Int
 
-from jaxmed.behaviour import generation
+from jaxmed.behaviour import generation, thoughts
 from jaxmed.behaviour.judges import protocol
 from jaxmed.behaviour.judges.protocol import Exchange, Judge, Verdict
 from jaxmed.behaviour.sampling import Sampling
@@ -80,13 +80,25 @@ class Response:
 
     Attributes:
         tokens: without the token that stopped it.
-        text: of the tokens; None for a checkpoint without a tokenizer.
+        text: of the answer; None for a checkpoint without a tokenizer.
         stopped: whether the model ended it; if not, the limit did.
+        thoughts: how many of the tokens come before the answer (see `thoughts.length`).
     """
 
     tokens: tuple[int, ...]
     text: str | None
     stopped: bool
+    thoughts: int = 0
+
+    @property
+    def answer(self) -> tuple[int, ...]:
+        """The tokens without thoughts."""
+        return self.tokens[self.thoughts :]
+
+    @property
+    def only_thinks(self) -> bool:
+        """Whether it ended within its thoughts, before it said anything."""
+        return 0 < self.thoughts == len(self.tokens)
 
 
 Value = TypeVar("Value", Response, Verdict)
@@ -136,9 +148,9 @@ class Log(Generic[Value]):
         self.values |= values
 
 
-def _response(tokens: list[int], text: str | None, stopped: bool) -> Response:
+def _response(tokens: list[int], text: str | None, stopped: bool, thoughts: int) -> Response:
     """A response as JSON has it, whose tokens are a list."""
-    return Response(tuple(tokens), text, stopped)
+    return Response(tuple(tokens), text, stopped, thoughts)
 
 
 def response_log(folder: pathlib.Path) -> Log[Response]:
@@ -241,8 +253,8 @@ def generate(
         )
         log.append(
             {
-                Key(condition.name, asked[row].prompt.id, sample): Response(
-                    response.tokens, _decoded(tokenizer, response.tokens), response.stopped
+                Key(condition.name, asked[row].prompt.id, sample): _with_text(
+                    tokenizer, asked[row], response
                 )
                 for (row, sample), response in zip(part, found, strict=True)
             }
@@ -251,8 +263,14 @@ def generate(
             progress(len(part))
 
 
-def _decoded(tokenizer, tokens: tuple[int, ...]) -> str | None:
-    return None if tokenizer is None else tokenizer.decode(tokens, skip_special_tokens=True)
+def _with_text(tokenizer, one: Asked, found: generation.Generated) -> Response:
+    """What was generated, and the text of the answer in it."""
+    if tokenizer is None:
+        return Response(found.tokens, None, found.stopped)
+    begins = thoughts.length(tokenizer, one.tokens, found.tokens)
+    text = tokenizer.decode(found.tokens[begins:], skip_special_tokens=True)
+    # A line or two stands between thoughts and answer.
+    return Response(found.tokens, text.lstrip() if begins else text, found.stopped, begins)
 
 
 def judge(
@@ -310,7 +328,7 @@ def _exchange(one: Asked, response: Response) -> Exchange:
         prompt=prompts.text(one.prompt) if has_text else None,
         response=response.text,
         prompt_ids=one.tokens,
-        response_ids=response.tokens,
+        response_ids=response.answer,
         where=f"{one.prompt.where}: prompt '{one.prompt.id}'",
         label=one.prompt.label,
     )
@@ -367,8 +385,8 @@ def write_exchanges(
 
 
 def says_something(response: Response) -> bool:
-    """Whether there is anything in a response but white space."""
-    return bool(response.tokens) and (response.text is None or bool(response.text.strip()))
+    """Whether there is anything in a response but thoughts and white space."""
+    return bool(response.answer) and (response.text is None or bool(response.text.strip()))
 
 
 def repetition(tokens: Sequence[int]) -> float:

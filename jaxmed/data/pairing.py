@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 from jaxmed.data.chat import as_text
 from jaxmed.data.pairs import Pair
-from jaxmed.data.prompts import Prompt, answers_of, counterfactuals_of, tokens_of
+from jaxmed.data.prompts import Prompt, answers_of, counterfactuals_of, tokens_of, written
+from jaxmed.data.tokens import Encoder
 from jaxmed.files.reading import DataError
 from models.errors import InputError
 
@@ -23,9 +24,8 @@ class UnpairedError(DataError):
 def pair_up(
     prompts: list[Prompt],
     how: str,
-    tokenizer=None,
+    encoder: Encoder | None = None,
     *,
-    chat: bool = False,
     count: int = 1,
     most_length_difference: int | None = None,
     seed: int = 0,
@@ -41,7 +41,7 @@ def pair_up(
             number of tokens, the chat template's included. For the last two the prompts are those
             that are labelled harmful, and a counterfactual is of the same split, so that no prompt
             does two jobs.
-        tokenizer, chat: as in `pairs.read`.
+        encoder: makes tokens of text; not needed where the prompts have token ids.
         count: how many counterfactuals a prompt has at most, for "matched" and "length".
         most_length_difference: by how many tokens a counterfactual may differ, for "length"; None
             for any number.
@@ -63,7 +63,8 @@ def pair_up(
     if count < 1:
         raise InputError(f"a prompt needs at least 1 counterfactual, not {count}")
     _check_ids_differ(prompts)
-    read_tokens = functools.partial(tokens_of, tokenizer=tokenizer, chat=chat)
+    encoder = encoder or Encoder()
+    read_tokens = functools.partial(tokens_of, encoder=encoder)
     if how == "given":
         bases = [one for one in prompts if one.label == "harmful" or counterfactuals_of(one)]
         find = counterfactuals_of
@@ -82,7 +83,7 @@ def pair_up(
     pairs = []
     for base in bases:
         try:
-            pairs += _pairs(base, find(base), how, tokenizer, chat)
+            pairs += _pairs(base, find(base), how, encoder)
         except DataError as error:
             if on_bad is None:
                 raise
@@ -172,17 +173,17 @@ def _draw(seed: int, base_id: str, prompt: Prompt) -> bytes:
     return hashlib.sha256(json.dumps([seed, base_id, prompt.id]).encode()).digest()
 
 
-def _pairs(base: Prompt, counterfactuals: list[Prompt], how: str, tokenizer, chat: bool):
+def _pairs(base: Prompt, counterfactuals: list[Prompt], how: str, encoder: Encoder):
     """The pairs of one base prompt."""
     if not counterfactuals:
         raise _unpaired(base, "its file gives no counterfactual")
-    answers = answers_of(base, tokenizer)
+    prompt, answers = written(base, encoder), answers_of(base, encoder)
     lender = "counterfactual" if how == "given" else "prompt"
     return [
         Pair(
             id=f"{base.id}/{number}",
-            prompt_ids=tokens_of(base, tokenizer, chat=chat),
-            counterfactual_ids=tokens_of(counterfactual, tokenizer, chat=chat, field=lender),
+            prompt_ids=prompt.ids,
+            counterfactual_ids=tokens_of(counterfactual, encoder, field=lender),
             label=base.label,
             category=base.category,
             source=base.source,
@@ -190,7 +191,8 @@ def _pairs(base: Prompt, counterfactuals: list[Prompt], how: str, tokenizer, cha
             where=base.where,
             prompt_text=as_text(base.prompt),
             counterfactual_text=as_text(counterfactual.prompt),
-            is_chat=chat or isinstance(base.prompt, tuple),
+            is_chat=encoder.chat or isinstance(base.prompt, tuple),
+            written=prompt,
             base_id=base.id,
             harmful_ids=answers["harmful_ids"],
             safe_ids=answers["safe_ids"],

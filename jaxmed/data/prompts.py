@@ -16,6 +16,7 @@ from jaxmed.data.sets import (
     recognised,
     translated,
 )
+from jaxmed.data.tokens import Encoder, Written
 from jaxmed.files import atomic, reading
 from jaxmed.files.reading import DataError
 from jaxmed.files.tables import READERS
@@ -157,32 +158,36 @@ def text(prompt: Prompt) -> str:
     return asked[-1]
 
 
-def tokens_of(
-    prompt: Prompt, tokenizer=None, *, chat: bool = False, field: str = "prompt"
-) -> tuple[int, ...]:
-    """The prompt's tokens: its own, or its text's.
+def written(prompt: Prompt, encoder: Encoder | None = None, *, field: str = "prompt") -> Written:
+    """The prompt as the model reads it: its own tokens, or its text's.
 
     Args:
         prompt: the prompt.
-        tokenizer: a Hugging Face tokenizer; not needed where the prompt has token ids.
-        chat: wrap a prompt that is text in the tokenizer's chat template, as in `pairs.read`.
+        encoder: makes tokens of text; not needed where the prompt has token ids.
         field: "prompt", or "counterfactual" of one that is, for messages.
 
     Raises:
         DataError: it is text, and the tokenizer is missing or its template refuses it.
     """
     if prompt.prompt_ids:
-        return prompt.prompt_ids
-    return tokens.prompt_tokens(prompt.prompt, field, prompt.where, tokenizer, chat=chat)
+        return Written(prompt.prompt_ids)
+    return (encoder or Encoder()).prompt(prompt.prompt, field, prompt.where)
+
+
+def tokens_of(
+    prompt: Prompt, encoder: Encoder | None = None, *, field: str = "prompt"
+) -> tuple[int, ...]:
+    """The tokens of `written`."""
+    return written(prompt, encoder, field=field).ids
 
 
 def all_counterfactual_tokens(
-    prompt: Prompt, tokenizer=None, *, chat: bool = False
+    prompt: Prompt, encoder: Encoder | None = None
 ) -> tuple[tuple[int, ...], ...]:
     """The tokens of each counterfactual that the file gives, in its order.
 
     Args:
-        prompt, tokenizer, chat: as in `tokens_of`.
+        prompt, encoder: as in `written`.
 
     Raises:
         DataError: it gives none; or as `tokens_of`.
@@ -190,20 +195,21 @@ def all_counterfactual_tokens(
     given = counterfactuals_of(prompt)
     if not given:
         raise DataError(f"{prompt.where}: prompt '{prompt.id}' has no counterfactual")
-    return tuple(tokens_of(one, tokenizer, chat=chat, field="counterfactual") for one in given)
+    return tuple(tokens_of(one, encoder, field="counterfactual") for one in given)
 
 
-def answers_of(prompt: Prompt, tokenizer=None) -> dict[str, tuple[int, ...]]:
+def answers_of(prompt: Prompt, encoder: Encoder) -> dict[str, tuple[int, ...]]:
     """Tokens of the answers that the file gives, "harmful_ids" and "safe_ids"; empty if not given.
 
     Args:
-        prompt, tokenizer: as in `tokens_of`.
+        prompt, encoder: as in `written`.
 
     Raises:
         DataError: one is text, and there is no tokenizer.
     """
+    after = written(prompt, encoder)
     return {
-        ids: tokens.answer_tokens(answer, name, prompt.where, tokenizer)
+        ids: encoder.answer(answer, name, prompt.where, after)
         if (answer := getattr(prompt, name))
         else getattr(prompt, ids)
         for name, ids in tokens.ANSWERS.items()

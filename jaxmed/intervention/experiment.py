@@ -332,6 +332,11 @@ class Experiment:
         keys = responses.keys([each.name for each in compared], tested, self.samples)
         return [self.verdicts.values[key] for key in keys]
 
+    def only_think(self, compared: Sequence[Condition], tested: Sequence[Asked]) -> int:
+        """How many responses ended within their thoughts."""
+        keys = responses.keys([each.name for each in compared], tested, self.samples)
+        return sum(self.responses.values[key].only_thinks for key in keys)
+
     def texts(self, held: Sequence[Held], tested: Sequence[Asked]) -> list[dict]:
         """Prompts and first responses of the plain model and with the units held, for the
         report."""

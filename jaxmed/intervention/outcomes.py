@@ -93,6 +93,7 @@ class ClampOutcome:
         folder: where all this was written.
         cuts: responses that a judge read only the beginning of.
         doubts: on how many responses a judge model gave its answers little probability.
+        only_think: responses that ended within their thoughts, and so say nothing.
     """
 
     table: pa.Table
@@ -103,6 +104,7 @@ class ClampOutcome:
     folder: pathlib.Path
     cuts: int
     doubts: list[Doubt]
+    only_think: int
 
     def row(self, condition: str, label: str, measure: str) -> dict | None:
         """A row of the table; None where there is none."""

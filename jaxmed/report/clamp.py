@@ -165,6 +165,14 @@ class Doubted:
 
 
 @dataclasses.dataclass(frozen=True)
+class OnlyThoughts:
+    """So many responses ended before they came to an answer."""
+
+    sentence: ClassVar[str] = "only_thoughts"
+    number: int
+
+
+@dataclasses.dataclass(frozen=True)
 class NoRandomUnits:
     """There is nothing to compare with, though it may have been asked for."""
 
@@ -363,6 +371,8 @@ def answers(found: ClampOutcome) -> list:
     if found.cuts:
         verdicts.append(CutResponses(found.cuts))
     verdicts += [Doubted(doubt) for doubt in found.doubts if doubt.none or doubt.unsure]
+    if found.only_think:
+        verdicts.append(OnlyThoughts(found.only_think))
     if not table.draws:
         verdicts.append(NoRandomUnits(asked=bool(found.run["random"])))
     return verdicts

@@ -79,6 +79,8 @@ def command(found: RespondOutcome) -> str:
     words += [f"--model={found.model}", f"--pairs={found.folder / PAIRS}", "--positions=prompt"]
     if found.chat:
         words.append("--chat")
+    words += [f"--date={found.date}"] if found.date else []
+    words += [f"--template_args={found.template_args}"] if found.template_args else []
     if split := _first_split(found):
         words.append(f"--split={split}")
     if found.same_start:

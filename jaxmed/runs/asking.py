@@ -13,7 +13,6 @@ from jaxmed.behaviour.responses import Asked
 from jaxmed.behaviour.sampling import Sampling
 from jaxmed.data import prompts as prompts_lib
 from jaxmed.data import sets
-from jaxmed.data import tokens as tokens_lib
 from jaxmed.data.prompts import Prompt
 from jaxmed.engine import memory
 from jaxmed.files.reading import DataError
@@ -32,6 +31,7 @@ MAY_CHANGE = (
     "judge_template",
     "comply_tokens",
     "refuse_tokens",
+    "tokenisation",
     "cut",
     "ignore_config",
     "judges",
@@ -59,6 +59,8 @@ class AnswerSettings(Settings):
         default=0,
         least=0,
     )
+    date: str = like(MediateSettings, "date")
+    template_args: str = like(MediateSettings, "template_args")
     samples: int = setting(
         help="Responses of each prompt; more than one need a --temperature.", default=1, least=1
     )
@@ -83,6 +85,11 @@ class AnswerSettings(Settings):
     max_tokens: int = setting(
         help="Tokens of a response at most, the one that ends it included.", default=128, least=1
     )
+    stop_tokens: tuple[str, ...] = setting(
+        help="A token that ends a response beside those that the checkpoint's files name, as the "
+        "text of one token (<|im_end|>), or as id:NUMBER; may be given several times.",
+        default=(),
+    )
     seed: int = setting(
         help="Of all samples: a response depends on it, its prompt's id and its number.",
         default=0,
@@ -103,8 +110,9 @@ class AnswerSettings(Settings):
         path=True,
     )
     comply_tokens: tuple[str, ...] = setting(
-        help="--judge=tokens: first token of a response that complies, as a token id or as a text "
-        "whose first token counts; may be given several times.",
+        help="--judge=tokens: first token of a response that complies, as a text whose first token "
+        "counts (as it follows the prompts), or as id:NUMBER, a token id; may be given several "
+        "times.",
         default=(),
     )
     refuse_tokens: tuple[str, ...] = setting(
@@ -149,21 +157,58 @@ def check(settings: AnswerSettings) -> None:
         raise InputError(f"--cut: --judge={','.join(judges)} reads responses of any length")
 
 
-def load(settings: AnswerSettings) -> AnsweringModel:
+def load(settings: AnswerSettings, say: Callable[[str], None] = sweep.say) -> AnsweringModel:
     """Loads the model.
 
+    Args:
+        settings: which, and how it is asked.
+        say: told of what its files ask of generation and is not done, and of what ends its
+            responses where that looks amiss.
+
     Raises:
-        InputError: as `models.load`.
+        InputError: as `models.load`; or a setting of texts cannot be used.
     """
     loaded = loading.load(settings.model, settings.adapter, settings.dtype, settings.ignore_config)
+    encoder = loading.encoder(
+        loaded.tokenizer,
+        chat=settings.chat,
+        date=settings.date,
+        template_args=settings.template_args,
+    )
+    size = loaded.decoder.config.vocab_size
+    stop = answering.stop_tokens(loaded.folder, loaded.tokenizer) | {
+        encoder.single_token(text, size, where="--stop_tokens") for text in settings.stop_tokens
+    }
+    not_followed = answering.not_followed(loaded.folder, settings.sampling)
+    if not_followed:
+        asked = ", ".join(f"{name}={json.dumps(value)}" for name, value in not_followed.items())
+        say(
+            f"{settings.model} asks for generation with {_shortened(asked)}; responses here do "
+            "without: they are of the model's own logits, as the flags say"
+        )
+    if not stop:
+        say(
+            f"{settings.model} names no token that ends a response: all go on to --max_tokens; "
+            "--stop_tokens names one"
+        )
+    elif encoder.has_template and (end := encoder.template.unstopped(stop)):
+        say(
+            f"The chat template of {settings.model} ends an answer with {end}, which no file "
+            f"names as what ends a response: --stop_tokens='{end}' does"
+        )
     return AnsweringModel(
         loaded.folder,
         loaded.decoder,
-        loaded.tokenizer,
-        answering.stop_tokens(loaded.folder, loaded.tokenizer),
+        encoder,
+        stop,
         memory_gb=settings.memory_gb,
+        not_followed=not_followed,
         adapter=loaded.adapter,
     )
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def read_prompts(
@@ -199,7 +244,7 @@ def read_prompts(
                         f"{files[prompt.id]}; give one of them another id, or one of the files a "
                         "name that goes before its own: --prompts=NAME:LABEL=FILE"
                     )
-                tokens = prompts_lib.tokens_of(prompt, model.tokenizer, chat=settings.chat)
+                tokens = prompts_lib.tokens_of(prompt, model.encoder)
                 check_tokens(f"{prompt.where}: prompt '{prompt.id}'", tokens, settings, model)
                 if reads_text or prompt.prompt is not None:
                     prompts_lib.text(prompt)
@@ -229,8 +274,7 @@ def read_prompts(
     if not found:
         raise DataError(f"{', '.join(settings.prompts)}: not one prompt can be used")
     is_text = any(isinstance(one.prompt.prompt, str) for one in found)
-    has_template = model.tokenizer is not None and model.tokenizer.chat_template
-    if is_text and not settings.chat and has_template:
+    if is_text and model.encoder.has_template and not model.encoder.chat:
         say(loading.AS_IT_STANDS)
     return found
 
@@ -277,8 +321,15 @@ def check_tokens(
         )
 
 
-def read_judges(settings: AnswerSettings, model: AnsweringModel) -> list[Judge]:
+def read_judges(
+    settings: AnswerSettings, model: AnsweringModel, asked: Sequence[Asked]
+) -> list[Judge]:
     """The judges that are asked for by name.
+
+    Args:
+        settings: which.
+        model: gives the responses.
+        asked: the prompts that these are to.
 
     Raises:
         InputError: one is unknown, its checkpoint cannot be used, the model gives no text that it
@@ -294,19 +345,23 @@ def read_judges(settings: AnswerSettings, model: AnsweringModel) -> list[Judge]:
         settings.judge,
         settings.judge_template,
         cut=settings.cut,
-        comply=_first_tokens("comply_tokens", settings.comply_tokens, model),
-        refuse=_first_tokens("refuse_tokens", settings.refuse_tokens, model),
+        comply=_first_tokens("comply_tokens", settings.comply_tokens, model, asked),
+        refuse=_first_tokens("refuse_tokens", settings.refuse_tokens, model, asked),
         ignore_config=settings.ignore_config,
     )
     memory.free(settings.memory_gb)  # raises where nothing is left
     return found
 
 
-def _first_tokens(name: str, given: tuple[str, ...], model: AnsweringModel) -> tuple[int, ...]:
+def _first_tokens(
+    name: str, given: tuple[str, ...], model: AnsweringModel, asked: Sequence[Asked]
+) -> tuple[int, ...]:
     """The tokens of the setting of this name."""
-    return tokens_lib.first_tokens(
-        given, model.decoder.config.vocab_size, model.tokenizer, where=f"--{name}"
-    )
+    if not given:
+        return ()
+    prompts = [prompts_lib.written(one.prompt, model.encoder) for one in asked]
+    size = model.decoder.config.vocab_size
+    return model.encoder.first_tokens(given, size, prompts, where=f"--{name}")
 
 
 def described(
@@ -324,6 +379,8 @@ def described(
         "judges_hash": hash_of([protocol.fingerprint(judge) for judge in given]),
         "precision": generation.PRECISION,
         "stop_tokens": sorted(model.stop),
+        "generation_not_followed": dict(model.not_followed),
+        "tokenisation": model.encoder.counts,
         "weights_hash": model.weights_hash,
         "adapter_hash": model.adapter_hash,
         "prompts_hash": hash_of(seen),

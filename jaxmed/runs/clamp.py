@@ -29,7 +29,7 @@ from jaxmed.intervention.experiment import EDITS, Experiment
 from jaxmed.intervention.outcomes import CONTROLS, LEAST_PROMPTS, TABLE, ClampOutcome
 from jaxmed.intervention.units import Unit
 from jaxmed.report import clamp, model_card
-from jaxmed.runs import asking, sweep
+from jaxmed.runs import asking, loading, sweep
 from jaxmed.runs.asking import AnswerSettings
 from jaxmed.runs.settings import setting
 from jaxmed.runs.skipping import Skipped
@@ -166,10 +166,15 @@ def run(
         InputError: something that the user gave cannot be used; the message names it.
     """
     check(settings)
+    results = _opened(settings)
     say = sweep.teller(progress)
+    settings = asked_alike(settings, results, say)
+    day = loading.day(settings.date, settings.out, overwrite=settings.overwrite)
+    settings = dataclasses.replace(settings, date=day)
     say(f"Loading {settings.model}")
-    model = asking.load(settings)
-    results = _opened(settings, model)
+    model = asking.load(settings, say)
+    if results:
+        _check_weights(settings, results, model)
     chosen = chosen_units(settings, model, results)
     asked = asking.read_prompts(settings, model, say)
     tested, reference = _splits(settings, asked)
@@ -182,8 +187,10 @@ def run(
     sources = _sources(settings, model, tested) if settings.edit == "source" else []
     random = settings.random if all(unit.index is not None for unit in chosen) else 0
     _check_numbers(settings, asked, tested, reference, random=random > 0)
-    judges = list(own_judges) or asking.read_judges(settings, model)
+    judges = list(own_judges) or asking.read_judges(settings, model, asked)
     _check_judges(settings, judges)
+    for line in model.encoder.told:
+        say(line)
     folder = pathlib.Path(settings.out)
     described = asking.described(settings, "clamp", model, asked, judges)
     described |= {"chosen": list(map(str, chosen)), "sources_hash": asking.hash_of(sources)}
@@ -237,6 +244,7 @@ def run(
         folder=folder,
         cuts=sum(verdict.cut for verdict in said),
         doubts=protocol.doubts(said),
+        only_think=made.only_think(compared, tested),
     )
     atomic.replace_file(folder / TABLE, lambda path: pq.write_table(found.table, path))
     responses.write_exchanges(folder / responses.EXCHANGES, tested, made.responses, made.verdicts)
@@ -315,11 +323,11 @@ def _check_export(settings: ClampSettings) -> None:
     checkpoint.check_free(pathlib.Path(settings.export))
 
 
-def _opened(settings: ClampSettings, model: AnsweringModel) -> Results | None:
+def _opened(settings: ClampSettings) -> Results | None:
     """The run that ranks the units.
 
     Raises:
-        InputError: it is not finished, or of another checkpoint.
+        InputError: it is not finished.
     """
     if not settings.results:
         return None
@@ -333,6 +341,30 @@ def _opened(settings: ClampSettings, model: AnsweringModel) -> Results | None:
             f"--results={settings.results}: was saved from Python, which keeps neither weights nor "
             "prompts in mind; name the units instead (--units), or run launch.mediate"
         )
+    return results
+
+
+def asked_alike(
+    settings: ClampSettings, results: Results | None, say: Callable[[str], None]
+) -> ClampSettings:
+    """The settings, with the chat template's date and arguments of the run that ranks the units
+    where they say none themselves; what they say otherwise is told."""
+    if results is None:
+        return settings
+    for name in ("chat", "date", "template_args"):
+        there, here = results.run[name], getattr(settings, name)
+        if name != "chat" and not here:
+            settings = dataclasses.replace(settings, **{name: there})
+        elif here != there:
+            say(
+                f"--{name}={here}: {settings.results} chose the units by other prompts, with "
+                f"--{name}={there}"
+            )
+    return settings
+
+
+def _check_weights(settings: ClampSettings, results: Results, model: AnsweringModel) -> None:
+    """Raises `InputError` where the run that ranks the units is of another checkpoint."""
     if results.run["adapter_hash"] != model.adapter_hash:
         measured = results.run["adapter"] or "no adapter"
         raise InputError(
@@ -344,7 +376,6 @@ def _opened(settings: ClampSettings, model: AnsweringModel) -> Results | None:
             f"--results={settings.results}: is a run of {results.run['model']}, whose weights are "
             f"not those of {settings.model}; to hold the same units there, name them: --units"
         )
-    return results
 
 
 def chosen_units(
@@ -411,7 +442,7 @@ def _sources(
     """
     found = []
     for one in tested:
-        several = prompts.all_counterfactual_tokens(one.prompt, model.tokenizer, chat=settings.chat)
+        several = prompts.all_counterfactual_tokens(one.prompt, model.encoder)
         for tokens in several:
             where = f"{one.prompt.where}: a counterfactual of prompt '{one.prompt.id}'"
             asking.check_tokens(where, tokens, settings, model)

@@ -12,6 +12,7 @@ import tqdm
 from jaxmed.behaviour import responses
 from jaxmed.behaviour.judges import agreement, named, protocol, rules
 from jaxmed.behaviour.judges.outcome import JudgeOutcome
+from jaxmed.data import tokens
 from jaxmed.files import atomic
 from jaxmed.runs import settings as settings_lib
 from jaxmed.runs.mediate import MediateSettings
@@ -76,8 +77,8 @@ class JudgeSettings(Settings):
         default=False,
     )
     comply_tokens: tuple[str, ...] = setting(
-        help="--judge=tokens: a token id that a response begins with if it complies; may be given "
-        "several times.",
+        help="--judge=tokens: what a response begins with if it complies, as id:NUMBER, a token "
+        "id; may be given several times.",
         default=(),
     )
     refuse_tokens: tuple[str, ...] = setting(
@@ -135,9 +136,13 @@ def _judge(settings: JudgeSettings) -> protocol.Judge:
 
 
 def _ids(given: Sequence[str], name: str) -> tuple[int, ...]:
-    if not all(text.strip().isdecimal() for text in given):
-        raise InputError(f"--{name}={','.join(given)}: must be token ids (integers >= 0)")
-    return tuple(int(text) for text in given)
+    found = []
+    for text in given:
+        token = tokens.id_given(text, None, where=f"--{name}")
+        if token is None:
+            raise InputError(f"--{name}={text}: must be a token id, as {tokens.BY_ID}12")
+        found.append(token)
+    return tuple(found)
 
 
 def _described(settings: JudgeSettings, judge: protocol.Judge) -> dict:

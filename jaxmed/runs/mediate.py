@@ -15,8 +15,9 @@ from jaxmed.analysis import audit as audit_lib
 from jaxmed.analysis import joint as joint_lib
 from jaxmed.analysis import ranking, screening, statistics, summary
 from jaxmed.data import pairs as pairs_lib
-from jaxmed.data import splits, tokens
+from jaxmed.data import splits
 from jaxmed.data.pairs import Pair
+from jaxmed.data.tokens import Encoder
 from jaxmed.engine import cost, memory, propagate, scan
 from jaxmed.files.reading import DataError
 from jaxmed.question import directions as directions_lib
@@ -148,9 +149,20 @@ class MediateSettings(Settings):
         needs="joint_size",
     )
     chat: bool = setting(help="Wrap text prompts in the tokenizer's chat template.", default=False)
+    date: str = setting(
+        help="The day, as 2026-01-31, that it is for a chat template that asks; by default the one "
+        "on which the run began.",
+        default="",
+    )
+    template_args: str = setting(
+        help="JSON object of what else the chat template reads, by name, as "
+        '{"enable_thinking": false}, which has many models answer without thinking first.',
+        default="",
+    )
     harmful_tokens: tuple[str, ...] = setting(
-        help="logit_diff: a harmful first token, as a token id or as a text whose first token "
-        "counts; may be given several times. By default each pair's own harmful response.",
+        help="logit_diff: a harmful first token, as a text whose first token counts (as it follows "
+        "the prompts), or as id:NUMBER, a token id; may be given several times. By default each "
+        "pair's own harmful response.",
         default=(),
         needs="metric=logit_diff",
     )
@@ -258,23 +270,38 @@ def measure(settings: MediateSettings, *, progress: bool = True) -> tuple[Result
     """
     began = time.time()
     check(settings)
+    day = loading.day(settings.date, settings.out, overwrite=settings.overwrite)
+    settings = dataclasses.replace(settings, date=day)
     say = sweep.teller(progress)
     say(f"Loading {settings.model}")
     loaded = loading.load(settings.model, settings.adapter, settings.dtype, settings.ignore_config)
     decoder, tokenizer = loaded.decoder, loaded.tokenizer
     check_counts(settings, decoder.config)
     budget = memory.free(settings.memory_gb)
+    encoder = loading.encoder(
+        tokenizer,
+        chat=settings.chat,
+        date=settings.date,
+        template_args=settings.template_args,
+    )
+    skipped = Skipped("pairs", settings.skip_bad_pairs, say)
+    pairs = _read_pairs(settings, encoder, skipped, say)
     question = Question(
-        _metric(settings, decoder, tokenizer),
+        _metric(settings, decoder, encoder, pairs),
         Positions(settings.positions),
         Align(settings.align),
         settings.group_size,
         directions_lib.read(settings.directions, decoder.config) if settings.directions else None,
     )
-    pairs, skipped = _read_pairs(settings, decoder, tokenizer, question, say)
+    pairs = _usable(settings, decoder, pairs, question, skipped, say)
+    for line in encoder.told:
+        say(line)
+    if pairs[0].prompt_text is not None and not pairs[0].is_chat and encoder.has_template:
+        say(loading.AS_IT_STANDS)
     results = Results.resume_or_create(
         settings.out,
-        _description(settings, question, loaded, pairs, skipped),
+        _description(settings, question, loaded, pairs, skipped.count)
+        | {"tokenisation": encoder.counts},
         sizes(decoder.config, pairs, question, settings.granularities),
         [pair.id for pair in pairs],
         settings.granularities,
@@ -321,26 +348,26 @@ def check_counts(settings: MediateSettings, config: DecoderConfig) -> None:
             raise InputError(f"--{name}={getattr(settings, name)}: the model has {most} {units}")
 
 
-def _metric(settings: MediateSettings, decoder: Decoder, tokenizer) -> metrics.Metric:
+def _metric(
+    settings: MediateSettings, decoder: Decoder, encoder: Encoder, pairs: list[Pair]
+) -> metrics.Metric:
     if settings.metric == "response_logprob_diff":
         return metrics.ResponseLogprobDifference(settings.response_part, settings.decision_tokens)
     size = decoder.config.vocab_size
+    prompts = [pair.written for pair in pairs if pair.written]
     return metrics.LogitDifference(
-        tokens.first_tokens(settings.harmful_tokens, size, tokenizer, where="--harmful_tokens"),
-        tokens.first_tokens(settings.safe_tokens, size, tokenizer, where="--safe_tokens"),
+        *(
+            encoder.first_tokens(getattr(settings, name), size, prompts, where=f"--{name}")
+            for name in ("harmful_tokens", "safe_tokens")
+        )
     )
 
 
 def _read_pairs(
-    settings: MediateSettings,
-    decoder: Decoder,
-    tokenizer,
-    question: Question,
-    say: Callable[[str], None],
-) -> tuple[list[Pair], int]:
-    """The pairs that can be used, and how many cannot."""
-    skipped = Skipped("pairs", settings.skip_bad_pairs, say)
-    pairs = pairs_lib.read(settings.pairs, tokenizer, chat=settings.chat, on_bad=skipped.on_bad)
+    settings: MediateSettings, encoder: Encoder, skipped: Skipped, say: Callable[[str], None]
+) -> list[Pair]:
+    """The pairs of the splits that are asked for."""
+    pairs = pairs_lib.read_encoded(settings.pairs, encoder, on_bad=skipped.on_bad)
     if settings.split:
         everywhere = len(pairs)
         pairs = [pair for pair in pairs if pair.split in settings.split]
@@ -350,6 +377,18 @@ def _read_pairs(
                 f"{settings.pairs} is in it"
             )
         say(f"{len(pairs)} of {everywhere} pairs are in split {' or '.join(settings.split)}")
+    return pairs
+
+
+def _usable(
+    settings: MediateSettings,
+    decoder: Decoder,
+    pairs: list[Pair],
+    question: Question,
+    skipped: Skipped,
+    say: Callable[[str], None],
+) -> list[Pair]:
+    """The pairs that the question can be asked of."""
     usable = []
     for pair in pairs:
         try:
@@ -363,10 +402,7 @@ def _read_pairs(
     same = sum(pair.prompt_ids == pair.counterfactual_ids for pair in usable)
     if same:
         say(f"{same} of {len(usable)} pairs have identical prompts: all their effects are 0")
-    is_text = usable[0].prompt_text is not None and not usable[0].is_chat
-    if is_text and tokenizer.chat_template:
-        say(loading.AS_IT_STANDS)
-    return usable, skipped.count
+    return usable
 
 
 def _description(

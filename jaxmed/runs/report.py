@@ -4,6 +4,7 @@ import dataclasses
 
 from jaxmed.data import pairs as pairs_lib
 from jaxmed.report import mediation
+from jaxmed.runs import loading
 from jaxmed.runs.settings import Settings, setting
 from jaxmed.store.results import Results
 from models import checkpoint
@@ -40,7 +41,10 @@ def _pairs(results: Results) -> list[pairs_lib.Pair]:
     folder = checkpoint.resolve(described["model"])
     adapter = checkpoint.resolve_adapter(described["adapter"])
     tokenizer = checkpoint.read_tokenizer(folder, adapter)
-    pairs = pairs_lib.read(described["pairs"], tokenizer, chat=described["chat"])
+    encoder = loading.encoder(
+        tokenizer, **{name: described[name] for name in ("chat", "date", "template_args")}
+    )
+    pairs = pairs_lib.read_encoded(described["pairs"], encoder)
     if missing := set(results.pair_ids) - {pair.id for pair in pairs}:
         raise InputError(f"--show_text: {described['pairs']} no longer has pair '{min(missing)}'")
     return pairs

@@ -18,13 +18,13 @@ from jaxmed.behaviour.judges import protocol
 from jaxmed.behaviour.judges.protocol import Doubt, Judge
 from jaxmed.behaviour.responses import PLAIN, Asked, Response
 from jaxmed.data import pairing, splits
-from jaxmed.data import tokens as tokens_lib
+from jaxmed.data import prompts as prompts_lib
 from jaxmed.data.pairing import UnpairedError
 from jaxmed.data.pairs import Pair
 from jaxmed.data.prompts import Prompt
 from jaxmed.files import atomic
 from jaxmed.files.reading import DataError
-from jaxmed.runs import asking, sweep
+from jaxmed.runs import asking, loading, sweep
 from jaxmed.runs import settings as settings_lib
 from jaxmed.runs.asking import AnswerSettings
 from jaxmed.runs.settings import like, setting
@@ -101,18 +101,20 @@ def run(
             responses, which are kept.
     """
     check(settings)
+    day = loading.day(settings.date, settings.out, overwrite=settings.overwrite)
+    settings = dataclasses.replace(settings, date=day)
     say = sweep.teller(progress)
     say(f"Loading {settings.model}")
-    model = asking.load(settings)
-    if not model.stop:
-        say(f"{settings.model} names no token that ends a response: all go on to --max_tokens")
-    template = _template(settings, model)
+    model = asking.load(settings, say)
     asked = asking.read_prompts(settings, model, say)
     prompts = asked
     if settings.most_prompts:  # all others may still be counterfactuals of those that are drawn
         prompts = responses.drawn(asked, settings.most_prompts, settings.seed, ["harmful"])
     pairs = find_pairs(settings, model, prompts, say)
-    judges = list(own_judges) or asking.read_judges(settings, model)
+    judges = list(own_judges) or asking.read_judges(settings, model, asked)
+    templates = _templates(settings, model, responses.of_split(prompts, label="harmful"))
+    for line in model.encoder.told:
+        say(line)
     folder = pathlib.Path(settings.out)
     described = asking.described(settings, "respond", model, asked, judges)
     if settings.counterfactual != "given":
@@ -144,22 +146,29 @@ def run(
         for one in responses.of_split(prompts, label="harmful")
     }
     complete = {
-        name: dataclasses.replace(both, safe=both.safe or template) for name, both in seen.items()
+        name: dataclasses.replace(both, safe=both.safe or templates.get(name))
+        for name, both in seen.items()
     }
     made = [pair for pair in pairs if complete[pair.base].are_a_pair]
     wanted = responses.keys([PLAIN.name], prompts, settings.samples)
     doubts = protocol.doubts(verdicts.values[key] for key in wanted)
     if not made:
         raise InputError(_why_no_pair(settings, seen, {pair.base for pair in pairs}, doubts))
-    answers.write_pairs(folder / PAIRS, made, asked, complete, model.tokenizer)
+    answers.write_pairs(folder / PAIRS, made, asked, complete, model.encoder)
     return RespondOutcome(
         folder=folder,
         model=settings.model,
         chat=settings.chat,
+        date=settings.date if _is_asked_for_the_day(model) else "",
+        template_args=settings.template_args,
         samples=settings.samples,
         max_tokens=settings.max_tokens,
         table=table,
         pairs={split: sum(pair.split == split for pair in made) for split in splits.SPLITS},
+        only_think=sum(
+            answered.values[key].only_thinks
+            for key in responses.keys([PLAIN.name], asked, settings.samples)
+        ),
         templates=sum(seen[pair.base].safe is None for pair in made),
         same_start=sum(complete[pair.base].start_alike for pair in made),
         meanings={judge.name: judge.meaning for judge in judges},
@@ -233,8 +242,7 @@ def find_pairs(
         pairs = pairing.pair_up(
             harmful + lenders,
             settings.counterfactual,
-            model.tokenizer,
-            chat=settings.chat,
+            model.encoder,
             count=settings.count,
             most_length_difference=settings.most_length_difference,
             seed=settings.seed,
@@ -293,18 +301,28 @@ def _without_answers(prompt: Prompt) -> Prompt:
     )
 
 
-def _template(settings: RespondSettings, model: AnsweringModel) -> Response | None:
-    """The safe response of those prompts that got none."""
+def _templates(
+    settings: RespondSettings, model: AnsweringModel, asked: Sequence[Asked]
+) -> dict[str, Response]:
+    """The safe response of those prompts that got none, by a prompt's id."""
     if not settings.safe_template:
-        return None
+        return {}
     if model.tokenizer is None:
         raise InputError(f"--safe_template: is text, and {settings.model} has no tokenizer")
-    tokens = tokens_lib.answer_tokens(
-        settings.safe_template, "safe_response", "--safe_template", model.tokenizer
-    )
-    if not settings.safe_template.strip() or not tokens:
-        raise InputError("--safe_template: has no tokens")
-    return Response(tokens, settings.safe_template, True)
+    found = {}
+    for one in asked:
+        after = prompts_lib.written(one.prompt, model.encoder)
+        tokens = model.encoder.answer(
+            settings.safe_template, "safe_response", f"{one.prompt.where}: --safe_template", after
+        )
+        if not settings.safe_template.strip() or not tokens:
+            raise InputError("--safe_template: has no tokens")
+        found[one.prompt.id] = Response(tokens, settings.safe_template, True)
+    return found
+
+
+def _is_asked_for_the_day(model: AnsweringModel) -> bool:
+    return model.encoder.has_template and model.encoder.template.reads_date
 
 
 def _why_no_pair(

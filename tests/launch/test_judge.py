@@ -116,9 +116,9 @@ def test_tokens_without_labels(responses, tmp_path):
     rows = [{"prompt_ids": [1, 2], "response_ids": ids} for ids in ([6, 9], [7], [])]
     flags = [
         "--judge=tokens",
-        "--comply_tokens=6",
-        "--comply_tokens=8",
-        "--refuse_tokens=7",
+        "--comply_tokens=id:6",
+        "--comply_tokens=id:8",
+        "--refuse_tokens=id:7",
         responses(*rows),
     ]
     done = run(*flags, f"--out={tmp_path / 'out'}")
@@ -128,7 +128,7 @@ def test_tokens_without_labels(responses, tmp_path):
     assert [(v["judge_harmful"], v["judge_refused"]) for v in verdicts] == [(1, 0), (0, 1), (0, 0)]
     assert about["agreement"] == {}
     assert [v["judge_complied"] for v in verdicts] == [1, 0, 0]
-    other = [*flags, "--comply_tokens=9", f"--out={tmp_path / 'out'}"]
+    other = [*flags, "--comply_tokens=id:9", f"--out={tmp_path / 'out'}"]
     again = run(*other)
     assert again.returncode == 1
     assert "another setting: comply_tokens was [6, 8], is now [6, 8, 9]" in again.stderr
@@ -226,7 +226,7 @@ def test_exchanges_of_a_run_with_labels_of_people(responses, tmp_path):
         }
         for sample, label in enumerate(("harmful", "benign"))
     ]  # fmt: skip
-    flags = ["--judge=tokens", "--comply_tokens=6", "--refuse_tokens=7", responses(*rows)]
+    flags = ["--judge=tokens", "--comply_tokens=id:6", "--refuse_tokens=id:7", responses(*rows)]
     done = run(*flags, f"--out={tmp_path / 'out'}")
     assert done.returncode == 0, done.stderr
     assert "refused, 2 labels: accuracy 1.000" in done.stdout
@@ -250,9 +250,13 @@ def test_exchanges_of_a_run_with_labels_of_people(responses, tmp_path):
         (["--judge=phrases", "--cut"], ROWS, "--judge=phrases runs no model"),
         (["--judge=phrases={model}"], ROWS, "phrases runs no model: leave ={model} out"),
         (["--judge=harmbench="], ROWS, "judge 'harmbench=': names no checkpoint after the ="),
-        (["--judge=phrases", "--comply_tokens=1"], ROWS, "are for --judge=tokens alone"),
+        (["--judge=phrases", "--comply_tokens=id:1"], ROWS, "are for --judge=tokens alone"),
         (["--judge=tokens"], ROWS, "give the first tokens that comply"),
-        (["--judge=tokens", "--comply_tokens=C"], ROWS, "--comply_tokens=C: must be token ids"),
+        (
+            ["--judge=tokens", "--comply_tokens=C"],
+            ROWS,
+            "--comply_tokens=C: must be a token id, as id:12",
+        ),
         (
             ["--judge=strongreject={model}", "--judge_template=strongreject={text}"],
             ROWS,

@@ -5,6 +5,7 @@ K the tokens whose probabilities are asked for.
 """
 
 import dataclasses
+import datetime
 import pathlib
 import re
 from collections.abc import Callable, Sequence
@@ -18,7 +19,8 @@ from jaxmed.behaviour import batches
 from jaxmed.behaviour.judges import protocol
 from jaxmed.behaviour.judges.protocol import SAYS, Exchange, Verdict, named_exchanges, text_of
 from jaxmed.behaviour.judges.templates import Answer, JudgeQuestion, Template, braced
-from jaxmed.data import chat
+from jaxmed.data.chat import ChatTemplate
+from jaxmed.data.control import TextTokenizer
 from jaxmed.engine import capture, cost
 from models import checkpoint as checkpoints
 from models.decoder import Decoder
@@ -48,6 +50,8 @@ class _Run:
     tokens: tuple[int, ...]
 
 
+# The day that it is for a judge's chat template, so that its verdicts do not change overnight.
+_DATE = datetime.date(2025, 1, 1)
 # Not to be found in a template: what was lost of them was lost by rendering.
 _PROBE = Exchange("jaxmed asks this", "and the model says that", where="a trial exchange")
 
@@ -90,6 +94,8 @@ class JudgeModel:
                 "text"
             )
         self.template, self.decoder, self.tokenizer = template, decoder, tokenizer
+        self._text = TextTokenizer(tokenizer)
+        self._chat = ChatTemplate(self._text, date=_DATE, owner=checkpoint)
         self.checkpoint, self.folder, self.cut = checkpoint, folder, cut
         self.name, self.meaning = template.name, template.meaning
         said = [question.says for question in template.questions]
@@ -225,32 +231,33 @@ class JudgeModel:
         return shortened(_largest(fits, len(response)))
 
     def _encode(self, text: str) -> tuple[int, ...]:
-        """Token ids, with the special tokens that the tokenizer adds where the text lacks them."""
-        bos = self.tokenizer.bos_token
-        starts = isinstance(bos, str) and bos != "" and text.startswith(bos)
-        special = not (self.template.messages or starts)
-        return tuple(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+        """Token ids, with what the tokenizer puts before a text where the text lacks it."""
+        where = f"judge '{self.name}'"
+        if self.template.messages:
+            return self._text.ids(text, where)
+        return self._text.prompt_ids(text, where)
 
     def _render(self, exchange: Exchange) -> str:
-        """What the model reads of an exchange, before the first question."""
+        """What the model reads of an exchange, before the first question; control tokens in what
+        is shown of it are text."""
         fields = zip(self.template.placeholders, ("prompt", "response"), strict=True)
         shown = {name: text_of(exchange, field, f"judge '{self.name}'") for name, field in fields}
         if self.template.text is not None:
-            return _filled(self.template.text, shown)
+            quoted = {name: self._text.quoted(text) for name, text in shown.items()}
+            return _filled(self.template.text, quoted)
         messages = [
             {"role": role, "content": _filled(text, shown)} for role, text in self.template.messages
         ]
-        return chat.chat_text(
-            self.tokenizer,
+        return self._chat.write(
             messages,
             [
                 message["content"]
                 for message, (_, text) in zip(messages, self.template.messages, strict=True)
                 if any(braced(name) in text for name in shown)
             ],
+            go_on=False,
             what=f"the messages of judge '{self.name}'",
             where=exchange.where,
-            owner=self.checkpoint,
         )
 
     def _paths_of(self, question: JudgeQuestion, text: str) -> list[_Path]:

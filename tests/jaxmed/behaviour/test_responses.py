@@ -374,7 +374,7 @@ def test_a_line_is_plain_json(tmp_path):
     log.append({KEY: RESPONSE})
     assert json.loads(log.path.read_text()) == {
         "condition": "plain", "prompt": "a", "sample": 0,
-        "tokens": [5, 6], "text": "tell me", "stopped": True,
+        "tokens": [5, 6], "text": "tell me", "stopped": True, "thoughts": 0,
     }  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from jaxmed.data import pairing, prompts, sets
 from jaxmed.data import pairs as pairs_lib
 from jaxmed.data import splits as splits_lib
 from jaxmed.data.prompts import Prompt
+from jaxmed.data.tokens import Encoder
 from jaxmed.files import reading
 from models.errors import InputError
 from tests import merging, words
@@ -21,8 +22,13 @@ from tests.words import ids
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return words.tokenizer()
+def encoder():
+    return Encoder(words.tokenizer())
+
+
+@pytest.fixture(scope="module")
+def chatting():
+    return Encoder(words.tokenizer(), chat=True)
 
 
 @pytest.fixture
@@ -726,26 +732,26 @@ def test_a_judge_sees_what_the_user_asked_last():
         assert "file:x: prompt 'x' has no text of a user" in told(prompts.text, prompt)
 
 
-def test_tokens_are_those_of_a_pair(tokenizer):
-    assert prompts.tokens_of(harmful("x"), tokenizer) == ids("[BOS] tell me")
+def test_tokens_are_those_of_a_pair(encoder, chatting):
+    assert prompts.tokens_of(harmful("x"), encoder) == ids("[BOS] tell me")
     wrapped = ids("[BOS] [USER] tell me [END] [BOT]")
-    assert prompts.tokens_of(harmful("x"), tokenizer, chat=True) == wrapped
-    assert prompts.tokens_of(harmful("x", tuple(MESSAGES[:1])), tokenizer) == wrapped
+    assert prompts.tokens_of(harmful("x"), chatting) == wrapped
+    assert prompts.tokens_of(harmful("x", tuple(MESSAGES[:1])), encoder) == wrapped
     assert prompts.tokens_of(harmful("x", None, prompt_ids=(3, 4))) == (3, 4)
     assert "file:x: 'prompt' is text, but" in told(prompts.tokens_of, harmful("x"))
 
 
-def test_all_counterfactuals_as_tokens(tokenizer):
+def test_all_counterfactuals_as_tokens(encoder, chatting):
     prompt = harmful("x", counterfactuals=("how", tuple(MESSAGES[:1])))
     wrapped = ids("[BOS] [USER] tell me [END] [BOT]")
-    assert prompts.all_counterfactual_tokens(prompt, tokenizer) == (ids("[BOS] how"), wrapped)
-    assert prompts.all_counterfactual_tokens(prompt, tokenizer, chat=True) == (
+    assert prompts.all_counterfactual_tokens(prompt, encoder) == (ids("[BOS] how"), wrapped)
+    assert prompts.all_counterfactual_tokens(prompt, chatting) == (
         ids("[BOS] [USER] how [END] [BOT]"),
         wrapped,
     )
     tokenised = harmful("x", None, prompt_ids=(1, 2), counterfactual_ids=((3,), (4, 5)))
     assert prompts.all_counterfactual_tokens(tokenised) == ((3,), (4, 5))
-    message = told(prompts.all_counterfactual_tokens, harmful("x"), tokenizer)
+    message = told(prompts.all_counterfactual_tokens, harmful("x"), encoder)
     assert message == "file:x: prompt 'x' has no counterfactual"
     assert "'counterfactual' is text, but" in told(prompts.all_counterfactual_tokens, prompt)
 
@@ -753,7 +759,7 @@ def test_all_counterfactuals_as_tokens(tokenizer):
 # Pairs.
 
 
-def test_given_counterfactuals_are_all_used(tokenizer):
+def test_given_counterfactuals_are_all_used(encoder):
     prompt = harmful(
         "x",
         counterfactuals=("why not", "how"),
@@ -763,7 +769,7 @@ def test_given_counterfactuals_are_all_used(tokenizer):
         source="s",
         split="B",
     )
-    pairs = pairing.pair_up([prompt, benign("y")], "given", tokenizer)
+    pairs = pairing.pair_up([prompt, benign("y")], "given", encoder)
     assert pairs[0] == pairs_lib.Pair(
         id="x/1",
         prompt_ids=ids("[BOS] tell me"),
@@ -783,34 +789,32 @@ def test_given_counterfactuals_are_all_used(tokenizer):
     assert pairs[1].counterfactual_ids == ids("[BOS] how")
 
 
-def test_given_counterfactuals_may_be_ids_or_chats(tokenizer):
+def test_given_counterfactuals_may_be_ids_or_chats(encoder, chatting):
     tokenised = harmful("x", None, prompt_ids=(1, 2), counterfactual_ids=((3,), (4, 5)))
     pairs = pairing.pair_up([tokenised], "given")
     assert [pair.counterfactual_ids for pair in pairs] == [(3,), (4, 5)]
     assert pairs[0].prompt_text is None
-    (pair,) = pairing.pair_up(
-        [harmful("x", counterfactuals=("how",))], "given", tokenizer, chat=True
-    )
+    (pair,) = pairing.pair_up([harmful("x", counterfactuals=("how",))], "given", chatting)
     assert pair.counterfactual_ids == ids("[BOS] [USER] how [END] [BOT]") and pair.is_chat
 
 
-def test_a_bad_counterfactual_is_called_so(tokenizer):
+def test_a_bad_counterfactual_is_called_so(encoder):
     refused = ({"role": "system", "content": "how"},)
     prompt = harmful("x", counterfactuals=(refused,))
-    message = told(pairing.pair_up, [prompt], "given", tokenizer)
+    message = told(pairing.pair_up, [prompt], "given", encoder)
     assert "file:x: the chat template of the tokenizer refuses 'counterfactual'" in message
 
 
-def test_a_pair_equals_the_one_that_is_read_from_the_same_line(write, tokenizer):
+def test_a_pair_equals_the_one_that_is_read_from_the_same_line(write, chatting):
     line = {"id": "x", "label": "harmful", "prompt": MESSAGES[:1], "counterfactual": "how"}
     line |= {"harmful_response": "yes do", "safe_response": "no", "category": "c"}
     file = write("own.jsonl", json.dumps(line))
-    (read,) = pairs_lib.read(file, tokenizer, chat=True)
-    (made,) = pairing.pair_up(prompts.read(file), "given", tokenizer, chat=True)
+    (read,) = pairs_lib.read(file, words.tokenizer(), chat=True)
+    (made,) = pairing.pair_up(prompts.read(file), "given", chatting)
     assert {**vars(made), "id": "x"} == vars(read)
 
 
-def test_matched_prompts_share_source_and_match(tokenizer):
+def test_matched_prompts_share_source_and_match(encoder):
     asked = [
         harmful("h1", source="s", match="a"),
         harmful("h2", source="s", match="b"),
@@ -818,7 +822,7 @@ def test_matched_prompts_share_source_and_match(tokenizer):
         benign("b2", "how", source="s", match="b"),
         benign("b3", "no", source="s", match="a"),
     ]
-    pairs = pairing.pair_up(asked, "matched", tokenizer)
+    pairs = pairing.pair_up(asked, "matched", encoder)
     assert [(pair.base, pair.counterfactual_text) for pair in pairs] == [
         ("h1", "no"),
         ("h2", "how"),
@@ -829,13 +833,13 @@ def test_matched_prompts_share_source_and_match(tokenizer):
     "lone",
     [{"source": "s", "match": "c"}, {"source": "s"}, {"source": "s", "match": "a", "split": "B"}],
 )
-def test_a_prompt_without_a_match_is_reported(lone, tokenizer):
+def test_a_prompt_without_a_match_is_reported(lone, encoder):
     asked = [harmful("h1", source="s", match="a"), benign("b1", source="s", match="a")]
     asked += [harmful("h2", **lone), benign("b2", source="s")]
-    message = told(pairing.pair_up, asked, "matched", tokenizer)
+    message = told(pairing.pair_up, asked, "matched", encoder)
     assert message.startswith("file:h2: prompt 'h2' cannot be paired: there is no harmless prompt")
     errors = []
-    pairs = pairing.pair_up(asked, "matched", tokenizer, on_bad=errors.append)
+    pairs = pairing.pair_up(asked, "matched", encoder, on_bad=errors.append)
     assert [pair.base for pair in pairs] == ["h1"] and [str(error) for error in errors] == [message]
 
 
@@ -849,9 +853,9 @@ def many():
 
 
 @pytest.mark.parametrize("chat", [False, True])
-def test_prompts_of_the_same_length_and_split(chat, tokenizer):
+def test_prompts_of_the_same_length_and_split(chat):
     by_text = {prompt.prompt: prompt for prompt in many()}
-    pairs = pairing.pair_up(many(), "length", tokenizer, chat=chat, count=3)
+    pairs = pairing.pair_up(many(), "length", Encoder(words.tokenizer(), chat=chat), count=3)
     assert len(pairs) == 90 and len({(pair.base, pair.counterfactual_text) for pair in pairs}) == 90
     for pair in pairs:
         base, chosen = by_text[pair.prompt_text], by_text[pair.counterfactual_text]
@@ -861,7 +865,7 @@ def test_prompts_of_the_same_length_and_split(chat, tokenizer):
 
 
 def test_lengths_are_those_of_a_tokenizer_that_merges():
-    made = merging.tokenizer()
+    made = Encoder(merging.tokenizer())
     asked = [
         harmful("h", "mip takker", safe_response="per"),
         benign("as many words", "mip takkerr"),
@@ -876,8 +880,8 @@ def test_lengths_are_those_of_a_tokenizer_that_merges():
     (pair,) = pairing.pair_up(
         [harmful("h", "mip", counterfactuals=("tak",), safe_response="per")], "given", made
     )
-    assert made("mipper")["input_ids"] != [*pair.prompt_ids, *pair.safe_ids]
-    assert made.decode([*pair.prompt_ids, *pair.safe_ids]) == "mipper"
+    assert made.tokenizer("mipper")["input_ids"] != [*pair.prompt_ids, *pair.safe_ids]
+    assert made.tokenizer.decode([*pair.prompt_ids, *pair.safe_ids]) == "mipper"
 
 
 def contrasts(asked, reverse=False, **settings):
@@ -948,30 +952,30 @@ def test_a_prompt_that_is_too_far_from_all_others_is_left_out_and_told():
     assert str(errors[0]).endswith("differs by 6 tokens, and 1 are allowed") and len(errors) == 1
 
 
-def test_a_benign_prompt_that_cannot_be_tokenised_is_reported(tokenizer):
+def test_a_benign_prompt_that_cannot_be_tokenised_is_reported(encoder):
     refused = benign("b", ({"role": "system", "content": "how"},))
     asked = [harmful("h"), refused, benign("c", "why not")]
-    assert "file:b: " in told(pairing.pair_up, asked, "length", tokenizer)
+    assert "file:b: " in told(pairing.pair_up, asked, "length", encoder)
     errors = []
-    (pair,) = pairing.pair_up(asked, "length", tokenizer, on_bad=errors.append)
+    (pair,) = pairing.pair_up(asked, "length", encoder, on_bad=errors.append)
     assert pair.counterfactual_text == "why not" and len(errors) == 1
 
 
 @pytest.mark.parametrize("how", ["matched", "length"])
-def test_pairs_of_sets_need_benign_prompts(how, tokenizer):
+def test_pairs_of_sets_need_benign_prompts(how, encoder):
     assert "none of the 1 prompts is: read a set of these too" in told(
-        pairing.pair_up, [harmful("h")], how, tokenizer, on_bad=[].append
+        pairing.pair_up, [harmful("h")], how, encoder, on_bad=[].append
     )
 
 
-def test_no_pair_at_all_is_an_error(tokenizer):
+def test_no_pair_at_all_is_an_error(encoder):
     for how in pairing.COUNTERFACTUALS:
-        message = told(pairing.pair_up, [benign("b")], how, tokenizer, on_bad=[].append)
+        message = told(pairing.pair_up, [benign("b")], how, encoder, on_bad=[].append)
         assert f"not one of 1 prompts has a counterfactual ('{how}')" in message
 
 
-def test_ids_must_differ_between_sets(tokenizer):
-    message = told(pairing.pair_up, [harmful("x"), benign("x")], "length", tokenizer)
+def test_ids_must_differ_between_sets(encoder):
+    message = told(pairing.pair_up, [harmful("x"), benign("x")], "length", encoder)
     assert "file:x: id 'x' was used before, by file:x" in message
 
 

@@ -68,7 +68,14 @@ def first(rate, count):
 
 
 def fabricate(
-    folder, held, rates=RATES, counts=COUNTS, judged=("harm", "refusal"), cuts=0, doubts=()
+    folder,
+    held,
+    rates=RATES,
+    counts=COUNTS,
+    judged=("harm", "refusal"),
+    cuts=0,
+    doubts=(),
+    only_think=0,
 ):
     """What an experiment with these rates finds."""
     rng = np.random.default_rng(0)
@@ -109,7 +116,15 @@ def fabricate(
         "draws": [traits(units, 1.5) for units in drawn],
     }
     return outcomes.ClampOutcome(
-        table, list(held), list(UNITS), controls, dict(RUN), folder, cuts, list(doubts)
+        table,
+        list(held),
+        list(UNITS),
+        controls,
+        dict(RUN),
+        folder,
+        cuts,
+        list(doubts),
+        only_think,
     )
 
 
@@ -359,6 +374,13 @@ def test_doubtful_judges_are_told(tmp_path):
     assert of_kind(clamp.answers(found), clamp.Doubted) == [verdict]
     assert say(verdict) in clamp.closing_lines(found)
     assert Page(clamp.write(found, [])).text.count("No verdict on whether 3 of 40 responses") == 1
+
+
+def test_responses_that_never_came_to_an_answer_are_counted(tmp_path):
+    found = fabricate(tmp_path, [PLAIN, CLAMP], only_think=2)
+    verdict = clamp.OnlyThoughts(2)
+    assert verdict in clamp.answers(found) and say(verdict) in clamp.closing_lines(found)
+    assert not of_kind(clamp.answers(fabricate(tmp_path, [PLAIN, CLAMP])), clamp.OnlyThoughts)
 
 
 def test_text_is_shown_escaped_and_only_when_asked_for(tmp_path):

@@ -45,6 +45,7 @@ SAID = [
         for says in ("harmful", "refused")
         for none, unsure in ((7, 5), (7, 0), (0, 5))
     ),
+    *(clamp.OnlyThoughts(number) for number in (1, 3000)),
     *(clamp.NoRandomUnits(asked) for asked in (True, False)),
     *(clamp.Likeness(2, 5, contrast, *MEDIANS) for contrast in ("complied", "harmful")),
     clamp.Likeness(1, 1, "complied", *MEDIANS),

@@ -27,6 +27,7 @@ def outcome(harm=True, refusal=True, pairs=(3, 1, 2), **fields):
         for place in range(9)
     ]
     asked = {"folder": pathlib.Path("out/my run"), "model": "org/model", "chat": False}
+    asked |= {"date": "", "template_args": "", "only_think": 0}
     asked |= {"samples": 8, "max_tokens": 128, "templates": 0, "same_start": 0}
     asked |= {"doubts": [], "length_differences": None}
     asked |= {"meanings": {"sharp": "says <b>both</b>"}} | fields
@@ -53,6 +54,8 @@ def test_rates_are_means_over_prompts_of_what_a_judge_says():
         ({}, "--split=A"),
         ({"pairs": (0, 2, 1)}, "--split=B"),
         ({"chat": True}, "--chat"),
+        ({"date": "2026-01-31"}, "--date=2026-01-31"),
+        ({"template_args": '{"a":1}'}, """'--template_args={"a":1}'"""),
         ({"same_start": 1}, "--metric=response_logprob_diff"),
     ],
 )
@@ -71,7 +74,7 @@ def test_all_that_can_be_said_of_pairs():
     outcomes = [
         outcome(),
         outcome(harm=False, refusal=False, pairs=(0, 1, 2), templates=2, same_start=3, chat=True),
-        outcome(pairs=(0, 0, 1)),
+        outcome(pairs=(0, 0, 1), only_think=4),
         outcome(
             harm=False,
             doubts=[Doubt("harmful", 144, 0, 144)],

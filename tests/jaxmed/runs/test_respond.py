@@ -16,6 +16,7 @@ from jaxmed.behaviour.judges.protocol import Doubt, Verdict
 from jaxmed.behaviour.responses import Key, Response
 from jaxmed.data import pairs as pairs_lib
 from jaxmed.data import splits as splits_lib
+from jaxmed.data.tokens import Encoder
 from jaxmed.question import metrics
 from jaxmed.question import question as question_lib
 from jaxmed.question.positions import Align, Positions
@@ -34,8 +35,8 @@ END = words.IDS["[END]"]
 COMPLY, REFUSE = range(4, 10), range(10, VOCABULARY)
 JUDGED = {
     "judge": ("tokens",),
-    "comply_tokens": tuple(map(str, COMPLY)),
-    "refuse_tokens": tuple(map(str, REFUSE)),
+    "comply_tokens": tuple(f"id:{token}" for token in COMPLY),
+    "refuse_tokens": tuple(f"id:{token}" for token in REFUSE),
 }
 SAMPLED = {"samples": 6, "temperature": 1.0, "max_tokens": 5}
 HARMFUL = [
@@ -199,7 +200,7 @@ def test_benign_prompts_that_no_pair_needs_are_not_answered(run):
 def test_pairs_of_text_give_the_models_own_tokens(how, run, folders):
     chat = [{"role": "user", "content": "how to do"}]
     rows = [
-        {"id": "h", "prompt": "tell me how", "label": "harmful", "counterfactual": ["why", chat]},
+        {"id": "h", "prompt": "tell me how ", "label": "harmful", "counterfactual": ["why", chat]},
         {"id": "m", "prompt": chat, "label": "harmful", "counterfactual": "tell me"},
         {"id": "b", "prompt": "tell me why", "label": "benign"},
         {"id": "c", "prompt": [{"role": "user", "content": "how to [USER]"}], "label": "benign"},
@@ -218,7 +219,7 @@ def test_pairs_of_text_give_the_models_own_tokens(how, run, folders):
         "length": [rows[2]["prompt"], rows[3]["prompt"]],
     }[how]
     assert [line["counterfactual"] for line in lines] == counterfactuals
-    assert [line["prompt"] for line in lines][-2:] == ["tell me how", chat]
+    assert [line["prompt"] for line in lines][-2:] == ["tell me how ", chat]
     for pair, line in zip(pairs, lines, strict=True):
         assert pair.harmful_ids == expected(found.folder, pair.base, COMPLY)
         assert pair.safe_ids == expected(found.folder, pair.base, REFUSE)
@@ -241,11 +242,12 @@ def test_chat_is_told_to_mediate(run, folders):
 
 
 def test_text_that_loses_tokens_is_written_as_tokens(tmp_path):
-    tokenizer, field = words.tokenizer(), "safe_response"
+    encoder, field = Encoder(words.tokenizer()), "safe_response"
+    after = encoder.prompt("tell me ", "prompt", "file")
     kept = Response(words.ids("no why"), "no why", True)
     lost = Response(words.ids("[BOS] no"), "no", True)
-    assert answers_of.answer_field(field, kept, tokenizer) == {field: "no why"}
-    assert answers_of.answer_field(field, lost, tokenizer) == {"safe_ids": lost.tokens}
+    assert answers_of.answer_field(field, kept, after, encoder) == {field: "no why"}
+    assert answers_of.answer_field(field, lost, after, encoder) == {"safe_ids": lost.tokens}
 
 
 # Which responses count.
@@ -389,7 +391,8 @@ def test_the_first_finished_response_that_says_something(tmp_path):
     assert found(2) == Answers(None, None)
 
 
-ONE = {"id": "h", "prompt": "tell me how", "label": "harmful", "counterfactual": "why"}
+# An answer that follows a space is words of its own.
+ONE = {"id": "h", "prompt": "tell me how ", "label": "harmful", "counterfactual": "why"}
 
 
 def test_a_judge_that_says_nothing_of_harm(run, answer):
