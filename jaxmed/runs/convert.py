@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import pathlib
+import tempfile
 from collections.abc import Callable
 
 import jax
@@ -13,7 +14,7 @@ import transformers
 from jaxmed.runs import settings as settings_lib
 from jaxmed.runs import sweep
 from jaxmed.runs.settings import setting
-from models import cache, checkpoint
+from models import cache, checkpoint, gguf_files
 from models.checkpoint import CheckpointError, Source
 from models.config import DTYPES
 from models.errors import InputError
@@ -29,7 +30,14 @@ TOLERANCE = 1e-4
 class ConvertSettings:
     """Which checkpoint is converted, and what else is done with it."""
 
-    model: str = setting(help="Folder or Hugging Face hub id of a checkpoint.")
+    model: str | None = setting(
+        help="Folder or Hugging Face hub id of a checkpoint.", default=None
+    )
+    gguf: str | None = setting(
+        help="In place of --model, a GGUF file: --out becomes an ordinary checkpoint of its model, "
+        "with its tokenizer. Needs pip install 'jaxmed[gguf]'.",
+        default=None,
+    )
     cache_dir: str | None = setting(
         help="Where converted weights are kept. By default jaxmed in $XDG_CACHE_HOME or in "
         "~/.cache, where every program finds them.",
@@ -40,8 +48,8 @@ class ConvertSettings:
         default=None,
     )
     dtype: str | None = setting(
-        help="--out: type of the weights there, by default as they are stored. (What is kept is "
-        "always of the stored type; it is converted while it is loaded.)",
+        help="--out: type of the weights there, by default as they are stored, or float32 with "
+        "--gguf. (What is kept is always of the stored type; it is converted while it is loaded.)",
         default=None,
         choices=DTYPES,
     )
@@ -55,6 +63,8 @@ class ConvertSettings:
 def run(settings: ConvertSettings, say: Callable[[str], None] = sweep.tell) -> None:
     """Converts the checkpoint, unless that was done before, and does what else is asked.
 
+    A GGUF file becomes the folder `out`, and nothing is kept of it elsewhere.
+
     Args:
         settings: what is asked.
         say: told of each step that is done.
@@ -64,12 +74,17 @@ def run(settings: ConvertSettings, say: Callable[[str], None] = sweep.tell) -> N
         InputError: the checkpoint or a folder cannot be used.
     """
     _check(settings)
-    folder = checkpoint.resolve(settings.model)
     cache_dir = pathlib.Path(settings.cache_dir or cache.default_folder()).expanduser()
-    _convert(Source.examine(folder), settings, cache_dir, say)
-    if settings.out:
-        out = pathlib.Path(settings.out).expanduser()
-        say(_exported(folder, cache_dir, out, settings.dtype))
+    out = pathlib.Path(settings.out).expanduser() if settings.out else None
+    if settings.gguf:
+        assert out is not None, "checked above"
+        folder = out
+        say(_unpacked(pathlib.Path(settings.gguf).expanduser(), cache_dir, out, settings.dtype))
+    else:
+        folder = checkpoint.resolve(str(settings.model))
+        _convert(Source.examine(folder), settings, cache_dir, say)
+        if out:
+            say(_exported(folder, cache_dir, out, settings.dtype))
     if settings.verify:
         say(_verified(folder, cache_dir))
 
@@ -77,6 +92,14 @@ def run(settings: ConvertSettings, say: Callable[[str], None] = sweep.tell) -> N
 def _check(settings: ConvertSettings) -> None:
     """Refuses what could only fail after the work is done."""
     settings_lib.check(settings)
+    if (settings.model is None) == (settings.gguf is None):
+        raise InputError("give either --model or --gguf")
+    if settings.gguf:
+        if not settings.out:
+            raise InputError("--gguf needs --out, the folder of the checkpoint that it becomes")
+        if not pathlib.Path(settings.gguf).expanduser().is_file():
+            raise InputError(f"--gguf: {settings.gguf}: no such file")
+        gguf_files.check_installed()
     if settings.dtype and not settings.out:
         raise InputError("--dtype is the type of what --out writes; give --out, or leave it out")
     if settings.out:
@@ -114,6 +137,18 @@ def _convert(
 
 def _described(entry: cache.Entry) -> str:
     return f"{entry.folder} ({entry.size / 1e9:.3g} GB, {entry.about['dtype']})"
+
+
+def _unpacked(
+    file: pathlib.Path, cache_dir: pathlib.Path, out: pathlib.Path, dtype: str | None
+) -> str:
+    """Writes the model of a GGUF file in Hugging Face's format, and says so."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # Beside it, where there is room for weights. What transformers writes is exported as any other
+    # checkpoint is: only then is it known that it can be used.
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.gguf-", dir=out.parent) as folder:
+        gguf_files.unpack(file, pathlib.Path(folder))
+        return _exported(pathlib.Path(folder), cache_dir, out, dtype)
 
 
 def _exported(
