@@ -9,7 +9,7 @@ import pathlib
 
 import transformers
 
-from models import hf_config
+from models import families
 from models.checkpoint import CheckpointError
 
 _NEEDED = ("torch", "gguf", "accelerate")
@@ -57,7 +57,7 @@ def unpack(file: pathlib.Path, folder: pathlib.Path) -> None:
             quantization_config=transformers.GgufConfig(dequantize=True),
             output_loading_info=True,
         )
-        hf_config.refuse_unsupported(model.config.to_dict())
+        families.get(model.config.model_type)
         tokenizer = transformers.AutoTokenizer.from_pretrained(**named)
     except Exception as error:  # whatever the readers of many formats raise
         raise CheckpointError(f"{file}: {error}") from error

@@ -33,6 +33,7 @@ MAY_CHANGE = (
     "comply_tokens",
     "refuse_tokens",
     "cut",
+    "ignore_config",
     "judges",
     "judges_hash",
 )
@@ -106,6 +107,7 @@ class AnswerSettings:
         default=False,
     )
     dtype: str = like(MediateSettings, "dtype")
+    ignore_config: tuple[str, ...] = like(MediateSettings, "ignore_config")
     memory_gb: float | None = like(MediateSettings, "memory_gb")
     skip_bad_prompts: bool = setting(
         help="Leave out, and count, prompts that cannot be used.", default=False
@@ -144,7 +146,9 @@ def load(settings: AnswerSettings) -> AnsweringModel:
     Raises:
         InputError: as `models.load`.
     """
-    folder, decoder, tokenizer = loading.load(settings.model, settings.dtype)
+    folder, decoder, tokenizer = loading.load(
+        settings.model, settings.dtype, settings.ignore_config
+    )
     stop = answering.stop_tokens(folder, tokenizer)
     return AnsweringModel(folder, decoder, tokenizer, stop, settings.memory_gb)
 
@@ -288,6 +292,7 @@ def read_judges(settings: AnswerSettings, model: AnsweringModel) -> list[Judge]:
         cut=settings.cut,
         comply=_first_tokens("comply_tokens", settings.comply_tokens, model),
         refuse=_first_tokens("refuse_tokens", settings.refuse_tokens, model),
+        ignore_config=settings.ignore_config,
     )
     memory.free(settings.memory_gb)  # raises where nothing is left
     return found

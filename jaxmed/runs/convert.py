@@ -1,6 +1,7 @@
 """A checkpoint converted once, so that it loads fast from then on; and written back."""
 
 import dataclasses
+import functools
 import importlib.util
 import pathlib
 import tempfile
@@ -13,7 +14,8 @@ import transformers
 
 from jaxmed.runs import settings as settings_lib
 from jaxmed.runs import sweep
-from jaxmed.runs.settings import setting
+from jaxmed.runs.mediate import MediateSettings
+from jaxmed.runs.settings import like, setting
 from models import cache, checkpoint, gguf_files
 from models.checkpoint import CheckpointError, Source
 from models.config import DTYPES
@@ -53,6 +55,7 @@ class ConvertSettings:
         default=None,
         choices=DTYPES,
     )
+    ignore_config: tuple[str, ...] = like(MediateSettings, "ignore_config")
     verify: bool = setting(
         help="Compare logits of a random prompt with transformers' own, in float32; needs torch. "
         f"The prompt is longer than a sliding window of up to {MOST_TOKENS} tokens.",
@@ -79,14 +82,16 @@ def run(settings: ConvertSettings, say: Callable[[str], None] = sweep.tell) -> N
     if settings.gguf:
         assert out is not None, "checked above"
         folder = out
-        say(_unpacked(pathlib.Path(settings.gguf).expanduser(), cache_dir, out, settings.dtype))
+        say(_unpacked(pathlib.Path(settings.gguf).expanduser(), cache_dir, out, settings))
     else:
         folder = checkpoint.resolve(str(settings.model))
-        _convert(Source.examine(folder), settings, cache_dir, say)
+    examine = functools.partial(Source.examine, folder, ignore_config=settings.ignore_config)
+    if not settings.gguf:
+        _convert(examine(), settings, cache_dir, say)
         if out:
-            say(_exported(folder, cache_dir, out, settings.dtype))
+            say(_exported(examine(settings.dtype), cache_dir, out))
     if settings.verify:
-        say(_verified(folder, cache_dir))
+        say(_verified(examine("float32"), cache_dir))
 
 
 def _check(settings: ConvertSettings) -> None:
@@ -140,22 +145,23 @@ def _described(entry: cache.Entry) -> str:
 
 
 def _unpacked(
-    file: pathlib.Path, cache_dir: pathlib.Path, out: pathlib.Path, dtype: str | None
+    file: pathlib.Path, cache_dir: pathlib.Path, out: pathlib.Path, settings: ConvertSettings
 ) -> str:
     """Writes the model of a GGUF file in Hugging Face's format, and says so."""
     out.parent.mkdir(parents=True, exist_ok=True)
     # Beside it, where there is room for weights. What transformers writes is exported as any other
     # checkpoint is: only then is it known that it can be used.
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.gguf-", dir=out.parent) as folder:
-        gguf_files.unpack(file, pathlib.Path(folder))
-        return _exported(pathlib.Path(folder), cache_dir, out, dtype)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.gguf-", dir=out.parent) as made:
+        folder = pathlib.Path(made)
+        gguf_files.unpack(file, folder)
+        return _exported(
+            Source.examine(folder, settings.dtype, settings.ignore_config), cache_dir, out
+        )
 
 
-def _exported(
-    folder: pathlib.Path, cache_dir: pathlib.Path, out: pathlib.Path, dtype: str | None
-) -> str:
-    """Writes the model in Hugging Face's format, and says so."""
-    decoder = Source.examine(folder, dtype).load(cache_dir=cache_dir)
+def _exported(source: Source, cache_dir: pathlib.Path, out: pathlib.Path) -> str:
+    """Writes the model in Hugging Face's format, in the source's type, and says so."""
+    decoder, folder = source.load(cache_dir=cache_dir), source.folder
     generation = folder / checkpoint.GENERATION_CONFIG
     beside = {generation.name: generation.read_text("utf-8")} if generation.is_file() else {}
     checkpoint.save(decoder, out, tokenizer=checkpoint.read_tokenizer(folder), beside=beside)
@@ -166,18 +172,17 @@ def _exported(
     )
 
 
-def _verified(folder: pathlib.Path, cache_dir: pathlib.Path) -> str:
-    """Compares with transformers, and says how near they are.
+def _verified(source: Source, cache_dir: pathlib.Path) -> str:
+    """Compares a source in float32 with transformers, and says how near they are.
 
     Raises:
         CheckpointError: the logits differ by more than rounding.
     """
-    source = Source.examine(folder, "float32")
     config = source.config
     beyond = FEWEST_TOKENS + min(filter(None, config.windows), default=0)
     length = min(beyond if beyond <= MOST_TOKENS else FEWEST_TOKENS, config.max_positions)
     prompt = np.random.default_rng(0).integers(0, config.vocab_size, length)
-    theirs = _transformers_logits(folder, prompt)
+    theirs = _transformers_logits(source.folder, prompt)
     with jax.default_matmul_precision("highest"):
         ours = np.asarray(source.load(cache_dir=cache_dir)(jnp.asarray(prompt))[0])
     largest = np.abs(theirs).max()
@@ -189,8 +194,8 @@ def _verified(folder: pathlib.Path, cache_dir: pathlib.Path) -> str:
     # Written so that NaN fails.
     if not distance <= TOLERANCE:
         raise CheckpointError(
-            f"{folder}: {said}; rounding rarely explains more than {TOLERANCE:.0e}. Please report "
-            "it: this model seems not to be computed as transformers computes it"
+            f"{source.folder}: {said}; rounding rarely explains more than {TOLERANCE:.0e}. Please "
+            "report it: this model seems not to be computed as transformers computes it"
         )
     return f"Verified: {said}."
 

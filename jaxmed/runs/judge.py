@@ -14,14 +14,22 @@ from jaxmed.behaviour.judges import agreement, named, protocol, rules
 from jaxmed.behaviour.judges.outcome import JudgeOutcome
 from jaxmed.files import atomic
 from jaxmed.runs import settings as settings_lib
-from jaxmed.runs.settings import setting
+from jaxmed.runs.mediate import MediateSettings
+from jaxmed.runs.settings import like, setting
 from jaxmed.store import circumstances, claims
 from models.errors import InputError
 
 VERDICTS, JUDGED, AGREEMENT = "verdicts.jsonl", "judged.jsonl", "agreement.json"
 _OWN_FILES = (VERDICTS, JUDGED, AGREEMENT)
 # Settings that change no verdict; where text and weights of a judge are does not matter either.
-_MAY_CHANGE = ("judge_model", "judge_template", "responses", "threshold", "cut")
+_MAY_CHANGE = (
+    "judge_model",
+    "judge_template",
+    "responses",
+    "threshold",
+    "cut",
+    "ignore_config",
+)
 _AT_ONCE = 64  # responses that are judged before their verdicts are kept
 
 
@@ -71,6 +79,7 @@ class JudgeSettings:
     refuse_tokens: tuple[str, ...] = setting(
         help="--judge=tokens: likewise, if it refuses.", default=()
     )
+    ignore_config: tuple[str, ...] = like(MediateSettings, "ignore_config")
 
 
 def run(settings: JudgeSettings) -> JudgeOutcome:
@@ -116,6 +125,7 @@ def _judge(settings: JudgeSettings) -> protocol.Judge:
         cut=settings.cut,
         comply=_ids(settings.comply_tokens, "comply_tokens"),
         refuse=_ids(settings.refuse_tokens, "refuse_tokens"),
+        ignore_config=settings.ignore_config,
     )
     return judge
 
@@ -140,6 +150,7 @@ def _described(settings: JudgeSettings, judge: protocol.Judge) -> dict:
         "responses": settings.responses,
         "threshold": settings.threshold,
         "cut": settings.cut,
+        "ignore_config": settings.ignore_config,
     }
 
 

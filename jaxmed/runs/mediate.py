@@ -165,6 +165,12 @@ class MediateSettings:
         default="",
         choices=("", *DTYPES),
     )
+    ignore_config: tuple[str, ...] = setting(
+        help="A key of config.json that is accepted though its meaning is not known here: one that "
+        "does not change what the model computes. May be given several times; holds for every "
+        "checkpoint that is loaded.",
+        default=(),
+    )
     matmul_precision: str = setting(
         help="Operands of the matrix products that act on differences; plain runs and all else are "
         "float32. bfloat16 is faster on accelerators; the median effect of a neuron is then off by "
@@ -244,7 +250,9 @@ def measure(settings: MediateSettings, *, progress: bool = True) -> tuple[Result
     check(settings)
     say = sweep.teller(progress)
     say(f"Loading {settings.model}")
-    folder, decoder, tokenizer = loading.load(settings.model, settings.dtype)
+    folder, decoder, tokenizer = loading.load(
+        settings.model, settings.dtype, settings.ignore_config
+    )
     check_counts(settings, decoder.config)
     budget = memory.free(settings.memory_gb)
     question = Question(

@@ -29,8 +29,6 @@ FAMILY = Family(
     rotary=RotaryAttributes(
         partial=True, older_base="rotary_emb_base", older_fraction="rotary_pct"
     ),
-    # Dropout, which is training's, and the training code's names of it.
-    harmless=frozenset({"attention_probs_dropout_prob", "hidden_dropout_prob"}),
     base_prefix="gpt_neox.",
     ignored=(r"\battention\.(masked_)?bias$", r"\brotary_emb\.inv_freq$"),
     weights=(
