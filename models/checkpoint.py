@@ -876,9 +876,7 @@ def _write_config(
     _write_json(folder / "config.json", attributes | hf_config.older_spelling(config))
 
 
-def _write_tokenizer(
-    tokenizer: transformers.PreTrainedTokenizerBase, folder: pathlib.Path
-) -> None:
+def _write_tokenizer(tokenizer: transformers.PreTrainedTokenizerBase, folder: pathlib.Path) -> None:
     """Writes the tokenizer by names that transformers 4 knows too."""
     tokenizer.save_pretrained(folder)
     file = folder / "tokenizer_config.json"

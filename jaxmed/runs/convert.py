@@ -32,9 +32,7 @@ TOLERANCE = 1e-4
 class ConvertSettings:
     """Which checkpoint is converted, and what else is done with it."""
 
-    model: str | None = setting(
-        help="Folder or Hugging Face hub id of a checkpoint.", default=None
-    )
+    model: str | None = setting(help="Folder or Hugging Face hub id of a checkpoint.", default=None)
     gguf: str | None = setting(
         help="In place of --model, a GGUF file: --out becomes an ordinary checkpoint of its model, "
         "with its tokenizer. Needs pip install 'jaxmed[gguf]'.",
