@@ -164,7 +164,7 @@ def save(
     beside: Mapping[str, str] | None = None,
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
-    """Writes a model in Hugging Face's format, which `load` and transformers read.
+    """Writes a model in Hugging Face's format, which `load` and transformers 4 and 5 read.
 
     The folder appears only once it is complete. Parameters are stored in the type that they have.
 
@@ -187,7 +187,7 @@ def save(
         _write_config(decoder, partial, tokenizer)
         _write_weights(decoder, partial, max_shard_bytes)
         if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
+            _write_tokenizer(tokenizer, partial)
         for name, text in (beside or {}).items():
             (partial / name).write_text(text, encoding="utf-8")
         os.replace(partial, folder)
@@ -1027,9 +1027,24 @@ def _write_config(
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     token_ids = {name: getattr(tokenizer, name, None) for name in names}
     try:
-        hf_config.to_hf(config, **token_ids).save_pretrained(folder)
+        attributes = json.loads(hf_config.to_hf(config, **token_ids).to_json_string())
     except ValueError as error:
         raise CheckpointError(f"config.json: {error}") from error
+    _write_json(folder / "config.json", attributes | hf_config.older_spelling(config))
+
+
+def _write_tokenizer(tokenizer: transformers.PreTrainedTokenizerBase, folder: pathlib.Path) -> None:
+    """Writes the tokenizer by names that transformers 4 knows too."""
+    tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    attributes = _read_json(file)
+    if attributes["tokenizer_class"] == "TokenizersBackend":
+        attributes["tokenizer_class"] = "PreTrainedTokenizerFast"
+    _write_json(file, attributes)
+
+
+def _write_json(file: pathlib.Path, content: Mapping) -> None:
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _write_weights(decoder: Decoder, folder: pathlib.Path, max_shard_bytes: int) -> None:
@@ -1055,4 +1070,4 @@ def _write_weights(decoder: Decoder, folder: pathlib.Path, max_shard_bytes: int)
         )
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        _write_json(folder / INDEX, index)

@@ -13,7 +13,7 @@ import transformers
 
 from models import families
 from models.config import ACTIVATIONS, DTYPES, DecoderConfig, Rotary, check_above
-from models.families.family import FULL, SLIDING, Family
+from models.families.family import FULL, SLIDING, Family, RotaryAttributes
 
 # rope_type -> field of Rotary -> the key of the HF config's rope_parameters that holds it.
 _DEFAULT = {"theta": "rope_theta"}
@@ -253,6 +253,34 @@ def to_hf(config: DecoderConfig, **token_ids: int | None) -> transformers.PreTra
     return hf_config
 
 
+def older_spelling(config: DecoderConfig) -> dict:
+    """What `to_hf`'s attributes are called by transformers 4, where it has other names for them.
+
+    Written beside them: it takes its class's defaults for what it does not find. transformers 5
+    reads either.
+    """
+    found: dict[str, Any] = {"torch_dtype": config.dtype}
+    named, rotary = families.get(config.family).rotary, config.rotary
+    if rotary is None or named is None:
+        return found
+    found[named.older_base] = rotary.theta
+    if named.by_layer_type:
+        found["rope_local_base_freq"] = (config.window_rotary or rotary).theta
+    if named.partial:
+        found[named.older_fraction] = rotary.fraction
+    found["rope_scaling"] = None
+    if rotary.kind != "default":
+        scaling = _rope_parameters(rotary, named)
+        kind = scaling.pop("rope_type")
+        # What stands beside it, and a stretched context's length, which does so already.
+        beside = {"rope_theta", "partial_rotary_factor"}
+        if rotary.kind == "longrope":
+            beside |= set(_ORIGINAL.values())
+        scaling = {key: value for key, value in scaling.items() if key not in beside}
+        found["rope_scaling"] = {named.older_kind: kind} | scaling
+    return found
+
+
 def _refuse_unsupported(attributes: Mapping) -> None:
     """Raises ValueError if the attributes of config.json are those of an unsupported model."""
     model_type = attributes.get("model_type")
@@ -378,11 +406,15 @@ def _position_attributes(config: DecoderConfig, family: Family) -> dict:
         return {}
     rotary = config.rotary
     if not family.rotary.by_layer_type:
-        found: dict[str, Any] = {"rope_parameters": _rope_parameters(rotary)}
+        found: dict[str, Any] = {"rope_parameters": _rope_parameters(rotary, family.rotary)}
     else:
         sliding = config.window_rotary or rotary
-        by_type = {FULL: _rope_parameters(rotary), SLIDING: _rope_parameters(sliding)}
-        found = {"rope_parameters": by_type}
+        by_type = {FULL: rotary, SLIDING: sliding}
+        found = {
+            "rope_parameters": {
+                name: _rope_parameters(of, family.rotary) for name, of in by_type.items()
+            }
+        }
     if rotary.kind == "longrope":
         found[family.fields["max_positions"]] = rotary.stretched_max_positions
         # Of transformers' two places for it, the one that it gives priority.
@@ -390,10 +422,10 @@ def _position_attributes(config: DecoderConfig, family: Family) -> dict:
     return found
 
 
-def _rope_parameters(rotary: Rotary) -> dict:
+def _rope_parameters(rotary: Rotary, named: RotaryAttributes) -> dict:
     keys = ROTARY_KINDS[rotary.kind] | _OPTIONAL.get(rotary.kind, {})
     values = {key: getattr(rotary, field) for field, key in keys.items()}
-    if rotary.fraction != 1:
+    if named.partial or rotary.fraction != 1:  # A fraction of 1 is not every class's default.
         values["partial_rotary_factor"] = rotary.fraction
     values = {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
     given = {key: value for key, value in values.items() if value is not None}

@@ -182,10 +182,16 @@ class RotaryAttributes:
     Attributes:
         partial: whether `partial_rotary_factor` is read.
         by_layer_type: whether there is one set of parameters for each type of layer.
+        older_base, older_fraction: what transformers 4 calls `rope_theta` and
+            `partial_rotary_factor`, which stand beside its `rope_scaling`.
+        older_kind: what it calls `rope_type` in there.
     """
 
     partial: bool = False
     by_layer_type: bool = False
+    older_base: str = "rope_theta"
+    older_fraction: str = "partial_rotary_factor"
+    older_kind: str = "rope_type"
 
 
 @dataclasses.dataclass(frozen=True)

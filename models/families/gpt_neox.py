@@ -26,7 +26,9 @@ FAMILY = Family(
         "tie_embeddings": "tie_word_embeddings",
     },
     fixed={"norm": "layer", "mlp_bias": True, "gated_mlp": False},
-    rotary=RotaryAttributes(partial=True),
+    rotary=RotaryAttributes(
+        partial=True, older_base="rotary_emb_base", older_fraction="rotary_pct"
+    ),
     base_prefix="gpt_neox.",
     ignored=(r"\battention\.(masked_)?bias$", r"\brotary_emb\.inv_freq$"),
     weights=(
