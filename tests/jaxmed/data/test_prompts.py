@@ -152,7 +152,7 @@ def test_an_unsafe_prompt_of_xstest_contrasts_with_its_own_safe_one(header, writ
     cells = [[row.get(column, "") for column in columns] for row in rows]
     found = prompts.read(write("xstest.csv", as_csv(header, *cells)))
     assert {one.split for one in found} == {"A", "B", "C"}
-    pairs = pairing.pair_up(found, "matched", words.tokenizer())
+    pairs = pairing.pair_up(found, "matched", Encoder(words.tokenizer()))
     assert len(pairs) == 25
     by_text = {one.prompt: one for one in found}
     for pair in pairs:

@@ -141,7 +141,7 @@ def test_a_tilde_is_the_users_home_in_every_path(monkeypatch):
 
 # Settings that name a file, folder, checkpoint or hub id, or NAME=PATH of one.
 PATHS = {
-    "cache_dir", "directions", "export", "json", "judge", "judge_template", "model", "organisms",
+    "adapter", "cache_dir", "directions", "export", "gguf", "json", "judge", "judge_template", "model", "organisms",
     "out", "pairs", "prompts", "responses", "results",
 }  # fmt: skip
 ALL = [
