@@ -52,11 +52,6 @@ class MediateSettings:
         "counterfactual_ids, harmful_ids, safe_ids."
     )
     out: str = setting(help="Folder for the results; a stopped run goes on.")
-    adapter: str = setting(
-        help="Folder or hub id of a LoRA adapter in peft's format, which is merged into the "
-        "weights as they are loaded.",
-        default="",
-    )
     granularity: tuple[str, ...] = setting(
         help=f"Any of {', '.join(SITES)}. token edits each aligned prompt position alone, "
         "whatever --positions says. direction needs --directions, and --directions alone is enough "
@@ -64,6 +59,11 @@ class MediateSettings:
         default=("layer", "module", "head", "token", "neuron"),
         choices=SITES,
         commas=True,
+    )
+    adapter: str = setting(
+        help="Folder or hub id of a LoRA adapter in peft's format, which is merged into the "
+        "weights as they are loaded.",
+        default="",
     )
     metric: str = setting(
         help="logit_diff: logit of the harmful answer's first token minus that of the safe one's, "
