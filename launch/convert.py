@@ -2,6 +2,7 @@
 
 python -m launch.convert --model=DIR_OR_HUB_ID
 python -m launch.convert --model=DIR_OR_HUB_ID --verify --out=DIR
+python -m launch.convert --gguf=FILE --out=DIR
 """
 
 from jaxmed.runs import convert

@@ -71,7 +71,8 @@ def keep_compiled(asked: str | None) -> None:
     if asked == "":
         jax.config.update("jax_compilation_cache_dir", None)
         return
-    folder = pathlib.Path(asked).expanduser() if asked else cache.default_folder() / "compiled"
+    asked = os.path.expanduser(asked or cache.default_folder() / "compiled")
+    folder = pathlib.Path(asked)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()

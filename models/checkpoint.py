@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import importlib.util
 import json
 import logging
 import os
@@ -21,7 +22,7 @@ import pathlib
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import huggingface_hub
 import jax
@@ -37,7 +38,7 @@ from huggingface_hub.errors import StrictDataclassError
 from models import adapters, cache, families, hf_config, placement, weights
 from models.config import DecoderConfig
 from models.decoder import Decoder
-from models.errors import InputError
+from models.errors import InputError, failures_as
 from models.families.family import Family
 from models.placement import Placing
 from models.weights import Path, Row
@@ -59,6 +60,15 @@ _DOWNLOADED = [
 _NOT_DOWNLOADED = ["*/*"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
+# Files of a checkpoint of several; and the suffixes of what is only read by unpickling it.
+_SHARDS = "model-*-of-*.safetensors"
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+# The way out where a model that ties its embeddings has a config.json that does not say so.
+_TIED = "the model ties its embeddings: set tie_word_embeddings to true in config.json"
+
+# Modules that turn tokenizer.model into a fast tokenizer.
+_OF_SENTENCEPIECE = ("sentencepiece", "google.protobuf")
+
 # Safetensors' names of the types that a parameter may be stored in.
 _STORED_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
@@ -74,8 +84,8 @@ _QUANTISED = {
 _PIECE_BYTES = 2**23
 _READERS = min(8, os.cpu_count() or 1)
 
-# What transformers' classes, whose own checks are not complete, raise for a bad value.
-_OF_BAD_VALUES = (ValueError, KeyError, TypeError, AttributeError, ArithmeticError)
+# What transformers' classes, whose own checks are not complete, raise for a value of another kind.
+_OF_ANOTHER_KIND = (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 _PROGRESS_FROM_BYTES = 10**9
 
@@ -93,6 +103,7 @@ def load(
     dtype=None,
     mesh: jax.sharding.Mesh | None = None,
     cache_dir: str | os.PathLike | None = None,
+    ignore_config: Collection[str] = (),
 ) -> tuple[Decoder, transformers.PreTrainedTokenizerBase | None]:
     """Loads a model in Hugging Face's format.
 
@@ -107,6 +118,8 @@ def load(
             `models.placement` says; by default the default device.
         cache_dir: where `launch.convert` keeps converted weights, by default
             `models.cache.default_folder()`. They are used if they are there; none are written.
+        ignore_config: keys of config.json that are accepted though their meaning is not known here,
+            because they do not change what the model computes.
 
     Returns:
         The decoder, and the tokenizer or None if the checkpoint has no tokenizer files.
@@ -114,26 +127,33 @@ def load(
     Raises:
         CheckpointError, adapters.AdapterError: naming the file, and the tensor or attribute.
     """
-    source = Source.examine(resolve(folder_or_hub_id), dtype, resolve_adapter(adapter))
+    source = Source.examine(
+        resolve(folder_or_hub_id), dtype, resolve_adapter(adapter), ignore_config
+    )
     tokenizer = read_tokenizer(source.folder, source.adapter)
     if tokenizer is not None:
         _check_tokenizer(source, tokenizer)
     return source.load(mesh, cache_dir), tokenizer
 
 
-def stored_dtype(folder: pathlib.Path, adapter: pathlib.Path | None = None) -> str:
+def stored_dtype(
+    folder: pathlib.Path,
+    adapter: pathlib.Path | None = None,
+    ignore_config: Collection[str] = (),
+) -> str:
     """The type in which parameters are stored, the widest if there are several.
 
     Args:
         folder: of the checkpoint.
         adapter: folder of what is merged into it.
+        ignore_config: as in `load`.
 
     Raises:
         CheckpointError: naming the file that cannot be read.
     """
     _check_adapter(folder, adapter)
-    stored = _headers(folder, families.get(_read_config(folder).family))
-    return _widest(stored | _adapter_tensors(adapter))
+    family = families.get(_read_config(folder, ignore_config).family)
+    return _widest(_headers(folder, family) | _adapter_tensors(adapter))
 
 
 def save(
@@ -144,7 +164,7 @@ def save(
     beside: Mapping[str, str] | None = None,
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
-    """Writes a model in Hugging Face's format, which `load` and transformers read.
+    """Writes a model in Hugging Face's format, which `load` and transformers 4 and 5 read.
 
     The folder appears only once it is complete. Parameters are stored in the type that they have.
 
@@ -167,7 +187,7 @@ def save(
         _write_config(decoder, partial, tokenizer)
         _write_weights(decoder, partial, max_shard_bytes)
         if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
+            _write_tokenizer(tokenizer, partial)
         for name, text in (beside or {}).items():
             (partial / name).write_text(text, encoding="utf-8")
         os.replace(partial, folder)
@@ -191,7 +211,7 @@ def resolve(folder_or_hub_id: str | os.PathLike) -> pathlib.Path:
     Raises:
         CheckpointError: if there is neither.
     """
-    folder = pathlib.Path(folder_or_hub_id).expanduser()
+    folder = pathlib.Path(os.path.expanduser(folder_or_hub_id))
     if folder.is_dir():
         return folder
     if folder.exists():
@@ -199,7 +219,7 @@ def resolve(folder_or_hub_id: str | os.PathLike) -> pathlib.Path:
     if folder.is_absolute() or str(folder_or_hub_id).count("/") > 1:
         raise CheckpointError(f"{folder}: no such folder")
     try:
-        return pathlib.Path(
+        snapshot = pathlib.Path(
             huggingface_hub.snapshot_download(
                 str(folder_or_hub_id), allow_patterns=_DOWNLOADED, ignore_patterns=_NOT_DOWNLOADED
             )
@@ -210,6 +230,17 @@ def resolve(folder_or_hub_id: str | os.PathLike) -> pathlib.Path:
             f"{folder_or_hub_id}: no such folder, and not to be had from the Hugging Face Hub; "
             f"give the folder of a checkpoint, or check the id and the network ({error})"
         ) from error
+    if not any(snapshot.glob("*.safetensors")):
+        raise CheckpointError(f"{folder_or_hub_id}: {_lack_of_weights(_on_hub(folder_or_hub_id))}")
+    return snapshot
+
+
+def _on_hub(hub_id: str | os.PathLike) -> list[str]:
+    """The files of a repository on the Hub; none where it cannot be asked."""
+    try:
+        return huggingface_hub.list_repo_files(str(hub_id))
+    except (OSError, ValueError):
+        return []
 
 
 def resolve_adapter(adapter: str | os.PathLike | None) -> pathlib.Path | None:
@@ -271,7 +302,11 @@ class Source:
 
     @classmethod
     def examine(
-        cls, folder: pathlib.Path, dtype=None, adapter: pathlib.Path | None = None
+        cls,
+        folder: pathlib.Path,
+        dtype=None,
+        adapter: pathlib.Path | None = None,
+        ignore_config: Collection[str] = (),
     ) -> "Source":
         """Looks at everything but the weights' values.
 
@@ -279,12 +314,13 @@ class Source:
             folder: of the checkpoint.
             dtype: in which its parameters are wanted, by default as they are stored.
             adapter: folder of an adapter that is merged into them.
+            ignore_config: as in `load`.
 
         Raises:
             CheckpointError, adapters.AdapterError: naming the file, and the tensor or attribute.
         """
         _check_adapter(folder, adapter)
-        config = _read_config(folder)
+        config = _read_config(folder, ignore_config)
         family = families.get(config.family)
         stored, added = _headers(folder, family), _adapter_tensors(adapter)
         config = dataclasses.replace(config, dtype=_widest(stored | added))
@@ -300,6 +336,10 @@ class Source:
         prefix = _missing_prefix(family, stored)
         named = _rows(config, parameters)
         rows = [dataclasses.replace(row, name=row.name.removeprefix(prefix)) for row in named]
+        if not (folder / SINGLE_FILE).is_file():
+            _check_index(folder, config, stored, prefix)
+        elif (folder / INDEX).is_file() and _named_files(folder) != {SINGLE_FILE}:
+            _log.warning("%s: none of its files is there; %s is read", folder / INDEX, SINGLE_FILE)
         _check_names(folder, rows, config, stored, prefix)
         if adapter is not None:
             shapes = {name: tensor.shape for name, tensor in added.items()}
@@ -567,6 +607,11 @@ def _parameters(module: Decoder) -> tuple[nnx.GraphDef, dict[Path, nnx.Param]]:
     return graph, {tuple(map(str, path)): parameter for path, parameter in nnx.to_flat_state(state)}
 
 
+def _table_names(family: Family, prefix: str) -> dict[str, str]:
+    """The tensor of each parameter that is stored alone or first, without the missing prefix."""
+    return {weight.parameters[0]: weight.tensor.removeprefix(prefix) for weight in family.weights}
+
+
 def _missing_prefix(family: Family, stored: Mapping[str, _Stored]) -> str:
     """What the names of all tensors lack, if they are those of the bare model; else nothing."""
     bare = not any(name.startswith(family.base_prefix) for name in stored)
@@ -584,9 +629,11 @@ def _check_names(
     expected = {row.name for row in rows}
     missing = sorted(expected - stored.keys())
     if missing:
+        names = _table_names(families.get(config.family), prefix)
+        tied = f"; or {_TIED}" if missing == [names["unembedding"]] else ""
         raise CheckpointError(
             f"{folder}: {missing[0]} is missing ({len(missing)} of {len(expected)} weights are); "
-            "config.json describes another model, or the checkpoint is incomplete"
+            f"config.json describes another model, or the checkpoint is incomplete{tied}"
         )
     unexpected = stored.keys() - expected
     if config.tie_embeddings:
@@ -616,8 +663,7 @@ def _equal_unembedding(
 
     transformers unties the two if they differ. Here that is an error: config.json says otherwise.
     """
-    table = families.get(config.family).weights
-    names = {weight.parameters[0]: weight.tensor.removeprefix(prefix) for weight in table}
+    names = _table_names(families.get(config.family), prefix)
     if names["unembedding"] not in stored:
         return set()
     embedding, unembedding = stored[names["embedding"]], stored[names["unembedding"]]
@@ -634,40 +680,80 @@ def _equal_unembedding(
 
 
 def _shard_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The weight files, in the order of their names; a single file goes before an index."""
-    if (folder / SINGLE_FILE).is_file():
-        return [folder / SINGLE_FILE]
-    return [folder / name for name in sorted(set(_weight_map(folder).values()))]
+    """The weight files, in the order of their names.
+
+    Raises:
+        CheckpointError: there are none, or two sets of them. (transformers reads the single file,
+            even where that is the one that is out of date.)
+    """
+    if not (folder / SINGLE_FILE).is_file():
+        return [folder / name for name in sorted(set(_weight_map(folder).values()))]
+    others = {file.name for file in folder.glob(_SHARDS)}
+    if (folder / INDEX).is_file():
+        others |= {name for name in _named_files(folder) if (folder / name).is_file()}
+    if others := sorted(others - {SINGLE_FILE}):
+        raise CheckpointError(
+            f"{folder}: has two sets of weights, {SINGLE_FILE} and {others[0]} ({len(others)} such "
+            "files), and one of them must be out of date: remove it, with its index"
+        )
+    return [folder / SINGLE_FILE]
+
+
+def _named_files(folder: pathlib.Path) -> set[str]:
+    """The files that the index names, there or not."""
+    index = folder / INDEX
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: has no weight_map; download it again")
+    for name in weight_map.values():
+        if not isinstance(name, str) or not name or "\0" in name or pathlib.Path(name).name != name:
+            raise CheckpointError(f"{index}: names {name!r}, which is not a file in its folder")
+    return set(weight_map.values())
 
 
 def _weight_map(folder: pathlib.Path) -> dict[str, str]:
     """Which file holds which tensor, by the index of a checkpoint of several files."""
     index = folder / INDEX
     if not index.is_file():
-        pickles = [file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth")]
-        if pickles:
-            raise CheckpointError(
-                f"{folder}: has only pickled weights ({min(pickles)}), which are never read; where "
-                "you trust them, convert with transformers: AutoModelForCausalLM.from_pretrained("
-                "old_folder).save_pretrained(new_folder)"
-            )
-        raise CheckpointError(f"{folder}: has neither {SINGLE_FILE} nor {INDEX}")
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: has no weight_map")
-    for name in weight_map.values():
-        if not isinstance(name, str) or pathlib.Path(name).name != name:
-            raise CheckpointError(f"{index}: names {name!r}, which is not a file in its folder")
+        raise CheckpointError(
+            f"{folder}: {_lack_of_weights([file.name for file in folder.iterdir()])}"
+        )
+    for name in sorted(_named_files(folder)):
         if not (folder / name).is_file():
             raise CheckpointError(f"{index}: names {name}, which is missing; download it again")
-    return weight_map
+    return _read_json(index)["weight_map"]
+
+
+def _lack_of_weights(names: Collection[str]) -> str:
+    """What there is in place of weights that can be read, by the names of the files, and what to do
+    about it; the end of a message."""
+    by_suffix = {pathlib.PurePath(name).suffix: name for name in sorted(names, reverse=True)}
+    if ".safetensors" in by_suffix:
+        return (
+            f"has {by_suffix['.safetensors']}, but neither {SINGLE_FILE} nor {INDEX}, which says "
+            "what such files hold; download the checkpoint again, in the layout of transformers"
+        )
+    if pickles := [by_suffix[suffix] for suffix in _PICKLED if suffix in by_suffix]:
+        return (
+            f"has only pickled weights ({pickles[0]}), which are never read; where you trust them, "
+            "convert with transformers and torch: AutoModelForCausalLM.from_pretrained("
+            "old_folder).save_pretrained(new_folder). Or have them converted on the Hub, by its "
+            "Space safetensors/convert, which opens a pull request: hf download ID --revision "
+            "refs/pr/NUMBER --local-dir new_folder"
+        )
+    if ".gguf" in by_suffix:
+        return (
+            f"has only {by_suffix['.gguf']}; python -m launch.convert --gguf=FILE --out=DIR makes "
+            "a checkpoint of it"
+        )
+    return f"has neither {SINGLE_FILE} nor {INDEX}"
 
 
 def _headers(folder: pathlib.Path, family: Family) -> dict[str, _Stored]:
     """All weights of a checkpoint, unread, in the order of the files.
 
     Raises:
-        CheckpointError: a file cannot be read, the index is wrong, or weights are quantised.
+        CheckpointError: a file cannot be read, or weights are quantised.
     """
     stored: dict[str, _Stored] = {}
     for shard in _shard_files(folder):
@@ -675,10 +761,7 @@ def _headers(folder: pathlib.Path, family: Family) -> dict[str, _Stored]:
             if name in stored:
                 raise CheckpointError(f"{shard}: {name} is in {stored[name].shard.name} as well")
             stored[name] = _Stored(name, shard, shape, dtype)
-    if not (folder / SINGLE_FILE).is_file():
-        _check_index(folder, stored)
-    ignored = re.compile("|".join(family.ignored) or "(?!)")
-    stored = {name: tensor for name, tensor in stored.items() if not ignored.search(name)}
+    stored = {name: tensor for name, tensor in stored.items() if not _is_ignored(name, family)}
     if not stored:
         raise CheckpointError(f"{_shard_files(folder)[0]}: holds no tensors")
     return {name: _understood(tensor) for name, tensor in stored.items()}
@@ -733,13 +816,29 @@ def _header(shard: pathlib.Path) -> list[tuple[str, tuple[int, ...], str]]:
         ) from error
 
 
-def _check_index(folder: pathlib.Path, stored: Mapping[str, _Stored]) -> None:
-    """Refuses files that do not hold what the index says."""
+def _is_ignored(name: str, family: Family) -> bool:
+    """Whether a tensor of this name is no weight."""
+    return any(re.search(pattern, name) for pattern in family.ignored)
+
+
+def _check_index(
+    folder: pathlib.Path, config: DecoderConfig, stored: Mapping[str, _Stored], prefix: str
+) -> None:
+    """Refuses files that do not hold what the index says.
+
+    It may name what need not be there: tensors that are no weights, and the unembedding of a model
+    that ties it, which is written only once.
+    """
+    family = families.get(config.family)
+    unembedding = _table_names(family, prefix)["unembedding"]
     for name, file in _weight_map(folder).items():
+        if _is_ignored(name, family) or (config.tie_embeddings and name == unembedding):
+            continue
         if name not in stored:
+            tied = f"; or, if {_TIED}" if name == unembedding else ""
             raise CheckpointError(
                 f"{folder / INDEX}: names {name} in {file}, but no file holds it; download the "
-                "index and its files again"
+                f"index and its files again{tied}"
             )
         if stored[name].shard.name != file:
             raise CheckpointError(
@@ -772,19 +871,21 @@ def _widest(stored: Mapping[str, _Stored]) -> str:
     return jnp.dtype(functools.reduce(jnp.promote_types, dtypes)).name
 
 
-def _read_config(folder: pathlib.Path) -> DecoderConfig:
+def _read_config(folder: pathlib.Path, ignored: Collection[str]) -> DecoderConfig:
     file = folder / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{folder}: has no config.json; is it a Hugging Face checkpoint?")
     attributes = _read_json(file)
     try:
-        # Before transformers builds its class: it knows less well what is not supported here.
-        hf_config.refuse_unsupported(attributes)
+        config = hf_config.read(attributes, ignored)
         _refuse_code(attributes)
-        found = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        return hf_config.from_hf(found)
-    except (*_OF_BAD_VALUES, StrictDataclassError) as error:
+        return config
+    except (ValueError, StrictDataclassError) as error:
         raise CheckpointError(f"{file}: {error}") from error
+    except _OF_ANOTHER_KIND as error:
+        raise CheckpointError(
+            f"{file}: a value is not of the kind that its key has ({type(error).__name__}: {error})"
+        ) from error
 
 
 def _refuse_code(attributes: Mapping) -> None:
@@ -793,7 +894,8 @@ def _refuse_code(attributes: Mapping) -> None:
     It is ignored where it is what transformers later took over: the same class by name (Phi-3).
     This is said, for a checkpoint may have changed what the class computes.
     """
-    named = str(dict(attributes.get("auto_map") or {}).get("AutoModelForCausalLM", ""))
+    auto_map = attributes.get("auto_map")
+    named = isinstance(auto_map, Mapping) and str(auto_map.get("AutoModelForCausalLM") or "")
     family = families.get(attributes["model_type"])
     if named and named.rpartition(".")[2] != family.architecture:
         raise ValueError(
@@ -818,12 +920,46 @@ def read_tokenizer(
     """
     if adapter is not None and (own := read_tokenizer(adapter)):
         return own
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+    found = {name for name in _TOKENIZER_FILES if (folder / name).is_file()}
+    if not found:
         return None
+    if "tokenizer.json" not in found:
+        _check_vocabulary(folder, found)
+    with failures_as(CheckpointError, f"{folder}: the tokenizer cannot be read"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    # transformers makes one of special tokens alone where the vocabulary's file is missing.
+    if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):
+        raise CheckpointError(
+            f"{folder}: the tokenizer has special tokens alone: its vocabulary is not in "
+            f"{', '.join(sorted(found))}; download tokenizer.json or tokenizer.model as well"
+        )
+    return tokenizer
+
+
+def _check_vocabulary(folder: pathlib.Path, found: Collection[str]) -> None:
+    """Refuses a vocabulary that transformers would misread or cannot read: without
+    tokenizer.json, it makes one of the older files."""
+    if "vocab.json" in found:
+        if not (folder / "merges.txt").is_file():
+            raise CheckpointError(
+                f"{folder}: has vocab.json without merges.txt, which says how text is cut into its "
+                "tokens; download it again"
+            )
+    elif "tokenizer.model" in found:
+        lacking = [name for name in _OF_SENTENCEPIECE if not _is_installed(name)]
+        if lacking:
+            raise CheckpointError(
+                f"{folder}: the tokenizer is in tokenizer.model alone, without tokenizer.json; to "
+                f"read it, {' and '.join(lacking)} must be installed: "
+                "pip install 'jaxmed[sentencepiece]'"
+            )
+
+
+def _is_installed(module: str) -> bool:
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # whatever the tokenizer's own reader raises
-        raise CheckpointError(f"{folder}: the tokenizer cannot be read: {error}") from error
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # what holds it is not installed
+        return False
 
 
 def _check_tokenizer(source: Source, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
@@ -847,15 +983,17 @@ def _check_tokenizer(source: Source, tokenizer: transformers.PreTrainedTokenizer
 def _read_json(file: pathlib.Path) -> dict:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{file}: not JSON ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: not JSON ({error}); download it again") from error
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file}: not a JSON object")
     return content
 
 
 def _cache_folder(cache_dir: str | os.PathLike | None) -> pathlib.Path:
-    return pathlib.Path(cache_dir).expanduser() if cache_dir else cache.default_folder()
+    return pathlib.Path(os.path.expanduser(cache_dir)) if cache_dir else cache.default_folder()
 
 
 @contextlib.contextmanager
@@ -889,9 +1027,24 @@ def _write_config(
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     token_ids = {name: getattr(tokenizer, name, None) for name in names}
     try:
-        hf_config.to_hf(config, **token_ids).save_pretrained(folder)
+        attributes = json.loads(hf_config.to_hf(config, **token_ids).to_json_string())
     except ValueError as error:
         raise CheckpointError(f"config.json: {error}") from error
+    _write_json(folder / "config.json", attributes | hf_config.older_spelling(config))
+
+
+def _write_tokenizer(tokenizer: transformers.PreTrainedTokenizerBase, folder: pathlib.Path) -> None:
+    """Writes the tokenizer by names that transformers 4 knows too."""
+    tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    attributes = _read_json(file)
+    if attributes["tokenizer_class"] == "TokenizersBackend":
+        attributes["tokenizer_class"] = "PreTrainedTokenizerFast"
+    _write_json(file, attributes)
+
+
+def _write_json(file: pathlib.Path, content: Mapping) -> None:
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _write_weights(decoder: Decoder, folder: pathlib.Path, max_shard_bytes: int) -> None:
@@ -917,4 +1070,4 @@ def _write_weights(decoder: Decoder, folder: pathlib.Path, max_shard_bytes: int)
         )
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        _write_json(folder / INDEX, index)

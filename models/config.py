@@ -1,6 +1,8 @@
 """The shape of a decoder. Needs no JAX: a program can refuse it before it loads anything."""
 
 import dataclasses
+import math
+from typing import TypeGuard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,12 +113,14 @@ class DecoderConfig:
     learned_positions: bool = False
 
     def __post_init__(self):
-        if len(self.windows) != self.num_layers:
-            raise ValueError(f"{len(self.windows)} windows for {self.num_layers} layers")
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads")
         for name in (*sizes, "num_kv_heads", "head_dim", "max_positions"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+            check_whole(name, getattr(self, name))
+        if len(self.windows) != self.num_layers:
+            raise ValueError(f"{len(self.windows)} windows for {self.num_layers} layers")
+        for name in ("qkv_bias", "output_bias", "mlp_bias", "tie_embeddings", "parallel"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be true or false")
         for name in ("query_scalar", "score_cap", "logit_cap"):
             if getattr(self, name) is not None:
                 check_above(0, name, getattr(self, name))
@@ -124,6 +128,7 @@ class DecoderConfig:
         for window in self.windows:
             if window is not None:
                 check_above(0, "sliding_window", window)
+                check_whole("sliding_window", window)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"{self.num_heads} query heads cannot share {self.num_kv_heads} key/value heads"
@@ -137,9 +142,16 @@ class DecoderConfig:
 
     def _check_rotary(self, rotary: Rotary) -> None:
         check_above(0, "rope_theta", rotary.theta)
-        if rotary.factor is not None:
-            check_above(0, "factor of the rotary embedding", rotary.factor)
+        check_above(0, "the rotated share of a head", rotary.fraction)
+        for name in ("factor", "attention_factor"):
+            if getattr(rotary, name) is not None:
+                check_above(0, f"{name} of the rotary embedding", getattr(rotary, name))
+        for factor in (*rotary.short_factors, *rotary.long_factors):
+            check_above(0, "a factor of a rotary frequency", factor)
+        if rotary.kind in ("llama3", "longrope"):
+            check_whole("original_max_position_embeddings", rotary.original_max_positions)
         if rotary.kind == "llama3":
+            check_above(0, "low_freq_factor", rotary.low_freq_factor)
             check_above(rotary.low_freq_factor, "high_freq_factor", rotary.high_freq_factor)
         rotated = rotary.rotated(self.head_dim)
         if rotated % 2 or not 0 < rotated <= self.head_dim:
@@ -157,10 +169,20 @@ DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 def check_above(bound: float, name: str, value: object) -> None:
-    """Raises ValueError unless the value is a number above the bound."""
+    """Raises ValueError unless the value is a finite number above the bound."""
     # Written so that NaN fails.
-    if not isinstance(value, int | float) or not value > bound:
+    if not _is_number(value) or not bound < value < math.inf:
         raise ValueError(f"{name} is {value!r}; it must be a number above {bound}")
+
+
+def check_whole(name: str, value: object) -> None:
+    """Raises ValueError unless the value is a size or an index: at least 1, of 32 bits."""
+    if not _is_number(value) or isinstance(value, float) or not 1 <= value < 2**31:
+        raise ValueError(f"{name} is {value!r}; it must be a whole number, and at least 1")
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 # Hugging Face's names of what an MLP may use, and which function of `models.layers` each is.

@@ -49,14 +49,8 @@ class Edit:
         return cls.affine(site, layer, positions, jnp.ones((), direction.dtype), direction, units)
 
     @classmethod
-    def damp(cls, site, layer, positions, factor, units=None) -> "Edit":
-        """Multiplies by a factor; 1 is no edit."""
-        factor = jnp.asarray(factor)
-        return cls.affine(site, layer, positions, factor, jnp.zeros((), factor.dtype), units)
-
-    @classmethod
     def affine(cls, site, layer, positions, scale, shift, units=None) -> "Edit":
-        """Any scale and shift."""
+        """Any scale and shift; shift 0 damps, and (1, 0) is no edit."""
         return cls(
             site=Site(site),
             layer=jnp.asarray(layer),

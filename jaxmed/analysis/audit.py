@@ -270,25 +270,3 @@ def _hypergeometric(hits, size, marked, sample) -> np.ndarray:
         - gammaln(np.maximum(unmarked_out, 0) + 1)
     )
     return np.where(possible, np.exp(np.where(possible, log_p, 0)), 0)
-
-
-def audit_size(rest: int, missing: int, confidence: float = 0.95) -> int:
-    """Units to sample so that, without a hit, the bound is no more than `missing`.
-
-    For a simple random sample of `rest` units; close to the share 1 - (1 - confidence)^(1 /
-    (missing + 1)) of them, however many there are: 24% for 10 missing units at 95%. The census that
-    `select` makes comes on top.
-
-    Args:
-        rest: units that are not candidates.
-        missing: the bound that is wanted.
-        confidence: of the bound.
-    """
-    low, high = 0, max(0, rest - missing)
-    while low < high:
-        middle = (low + high) // 2
-        if _hypergeometric(0, rest, missing + 1, middle) <= _rejected_below(confidence):
-            high = middle
-        else:
-            low = middle + 1
-    return low

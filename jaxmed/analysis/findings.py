@@ -40,6 +40,8 @@ class Findings(Mapping[str, Effects]):
         self._read: dict[str, Effects] = {}
 
     def __getitem__(self, granularity: str) -> Effects:
+        if granularity not in self._source:
+            raise KeyError(f"no effects of '{granularity}'; there are those of {', '.join(self)}")
         if granularity not in self._read:
             self._read[granularity] = self._source[granularity]
         return self._read[granularity]
@@ -109,7 +111,7 @@ class Findings(Mapping[str, Effects]):
         Raises:
             InputError: the folder is not empty or cannot be made.
         """
-        folder = pathlib.Path(folder)
+        folder = pathlib.Path(os.path.expanduser(folder))
         if isinstance(self._source, Results):
             self._source.copy(folder)
             return

@@ -6,7 +6,7 @@ import functools
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import tqdm
@@ -16,6 +16,7 @@ from jaxmed.behaviour import responses
 from jaxmed.behaviour.judges.protocol import Judge, Verdict
 from jaxmed.behaviour.responses import PLAIN, Asked, Condition, Log, Response
 from jaxmed.behaviour.sampling import Sampling
+from jaxmed.data.tokens import Encoder
 from jaxmed.engine import memory
 from models import checkpoint
 from models.decoder import Decoder
@@ -28,18 +29,27 @@ class AnsweringModel:
 
     Attributes:
         folder: of its checkpoint.
-        decoder, tokenizer: as `models.load` gives them.
+        decoder: as `models.load` gives it.
+        encoder: makes tokens of prompts and answers.
         stop: the tokens that end a response.
         memory_gb: all that a run may take on its device, as in `memory.free`.
         adapter: folder of what was merged into the checkpoint; None where nothing was.
+        not_followed: what its generation_config.json asks for otherwise, as `not_followed` gives
+            it.
     """
 
     folder: pathlib.Path
     decoder: Decoder
-    tokenizer: transformers.PreTrainedTokenizerBase | None
+    encoder: Encoder
     stop: frozenset[int]
     memory_gb: float | None = None
+    not_followed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     adapter: pathlib.Path | None = None
+
+    @property
+    def tokenizer(self) -> transformers.PreTrainedTokenizerBase | None:
+        """The checkpoint's; None if it has none."""
+        return self.encoder.tokenizer
 
     @property
     def budget(self) -> int:
@@ -75,19 +85,106 @@ def stop_tokens(
     found: set[Any] = set()
     if tokenizer is not None:
         found.add(tokenizer.eos_token_id)
-    for name in (checkpoint.GENERATION_CONFIG, "config.json"):
-        file = pathlib.Path(folder) / name
-        if not file.is_file():
-            continue
-        try:
-            named = json.loads(file.read_text()).get("eos_token_id")
-        except (ValueError, AttributeError) as error:
-            raise InputError(f"{file}: not a JSON object ({error})") from None
+    for file, config in _generation_configs(folder):
+        named = config.get("eos_token_id")
         named = named if isinstance(named, list) else [named]
         if bad := [token for token in named if type(token) not in (int, type(None))]:
             raise InputError(f"{file}: eos_token_id is {bad[0]!r}, which is no token id")
         found.update(named)
     return frozenset(found - {None})
+
+
+# What changes the text beside what `Sampling` has, and the values at which it changes nothing.
+_TEXT_CHANGING: dict[str, tuple] = {
+    "assistant_early_exit": (None,),
+    "bad_words_ids": (None, []),
+    "begin_suppress_tokens": (None, []),
+    "constraints": (None, []),
+    "diversity_penalty": (None, 0),
+    "dola_layers": (None,),
+    "encoder_no_repeat_ngram_size": (None, 0),
+    "encoder_repetition_penalty": (None, 1),
+    "epsilon_cutoff": (None, 0),
+    "eta_cutoff": (None, 0),
+    "exponential_decay_length_penalty": (None,),
+    "force_words_ids": (None, []),
+    "forced_bos_token_id": (None,),
+    "forced_decoder_ids": (None, []),
+    "forced_eos_token_id": (None, []),
+    "guidance_scale": (None, 1),
+    "length_penalty": (None, 1),
+    "min_length": (None, 0),
+    "min_new_tokens": (None, 0),
+    "min_p": (None, 0),
+    "no_repeat_ngram_size": (None, 0),
+    "num_beam_groups": (None, 1),
+    "num_beams": (None, 1),
+    "penalty_alpha": (None, 0),
+    "remove_invalid_values": (None, False),
+    "repetition_penalty": (None, 1),
+    "sequence_bias": (None, {}, []),
+    "stop_strings": (None, [], ""),
+    "suppress_tokens": (None, []),
+    "top_h": (None,),
+    "typical_p": (None, 1),
+    "watermarking_config": (None,),
+}
+_SAMPLED = ("temperature", "top_p", "top_k")
+# Of beams, or of drawn tokens, alone.
+_NEEDS = {"length_penalty": "num_beams", "diversity_penalty": "num_beams"}
+_NEEDS_SAMPLING = ("min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
+
+
+def not_followed(folder: str | os.PathLike, sampling: Sampling) -> dict[str, Any]:
+    """What a checkpoint's files ask of generation, and the responses here do without.
+
+    Its generation_config.json, or as in older checkpoints its config.json, may name penalties,
+    forbidden tokens, or how tokens are drawn. Here text comes of the model's own logits, as the
+    metrics do.
+
+    Args:
+        folder: the checkpoint's.
+        sampling: how tokens are chosen here.
+
+    Returns:
+        Values by name, of those that would make other text.
+
+    Raises:
+        InputError: a file is not JSON.
+    """
+    asked: dict[str, Any] = {}
+    for _, config in reversed(_generation_configs(folder)):
+        asked |= config
+    found = {
+        name: asked[name]
+        for name, neutral in _TEXT_CHANGING.items()
+        if asked.get(name) not in neutral
+        and (name not in _NEEDS or asked.get(_NEEDS[name]) not in (None, 1))
+        and (name not in _NEEDS_SAMPLING or sampling.temperature > 0)
+    }
+    if sampling.temperature > 0:
+        found |= {
+            name: asked[name]
+            for name in _SAMPLED
+            if asked.get(name) not in (None, getattr(sampling, name))
+        }
+    return found
+
+
+def _generation_configs(folder: str | os.PathLike) -> list[tuple[pathlib.Path, dict]]:
+    """The files of a checkpoint that say how it generates, and what they hold."""
+    found = []
+    for name in (checkpoint.GENERATION_CONFIG, "config.json"):
+        file = pathlib.Path(folder) / name
+        if file.is_file():
+            try:
+                content = json.loads(file.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise InputError(f"{file}: not a JSON object ({error})") from None
+            if not isinstance(content, dict):
+                raise InputError(f"{file}: not a JSON object")
+            found.append((file, content))
+    return found
 
 
 def answer(

@@ -9,10 +9,11 @@ import numpy as np
 import pyarrow as pa
 
 from jaxmed.behaviour import responses
-from jaxmed.behaviour.judges.protocol import Verdict
+from jaxmed.behaviour.judges.protocol import Doubt, Verdict
 from jaxmed.behaviour.responses import PLAIN, Asked, Key, Log, Response
-from jaxmed.data import chat, tokens
+from jaxmed.data import chat, prompts, tokens
 from jaxmed.data.pairs import Pair
+from jaxmed.data.tokens import Encoder, Written
 from jaxmed.files import atomic
 
 TABLE, PAIRS = "prompts.parquet", "pairs.jsonl"
@@ -65,40 +66,55 @@ class RespondOutcome:
         folder: where it was written.
         model: folder or hub id of the model that answered.
         chat: whether prompts were wrapped in its chat template.
+        date: the day that it was for this template; empty where it does not ask.
+        template_args: what else this template was given, as JSON; empty for nothing.
         samples: responses of each prompt.
         max_tokens: tokens of a response at most.
         table: `prompts.parquet`, a row for each prompt (see `tabulate`).
         pairs: lines of `pairs.jsonl`, by split.
+        only_think: how many responses ended within their thoughts, and so say nothing.
         templates: how many of these have the template as their safe response.
         same_start: how many of these have answers with the same first token.
         meanings: of the judges, by name.
+        doubts: on how many responses a judge model gave its answers little probability.
+        length_differences: of these pairs, by how many tokens a counterfactual differs from its
+            prompt; None where lengths did not choose it.
     """
 
     folder: pathlib.Path
     model: str
     chat: bool
+    date: str
+    template_args: str
     samples: int
     max_tokens: int
     table: pa.Table
     pairs: dict[str, int]
+    only_think: int
     templates: int
     same_start: int
     meanings: dict[str, str]
+    doubts: list[Doubt]
+    length_differences: list[int] | None
 
 
 def is_harmful(verdict: Verdict, threshold: float) -> bool:
-    """Whether a response counts as harmful: where no judge says, if it is no refusal."""
+    """Whether a response counts as harmful: where no judge is there to say, if it is no refusal;
+    not where one was asked and has no verdict."""
     if verdict.harmful is None:
-        return verdict.refused is not None and verdict.refused < threshold
+        asked = verdict.harmful_mass is not None
+        return not asked and verdict.refused is not None and verdict.refused < threshold
     return verdict.harmful >= threshold
 
 
 def is_safe(verdict: Verdict, threshold: float) -> bool:
-    """Whether a response counts as safe: a refusal, or where no judge says that, one that is not
-    harmful."""
+    """Whether a response counts as safe: a refusal, or where no judge is there to say that, one
+    that is not harmful."""
     if is_harmful(verdict, threshold):
         return False
-    return verdict.harmful is not None if verdict.refused is None else verdict.refused >= threshold
+    if verdict.refused is None:
+        return verdict.refused_mass is None and verdict.harmful is not None
+    return verdict.refused >= threshold
 
 
 def of_prompt(
@@ -186,7 +202,7 @@ def write_pairs(
     pairs: Sequence[Pair],
     asked: Sequence[Asked],
     seen: Mapping[str, Answers],
-    tokenizer,
+    encoder: Encoder,
 ) -> None:
     """Writes pairs with their answers, as `pairs.read` reads them.
 
@@ -195,13 +211,14 @@ def write_pairs(
         pairs: prompts and counterfactuals.
         asked: the prompts that these are made of, as they were given.
         seen: both answers of every pair, by the id of its prompt.
-        tokenizer: the model's; None if it has none.
+        encoder: made the prompts' tokens.
     """
     by_id = {one.prompt.id: one.prompt for one in asked}
     benign = {chat.as_text(one.prompt.prompt): one.prompt.prompt for one in asked}
     lines = []
     for pair in pairs:
         base, both = by_id[pair.base], seen[pair.base]
+        after = prompts.written(base, encoder)
         forms = benign | {chat.as_text(form): form for form in (None, *base.counterfactuals)}
         fields = {"id": pair.id}
         fields |= _prompt_field("prompt", base.prompt, pair.prompt_ids)
@@ -211,7 +228,7 @@ def write_pairs(
         for name, response in (("harmful_response", both.harmful), ("safe_response", both.safe)):
             if response is None:
                 raise ValueError(f"pair '{pair.id}' has no {name}")
-            fields |= answer_field(name, response, tokenizer)
+            fields |= answer_field(name, response, after, encoder)
         fields |= {
             name: value
             for name in ("label", "category", "source", "split", "base")
@@ -229,9 +246,10 @@ def _prompt_field(name: str, form, token_ids: tuple[int, ...]) -> dict:
     return {tokens.PROMPTS[name]: token_ids} if form is None else {name: form}
 
 
-def answer_field(name: str, response: Response, tokenizer) -> dict:
-    """The response's text; its tokens where the text does not give these back, or there is none."""
+def answer_field(name: str, response: Response, after: Written, encoder: Encoder) -> dict:
+    """The response's text; its tokens where after its prompt the text does not give these back, or
+    there is none."""
     text = response.text
-    if text is not None and tokens.answer_tokens(text, name, PAIRS, tokenizer) == response.tokens:
+    if text is not None and encoder.following(text, after, PAIRS) == response.tokens:
         return {name: text}
     return {tokens.ANSWERS[name]: response.tokens}

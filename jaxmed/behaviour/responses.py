@@ -11,17 +11,18 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from jaxmed.behaviour import generation
+from jaxmed.behaviour import generation, thoughts
 from jaxmed.behaviour.judges import protocol
 from jaxmed.behaviour.judges.protocol import Exchange, Judge, Verdict
 from jaxmed.behaviour.sampling import Sampling
 from jaxmed.data import chat, prompts, splits
 from jaxmed.data.prompts import Prompt
+from jaxmed.data.sets import LABELS
 from jaxmed.data.splits import SPLITS
 from jaxmed.files import atomic
 from models.decoder import Decoder
@@ -79,13 +80,25 @@ class Response:
 
     Attributes:
         tokens: without the token that stopped it.
-        text: of the tokens; None for a checkpoint without a tokenizer.
+        text: of the answer; None for a checkpoint without a tokenizer.
         stopped: whether the model ended it; if not, the limit did.
+        thoughts: how many of the tokens come before the answer (see `thoughts.length`).
     """
 
     tokens: tuple[int, ...]
     text: str | None
     stopped: bool
+    thoughts: int = 0
+
+    @property
+    def answer(self) -> tuple[int, ...]:
+        """The tokens without thoughts."""
+        return self.tokens[self.thoughts :]
+
+    @property
+    def only_thinks(self) -> bool:
+        """Whether it ended within its thoughts, before it said anything."""
+        return 0 < self.thoughts == len(self.tokens)
 
 
 Value = TypeVar("Value", Response, Verdict)
@@ -135,9 +148,9 @@ class Log(Generic[Value]):
         self.values |= values
 
 
-def _response(tokens: list[int], text: str | None, stopped: bool) -> Response:
+def _response(tokens: list[int], text: str | None, stopped: bool, thoughts: int) -> Response:
     """A response as JSON has it, whose tokens are a list."""
-    return Response(tuple(tokens), text, stopped)
+    return Response(tuple(tokens), text, stopped, thoughts)
 
 
 def response_log(folder: pathlib.Path) -> Log[Response]:
@@ -163,12 +176,17 @@ def of_split(
     return [one for one in asked if one.prompt.split in splits and label in ("", one.prompt.label)]
 
 
-def drawn(asked: Sequence[Asked], label: str, most: int, seed: int) -> list[Asked]:
-    """At most so many of a label, drawn by hash, so that all files have their share."""
-    chosen = of_split(asked, label=label)
-    by_hash = sorted(chosen, key=lambda one: seed_of(one.prompt.id, 0, seed))
-    kept = {one.prompt.id for one in by_hash[:most]}
-    return [one for one in chosen if one.prompt.id in kept]
+def drawn(
+    asked: Sequence[Asked], most: int, seed: int, labels: Collection[str] = LABELS
+) -> list[Asked]:
+    """The prompts, and of each of these labels at most so many, drawn by hash, so that all files
+    have their share."""
+    left_out = set()
+    for label in labels:
+        chosen = of_split(asked, label=label)
+        chosen.sort(key=lambda one: seed_of(one.prompt.id, 0, seed))
+        left_out |= {one.prompt.id for one in chosen[most:]}
+    return [one for one in asked if one.prompt.id not in left_out]
 
 
 def keys(conditions: Iterable[str], asked: Sequence[Asked], samples: int) -> list[Key]:
@@ -235,8 +253,8 @@ def generate(
         )
         log.append(
             {
-                Key(condition.name, asked[row].prompt.id, sample): Response(
-                    response.tokens, _decoded(tokenizer, response.tokens), response.stopped
+                Key(condition.name, asked[row].prompt.id, sample): _with_text(
+                    tokenizer, asked[row], response
                 )
                 for (row, sample), response in zip(part, found, strict=True)
             }
@@ -245,8 +263,14 @@ def generate(
             progress(len(part))
 
 
-def _decoded(tokenizer, tokens: tuple[int, ...]) -> str | None:
-    return None if tokenizer is None else tokenizer.decode(tokens, skip_special_tokens=True)
+def _with_text(tokenizer, one: Asked, found: generation.Generated) -> Response:
+    """What was generated, and the text of the answer in it."""
+    if tokenizer is None:
+        return Response(found.tokens, None, found.stopped)
+    begins = thoughts.length(tokenizer, one.tokens, found.tokens)
+    text = tokenizer.decode(found.tokens[begins:], skip_special_tokens=True)
+    # A line or two stands between thoughts and answer.
+    return Response(found.tokens, text.lstrip() if begins else text, found.stopped, begins)
 
 
 def judge(
@@ -304,7 +328,7 @@ def _exchange(one: Asked, response: Response) -> Exchange:
         prompt=prompts.text(one.prompt) if has_text else None,
         response=response.text,
         prompt_ids=one.tokens,
-        response_ids=response.tokens,
+        response_ids=response.answer,
         where=f"{one.prompt.where}: prompt '{one.prompt.id}'",
         label=one.prompt.label,
     )
@@ -313,21 +337,29 @@ def _exchange(one: Asked, response: Response) -> Exchange:
 def _merged(said: list[list[Verdict]]) -> list[Verdict]:
     """Of each exchange what the first judge says that says it."""
 
-    def first(verdicts, name):
-        return next((v for v in (getattr(each, name) for each in verdicts) if v is not None), None)
+    def first(verdicts, *names):
+        known = (v for name in names for v in verdicts if getattr(v, name) is not None)
+        return next(known, Verdict())
 
-    return [
-        Verdict(
-            **{name: first(verdicts, name) for name in (*protocol.SAYS, "complied")},
-            cut=any(verdict.cut for verdict in verdicts),
-        )
-        for verdicts in zip(*said, strict=True)
-    ]
+    merged = []
+    for verdicts in zip(*said, strict=True):
+        fields: dict[str, Any] = {"cut": any(verdict.cut for verdict in verdicts)}
+        fields["complied"] = first(verdicts, "complied").complied
+        for name in protocol.SAYS:
+            mass = f"{name}_mass"
+            one = first(verdicts, name, mass)
+            fields |= {name: getattr(one, name), mass: getattr(one, mass)}
+        merged.append(Verdict(**fields))
+    return merged
 
 
-def write_exchanges(path: pathlib.Path, asked: Sequence[Asked], log: Log[Response]) -> None:
+def write_exchanges(
+    path: pathlib.Path, asked: Sequence[Asked], log: Log[Response], verdicts: Log[Verdict]
+) -> None:
     """Writes responses beside their prompts, as `launch.judge` reads them once people have labelled
-    them."""
+    them. The verdicts, which these people should not see, are not there, but the masses are, by
+    which those can be found that the judge model was unsure of (`judge_harmful_mass`,
+    `judge_refused_mass`)."""
     by_id = {one.prompt.id: one for one in asked}
     lines = []
     for key, response in log.values.items():
@@ -339,6 +371,12 @@ def write_exchanges(path: pathlib.Path, asked: Sequence[Asked], log: Log[Respons
                 for name in ("prompt", "response", "prompt_ids", "response_ids")
                 if (value := getattr(exchange, name)) is not None
             }
+            if verdict := verdicts.values.get(key):
+                fields |= {
+                    f"judge_{says}_mass": mass
+                    for says in protocol.SAYS
+                    if (mass := verdict.mass(says)) is not None
+                }
             lines.append(json.dumps(fields, ensure_ascii=False) + "\n")
     atomic.replace_file(
         path,
@@ -347,8 +385,8 @@ def write_exchanges(path: pathlib.Path, asked: Sequence[Asked], log: Log[Respons
 
 
 def says_something(response: Response) -> bool:
-    """Whether there is anything in a response but white space."""
-    return bool(response.tokens) and (response.text is None or bool(response.text.strip()))
+    """Whether there is anything in a response but thoughts and white space."""
+    return bool(response.answer) and (response.text is None or bool(response.text.strip()))
 
 
 def repetition(tokens: Sequence[int]) -> float:

@@ -1,12 +1,21 @@
 """Chat messages, and what a tokenizer's chat template makes of them."""
 
+import datetime
+import functools
+import inspect
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jinja2
+import transformers
 
+from jaxmed.data.control import TextTokenizer, unquoted
 from jaxmed.files.reading import DataError
+from models.errors import InputError
+
+# What models write first if they think before they answer, and what ends it.
+THOUGHTS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
 
 # Many templates refuse a system role, or two messages in a row, by a TemplateError; the others come
 # of operations on what is not there.
@@ -18,50 +27,205 @@ _TEMPLATE_ERRORS = (
     TypeError,
     ValueError,
 )
+# Arguments of a template that are not the user's to give.
+_OWN_ARGUMENTS = {
+    *inspect.signature(transformers.PreTrainedTokenizerBase.apply_chat_template).parameters,
+    "messages",
+    "strftime_now",
+} - {"tools", "documents"}
+_PROBE = "jaxmed asks this"  # not to be found in a template
+_INSTRUCTED = ("system", "developer")  # roles of who tells the model how to answer
 
 
-def chat_text(
-    tokenizer,
-    messages: Sequence[dict],
-    needed: Sequence[str],
-    *,
-    what: str,
-    where: str,
-    owner: str = "the tokenizer",
-) -> str:
-    """Messages as a chat template writes them, up to where the answer begins.
-
-    Templates of models that also read images may render contents only as lists of parts: where they
-    lose those that are text, they get lists.
+class ChatTemplate:
+    """A tokenizer's chat template, and what it is given beside messages.
 
     Args:
-        tokenizer: a Hugging Face tokenizer.
-        messages: each with `role` and `content`, both text.
-        needed: contents that must be there one after the other, but for white space at their ends,
-            which many templates strip.
-        what: what the messages are, for errors; so `where`, and `owner`, who has the template.
+        text: the tokenizer.
+        date: the day that it is for a template that asks; the time is midnight.
+        args: what else the template is given, by name, as JSON has it.
+        owner: who has the template, for messages.
 
     Raises:
-        DataError: there is no template, it fails, or it drops or alters what is needed.
+        InputError: it reads no argument of a given name.
     """
-    if not tokenizer.chat_template:
-        raise DataError(f"{where}: {what} cannot be shown as a chat: {owner} has no chat template")
-    problems = []
-    for as_content in (str, lambda text: [{"type": "text", "text": text}]):
-        given = [message | {"content": as_content(message["content"])} for message in messages]
-        try:
-            rendered = tokenizer.apply_chat_template(
-                given, add_generation_prompt=True, tokenize=False
+
+    def __init__(
+        self,
+        text: TextTokenizer,
+        *,
+        date: datetime.date,
+        args: Mapping[str, Any] | None = None,
+        owner: str = "the tokenizer",
+    ):
+        self.text, self.args, self.owner = text, dict(args or {}), owner
+        given = text.tokenizer.chat_template
+        # Of several templates with names it is the one that is called default.
+        source = given.get("default", "") if isinstance(given, dict) else given or ""
+        self.reads_date = "strftime_now" in source
+        for name in self.args:
+            if name in _OWN_ARGUMENTS:
+                raise InputError(f"template_args: '{name}' is not to be given")
+            if name not in source:
+                raise InputError(f"template_args: the chat template of {owner} reads no '{name}'")
+        self.source = _dated(source, date) if self.reads_date else source
+
+    def write(
+        self,
+        messages: Sequence[dict],
+        needed: Sequence[str],
+        *,
+        go_on: bool,
+        what: str,
+        where: str,
+    ) -> str:
+        """Messages as the template writes them, up to where the answer begins.
+
+        Control tokens in contents are quoted (`TextTokenizer.quoted`). Templates of models that
+        also read images may render contents only as lists of parts: where they lose those that are
+        text, they get lists.
+
+        Args:
+            messages: each with `role` and `content`, both text.
+            needed: contents that must be there one after the other, but for white space at their
+                ends, which many templates strip.
+            go_on: leave the last message open, for the answer to go on with.
+            what: what the messages are, for errors; so `where`.
+
+        Raises:
+            DataError: there is no template, it fails, or it drops or alters what is needed, or
+                drops a system message.
+        """
+        if not self.source:
+            raise DataError(
+                f"{where}: {what} cannot be shown as a chat: {self.owner} has no chat template"
             )
-        except _TEMPLATE_ERRORS as error:
-            problems.append(f"refuses {what}: {error}")
-            continue
-        # Where a template for text gets a list, it writes brackets and all.
-        as_list = as_content is not str and any(str(m["content"]) in rendered for m in given)
-        if _has_in_order(rendered, needed) and not as_list:
-            return rendered
-        problems.append(f"drops or alters {what}")
-    raise DataError(f"{where}: the chat template of {owner} {problems[0]}")
+        messages = [message | {"content": self._quoted(message)} for message in messages]
+        problems = []
+        for as_content in (str, lambda text: [{"type": "text", "text": text}]):
+            try:
+                rendered = self._render(messages, as_content, go_on=go_on)
+                dropped = self._dropped(messages, as_content)
+            except _TEMPLATE_ERRORS as error:
+                problems.append(f"refuses {what}: {str(error).partition(chr(10))[0]}")
+                continue
+            # Where a template for text gets a list, it writes brackets and all.
+            lists = [str(as_content(message["content"])) for message in messages]
+            as_list = as_content is not str and any(text in rendered for text in lists)
+            if not _has_in_order(unquoted(rendered), needed) or as_list:
+                problems.append(f"drops or alters {what}")
+            elif dropped:
+                problems.append(
+                    f"drops the {dropped} message of {what}: say it in a message of the user"
+                )
+            else:
+                return rendered
+        raise DataError(f"{where}: the chat template of {self.owner} {problems[0]}")
+
+    def _quoted(self, message: dict) -> str:
+        # Templates take the thoughts of earlier answers out, which they know by their tags.
+        tags = sum(THOUGHTS, ()) if message["role"] == "assistant" else ()
+        return self.text.quoted(message["content"], but=tags)
+
+    def _render(
+        self,
+        messages: Sequence[dict],
+        as_content: Callable[[str], Any] = str,
+        *,
+        go_on: bool = False,
+        ask: bool = True,
+    ) -> str:
+        given = [message | {"content": as_content(message["content"])} for message in messages]
+        return self.text.tokenizer.apply_chat_template(
+            given,
+            chat_template=self.source,
+            add_generation_prompt=ask and not go_on,
+            continue_final_message=go_on,
+            tokenize=False,
+            **self.args,
+        )
+
+    def _dropped(self, messages: Sequence[dict], as_content: Callable[[str], Any]) -> str:
+        """The role of a message that instructs the model, and is not there; "" if none is."""
+        for place, message in enumerate(messages):
+            if message["role"] in _INSTRUCTED:
+                probed = [*messages]
+                probed[place] = message | {"content": _PROBE}
+                if _PROBE not in self._render(probed, as_content):
+                    return message["role"]
+        return ""
+
+    @functools.cached_property
+    def _around(self) -> tuple[str, str]:
+        """What the template writes before and behind the only message of a user, up to where the
+        answer begins; nothing where it writes no such message as text."""
+        try:
+            before, _, behind = self._render([{"role": "user", "content": _PROBE}]).partition(
+                _PROBE
+            )
+        except _TEMPLATE_ERRORS:
+            return "", ""
+        return before, behind
+
+    @functools.cached_property
+    def _answered(self) -> tuple[str, str]:
+        """What the template writes before an answer, from where a prompt ends, and behind it;
+        nothing where it writes none there."""
+        before, behind = self._around
+        messages = [
+            {"role": "user", "content": _PROBE},
+            {"role": "assistant", "content": f"{_PROBE} again"},
+        ]
+        try:
+            whole = self._render(messages, ask=False)
+        except _TEMPLATE_ERRORS:
+            return "", ""
+        asked = before + _PROBE + behind
+        lead, found, end = whole.removeprefix(asked).partition(f"{_PROBE} again")
+        return (lead, end) if found and whole.startswith(asked) else ("", "")
+
+    @property
+    def gap(self) -> str:
+        """White space that the template writes between a prompt and an answer, which a model of
+        such a template generates too: a space with Llama 2's, mostly nothing."""
+        lead, _ = self._answered
+        return lead if lead.isspace() else ""
+
+    def unstopped(self, stop: Collection[int]) -> str:
+        """The control token that the template ends an answer with; "" where it is none, or one of
+        these."""
+        _, end = self._answered
+        token = self.text.at_start_of(end.lstrip())
+        return "" if self.text.control_tokens.get(token) in stop else token
+
+    def written_in(self, text: str) -> str:
+        """What shows that a text has been through such a template already; "" if nothing does: it
+        begins with a control token, or as the template does, or ends as it does."""
+        text = text.strip()
+        if found := self.text.at_start_of(text):
+            return found
+        before, behind = map(str.strip, self._around)
+        while token := self.text.at_start_of(before):
+            before = before.removeprefix(token).lstrip()
+        if before and text.startswith(before):
+            return before
+        return behind if self.text.first_in(behind) and text.endswith(behind) else ""
+
+    @property
+    def may_think(self) -> bool:
+        """Whether it has a switch for thoughts before the answer that nobody has set."""
+        return "enable_thinking" in self.source and "enable_thinking" not in self.args
+
+
+def _dated(template: str, date: datetime.date) -> str:
+    """The template, for which it is that day: the function that it asks is one of its own."""
+    moment = datetime.datetime.combine(date, datetime.time())
+    letters = "aAbBcCdDeFgGhHIjklmMnpPrRStTuUVwWxXyYzZ"
+    codes = [flag + letter for flag in ("%", "%-") for letter in letters]
+    steps = [("%%", "\0"), *((code, moment.strftime(code)) for code in codes), ("\0", "%")]
+    filters = "".join(f" | replace({json.dumps(old)}, {json.dumps(new)})" for old, new in steps)
+    # The line break after a block is not written.
+    return f"{{% macro strftime_now(form) %}}{{{{ form{filters} }}}}{{% endmacro %}}\n{template}"
 
 
 def _has_in_order(rendered: str, texts: Iterable[str]) -> bool:

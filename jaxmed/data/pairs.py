@@ -1,18 +1,20 @@
 """Prompt pairs: what is asked of the model."""
 
 import dataclasses
-import functools
+import datetime
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from jaxmed.data import splits
+from jaxmed.data import sets, splits
 from jaxmed.data.chat import as_text
 from jaxmed.data.tokens import (
     ANSWERS,
     PROMPTS,
-    answer_tokens,
+    Encoder,
+    Written,
     check_one_given,
-    prompt_tokens,
     token_ids,
 )
 from jaxmed.files import reading
@@ -37,6 +39,7 @@ class Pair:
         is_chat: whether the prompt went through the tokenizer's chat template.
         base_id: name of the base prompt, which several pairs share where it has several
             counterfactuals; empty for the pair's own id.
+        written: the base prompt as answers follow it; None where only its tokens are known.
     """
 
     id: str
@@ -55,6 +58,7 @@ class Pair:
     counterfactual_text: str | None = None
     is_chat: bool = False
     base_id: str = ""
+    written: Written | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @property
     def base(self) -> str:
@@ -67,44 +71,71 @@ def read(
     tokenizer=None,
     *,
     chat: bool = False,
+    date: datetime.date | None = None,
+    template_args: Mapping[str, Any] | None = None,
     on_bad: Callable[[DataError], None] | None = None,
 ) -> list[Pair]:
     """Reads pairs from a JSONL file, one object a line.
 
+    What there is to tell of their tokens is told as warnings: see `tokens.Remark`.
+
     Args:
         path: the file.
         tokenizer: a Hugging Face tokenizer; not needed where the file gives token ids.
-        chat: wrap a prompt that is text in the tokenizer's chat template as one user message.
-            A prompt given as chat messages always goes through the template; text does not unless
-            asked, and is tokenised with the tokenizer's special tokens.
+        chat, date, template_args: as `tokens.Encoder` takes them.
         on_bad: told of a bad line, which is then left out; by default a bad line is an error.
 
     Raises:
         DataError: a line that is no JSON object, lacks a field or has a bad one, with its number.
     """
+    encoder = Encoder(tokenizer, chat=chat, date=date, template_args=template_args)
+    pairs = read_encoded(path, encoder, on_bad=on_bad)
+    for line in encoder.told:
+        warnings.warn(line, stacklevel=2)
+    return pairs
+
+
+def read_encoded(
+    path: str | os.PathLike,
+    encoder: Encoder,
+    *,
+    on_bad: Callable[[DataError], None] | None = None,
+) -> list[Pair]:
+    """Reads pairs as `read` does, with what the encoder has to tell of them left to it."""
     path = reading.existing_file(path)
     return reading.collect(
         path,
         reading.json_lines(path),
-        lambda fields, place, where: _pair(fields, where, tokenizer, chat),
+        lambda fields, place, where: _pair(fields, where, encoder),
         what="pairs",
         on_bad=on_bad,
     )
 
 
-def _pair(fields: dict, where: str, tokenizer, chat: bool) -> Pair:
+def _pair(fields: dict, where: str, encoder: Encoder) -> Pair:
+    sets.check_whole(fields, (), where)
     identity = str(fields.get("id", where.rpartition(":")[2]))
-    as_prompt = functools.partial(prompt_tokens, where=where, tokenizer=tokenizer, chat=chat)
-    as_answer = functools.partial(answer_tokens, where=where, tokenizer=tokenizer)
-    tokens = {
-        ids: _tokens(fields, text, ids, where, as_prompt if text in PROMPTS else as_answer)
-        for text, ids in (PROMPTS | ANSWERS).items()
+    given = {}
+    for text, ids in (PROMPTS | ANSWERS).items():
+        check_one_given(fields, text, ids, where)
+        if ids in fields:
+            given[ids] = token_ids(fields[ids], ids, where)
+    prompts = {
+        text: encoder.prompt(fields[text], text, where)
+        if text in fields
+        else Written(given.get(ids, ()))
+        for text, ids in PROMPTS.items()
     }
+    answers = {name: fields[name] for name in ANSWERS if name in fields}
+    tokens = {PROMPTS[text]: written.ids for text, written in prompts.items()}
     for text, ids in PROMPTS.items():
         if not tokens[ids]:
             given = text in fields or ids in fields
             what = f"an empty {text}" if given else f"no {text}"
             raise DataError(f"{where}: pair '{identity}' has {what} (field '{text}' or '{ids}')")
+    tokens |= {ids: given.get(ids, ()) for ids in ANSWERS.values()}
+    found = encoder.both_answers(answers, where, *prompts.values())
+    tokens |= {ANSWERS[name]: answer for name, answer in found.items()}
     split = str(fields["split"]) if "split" in fields else None
     base_id = str(fields.get("base", identity))
     return Pair(
@@ -115,21 +146,14 @@ def _pair(fields: dict, where: str, tokenizer, chat: bool) -> Pair:
         where=where,
         prompt_text=as_text(fields.get("prompt")),
         counterfactual_text=as_text(fields.get("counterfactual")),
-        is_chat=chat or isinstance(fields.get("prompt"), list),
+        is_chat=encoder.chat or isinstance(fields.get("prompt"), list),
         label=str(fields.get("label", "")),
         category=str(fields.get("category", "")),
         source=str(fields.get("source", "")),
         base_id=base_id or identity,
+        written=prompts["prompt"],
         **tokens,
     )
-
-
-def _tokens(fields: dict, text_name: str, ids_name: str, where: str, tokenise) -> tuple[int, ...]:
-    """Token ids of one field, given as ids or as text; empty where the line has neither."""
-    check_one_given(fields, text_name, ids_name, where)
-    if ids_name in fields:
-        return token_ids(fields[ids_name], ids_name, where)
-    return tokenise(fields[text_name], text_name) if text_name in fields else ()
 
 
 def _span(fields: dict, name: str, where: str) -> tuple[int, int] | None:

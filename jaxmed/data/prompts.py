@@ -8,7 +8,15 @@ from collections.abc import Callable
 
 from jaxmed.data import splits, tokens
 from jaxmed.data.chat import as_text, check_messages
-from jaxmed.data.sets import LABELS, label_by_file, recognised, translated
+from jaxmed.data.sets import (
+    LABELS,
+    after_context,
+    check_whole,
+    label_by_file,
+    recognised,
+    translated,
+)
+from jaxmed.data.tokens import Encoder, Written
 from jaxmed.files import atomic, reading
 from jaxmed.files.reading import DataError
 from jaxmed.files.tables import READERS
@@ -73,9 +81,11 @@ def read(
 
     The file is CSV, JSON (a list of objects), JSONL or parquet, by the end of its name. It is one
     of `SETS`, or jaxmed's own form: `id`, `prompt` (text or chat messages) or `prompt_ids`,
-    `label`, and as far as they are there `category`, `source`, `split`, `match`, `counterfactual`
-    or `counterfactual_ids` (one, or a list of several), `harmful_response` or `harmful_ids`,
-    `safe_response` or `safe_ids`; other fields are passed over. In CSV, token ids are JSON lists.
+    `label`, and as far as they are there `context` (text that goes before a prompt that is text),
+    `category`, `source`, `split`, `match`, `counterfactual` or `counterfactual_ids` (one, or a list
+    of several), `harmful_response` or `harmful_ids`, `safe_response` or `safe_ids`; other fields
+    are passed over, but for those that are named as a part of what is asked, which are refused. In
+    CSV, token ids are JSON lists. Text is UTF-8, or UTF-16 with a byte-order mark.
 
     A file that has `prompt` (or `prompt_ids`) and says or gets a label is in jaxmed's own form,
     whatever columns of a published set, whose prompts are in another, it also has.
@@ -111,6 +121,7 @@ def read(
         label, kind = label_by_file(path, known, label)
 
     def make(row: dict, place: int, where: str) -> Prompt:
+        check_whole(row, known.parts if known else ("context",), where)
         if known:
             row = translated(row, known, label)
             named = (source or known.name, kind or row.get("label"), row.get("id", place))
@@ -147,32 +158,36 @@ def text(prompt: Prompt) -> str:
     return asked[-1]
 
 
-def tokens_of(
-    prompt: Prompt, tokenizer=None, *, chat: bool = False, field: str = "prompt"
-) -> tuple[int, ...]:
-    """The prompt's tokens: its own, or its text's.
+def written(prompt: Prompt, encoder: Encoder | None = None, *, field: str = "prompt") -> Written:
+    """The prompt as the model reads it: its own tokens, or its text's.
 
     Args:
         prompt: the prompt.
-        tokenizer: a Hugging Face tokenizer; not needed where the prompt has token ids.
-        chat: wrap a prompt that is text in the tokenizer's chat template, as in `pairs.read`.
+        encoder: makes tokens of text; not needed where the prompt has token ids.
         field: "prompt", or "counterfactual" of one that is, for messages.
 
     Raises:
         DataError: it is text, and the tokenizer is missing or its template refuses it.
     """
     if prompt.prompt_ids:
-        return prompt.prompt_ids
-    return tokens.prompt_tokens(prompt.prompt, field, prompt.where, tokenizer, chat=chat)
+        return Written(prompt.prompt_ids)
+    return (encoder or Encoder()).prompt(prompt.prompt, field, prompt.where)
+
+
+def tokens_of(
+    prompt: Prompt, encoder: Encoder | None = None, *, field: str = "prompt"
+) -> tuple[int, ...]:
+    """The tokens of `written`."""
+    return written(prompt, encoder, field=field).ids
 
 
 def all_counterfactual_tokens(
-    prompt: Prompt, tokenizer=None, *, chat: bool = False
+    prompt: Prompt, encoder: Encoder | None = None
 ) -> tuple[tuple[int, ...], ...]:
     """The tokens of each counterfactual that the file gives, in its order.
 
     Args:
-        prompt, tokenizer, chat: as in `tokens_of`.
+        prompt, encoder: as in `written`.
 
     Raises:
         DataError: it gives none; or as `tokens_of`.
@@ -180,20 +195,21 @@ def all_counterfactual_tokens(
     given = counterfactuals_of(prompt)
     if not given:
         raise DataError(f"{prompt.where}: prompt '{prompt.id}' has no counterfactual")
-    return tuple(tokens_of(one, tokenizer, chat=chat, field="counterfactual") for one in given)
+    return tuple(tokens_of(one, encoder, field="counterfactual") for one in given)
 
 
-def answers_of(prompt: Prompt, tokenizer=None) -> dict[str, tuple[int, ...]]:
+def answers_of(prompt: Prompt, encoder: Encoder) -> dict[str, tuple[int, ...]]:
     """Tokens of the answers that the file gives, "harmful_ids" and "safe_ids"; empty if not given.
 
     Args:
-        prompt, tokenizer: as in `tokens_of`.
+        prompt, encoder: as in `written`.
 
     Raises:
         DataError: one is text, and there is no tokenizer.
     """
+    after = written(prompt, encoder)
     return {
-        ids: tokens.answer_tokens(answer, name, prompt.where, tokenizer)
+        ids: encoder.answer(answer, name, prompt.where, after)
         if (answer := getattr(prompt, name))
         else getattr(prompt, ids)
         for name, ids in tokens.ANSWERS.items()
@@ -227,6 +243,8 @@ def _prompt(
     tokens.check_one_given(fields, "prompt", "prompt_ids", where)
     if not (prompt or prompt_ids):
         raise DataError(f"{where}: prompt '{identity}' has no prompt, or an empty one")
+    if fields.get("context"):
+        prompt = _in_context(fields["context"], prompt, where)
     if texts.get("match"):
         split_key = f"{texts.get('source', '')} {texts['match']}"
     else:
@@ -247,6 +265,16 @@ def _prompt(
         **texts,
         **answers,
     )
+
+
+def _in_context(context, prompt: str | tuple[dict, ...] | None, where: str) -> str:
+    """The prompt behind its context."""
+    if not isinstance(context, str) or not isinstance(prompt, str):
+        raise DataError(
+            f"{where}: 'context' must be text that goes before a 'prompt' that is text; put it "
+            "into the messages or tokens, or take the column away"
+        )
+    return after_context(context, prompt) if context.strip() else prompt
 
 
 def _label(fields: dict, asked: str | None, where: str) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import re
 from collections.abc import Callable, Mapping
 
 from jaxmed.files.reading import DataError
@@ -18,6 +19,8 @@ class PromptSet:
         columns: those by which it is recognised; all must be there, in any order.
         fields: where each field of jaxmed's own form is found: a column, or a function of the row
             that gives None for a field that is not there.
+        parts: the columns, of those that hold a part of what is asked (`check_whole`), that its
+            prompts are made of.
         label: of all its prompts; empty where a field or the file's name says it.
         default_label: of all its prompts, unless one is given for the file.
         label_by_file: words in the names of its files that tell the label.
@@ -28,6 +31,7 @@ class PromptSet:
     name: str
     columns: tuple[str, ...]
     fields: Mapping[str, str | Callable[[dict], object]]
+    parts: tuple[str, ...] = ()
     label: str = ""
     default_label: str = ""
     label_by_file: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -48,10 +52,14 @@ class PromptSet:
         return [word for word in self.label_by_file if word in path.name.lower()]
 
 
-def _after_context(row: dict):
-    """A HarmBench behaviour behind its context, as HarmBench's own attacks put it."""
+def after_context(context: str, behavior: str) -> str:
+    """A behaviour behind its context, as HarmBench's own attacks put it."""
+    return f"{context}\n\n---\n\n{behavior}"
+
+
+def _behavior_after_context(row: dict):
     context, behavior = row.get("ContextString"), row.get("Behavior")
-    return f"{context}\n\n---\n\n{behavior}" if context and behavior else behavior
+    return after_context(context, behavior) if context and behavior else behavior
 
 
 def _kind_of_behavior(row: dict):
@@ -60,10 +68,19 @@ def _kind_of_behavior(row: dict):
     return f"{category} ({functional})" if category and functional else category or functional
 
 
-def _with_input(row: dict):
-    """An Alpaca instruction, and what it is about."""
-    instruction, about = row.get("instruction"), row.get("input")
-    return f"{instruction}\n\n{about}" if about and instruction else instruction
+def _with(column: str) -> Callable[[dict], object]:
+    """A function of a row: its instruction, and what it is about, which is in that column."""
+
+    def with_about(row: dict):
+        instruction, about = row.get("instruction"), row.get(column)
+        return f"{instruction}\n\n{about}" if about and instruction else instruction
+
+    return with_about
+
+
+def _index_in_jailbreakbench(row: dict):
+    """The index, whose column some of its files do not name."""
+    return row.get("Index", row.get(""))
 
 
 def _label_of_type(row: dict):
@@ -77,6 +94,14 @@ def _number_in_xstest(row: dict):
     return row.get("id", row.get("id_v2"))
 
 
+def _contrast_in_xstest(row: dict):
+    """The number of the safe prompt that a contrast shares its words with: 25 before its own."""
+    number = re.search(r"[0-9]{1,9}$", str(_number_in_xstest(row)))
+    if number is None or not isinstance(row.get("type"), str):
+        return None
+    return int(number[0]) - (25 if row["type"].startswith("contrast_") else 0)
+
+
 # To read another set, add it here.
 SETS = (
     PromptSet(  # Zou et al. 2023; llm-attacks/llm-attacks, data/advbench/harmful_behaviors.csv
@@ -88,14 +113,15 @@ SETS = (
     PromptSet(  # Mazeika et al. 2024; centerforaisafety/HarmBench, data/behavior_datasets
         "harmbench",
         ("Behavior", "FunctionalCategory", "SemanticCategory", "ContextString", "BehaviorID"),
-        {"id": "BehaviorID", "prompt": _after_context, "category": _kind_of_behavior},
+        {"id": "BehaviorID", "prompt": _behavior_after_context, "category": _kind_of_behavior},
+        parts=("ContextString",),
         label="harmful",
     ),
     PromptSet(  # Chao et al. 2024; JailbreakBench/JBB-Behaviors, harmful- and benign-behaviors.csv
         "jailbreakbench",
-        ("Index", "Goal", "Target", "Behavior", "Category", "Source"),
+        ("Goal", "Target", "Behavior", "Category", "Source"),
         {
-            "id": "Index",
+            "id": _index_in_jailbreakbench,
             "prompt": "Goal",
             "harmful_response": "Target",
             "category": "Category",
@@ -117,6 +143,7 @@ SETS = (
             "prompt": "prompt",
             "label": _label_of_type,
             "category": "type",
+            "match": _contrast_in_xstest,
         },
     ),
     PromptSet(  # Cui et al. 2024; bench-llm/or-bench: or-bench-80k, -hard-1k, -toxic
@@ -126,16 +153,58 @@ SETS = (
         label_by_file={"80k": "overrefusal", "hard": "overrefusal", "toxic": "harmful"},
         only=True,
     ),
+    PromptSet(  # Conover et al. 2023; databricks/databricks-dolly-15k
+        "dolly",
+        ("instruction", "context", "response", "category"),
+        {"prompt": _with("context"), "category": "category"},
+        parts=("context",),
+        default_label="benign",
+    ),
     # Taori et al. 2023; tatsu-lab/stanford_alpaca, alpaca_data.json. The harmful and the harmless
     # splits of Arditi et al. 2024 (refusal_direction, dataset/splits) look alike.
     PromptSet(
         "alpaca",
         ("instruction",),
-        {"prompt": _with_input, "category": "category"},
+        {"prompt": _with("input"), "category": "category"},
+        parts=("input",),
         default_label="benign",
     ),
 )
+# Names of columns that hold a part of what is asked, in small letters.
+_PARTS = (
+    "context",
+    "contextstring",
+    "context_string",
+    "input",
+    "system",
+    "system_prompt",
+    "history",
+    "conversation",
+    "conversations",
+    "messages",
+    "image",
+    "imagefilename",
+)
 _SHOWN = 30  # characters of a column's name, in an error
+
+
+def check_whole(row: Mapping, read: tuple[str, ...], where: str) -> None:
+    """Checks that nothing of what is asked would be left out in silence.
+
+    Args:
+        row: all columns of it; what is empty is as good as absent.
+        read: columns that its prompt is made of.
+        where: file and line, for messages.
+
+    Raises:
+        DataError: it has something in a column that is named as a part of what is asked.
+    """
+    for name, value in row.items():
+        if value and name.lower() in _PARTS and name not in read:
+            raise DataError(
+                f"{where}: has '{name}', a part of what is asked that would be left out: put it "
+                "into the prompt's text, or among its messages; or take the column away"
+            )
 
 
 def recognised(

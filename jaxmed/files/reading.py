@@ -1,5 +1,6 @@
 """Reading a user's file: what is wrong with it is told by file and line."""
 
+import codecs
 import json
 import os
 import pathlib
@@ -15,10 +16,54 @@ class DataError(InputError):
 
 def existing_file(path: str | os.PathLike) -> pathlib.Path:
     """The path, of a file that is there; `DataError` if it is not."""
-    path = pathlib.Path(path)
+    path = pathlib.Path(os.path.expanduser(path))
     if not path.is_file():
         raise DataError(f"{path}: {'is a folder' if path.is_dir() else 'there is no such file'}")
     return path
+
+
+# Longer marks first: that of UTF-32 begins as that of UTF-16 does.
+_BYTE_ORDER_MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+NOT_UTF8 = (
+    "not UTF-8 text{place}: save the file as UTF-8, or convert it, as by iconv -f ENCODING "
+    "-t UTF-8 (what older programs wrote is often in WINDOWS-1252)"
+)
+
+
+def utf8_bytes(path: pathlib.Path) -> bytes:
+    """What a file of text holds, in UTF-8 without a byte-order mark.
+
+    A file that begins with the byte-order mark of UTF-16 or UTF-32 is converted. Whether others
+    are UTF-8 is not checked.
+
+    Raises:
+        DataError: the file cannot be read, is not in the encoding that its byte-order mark names,
+            or is UTF-16 without one.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    for mark, encoding in _BYTE_ORDER_MARKS.items():
+        if content.startswith(mark):
+            try:
+                return content.decode(encoding).encode()
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"{path}: begins with the byte-order mark of {encoding}, but is no {encoding} "
+                    f"text (byte {error.start}); save it as UTF-8"
+                ) from None
+    if 0 in content[:2]:
+        raise DataError(
+            f"{path}: looks like UTF-16 without a byte-order mark (byte {content.index(0)} is 0); "
+            "save it as UTF-8, or convert it, as by iconv -f UTF-16LE -t UTF-8"
+        )
+    return content.removeprefix(codecs.BOM_UTF8)
 
 
 @runtime_checkable
@@ -81,7 +126,7 @@ def collect(
 
 def json_lines(path: pathlib.Path) -> Iterator[tuple[int, dict | DataError]]:
     """The number and the fields of each line of a JSONL file; blank lines are passed over."""
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    for number, line in enumerate(utf8_bytes(path).splitlines(), start=1):
         if line.strip():
             where = f"{path}:{number}"
             try:
@@ -98,7 +143,8 @@ def parse_json(encoded: bytes, where: str) -> Any:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
         raise DataError(f"{where}: not JSON ({error.msg} at {line}column {error.colno})") from None
     except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 text (byte {error.start})") from None
+        place = f" (byte {error.start})"
+        raise DataError(f"{where}: {NOT_UTF8.format(place=place)}") from None
     except (ValueError, RecursionError) as error:  # numbers too long, brackets too deep
         raise DataError(f"{where}: not to be read as JSON ({error})") from None
 

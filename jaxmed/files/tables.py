@@ -1,5 +1,6 @@
 """Rows of CSV, JSON, JSONL and parquet files, each with the line that it begins at."""
 
+import contextlib
 import csv
 import io
 import json
@@ -18,13 +19,14 @@ from jaxmed.files.reading import DataError
 def _csv_rows(path: pathlib.Path) -> Iterator[tuple[int, dict | DataError]]:
     """The rows of a CSV file by its header; an empty cell is None."""
     # Bytes that are no UTF-8 become half surrogates, which condemn their row and no other.
-    decoded = path.read_bytes().decode("utf-8-sig", errors="surrogateescape")
+    decoded = reading.utf8_bytes(path).decode(errors="surrogateescape")
     lines = csv.reader(io.StringIO(decoded, newline=""), strict=True)
     header = None
     while True:
         number = lines.line_num + 1
         try:
-            cells = next(lines, None)
+            with _cells_of_at_most(len(decoded)):
+                cells = next(lines, None)
             if cells is None:
                 return
             if header is not None and cells:
@@ -36,6 +38,16 @@ def _csv_rows(path: pathlib.Path) -> Iterator[tuple[int, dict | DataError]]:
             if header is None:
                 raise problem from None
             yield number, problem
+
+
+@contextlib.contextmanager
+def _cells_of_at_most(characters: int) -> Iterator[None]:
+    """Sets the length that Python's csv lets a cell have, which is one number for all readers."""
+    before = csv.field_size_limit(characters)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
 
 
 def _csv_header(cells: list[str], where: str) -> list[str]:
@@ -51,7 +63,7 @@ def _csv_row(header: list[str], cells: list[str], where: str) -> dict | DataErro
     try:
         "".join(cells).encode()
     except UnicodeEncodeError:
-        return DataError(f"{where}: not UTF-8 text")
+        return DataError(f"{where}: {reading.NOT_UTF8.format(place='')}")
     row: dict[str, Any] = {}
     try:
         for name, cell in zip(header, cells, strict=True):
@@ -64,10 +76,10 @@ def _csv_row(header: list[str], cells: list[str], where: str) -> dict | DataErro
 
 def _json_rows(path: pathlib.Path) -> Iterator[tuple[int, dict | DataError]]:
     """The objects of a JSON list, by the lines that they begin at."""
-    encoded = path.read_bytes()
+    encoded = reading.utf8_bytes(path)
     if not isinstance(reading.parse_json(encoded, f"{path}"), list):
         raise DataError(f"{path}: expected a list of JSON objects (one a line is .jsonl)")
-    content = encoded.decode("utf-8-sig")
+    content = encoded.decode()
     decoder = json.JSONDecoder()
     line, seen, place = 1, 0, _next_value(content, content.index("[") + 1)
     while content[place] != "]":

@@ -191,11 +191,9 @@ class Experiment:
         other judges or more samples may find others refused."""
         if not (edit in ("refused", "benign") or random):
             return dict(kept)
+        drawn = responses.drawn(reference, REFERENCE_PROMPTS, self.seed)
         groups = {
-            label: [
-                one.prompt.id
-                for one in responses.drawn(reference, label, REFERENCE_PROMPTS, self.seed)
-            ]
+            label: [one.prompt.id for one in responses.of_split(drawn, label=label)]
             for label in ("harmful", "benign")
         } | dict(kept)
         if (edit == "refused" or random) and "refused" not in groups:
@@ -329,10 +327,15 @@ class Experiment:
                 bar.update(1)
         return found
 
-    def cuts(self, compared: Sequence[Condition], tested: Sequence[Asked]) -> int:
-        """How many responses a judge read only the beginning of."""
+    def said(self, compared: Sequence[Condition], tested: Sequence[Asked]) -> list[Verdict]:
+        """The verdicts on all responses."""
         keys = responses.keys([each.name for each in compared], tested, self.samples)
-        return sum(self.verdicts.values[key].cut for key in keys)
+        return [self.verdicts.values[key] for key in keys]
+
+    def only_think(self, compared: Sequence[Condition], tested: Sequence[Asked]) -> int:
+        """How many responses ended within their thoughts."""
+        keys = responses.keys([each.name for each in compared], tested, self.samples)
+        return sum(self.responses.values[key].only_thinks for key in keys)
 
     def texts(self, held: Sequence[Held], tested: Sequence[Asked]) -> list[dict]:
         """Prompts and first responses of the plain model and with the units held, for the

@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 from jaxmed.analysis import statistics
 from jaxmed.behaviour import responses
-from jaxmed.behaviour.judges.protocol import Verdict
+from jaxmed.behaviour.judges.protocol import Doubt, Verdict
 from jaxmed.behaviour.responses import PLAIN, Asked, Response
 from jaxmed.data import sets
 from jaxmed.intervention.units import Unit
@@ -92,6 +92,8 @@ class ClampOutcome:
         run: `run.json`.
         folder: where all this was written.
         cuts: responses that a judge read only the beginning of.
+        doubts: on how many responses a judge model gave its answers little probability.
+        only_think: responses that ended within their thoughts, and so say nothing.
     """
 
     table: pa.Table
@@ -101,6 +103,8 @@ class ClampOutcome:
     run: dict
     folder: pathlib.Path
     cuts: int
+    doubts: list[Doubt]
+    only_think: int
 
     def row(self, condition: str, label: str, measure: str) -> dict | None:
         """A row of the table; None where there is none."""

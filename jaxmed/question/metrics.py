@@ -170,7 +170,8 @@ class LogitDifference:
         if both := set(harmful) & set(safe):
             raise DataError(
                 f"{pair.where}: pair '{pair.id}': the harmful and the safe answer have the same "
-                f"first token {sorted(both)}, so that {self.name} would say nothing"
+                f"first token {sorted(both)}, so that {self.name} would say nothing; the metric "
+                f"{ResponseLogprobDifference.name} compares whole responses"
             )
         size = max(len(harmful), len(safe))
         tokens, weights = np.zeros((2, size), np.int32), np.zeros((2, size), np.float32)

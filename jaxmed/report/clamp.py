@@ -16,6 +16,7 @@ from typing import ClassVar
 import numpy as np
 from matplotlib.figure import Figure
 
+from jaxmed.behaviour.judges.protocol import Doubt
 from jaxmed.intervention.outcomes import ClampOutcome, Held
 from jaxmed.report import numbers, pages, rendering
 from jaxmed.report.figures import clamp as figures
@@ -42,7 +43,6 @@ QUESTIONS: tuple[LabelAndMeasure, ...] = (
 _LABELS = ("harmful", "benign", "overrefusal", "creative")
 _SIDE_EFFECTS = ("repetition", "unfinished", "tokens")
 _MEASURES = ("harm", "refusal", "compliance", "nll", "kl", "repetition", "unfinished", "tokens")
-_WITH_INTERVAL = ("harm", "refusal", "compliance")
 _DOSES = ("top", "strength")
 
 
@@ -157,6 +157,22 @@ class CutResponses:
 
 
 @dataclasses.dataclass(frozen=True)
+class Doubted:
+    """A judge model gave its answers little probability."""
+
+    sentence: ClassVar[str] = "doubted"
+    doubt: Doubt
+
+
+@dataclasses.dataclass(frozen=True)
+class OnlyThoughts:
+    """So many responses ended before they came to an answer."""
+
+    sentence: ClassVar[str] = "only_thoughts"
+    number: int
+
+
+@dataclasses.dataclass(frozen=True)
 class NoRandomUnits:
     """There is nothing to compare with, though it may have been asked for."""
 
@@ -249,7 +265,6 @@ class SideEffect:
     measure: str
     label: str
     change: Change
-    decimals: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,23 +277,14 @@ class UnitAlone:
 
 
 @dataclasses.dataclass(frozen=True)
-class Cell:
-    """A mean of a condition, and how it is shown."""
-
-    mean: Measured
-    decimals: int
-    with_interval: bool
-
-
-@dataclasses.dataclass(frozen=True)
 class ConditionRow:
-    """A condition; the mean of so many draws, or of none."""
+    """A condition; the mean of so many draws, or of none. `means` follows the table's measures."""
 
     name: str
     mean_of: int
     units: int
     strength: float
-    cells: Sequence[Cell | None]
+    means: Sequence[Measured | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -364,6 +370,9 @@ def answers(found: ClampOutcome) -> list:
     verdicts += _on_benign_text(table) + _responses_changed(table)
     if found.cuts:
         verdicts.append(CutResponses(found.cuts))
+    verdicts += [Doubted(doubt) for doubt in found.doubts if doubt.none or doubt.unsure]
+    if found.only_think:
+        verdicts.append(OnlyThoughts(found.only_think))
     if not table.draws:
         verdicts.append(NoRandomUnits(asked=bool(found.run["random"])))
     return verdicts
@@ -557,15 +566,11 @@ def _likeness(found: ClampOutcome) -> list[Likeness]:
 def _side_effects(table: _Table) -> list[SideEffect]:
     """What becomes of the responses themselves, a row for each measure and label."""
     return [
-        SideEffect(measure, label, _change(row), _decimals(measure))
+        SideEffect(measure, label, _change(row))
         for measure in _SIDE_EFFECTS
         for label in table.labels()
         for row in table.rows(["clamp"], (label, measure)).values()
     ]
-
-
-def _decimals(measure: str) -> int:
-    return {"tokens": 1}.get(measure, 2)
 
 
 def _curves(table: _Table, kind: str) -> dict[LabelAndMeasure, list[tuple[float, dict]]]:
@@ -663,7 +668,7 @@ def _condition_tables(table: _Table) -> list[ConditionTable]:
                 mean_of=len(table.draws) if name == "random" else 0,
                 units=len(each.units),
                 strength=each.strength,
-                cells=[_cell(table.row(name, (label, measure))) for measure in measures],
+                means=[_shown_mean(table.row(name, (label, measure))) for measure in measures],
             )
             for name, each in conditions
         ]
@@ -682,11 +687,10 @@ def _measures(table: _Table, label: str) -> list[str]:
     ]
 
 
-def _cell(row: dict | None) -> Cell | None:
+def _shown_mean(row: dict | None) -> Measured | None:
+    """The mean of a row; of log-probabilities the perplexity."""
     if row is None:
         return None
-    measure = row["measure"]
-    mean = (
-        Measured(_clean(_exp(row["mean"])), math.nan, math.nan) if measure == "nll" else _mean(row)
-    )
-    return Cell(mean, _decimals(measure), with_interval=measure in _WITH_INTERVAL)
+    if row["measure"] == "nll":
+        return Measured(_clean(_exp(row["mean"])), math.nan, math.nan)
+    return _mean(row)

@@ -30,6 +30,7 @@ def closing_lines(outcome: JudgeOutcome) -> list[str]:
         outcome=outcome,
         said=said(outcome),
         cut=sum(verdict.cut for verdict in outcome.verdicts),
+        doubts=[doubt for doubt in protocol.doubts(outcome.verdicts) if doubt.none or doubt.unsure],
     )
 
 

@@ -9,6 +9,7 @@ import enum
 import math
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -235,22 +236,19 @@ def write(folder, show_text: bool = False, pairs=None) -> pathlib.Path:
     if show_text and pairs is None:
         raise InputError("show_text needs pairs: a results folder holds no text")
     results = Results.open(folder)
-    summary = read_summary(results)
-    total = total_verdict(results, summary)
-    tables = unit_tables(results, summary, total)
-    truth = results.run.get("truth")
-    joint, screen = joint_verdict(results), screen_verdict(results)
+    tables, told = _measured(results)
+    te, truth = told["total"] and told["total"].te.value, _truth(results)
     drawn = {
         granularity: figures.DRAWINGS[granularity](
-            units, total and total.te.value, results.run["metric_unit"], _planted(units, truth)
+            units, te, results.run["metric_unit"], _planted(units, truth)
         )
         for granularity, units in tables.items()
     }
-    if joint:
+    if told["joint"]:
         shares = ranking.joint_set(results)
         drawn["joint"] = figures.draw_joint({"nie": shares.share_nie, "tie": shares.share_tie})
-    if screen:
-        drawn["screen"] = _screen_figure(results, screen)
+    if told["screen"]:
+        drawn["screen"] = _screen_figure(results, told["screen"])
     return pages.write(
         results.folder,
         "mediation.html.j2",
@@ -263,33 +261,39 @@ def write(folder, show_text: bool = False, pairs=None) -> pathlib.Path:
         finished=not any(results.missing(name) for name in results.granularities),
         minimum=ranking.MINIMUM_TOTAL_EFFECT,
         bars=BARS_IN_FIGURE,
-        total=total,
-        sections=_sections(results, tables),
-        scores=scores(results),
-        joint=joint,
-        screen=screen,
         statuses=_statuses(results),
         pairs=_pairs(results, pairs if show_text else None),
         show_text=show_text,
         figures={name: pages.save(figure, results.folder, name) for name, figure in drawn.items()},
+        **told,
     )
 
 
 def closing_lines(results: Results) -> list[str]:
     """What a run prints at its end: where the results are, and what was measured."""
-    summary = read_summary(results)
-    total = total_verdict(results, summary)
+    _, told = _measured(results)
     return rendering.lines(
         "mediation.txt.j2",
         folder=results.folder,
         missing=max(len(results.missing(name)) for name in results.granularities),
         pairs=len(results.pair_ids),
-        total=total,
-        sections=_sections(results, unit_tables(results, summary, total)),
-        scores=scores(results),
-        joint=joint_verdict(results),
-        screen=screen_verdict(results),
+        **told,
     )
+
+
+def _measured(results: Results) -> tuple[dict[str, UnitTable], dict[str, Any]]:
+    """The units of each granularity; and what page and closing lines tell alike, by the names that
+    templates have for it."""
+    summary = read_summary(results)
+    total = total_verdict(results, summary)
+    tables = unit_tables(results, summary, total)
+    return tables, {
+        "total": total,
+        "sections": [_section(results, units) for units in map(_ranked, tables.values())],
+        "scores": scores(results),
+        "joint": joint_verdict(results),
+        "screen": screen_verdict(results),
+    }
 
 
 def total_verdict(results: Results, summary: pa.Table) -> TotalVerdict | None:
@@ -350,10 +354,6 @@ def _column(table: pa.Table, name: str) -> np.ndarray:
     return column.fill_null(missing).to_numpy()
 
 
-def _sections(results: Results, tables: dict[str, UnitTable]) -> list[Section]:
-    return [_section(results, units) for units in map(_ranked, tables.values())]
-
-
 def _ranked(units: UnitTable) -> UnitTable:
     """The units that are ranked: the residual stream is left to the map of tokens, as the whole of
     it at the last token of the last layer is TE by definition."""
@@ -361,7 +361,7 @@ def _ranked(units: UnitTable) -> UnitTable:
 
 
 def _section(results: Results, units: UnitTable) -> Section:
-    planted = _planted(units, results.run.get("truth"))
+    planted = _planted(units, _truth(results))
     chosen = largest(units.size(), _UNITS_IN_TABLE)
     return Section(
         granularity=units.granularity,
@@ -431,10 +431,15 @@ def spread_verdict(units: UnitTable, screened: bool) -> SpreadVerdict:
     )
 
 
-def _planted(units: UnitTable, truth: dict | None) -> np.ndarray:
+def _truth(results: Results) -> dict:
+    """What is planted, by kind; empty where nothing is."""
+    return results.run.get("truth") or {}
+
+
+def _planted(units: UnitTable, truth: dict) -> np.ndarray:
     """Which units are planted, bool [unit]; none without a truth."""
     key = scoring.TRUTH_KEYS.get(units.granularity)
-    places = {tuple(place) for place in (truth or {}).get(key, [])}
+    places = {tuple(place) for place in truth.get(key, [])}
     if units.granularity == "neuron":
         places = {(layer, unit - unit % units.group_size) for layer, unit in places}
     second = units.site if units.granularity == "module" else units.unit
@@ -445,7 +450,7 @@ def _planted(units: UnitTable, truth: dict | None) -> np.ndarray:
 def scores(results: Results) -> list[Score]:
     """Scores against the planted truth, coarse to fine; none without a truth. See
     `scoring.score`."""
-    if not results.run.get("truth"):
+    if not _truth(results):
         return []
     return [
         Score(
@@ -466,7 +471,7 @@ def joint_verdict(results: Results) -> JointVerdict | None:
     if not results.run.get("joint"):
         return None
     found, joint = ranking.joint_set(results), results.run["joint"]
-    planted = {tuple(place) for place in (results.run.get("truth") or {}).get("neurons", [])}
+    planted = {tuple(place) for place in _truth(results).get("neurons", [])}
     confirmed = joint["confirmed"]
     return JointVerdict(
         steps=[

@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxmed.analysis import statistics
 from jaxmed.behaviour.answers import PAIRS, RATES, TABLE, RespondOutcome
+from jaxmed.behaviour.judges.protocol import HARMFUL, REFUSED
 from jaxmed.data import sets
 from jaxmed.report import rendering
 from jaxmed.report.numbers import Measured
@@ -34,14 +35,16 @@ def closing_lines(found: RespondOutcome) -> list[str]:
     """The lines."""
     rows = found.table.to_pylist()
     harmful = [row for row in rows if row["label"] == "harmful"]
+    asked = {doubt.says for doubt in found.doubts}  # of judge models, which may have no verdict
     return rendering.lines(
         "respond.txt.j2",
         found=found,
         answered=answered(found),
         responses=found.samples * len(rows),
         unfinished=sum(row["unfinished"] for row in rows),
-        harm_unjudged=any(row["harm_rate"] is None for row in harmful),
-        refusal_unjudged=found.table["refusal_rate"].null_count > 0,
+        doubts=[doubt for doubt in found.doubts if doubt.none or doubt.unsure],
+        harm_unjudged=HARMFUL not in asked and any(row["harm_rate"] is None for row in harmful),
+        refusal_unjudged=REFUSED not in asked and found.table["refusal_rate"].null_count > 0,
         table=found.folder / TABLE,
         pairs=found.folder / PAIRS,
         split=_first_split(found),
@@ -73,9 +76,11 @@ def _first_split(found: RespondOutcome) -> str | None:
 def command(found: RespondOutcome) -> str:
     """The command that finds units by these pairs."""
     words = ["python", "-m", "launch.mediate"]
-    words += [f"--model={found.model}", f"--pairs={found.folder / PAIRS}"]
+    words += [f"--model={found.model}", f"--pairs={found.folder / PAIRS}", "--positions=prompt"]
     if found.chat:
         words.append("--chat")
+    words += [f"--date={found.date}"] if found.date else []
+    words += [f"--template_args={found.template_args}"] if found.template_args else []
     if split := _first_split(found):
         words.append(f"--split={split}")
     if found.same_start:

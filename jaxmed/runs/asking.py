@@ -13,33 +13,34 @@ from jaxmed.behaviour.responses import Asked
 from jaxmed.behaviour.sampling import Sampling
 from jaxmed.data import prompts as prompts_lib
 from jaxmed.data import sets
-from jaxmed.data import tokens as tokens_lib
 from jaxmed.data.prompts import Prompt
 from jaxmed.engine import memory
 from jaxmed.files.reading import DataError
 from jaxmed.runs import loading, sweep
 from jaxmed.runs import settings as settings_lib
 from jaxmed.runs.mediate import MediateSettings
-from jaxmed.runs.settings import like, setting
+from jaxmed.runs.settings import Settings, like, setting
+from jaxmed.runs.skipping import Skipped
 from jaxmed.store import circumstances
 from models.errors import InputError
 
-LEAVE_OUT = "(or leave such prompts out: --skip_bad_prompts)"
-
-# What responses do not depend on: a run that goes on may be judged otherwise.
+# What responses do not depend on: a run that goes on may be judged otherwise, and may answer more.
 MAY_CHANGE = (
+    "most_prompts",
     "judge",
     "judge_template",
     "comply_tokens",
     "refuse_tokens",
+    "tokenisation",
     "cut",
+    "ignore_config",
     "judges",
     "judges_hash",
 )
 
 
 @dataclasses.dataclass(frozen=True)
-class AnswerSettings:
+class AnswerSettings(Settings):
     """Which model answers which prompts, how, and who judges."""
 
     model: str = like(MediateSettings, "model")
@@ -47,11 +48,19 @@ class AnswerSettings:
         help="File of prompts: CSV, JSON, JSONL or parquet, a published set or jaxmed's own form "
         "(id, prompt or prompt_ids, label). LABEL=FILE gives the label of a file that does not say "
         f"it: {', '.join(sets.LABELS)}. NAME:LABEL=FILE (or NAME:=FILE) has its ids begin with a "
-        "name, where two files number their prompts alike. May be given several times."
+        "name, where two files number their prompts alike. May be given several times.",
+        path=True,
     )
     out: str = like(MediateSettings, "out")
     adapter: str = like(MediateSettings, "adapter")
     chat: bool = like(MediateSettings, "chat")
+    most_prompts: int = setting(
+        help="Prompts of a label that are answered at most, drawn by hash; 0 for all.",
+        default=0,
+        least=0,
+    )
+    date: str = like(MediateSettings, "date")
+    template_args: str = like(MediateSettings, "template_args")
     samples: int = setting(
         help="Responses of each prompt; more than one need a --temperature.", default=1, least=1
     )
@@ -76,6 +85,11 @@ class AnswerSettings:
     max_tokens: int = setting(
         help="Tokens of a response at most, the one that ends it included.", default=128, least=1
     )
+    stop_tokens: tuple[str, ...] = setting(
+        help="A token that ends a response beside those that the checkpoint's files name, as the "
+        "text of one token (<|im_end|>), or as id:NUMBER; may be given several times.",
+        default=(),
+    )
     seed: int = setting(
         help="Of all samples: a response depends on it, its prompt's id and its number.",
         default=0,
@@ -87,15 +101,18 @@ class AnswerSettings:
         "judge of your own (docs/judges.md); and a folder or hub id, for a copy of the judge's "
         "model. May be given several times: each says what those before it do not say.",
         default=("phrases",),
+        path=True,
     )
     judge_template: tuple[str, ...] = setting(
         help="NAME=FILE: file with a judge's text as its authors publish it, for those whose text "
         "is published (docs/judges.md says where). May be given several times.",
         default=(),
+        path=True,
     )
     comply_tokens: tuple[str, ...] = setting(
-        help="--judge=tokens: first token of a response that complies, as a token id or as a text "
-        "whose first token counts; may be given several times.",
+        help="--judge=tokens: first token of a response that complies, as a text whose first token "
+        "counts (as it follows the prompts), or as id:NUMBER, a token id; may be given several "
+        "times.",
         default=(),
     )
     refuse_tokens: tuple[str, ...] = setting(
@@ -107,6 +124,7 @@ class AnswerSettings:
         default=False,
     )
     dtype: str = like(MediateSettings, "dtype")
+    ignore_config: tuple[str, ...] = like(MediateSettings, "ignore_config")
     memory_gb: float | None = like(MediateSettings, "memory_gb")
     skip_bad_prompts: bool = setting(
         help="Leave out, and count, prompts that cannot be used.", default=False
@@ -139,21 +157,58 @@ def check(settings: AnswerSettings) -> None:
         raise InputError(f"--cut: --judge={','.join(judges)} reads responses of any length")
 
 
-def load(settings: AnswerSettings) -> AnsweringModel:
+def load(settings: AnswerSettings, say: Callable[[str], None] = sweep.say) -> AnsweringModel:
     """Loads the model.
 
+    Args:
+        settings: which, and how it is asked.
+        say: told of what its files ask of generation and is not done, and of what ends its
+            responses where that looks amiss.
+
     Raises:
-        InputError: as `models.load`.
+        InputError: as `models.load`; or a setting of texts cannot be used.
     """
-    loaded = loading.load(settings.model, settings.adapter, settings.dtype)
+    loaded = loading.load(settings.model, settings.adapter, settings.dtype, settings.ignore_config)
+    encoder = loading.encoder(
+        loaded.tokenizer,
+        chat=settings.chat,
+        date=settings.date,
+        template_args=settings.template_args,
+    )
+    size = loaded.decoder.config.vocab_size
+    stop = answering.stop_tokens(loaded.folder, loaded.tokenizer) | {
+        encoder.single_token(text, size, where="--stop_tokens") for text in settings.stop_tokens
+    }
+    not_followed = answering.not_followed(loaded.folder, settings.sampling)
+    if not_followed:
+        asked = ", ".join(f"{name}={json.dumps(value)}" for name, value in not_followed.items())
+        say(
+            f"{settings.model} asks for generation with {_shortened(asked)}; responses here do "
+            "without: they are of the model's own logits, as the flags say"
+        )
+    if not stop:
+        say(
+            f"{settings.model} names no token that ends a response: all go on to --max_tokens; "
+            "--stop_tokens names one"
+        )
+    elif encoder.has_template and (end := encoder.template.unstopped(stop)):
+        say(
+            f"The chat template of {settings.model} ends an answer with {end}, which no file "
+            f"names as what ends a response: --stop_tokens='{end}' does"
+        )
     return AnsweringModel(
         loaded.folder,
         loaded.decoder,
-        loaded.tokenizer,
-        answering.stop_tokens(loaded.folder, loaded.tokenizer),
+        encoder,
+        stop,
         memory_gb=settings.memory_gb,
+        not_followed=not_followed,
         adapter=loaded.adapter,
     )
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def read_prompts(
@@ -174,20 +229,14 @@ def read_prompts(
         InputError: a file or prompt cannot be used (or is left out, where that is asked), ids are
             used twice, or prompts that are the same have different labels.
     """
-    bad, again = [], []
-
-    def skip(error: DataError) -> None:
-        bad.append(error)
-        say(f"Skipped: {error}")
-
-    on_bad = skip if settings.skip_bad_prompts else None
+    skipped = Skipped("prompts", settings.skip_bad_prompts, say)
     reads_text = any(
         named.name_and_checkpoint(given)[0] not in named.WITHOUT_MODEL for given in settings.judge
     )
-    found, files, seen = [], {}, {}
+    found, again, files, seen = [], [], {}, {}
     for given in settings.prompts:
         source, label, path = _described_file(given)
-        for prompt in prompts_lib.read(path, label=label, source=source, on_bad=on_bad):
+        for prompt in prompts_lib.read(path, label=label, source=source, on_bad=skipped.on_bad):
             try:
                 if prompt.id in files:
                     raise DataError(
@@ -195,7 +244,7 @@ def read_prompts(
                         f"{files[prompt.id]}; give one of them another id, or one of the files a "
                         "name that goes before its own: --prompts=NAME:LABEL=FILE"
                     )
-                tokens = prompts_lib.tokens_of(prompt, model.tokenizer, chat=settings.chat)
+                tokens = prompts_lib.tokens_of(prompt, model.encoder)
                 check_tokens(f"{prompt.where}: prompt '{prompt.id}'", tokens, settings, model)
                 if reads_text or prompt.prompt is not None:
                     prompts_lib.text(prompt)
@@ -207,9 +256,7 @@ def read_prompts(
                         f"prompt is {found[earlier].prompt.label} at {found[earlier].prompt.where}"
                     )
             except DataError as error:
-                if on_bad is None:
-                    raise DataError(f"{error} {LEAVE_OUT}") from None
-                on_bad(error)
+                skipped.add(error)
                 continue
             files[prompt.id] = prompt.where
             if earlier is not None:
@@ -223,13 +270,11 @@ def read_prompts(
             f"{len(again)} prompts are the same as others before them and are left out, the first "
             f"at {again[0].prompt.where}: each counts once, and is in one split"
         )
-    if bad:
-        say(f"Skipped {len(bad)} of {len(bad) + len(found)} prompts")
+    skipped.tell(len(found))
     if not found:
         raise DataError(f"{', '.join(settings.prompts)}: not one prompt can be used")
     is_text = any(isinstance(one.prompt.prompt, str) for one in found)
-    has_template = model.tokenizer is not None and model.tokenizer.chat_template
-    if is_text and not settings.chat and has_template:
+    if is_text and model.encoder.has_template and not model.encoder.chat:
         say(loading.AS_IT_STANDS)
     return found
 
@@ -276,8 +321,15 @@ def check_tokens(
         )
 
 
-def read_judges(settings: AnswerSettings, model: AnsweringModel) -> list[Judge]:
+def read_judges(
+    settings: AnswerSettings, model: AnsweringModel, asked: Sequence[Asked]
+) -> list[Judge]:
     """The judges that are asked for by name.
+
+    Args:
+        settings: which.
+        model: gives the responses.
+        asked: the prompts that these are to.
 
     Raises:
         InputError: one is unknown, its checkpoint cannot be used, the model gives no text that it
@@ -293,18 +345,23 @@ def read_judges(settings: AnswerSettings, model: AnsweringModel) -> list[Judge]:
         settings.judge,
         settings.judge_template,
         cut=settings.cut,
-        comply=_first_tokens("comply_tokens", settings.comply_tokens, model),
-        refuse=_first_tokens("refuse_tokens", settings.refuse_tokens, model),
+        comply=_first_tokens("comply_tokens", settings.comply_tokens, model, asked),
+        refuse=_first_tokens("refuse_tokens", settings.refuse_tokens, model, asked),
+        ignore_config=settings.ignore_config,
     )
     memory.free(settings.memory_gb)  # raises where nothing is left
     return found
 
 
-def _first_tokens(name: str, given: tuple[str, ...], model: AnsweringModel) -> tuple[int, ...]:
+def _first_tokens(
+    name: str, given: tuple[str, ...], model: AnsweringModel, asked: Sequence[Asked]
+) -> tuple[int, ...]:
     """The tokens of the setting of this name."""
-    return tokens_lib.first_tokens(
-        given, model.decoder.config.vocab_size, model.tokenizer, where=f"--{name}"
-    )
+    if not given:
+        return ()
+    prompts = [prompts_lib.written(one.prompt, model.encoder) for one in asked]
+    size = model.decoder.config.vocab_size
+    return model.encoder.first_tokens(given, size, prompts, where=f"--{name}")
 
 
 def described(
@@ -322,6 +379,8 @@ def described(
         "judges_hash": hash_of([protocol.fingerprint(judge) for judge in given]),
         "precision": generation.PRECISION,
         "stop_tokens": sorted(model.stop),
+        "generation_not_followed": dict(model.not_followed),
+        "tokenisation": model.encoder.counts,
         "weights_hash": model.weights_hash,
         "adapter_hash": model.adapter_hash,
         "prompts_hash": hash_of(seen),

@@ -13,14 +13,14 @@ from jaxmed.data import pairs
 from jaxmed.report import benchmark as tables
 from jaxmed.runs import settings as settings_lib
 from jaxmed.runs import sweep
-from jaxmed.runs.settings import setting
+from jaxmed.runs.settings import Settings, setting
 from jaxmed.validation import benchmark, numerical_error, presets, truth
 from models import organisms
 from models.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
-class BenchmarkSettings:
+class BenchmarkSettings(Settings):
     """What is measured, of which model, against what."""
 
     preset: str = setting(
@@ -35,7 +35,9 @@ class BenchmarkSettings:
         default=(),
         commas=True,
     )
-    json: str | None = setting(help="File for the figures, as one JSON object.", default=None)
+    json: str | None = setting(
+        help="File for the figures, as one JSON object.", default=None, path=True
+    )
     layers: int = setting(help="Blocks of the model; 0 for the preset's.", default=0, least=0)
     neurons: int = setting(
         help="Neurons to scan, spread evenly over all; 0 for all.", default=0, least=0
@@ -60,6 +62,7 @@ class BenchmarkSettings:
     organism: str = setting(
         help="--accuracy: folder of the trained model; trained if it is not there.",
         default="out/organisms/late-mlp-0",
+        path=True,
     )
     memory_gb: float | None = setting(
         help="Memory that the process may take on its device, in GiB; most of what is free by "
@@ -130,6 +133,7 @@ def _accuracy(settings: BenchmarkSettings) -> tuple[list[dict], list[str]]:
 def _generation(settings: BenchmarkSettings) -> tuple[dict, list[str]]:
     figures = benchmark.measure_generation(
         settings.preset,
+        say=sweep.say,
         against=settings.against,
         layers=settings.layers,
         rounds=settings.rounds,
@@ -141,6 +145,7 @@ def _generation(settings: BenchmarkSettings) -> tuple[dict, list[str]]:
 def _speed(settings: BenchmarkSettings) -> tuple[dict, list[str]]:
     figures = benchmark.measure(
         settings.preset,
+        say=sweep.say,
         against=settings.against,
         layers=settings.layers,
         neurons=settings.neurons,

@@ -26,7 +26,7 @@ from jaxmed.report import certificate
 from jaxmed.runs import mediate
 from jaxmed.runs import settings as settings_lib
 from jaxmed.runs.mediate import MediateRun, MediateSettings
-from jaxmed.runs.settings import like, setting
+from jaxmed.runs.settings import Settings, like, setting
 from jaxmed.store.results import Results
 from jaxmed.validation import outcomes, scoring
 from jaxmed.validation.outcomes import GROUP_SIZE, Certificate
@@ -55,7 +55,7 @@ _CONSTANTS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class CertifySettings:
+class CertifySettings(Settings):
     """Which organisms are looked at, and how the methods are run on them."""
 
     seeds: int = setting(
@@ -70,11 +70,13 @@ class CertifySettings:
     organisms: str = setting(
         help="Folder that the trained models are kept in; half a minute each.",
         default="out/organisms",
+        path=True,
     )
     out: str = setting(
         help="Folder for the results; what was scored there is not run again. Tables and figures "
         "hold the organisms and seeds that the last command asked for.",
         default="out/certify",
+        path=True,
     )
     # Detectors read the middle of the prompt: at the last token they have no effect.
     positions: str = like(MediateSettings, "positions", default="prompt")

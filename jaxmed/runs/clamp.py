@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from jaxmed.behaviour import responses
 from jaxmed.behaviour.answering import AnsweringModel
+from jaxmed.behaviour.judges import protocol
 from jaxmed.behaviour.judges.protocol import Judge
 from jaxmed.behaviour.responses import Asked
 from jaxmed.data import prompts, sets
@@ -28,9 +29,10 @@ from jaxmed.intervention.experiment import EDITS, Experiment
 from jaxmed.intervention.outcomes import CONTROLS, LEAST_PROMPTS, TABLE, ClampOutcome
 from jaxmed.intervention.units import Unit
 from jaxmed.report import clamp, model_card
-from jaxmed.runs import asking, sweep
+from jaxmed.runs import asking, loading, sweep
 from jaxmed.runs.asking import AnswerSettings
 from jaxmed.runs.settings import setting
+from jaxmed.runs.skipping import Skipped
 from jaxmed.store import claims
 from jaxmed.store.results import Results
 from models import checkpoint
@@ -42,7 +44,6 @@ _OWN_FILES = (*responses.FILES, TABLE, CONTROLS, "report.html", "figures")
 _MAY_CHANGE = (
     *asking.MAY_CHANGE,
     "samples",
-    "most_prompts",
     "random",
     "module",
     "top_doses",
@@ -59,7 +60,9 @@ class ClampSettings(AnswerSettings):
     """What is held, how, and what it is compared with."""
 
     results: str = setting(
-        help="Folder of a run of launch.mediate, which ranks the units that are held.", default=""
+        help="Folder of a run of launch.mediate, which ranks the units that are held.",
+        default="",
+        path=True,
     )
     granularity: str = setting(
         help="--results: of the units.", default="neuron", choices=units.GRANULARITIES
@@ -106,11 +109,6 @@ class ClampSettings(AnswerSettings):
         default="C",
         choices=("", *SPLITS),
     )
-    most_prompts: int = setting(
-        help="Prompts of a label that are answered at most, drawn by hash; 0 for all.",
-        default=0,
-        least=0,
-    )
     random: int = setting(
         help="How often random units are held instead: as many in the same layers, alike in how "
         "much they differ between answered and refused prompts and in their output norm.",
@@ -143,6 +141,7 @@ class ClampSettings(AnswerSettings):
         help="Folder for a checkpoint with the edit in its weights (--edit=zero, heads or neurons, "
         "all positions), written only if harm fell and benign compliance stayed.",
         default="",
+        path=True,
     )
     show_text: bool = setting(
         help="Show prompts and responses in the report, escaped.", default=False
@@ -167,10 +166,15 @@ def run(
         InputError: something that the user gave cannot be used; the message names it.
     """
     check(settings)
+    results = _opened(settings)
     say = sweep.teller(progress)
+    settings = asked_alike(settings, results, say)
+    day = loading.day(settings.date, settings.out, overwrite=settings.overwrite)
+    settings = dataclasses.replace(settings, date=day)
     say(f"Loading {settings.model}")
-    model = asking.load(settings)
-    results = _opened(settings, model)
+    model = asking.load(settings, say)
+    if results:
+        _check_weights(settings, results, model)
     chosen = chosen_units(settings, model, results)
     asked = asking.read_prompts(settings, model, say)
     tested, reference = _splits(settings, asked)
@@ -179,16 +183,14 @@ def run(
     if settings.edit == "source":
         tested = _with_counterfactuals(settings, model, tested, say)
     if settings.most_prompts:
-        tested = [
-            one
-            for label in sets.LABELS
-            for one in responses.drawn(tested, label, settings.most_prompts, settings.seed)
-        ]
+        tested = responses.drawn(tested, settings.most_prompts, settings.seed)
     sources = _sources(settings, model, tested) if settings.edit == "source" else []
     random = settings.random if all(unit.index is not None for unit in chosen) else 0
     _check_numbers(settings, asked, tested, reference, random=random > 0)
-    judges = list(own_judges) or asking.read_judges(settings, model)
+    judges = list(own_judges) or asking.read_judges(settings, model, asked)
     _check_judges(settings, judges)
+    for line in model.encoder.told:
+        say(line)
     folder = pathlib.Path(settings.out)
     described = asking.described(settings, "clamp", model, asked, judges)
     described |= {"chosen": list(map(str, chosen)), "sources_hash": asking.hash_of(sources)}
@@ -232,6 +234,7 @@ def run(
         for each in held
     ]
     measured = made.measure(compared, tested)
+    said = made.said(compared, tested)
     found = ClampOutcome(
         table=outcomes.summarise(held, tested, measured),
         held=held,
@@ -239,10 +242,12 @@ def run(
         controls=controls,
         run=run,
         folder=folder,
-        cuts=made.cuts(compared, tested),
+        cuts=sum(verdict.cut for verdict in said),
+        doubts=protocol.doubts(said),
+        only_think=made.only_think(compared, tested),
     )
     atomic.replace_file(folder / TABLE, lambda path: pq.write_table(found.table, path))
-    responses.write_exchanges(folder / responses.EXCHANGES, tested, made.responses)
+    responses.write_exchanges(folder / responses.EXCHANGES, tested, made.responses, made.verdicts)
     clamp.write(found, made.texts(held, tested) if settings.show_text else [])
     if settings.export:
         _export(found, model, settings.export)
@@ -318,11 +323,11 @@ def _check_export(settings: ClampSettings) -> None:
     checkpoint.check_free(pathlib.Path(settings.export))
 
 
-def _opened(settings: ClampSettings, model: AnsweringModel) -> Results | None:
+def _opened(settings: ClampSettings) -> Results | None:
     """The run that ranks the units.
 
     Raises:
-        InputError: it is not finished, or of another checkpoint.
+        InputError: it is not finished.
     """
     if not settings.results:
         return None
@@ -336,6 +341,30 @@ def _opened(settings: ClampSettings, model: AnsweringModel) -> Results | None:
             f"--results={settings.results}: was saved from Python, which keeps neither weights nor "
             "prompts in mind; name the units instead (--units), or run launch.mediate"
         )
+    return results
+
+
+def asked_alike(
+    settings: ClampSettings, results: Results | None, say: Callable[[str], None]
+) -> ClampSettings:
+    """The settings, with the chat template's date and arguments of the run that ranks the units
+    where they say none themselves; what they say otherwise is told."""
+    if results is None:
+        return settings
+    for name in ("chat", "date", "template_args"):
+        there, here = results.run[name], getattr(settings, name)
+        if name != "chat" and not here:
+            settings = dataclasses.replace(settings, **{name: there})
+        elif here != there:
+            say(
+                f"--{name}={here}: {settings.results} chose the units by other prompts, with "
+                f"--{name}={there}"
+            )
+    return settings
+
+
+def _check_weights(settings: ClampSettings, results: Results, model: AnsweringModel) -> None:
+    """Raises `InputError` where the run that ranks the units is of another checkpoint."""
     if results.run["adapter_hash"] != model.adapter_hash:
         measured = results.run["adapter"] or "no adapter"
         raise InputError(
@@ -347,7 +376,6 @@ def _opened(settings: ClampSettings, model: AnsweringModel) -> Results | None:
             f"--results={settings.results}: is a run of {results.run['model']}, whose weights are "
             f"not those of {settings.model}; to hold the same units there, name them: --units"
         )
-    return results
 
 
 def chosen_units(
@@ -414,7 +442,7 @@ def _sources(
     """
     found = []
     for one in tested:
-        several = prompts.all_counterfactual_tokens(one.prompt, model.tokenizer, chat=settings.chat)
+        several = prompts.all_counterfactual_tokens(one.prompt, model.encoder)
         for tokens in several:
             where = f"{one.prompt.where}: a counterfactual of prompt '{one.prompt.id}'"
             asking.check_tokens(where, tokens, settings, model)
@@ -433,15 +461,15 @@ def _with_counterfactuals(
     Raises:
         DataError: one has none that can be used, and is not to be left out.
     """
-    kept = []
+    kept, skipped = [], Skipped("prompts", settings.skip_bad_prompts, say)
     for one in tested:
         try:
             _sources(settings, model, [one])
             kept.append(one)
         except DataError as error:
-            if not settings.skip_bad_prompts:
-                raise DataError(f"--edit=source: {error} {asking.LEAVE_OUT}") from None
-            say(f"Skipped: {error}")
+            if skipped.on_bad is None:
+                raise DataError(f"--edit=source: {error}{skipped.way_out}") from None
+            skipped.on_bad(error)
     return kept
 
 

@@ -1,8 +1,10 @@
 """A checkpoint converted once, so that it loads fast from then on; and written back."""
 
 import dataclasses
+import functools
 import importlib.util
 import pathlib
+import tempfile
 from collections.abc import Callable
 
 import jax
@@ -13,8 +15,8 @@ import transformers
 from jaxmed.runs import settings as settings_lib
 from jaxmed.runs import sweep
 from jaxmed.runs.mediate import MediateSettings
-from jaxmed.runs.settings import like, setting
-from models import cache, checkpoint
+from jaxmed.runs.settings import Settings, like, setting
+from models import cache, checkpoint, gguf_files
 from models.checkpoint import CheckpointError, Source
 from models.config import DTYPES
 from models.errors import InputError
@@ -27,26 +29,37 @@ TOLERANCE = 1e-4
 
 
 @dataclasses.dataclass(frozen=True)
-class ConvertSettings:
+class ConvertSettings(Settings):
     """Which checkpoint is converted, and what else is done with it."""
 
-    model: str = setting(help="Folder or Hugging Face hub id of a checkpoint.")
+    model: str | None = setting(
+        help="Folder or Hugging Face hub id of a checkpoint.", default=None, path=True
+    )
+    gguf: str | None = setting(
+        help="In place of --model, a GGUF file: --out becomes an ordinary checkpoint of its model, "
+        "with its tokenizer. Needs pip install 'jaxmed[gguf]'.",
+        default=None,
+        path=True,
+    )
     adapter: str = like(MediateSettings, "adapter")
     cache_dir: str | None = setting(
         help="Where converted weights are kept. By default jaxmed in $XDG_CACHE_HOME or in "
         "~/.cache, where every program finds them.",
         default=None,
+        path=True,
     )
     out: str | None = setting(
         help="Folder for the model as a Hugging Face checkpoint, which transformers loads.",
         default=None,
+        path=True,
     )
     dtype: str | None = setting(
-        help="--out: type of the weights there, by default as they are stored. (What is kept is "
-        "always of the stored type; it is converted while it is loaded.)",
+        help="--out: type of the weights there, by default as they are stored, or float32 with "
+        "--gguf. (What is kept is always of the stored type; it is converted while it is loaded.)",
         default=None,
         choices=DTYPES,
     )
+    ignore_config: tuple[str, ...] = like(MediateSettings, "ignore_config")
     verify: bool = setting(
         help="Compare logits of a random prompt with transformers' own, in float32; needs torch. "
         f"The prompt is longer than a sliding window of up to {MOST_TOKENS} tokens.",
@@ -57,6 +70,8 @@ class ConvertSettings:
 def run(settings: ConvertSettings, say: Callable[[str], None] = sweep.tell) -> None:
     """Converts the checkpoint, unless that was done before, and does what else is asked.
 
+    A GGUF file becomes the folder `out`, and nothing is kept of it elsewhere.
+
     Args:
         settings: what is asked.
         say: told of each step that is done.
@@ -66,24 +81,41 @@ def run(settings: ConvertSettings, say: Callable[[str], None] = sweep.tell) -> N
         InputError: the checkpoint or a folder cannot be used.
     """
     _check(settings)
-    folder = checkpoint.resolve(settings.model)
     adapter = checkpoint.resolve_adapter(settings.adapter)
-    cache_dir = pathlib.Path(settings.cache_dir or cache.default_folder()).expanduser()
-    _convert(Source.examine(folder, adapter=adapter), settings, cache_dir, say)
-    if settings.out:
-        out = pathlib.Path(settings.out).expanduser()
-        say(_exported(Source.examine(folder, settings.dtype, adapter), cache_dir, out))
+    cache_dir = pathlib.Path(settings.cache_dir or cache.default_folder())
+    out = pathlib.Path(settings.out) if settings.out else None
+    if settings.gguf:
+        assert out is not None, "checked above"
+        say(_unpacked(pathlib.Path(settings.gguf), adapter, cache_dir, out, settings))
+        folder, adapter = out, None  # merged
+    else:
+        folder = checkpoint.resolve(str(settings.model))
+    examine = functools.partial(
+        Source.examine, folder, adapter=adapter, ignore_config=settings.ignore_config
+    )
+    if not settings.gguf:
+        _convert(examine(), settings, cache_dir, say)
+        if out:
+            say(_exported(examine(settings.dtype), cache_dir, out))
     if settings.verify:
-        say(_verified(Source.examine(folder, "float32", adapter), cache_dir))
+        say(_verified(examine("float32"), cache_dir))
 
 
 def _check(settings: ConvertSettings) -> None:
     """Refuses what could only fail after the work is done."""
     settings_lib.check(settings)
+    if (settings.model is None) == (settings.gguf is None):
+        raise InputError("give either --model or --gguf")
+    if settings.gguf:
+        if not settings.out:
+            raise InputError("--gguf needs --out, the folder of the checkpoint that it becomes")
+        if not pathlib.Path(settings.gguf).expanduser().is_file():
+            raise InputError(f"--gguf: {settings.gguf}: no such file")
+        gguf_files.check_installed()
     if settings.dtype and not settings.out:
         raise InputError("--dtype is the type of what --out writes; give --out, or leave it out")
     if settings.out:
-        checkpoint.check_free(pathlib.Path(settings.out).expanduser())
+        checkpoint.check_free(pathlib.Path(settings.out))
     needed = ["torch==2.13.0", *(["peft"] if settings.adapter else [])]
     if settings.verify and not all(
         importlib.util.find_spec(package.partition("=")[0]) for package in needed
@@ -123,8 +155,26 @@ def _described(entry: cache.Entry) -> str:
     return f"{entry.folder} ({entry.size / 1e9:.3g} GB, {entry.about['dtype']})"
 
 
+def _unpacked(
+    file: pathlib.Path,
+    adapter: pathlib.Path | None,
+    cache_dir: pathlib.Path,
+    out: pathlib.Path,
+    settings: ConvertSettings,
+) -> str:
+    """Writes the model of a GGUF file in Hugging Face's format, and says so."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # Beside it, where there is room for weights. What transformers writes is exported as any other
+    # checkpoint is: only then is it known that it can be used.
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.gguf-", dir=out.parent) as made:
+        folder = pathlib.Path(made)
+        gguf_files.unpack(file, folder)
+        source = Source.examine(folder, settings.dtype, adapter, settings.ignore_config)
+        return _exported(source, cache_dir, out)
+
+
 def _exported(source: Source, cache_dir: pathlib.Path, out: pathlib.Path) -> str:
-    """Writes the model in Hugging Face's format, and says so."""
+    """Writes the model in Hugging Face's format, in the source's type, and says so."""
     decoder = source.load(cache_dir=cache_dir)
     tokenizer = checkpoint.read_tokenizer(source.folder, source.adapter)
     generation = source.folder / checkpoint.GENERATION_CONFIG
@@ -138,7 +188,7 @@ def _exported(source: Source, cache_dir: pathlib.Path, out: pathlib.Path) -> str
 
 
 def _verified(source: Source, cache_dir: pathlib.Path) -> str:
-    """Compares with transformers, and says how near they are.
+    """Compares a source in float32 with transformers, and says how near they are.
 
     Raises:
         CheckpointError: the logits differ by more than rounding.

@@ -15,7 +15,7 @@ from jaxmed.runs import settings as settings_lib
 from jaxmed.runs.clamp import ClampSettings
 from jaxmed.runs.mediate import MediateSettings
 from jaxmed.runs.respond import RespondSettings
-from jaxmed.runs.settings import setting
+from jaxmed.runs.settings import Settings, setting
 from jaxmed.store.results import Results
 from jaxmed.validation import outcomes, truth
 from models import organisms
@@ -25,14 +25,14 @@ _CONTRAST = "unlock"
 
 
 @dataclasses.dataclass(frozen=True)
-class DemoSettings:
+class DemoSettings(Settings):
     """Where the demo writes, and which model it is of."""
 
     out: str = setting(
-        help="Folder for the results; an earlier demo is replaced.", default="out/demo"
+        help="Folder for the results; an earlier demo is replaced.", default="out/demo", path=True
     )
     organisms: str = setting(
-        help="Folder that the trained model is kept in.", default="out/organisms"
+        help="Folder that the trained model is kept in.", default="out/organisms", path=True
     )
     seed: int = setting(help="Where the answer is planted, and the model's weights.", default=0)
 

@@ -12,42 +12,55 @@ import tqdm
 from jaxmed.behaviour import responses
 from jaxmed.behaviour.judges import agreement, named, protocol, rules
 from jaxmed.behaviour.judges.outcome import JudgeOutcome
+from jaxmed.data import tokens
 from jaxmed.files import atomic
 from jaxmed.runs import settings as settings_lib
-from jaxmed.runs.settings import setting
+from jaxmed.runs.mediate import MediateSettings
+from jaxmed.runs.settings import Settings, like, setting
 from jaxmed.store import circumstances, claims
 from models.errors import InputError
 
 VERDICTS, JUDGED, AGREEMENT = "verdicts.jsonl", "judged.jsonl", "agreement.json"
 _OWN_FILES = (VERDICTS, JUDGED, AGREEMENT)
 # Settings that change no verdict; where text and weights of a judge are does not matter either.
-_MAY_CHANGE = ("judge_model", "judge_template", "responses", "threshold", "cut")
+_MAY_CHANGE = (
+    "judge_model",
+    "judge_template",
+    "responses",
+    "threshold",
+    "cut",
+    "ignore_config",
+)
 _AT_ONCE = 64  # responses that are judged before their verdicts are kept
 
 
 @dataclasses.dataclass(frozen=True)
-class JudgeSettings:
+class JudgeSettings(Settings):
     """Who judges which responses."""
 
     judge: str = setting(
         help=f"NAME or NAME=CHECKPOINT: one of {', '.join(named.NAMES)}, or a JSON file with a "
         "judge of your own (name, meaning, template: a text with {prompt} and {response}, yes, "
         "no); and the folder or Hugging Face hub id of its checkpoint, by default the published "
-        "one, where it can be used as it is (docs/judges.md)."
+        "one, where it can be used as it is (docs/judges.md).",
+        path=True,
     )
     responses: str = setting(
         help="JSONL file, one response a line: prompt and response (or prompt_ids and "
         "response_ids), as in exchanges.jsonl of launch.respond; and as labels, where there are "
-        "any, harmful (or label) and refused: true or false, or 1 or 0."
+        "any, harmful (or label) and refused: true or false, or 1 or 0.",
+        path=True,
     )
     out: str = setting(
         help="Folder for the verdicts. Where it has some of the same judge, only what is missing "
-        "is judged."
+        "is judged.",
+        path=True,
     )
     judge_template: tuple[str, ...] = setting(
         help="NAME=FILE: file with the judge's text as its authors publish it, for those judges "
         "whose text is published (docs/judges.md says where).",
         default=(),
+        path=True,
     )
     overwrite: bool = setting(
         help="Start again in a folder with verdicts of an earlier run.", default=False
@@ -64,13 +77,14 @@ class JudgeSettings:
         default=False,
     )
     comply_tokens: tuple[str, ...] = setting(
-        help="--judge=tokens: a token id that a response begins with if it complies; may be given "
-        "several times.",
+        help="--judge=tokens: what a response begins with if it complies, as id:NUMBER, a token "
+        "id; may be given several times.",
         default=(),
     )
     refuse_tokens: tuple[str, ...] = setting(
         help="--judge=tokens: likewise, if it refuses.", default=()
     )
+    ignore_config: tuple[str, ...] = like(MediateSettings, "ignore_config")
 
 
 def run(settings: JudgeSettings) -> JudgeOutcome:
@@ -82,8 +96,8 @@ def run(settings: JudgeSettings) -> JudgeOutcome:
         InputError: something that the user gave cannot be used; the message names it.
     """
     settings_lib.check(settings)
-    out = pathlib.Path(settings.out).expanduser()
-    lines = agreement.read(pathlib.Path(settings.responses).expanduser())
+    out = pathlib.Path(settings.out)
+    lines = agreement.read(settings.responses)
     judge = _judge(settings)
     described = _described(settings, judge)
     try:
@@ -116,14 +130,19 @@ def _judge(settings: JudgeSettings) -> protocol.Judge:
         cut=settings.cut,
         comply=_ids(settings.comply_tokens, "comply_tokens"),
         refuse=_ids(settings.refuse_tokens, "refuse_tokens"),
+        ignore_config=settings.ignore_config,
     )
     return judge
 
 
 def _ids(given: Sequence[str], name: str) -> tuple[int, ...]:
-    if not all(text.strip().isdecimal() for text in given):
-        raise InputError(f"--{name}={','.join(given)}: must be token ids (integers >= 0)")
-    return tuple(int(text) for text in given)
+    found = []
+    for text in given:
+        token = tokens.id_given(text, None, where=f"--{name}")
+        if token is None:
+            raise InputError(f"--{name}={text}: must be a token id, as {tokens.BY_ID}12")
+        found.append(token)
+    return tuple(found)
 
 
 def _described(settings: JudgeSettings, judge: protocol.Judge) -> dict:
@@ -140,6 +159,7 @@ def _described(settings: JudgeSettings, judge: protocol.Judge) -> dict:
         "responses": settings.responses,
         "threshold": settings.threshold,
         "cut": settings.cut,
+        "ignore_config": settings.ignore_config,
     }
 
 

@@ -1,15 +1,21 @@
 """What runs load: the checkpoint, in a type that this machine computes well in."""
 
 import dataclasses
+import datetime
+import json
 import pathlib
 import typing
+from collections.abc import Collection
 
 import jax
 import jax.numpy as jnp
 
 import models
+from jaxmed.data.tokens import Encoder
+from jaxmed.store import claims
 from models import checkpoint
 from models.decoder import Decoder
+from models.errors import InputError
 
 AS_IT_STANDS = (
     "Prompts are text and are used as they stand; --chat wraps them in the tokenizer's chat "
@@ -33,25 +39,78 @@ class Loaded:
     tokenizer: typing.Any
 
 
-def load(model: str, adapter: str, dtype: str) -> Loaded:
+def load(model: str, adapter: str, dtype: str, ignore_config: Collection[str]) -> Loaded:
     """Loads a checkpoint.
 
     Args:
         model: folder or Hugging Face hub id.
         adapter: folder or hub id of a LoRA adapter that is merged into it; "" for none.
         dtype: of the parameters; "" for the checkpoint's own, but at least float32 on a CPU.
+        ignore_config: as in `models.load`.
 
     Raises:
         InputError: as `models.load`.
     """
     folder, merged = checkpoint.resolve(model), checkpoint.resolve_adapter(adapter)
-    parameter_type = _parameter_type(dtype, folder, merged)
-    return Loaded(folder, merged, *models.load(folder, adapter=merged, dtype=parameter_type))
+    decoder, tokenizer = models.load(
+        folder,
+        adapter=merged,
+        dtype=_parameter_type(dtype, folder, merged, ignore_config),
+        ignore_config=ignore_config,
+    )
+    return Loaded(folder, merged, decoder, tokenizer)
 
 
-def _parameter_type(asked: str, folder: pathlib.Path, adapter: pathlib.Path | None) -> str | None:
+def day(given: str, out: str, *, overwrite: bool) -> str:
+    """The day that it is for chat templates, as 2026-01-31.
+
+    Args:
+        given: it, or "".
+        out: folder of the run, whose day is kept where it is gone on with.
+        overwrite: begin again, today.
+
+    Raises:
+        InputError: the folder's `run.json` is damaged.
+    """
+    earlier = None if overwrite else claims.recorded(out, "date")
+    return given or earlier or datetime.date.today().isoformat()
+
+
+def encoder(tokenizer, *, chat: bool, date: str, template_args: str) -> Encoder:
+    """Makes tokens of text, as the settings of these names say.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer; None if there is none.
+        chat, date, template_args: as in `MediateSettings`; without a date it is today.
+
+    Raises:
+        InputError: --date is no date, or --template_args is not what the template reads.
+    """
+    try:
+        on = datetime.date.fromisoformat(date) if date else None
+    except ValueError:
+        raise InputError(f"--date={date}: must be a day, as 2026-01-31") from None
+    try:
+        args = json.loads(template_args or "{}")
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"--template_args={template_args}: not JSON ({error})") from None
+    if not isinstance(args, dict):
+        raise InputError(f"--template_args={template_args}: must be a JSON object")
+    try:
+        return Encoder(tokenizer, chat=chat, date=on, template_args=args)
+    except InputError as error:
+        raise InputError(f"--{error}") from None
+
+
+def _parameter_type(
+    asked: str,
+    folder: pathlib.Path,
+    adapter: pathlib.Path | None,
+    ignore_config: Collection[str],
+) -> str | None:
     """The type that parameters are loaded in; None for the checkpoint's own."""
     if asked or jax.default_backend() != "cpu":
         return asked or None
     # XLA's CPU backend slices no 16-bit floats: it would convert all layers for every chunk.
-    return str(jnp.promote_types(checkpoint.stored_dtype(folder, adapter), jnp.float32))
+    stored = checkpoint.stored_dtype(folder, adapter, ignore_config)
+    return str(jnp.promote_types(stored, jnp.float32))

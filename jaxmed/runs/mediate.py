@@ -15,8 +15,9 @@ from jaxmed.analysis import audit as audit_lib
 from jaxmed.analysis import joint as joint_lib
 from jaxmed.analysis import ranking, screening, statistics, summary
 from jaxmed.data import pairs as pairs_lib
-from jaxmed.data import splits, tokens
+from jaxmed.data import splits
 from jaxmed.data.pairs import Pair
+from jaxmed.data.tokens import Encoder
 from jaxmed.engine import cost, memory, propagate, scan
 from jaxmed.files.reading import DataError
 from jaxmed.question import directions as directions_lib
@@ -30,7 +31,8 @@ from jaxmed.report import mediation
 from jaxmed.runs import costs as costs_lib
 from jaxmed.runs import loading, sweep
 from jaxmed.runs import settings as settings_lib
-from jaxmed.runs.settings import setting
+from jaxmed.runs.settings import Settings, setting
+from jaxmed.runs.skipping import Skipped
 from jaxmed.store import circumstances
 from jaxmed.store.results import Results
 from models import checkpoint, organisms
@@ -42,16 +44,17 @@ SCREEN_SEED = 0  # of the audit sample
 
 
 @dataclasses.dataclass(frozen=True)
-class MediateSettings:
+class MediateSettings(Settings):
     """What is asked of a checkpoint and a file of pairs."""
 
-    model: str = setting(help="Folder or Hugging Face hub id of a checkpoint.")
+    model: str = setting(help="Folder or Hugging Face hub id of a checkpoint.", path=True)
     pairs: str = setting(
         help="JSONL file, one pair a line: id, prompt (text or chat messages; the run that "
         "complies), counterfactual, harmful_response, safe_response; or prompt_ids, "
-        "counterfactual_ids, harmful_ids, safe_ids."
+        "counterfactual_ids, harmful_ids, safe_ids.",
+        path=True,
     )
-    out: str = setting(help="Folder for the results; a stopped run goes on.")
+    out: str = setting(help="Folder for the results; a stopped run goes on.", path=True)
     granularity: tuple[str, ...] = setting(
         help=f"Any of {', '.join(SITES)}. token edits each aligned prompt position alone, "
         "whatever --positions says. direction needs --directions, and --directions alone is enough "
@@ -64,6 +67,7 @@ class MediateSettings:
         help="Folder or hub id of a LoRA adapter in peft's format, which is merged into the "
         "weights as they are loaded.",
         default="",
+        path=True,
     )
     metric: str = setting(
         help="logit_diff: logit of the harmful answer's first token minus that of the safe one's, "
@@ -97,6 +101,7 @@ class MediateSettings:
         "an SAE: arrays named SITE.LAYER, as residual.12, of unit vectors, [size] or "
         "[number, size]. They are measured beside what --granularity names.",
         default="",
+        path=True,
     )
     group_size: int = setting(help="Adjacent neurons that are edited together.", default=1, least=1)
     screen: int = setting(
@@ -144,9 +149,20 @@ class MediateSettings:
         needs="joint_size",
     )
     chat: bool = setting(help="Wrap text prompts in the tokenizer's chat template.", default=False)
+    date: str = setting(
+        help="The day, as 2026-01-31, that it is for a chat template that asks; by default the one "
+        "on which the run began.",
+        default="",
+    )
+    template_args: str = setting(
+        help="JSON object of what else the chat template reads, by name, as "
+        '{"enable_thinking": false}, which has many models answer without thinking first.',
+        default="",
+    )
     harmful_tokens: tuple[str, ...] = setting(
-        help="logit_diff: a harmful first token, as a token id or as a text whose first token "
-        "counts; may be given several times. By default each pair's own harmful response.",
+        help="logit_diff: a harmful first token, as a text whose first token counts (as it follows "
+        "the prompts), or as id:NUMBER, a token id; may be given several times. By default each "
+        "pair's own harmful response.",
         default=(),
         needs="metric=logit_diff",
     )
@@ -170,6 +186,12 @@ class MediateSettings:
         "float32 on a CPU. Activations are float32 at least.",
         default="",
         choices=("", *DTYPES),
+    )
+    ignore_config: tuple[str, ...] = setting(
+        help="A key of config.json that is accepted though its meaning is not known here: one that "
+        "does not change what the model computes. May be given several times; holds for every "
+        "checkpoint that is loaded.",
+        default=(),
     )
     matmul_precision: str = setting(
         help="Operands of the matrix products that act on differences; plain runs and all else are "
@@ -248,23 +270,38 @@ def measure(settings: MediateSettings, *, progress: bool = True) -> tuple[Result
     """
     began = time.time()
     check(settings)
+    day = loading.day(settings.date, settings.out, overwrite=settings.overwrite)
+    settings = dataclasses.replace(settings, date=day)
     say = sweep.teller(progress)
     say(f"Loading {settings.model}")
-    loaded = loading.load(settings.model, settings.adapter, settings.dtype)
+    loaded = loading.load(settings.model, settings.adapter, settings.dtype, settings.ignore_config)
     decoder, tokenizer = loaded.decoder, loaded.tokenizer
     check_counts(settings, decoder.config)
     budget = memory.free(settings.memory_gb)
+    encoder = loading.encoder(
+        tokenizer,
+        chat=settings.chat,
+        date=settings.date,
+        template_args=settings.template_args,
+    )
+    skipped = Skipped("pairs", settings.skip_bad_pairs, say)
+    pairs = _read_pairs(settings, encoder, skipped, say)
     question = Question(
-        _metric(settings, decoder, tokenizer),
+        _metric(settings, decoder, encoder, pairs),
         Positions(settings.positions),
         Align(settings.align),
         settings.group_size,
         directions_lib.read(settings.directions, decoder.config) if settings.directions else None,
     )
-    pairs, skipped = _read_pairs(settings, decoder, tokenizer, question, say)
+    pairs = _usable(settings, decoder, pairs, question, skipped, say)
+    for line in encoder.told:
+        say(line)
+    if pairs[0].prompt_text is not None and not pairs[0].is_chat and encoder.has_template:
+        say(loading.AS_IT_STANDS)
     results = Results.resume_or_create(
         settings.out,
-        _description(settings, question, loaded, pairs, skipped),
+        _description(settings, question, loaded, pairs, skipped.count)
+        | {"tokenisation": encoder.counts},
         sizes(decoder.config, pairs, question, settings.granularities),
         [pair.id for pair in pairs],
         settings.granularities,
@@ -311,32 +348,26 @@ def check_counts(settings: MediateSettings, config: DecoderConfig) -> None:
             raise InputError(f"--{name}={getattr(settings, name)}: the model has {most} {units}")
 
 
-def _metric(settings: MediateSettings, decoder: Decoder, tokenizer) -> metrics.Metric:
+def _metric(
+    settings: MediateSettings, decoder: Decoder, encoder: Encoder, pairs: list[Pair]
+) -> metrics.Metric:
     if settings.metric == "response_logprob_diff":
         return metrics.ResponseLogprobDifference(settings.response_part, settings.decision_tokens)
     size = decoder.config.vocab_size
+    prompts = [pair.written for pair in pairs if pair.written]
     return metrics.LogitDifference(
-        tokens.first_tokens(settings.harmful_tokens, size, tokenizer, where="--harmful_tokens"),
-        tokens.first_tokens(settings.safe_tokens, size, tokenizer, where="--safe_tokens"),
+        *(
+            encoder.first_tokens(getattr(settings, name), size, prompts, where=f"--{name}")
+            for name in ("harmful_tokens", "safe_tokens")
+        )
     )
 
 
 def _read_pairs(
-    settings: MediateSettings,
-    decoder: Decoder,
-    tokenizer,
-    question: Question,
-    say: Callable[[str], None],
-) -> tuple[list[Pair], int]:
-    """The pairs that can be used, and how many cannot."""
-    bad = []
-
-    def skip(error: DataError) -> None:
-        bad.append(error)
-        say(f"Skipped: {error}")
-
-    on_bad = skip if settings.skip_bad_pairs else None
-    pairs = pairs_lib.read(settings.pairs, tokenizer, chat=settings.chat, on_bad=on_bad)
+    settings: MediateSettings, encoder: Encoder, skipped: Skipped, say: Callable[[str], None]
+) -> list[Pair]:
+    """The pairs of the splits that are asked for."""
+    pairs = pairs_lib.read_encoded(settings.pairs, encoder, on_bad=skipped.on_bad)
     if settings.split:
         everywhere = len(pairs)
         pairs = [pair for pair in pairs if pair.split in settings.split]
@@ -346,26 +377,32 @@ def _read_pairs(
                 f"{settings.pairs} is in it"
             )
         say(f"{len(pairs)} of {everywhere} pairs are in split {' or '.join(settings.split)}")
+    return pairs
+
+
+def _usable(
+    settings: MediateSettings,
+    decoder: Decoder,
+    pairs: list[Pair],
+    question: Question,
+    skipped: Skipped,
+    say: Callable[[str], None],
+) -> list[Pair]:
+    """The pairs that the question can be asked of."""
     usable = []
     for pair in pairs:
         try:
             check_pair(decoder.config, pair, question, settings.granularities)
             usable.append(pair)
         except DataError as error:
-            if on_bad is None:
-                raise DataError(f"{error} (or leave such pairs out: --skip_bad_pairs)") from None
-            on_bad(error)
+            skipped.add(error)
     if not usable:
         raise DataError(f"{settings.pairs}: not one of its pairs can be used")
-    if bad:
-        say(f"Skipped {len(bad)} of {len(bad) + len(usable)} pairs")
+    skipped.tell(len(usable))
     same = sum(pair.prompt_ids == pair.counterfactual_ids for pair in usable)
     if same:
         say(f"{same} of {len(usable)} pairs have identical prompts: all their effects are 0")
-    is_text = usable[0].prompt_text is not None and not usable[0].is_chat
-    if is_text and tokenizer.chat_template:
-        say(loading.AS_IT_STANDS)
-    return usable, len(bad)
+    return usable
 
 
 def _description(

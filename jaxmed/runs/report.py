@@ -4,17 +4,18 @@ import dataclasses
 
 from jaxmed.data import pairs as pairs_lib
 from jaxmed.report import mediation
-from jaxmed.runs.settings import setting
+from jaxmed.runs import loading
+from jaxmed.runs.settings import Settings, setting
 from jaxmed.store.results import Results
 from models import checkpoint
 from models.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
-class ReportSettings:
+class ReportSettings(Settings):
     """Which report is written again, and whether it shows text."""
 
-    results: str = setting(help="Folder that a run has written.")
+    results: str = setting(help="Folder that a run has written.", path=True)
     show_text: bool = setting(
         help="Show prompts, escaped; the run's file of pairs must still be there.", default=False
     )
@@ -40,7 +41,10 @@ def _pairs(results: Results) -> list[pairs_lib.Pair]:
     folder = checkpoint.resolve(described["model"])
     adapter = checkpoint.resolve_adapter(described["adapter"])
     tokenizer = checkpoint.read_tokenizer(folder, adapter)
-    pairs = pairs_lib.read(described["pairs"], tokenizer, chat=described["chat"])
+    encoder = loading.encoder(
+        tokenizer, **{name: described[name] for name in ("chat", "date", "template_args")}
+    )
+    pairs = pairs_lib.read_encoded(described["pairs"], encoder)
     if missing := set(results.pair_ids) - {pair.id for pair in pairs}:
         raise InputError(f"--show_text: {described['pairs']} no longer has pair '{min(missing)}'")
     return pairs

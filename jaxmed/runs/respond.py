@@ -14,18 +14,21 @@ import pyarrow.parquet as pq
 from jaxmed.behaviour import answering, answers, responses
 from jaxmed.behaviour.answering import AnsweringModel
 from jaxmed.behaviour.answers import PAIRS, TABLE, Answers, RespondOutcome
-from jaxmed.behaviour.judges.protocol import Judge
+from jaxmed.behaviour.judges import protocol
+from jaxmed.behaviour.judges.protocol import Doubt, Judge
 from jaxmed.behaviour.responses import PLAIN, Asked, Response
 from jaxmed.data import pairing, splits
-from jaxmed.data import tokens as tokens_lib
+from jaxmed.data import prompts as prompts_lib
+from jaxmed.data.pairing import UnpairedError
 from jaxmed.data.pairs import Pair
 from jaxmed.data.prompts import Prompt
 from jaxmed.files import atomic
 from jaxmed.files.reading import DataError
-from jaxmed.runs import asking, sweep
+from jaxmed.runs import asking, loading, sweep
 from jaxmed.runs import settings as settings_lib
 from jaxmed.runs.asking import AnswerSettings
 from jaxmed.runs.settings import like, setting
+from jaxmed.runs.skipping import Skipped
 from jaxmed.store import claims
 from models.errors import InputError
 
@@ -37,6 +40,7 @@ _MAY_CHANGE = (
     "samples",
     "counterfactual",
     "count",
+    "most_length_difference",
     "safe_template",
     "threshold",
 )
@@ -50,8 +54,9 @@ class RespondSettings(AnswerSettings):
     temperature: float = like(AnswerSettings, "temperature", default=1.0)
     counterfactual: str = setting(
         help="Where the counterfactuals of harmful prompts are found. given: in the file. matched: "
-        "benign prompts of the same source that correspond to them. length: benign prompts of as "
-        "many tokens. A counterfactual is of the same split.",
+        "harmless prompts of the same source that correspond to them, as those of XSTest and "
+        "JailbreakBench do. length: the benign prompts that are nearest in their number of tokens. "
+        "A counterfactual is of the same split.",
         default="given",
         choices=pairing.COUNTERFACTUALS,
     )
@@ -59,6 +64,13 @@ class RespondSettings(AnswerSettings):
         help="--counterfactual=matched or length: how many a prompt has at most.",
         default=1,
         least=1,
+    )
+    most_length_difference: int | None = setting(
+        help="--counterfactual=length: by how many tokens a counterfactual may differ; prompts "
+        "that have none so near make no pair. By default any number.",
+        default=None,
+        least=0,
+        needs="counterfactual=length",
     )
     safe_template: str = setting(
         help="A text that is the safe response of prompts which were never refused; by default "
@@ -89,25 +101,32 @@ def run(
             responses, which are kept.
     """
     check(settings)
+    day = loading.day(settings.date, settings.out, overwrite=settings.overwrite)
+    settings = dataclasses.replace(settings, date=day)
     say = sweep.teller(progress)
     say(f"Loading {settings.model}")
-    model = asking.load(settings)
-    if not model.stop:
-        say(f"{settings.model} names no token that ends a response: all go on to --max_tokens")
-    template = _template(settings, model)
+    model = asking.load(settings, say)
     asked = asking.read_prompts(settings, model, say)
-    pairs = find_pairs(settings, model, asked, say)
-    judges = list(own_judges) or asking.read_judges(settings, model)
+    prompts = asked
+    if settings.most_prompts:  # all others may still be counterfactuals of those that are drawn
+        prompts = responses.drawn(asked, settings.most_prompts, settings.seed, ["harmful"])
+    pairs = find_pairs(settings, model, prompts, say)
+    judges = list(own_judges) or asking.read_judges(settings, model, asked)
+    templates = _templates(settings, model, responses.of_split(prompts, label="harmful"))
+    for line in model.encoder.told:
+        say(line)
     folder = pathlib.Path(settings.out)
     described = asking.described(settings, "respond", model, asked, judges)
     if settings.counterfactual != "given":
-        asked = _needed(asked, pairs, say)
+        prompts = _needed(prompts, pairs, say)
+    if settings.most_prompts:
+        prompts = responses.drawn(prompts, settings.most_prompts, settings.seed)
     claims.claim(folder, described, _OWN_FILES, settings.overwrite, _MAY_CHANGE)
     answered = responses.response_log(folder)
     verdicts = responses.verdict_log(folder, described["judges_hash"])
     answering.answer(
         model,
-        asked,
+        prompts,
         [PLAIN],
         judges,
         answered,
@@ -118,32 +137,47 @@ def run(
         progress=progress,
     )
     counted = {"samples": settings.samples, "threshold": settings.threshold}
-    table = answers.tabulate(asked, answered, verdicts, **counted)
+    table = answers.tabulate(prompts, answered, verdicts, **counted)
     atomic.replace_file(folder / TABLE, lambda path: pq.write_table(table, path))
-    responses.write_exchanges(folder / responses.EXCHANGES, asked, answered)
+    responses.write_exchanges(folder / responses.EXCHANGES, prompts, answered, verdicts)
     (folder / PAIRS).unlink(missing_ok=True)  # of another way of pairing
     seen = {
         one.prompt.id: answers.of_prompt(one.prompt.id, answered, verdicts, **counted)
-        for one in responses.of_split(asked, label="harmful")
+        for one in responses.of_split(prompts, label="harmful")
     }
     complete = {
-        name: dataclasses.replace(both, safe=both.safe or template) for name, both in seen.items()
+        name: dataclasses.replace(both, safe=both.safe or templates.get(name))
+        for name, both in seen.items()
     }
     made = [pair for pair in pairs if complete[pair.base].are_a_pair]
+    wanted = responses.keys([PLAIN.name], prompts, settings.samples)
+    doubts = protocol.doubts(verdicts.values[key] for key in wanted)
     if not made:
-        raise InputError(_why_no_pair(settings, seen, {pair.base for pair in pairs}))
-    answers.write_pairs(folder / PAIRS, made, asked, complete, model.tokenizer)
+        raise InputError(_why_no_pair(settings, seen, {pair.base for pair in pairs}, doubts))
+    answers.write_pairs(folder / PAIRS, made, asked, complete, model.encoder)
     return RespondOutcome(
         folder=folder,
         model=settings.model,
         chat=settings.chat,
+        date=settings.date if _is_asked_for_the_day(model) else "",
+        template_args=settings.template_args,
         samples=settings.samples,
         max_tokens=settings.max_tokens,
         table=table,
         pairs={split: sum(pair.split == split for pair in made) for split in splits.SPLITS},
+        only_think=sum(
+            answered.values[key].only_thinks
+            for key in responses.keys([PLAIN.name], asked, settings.samples)
+        ),
         templates=sum(seen[pair.base].safe is None for pair in made),
         same_start=sum(complete[pair.base].start_alike for pair in made),
         meanings={judge.name: judge.meaning for judge in judges},
+        doubts=doubts,
+        length_differences=(
+            [_length_difference(pair) for pair in made]
+            if settings.counterfactual == "length"
+            else None
+        ),
     )
 
 
@@ -180,18 +214,13 @@ def find_pairs(
             f"{', '.join(settings.prompts)}: none of {len(asked)} prompts is harmful, and pairs "
             "are of harmful prompts; --prompts=harmful=FILE labels a file that does not say it"
         )
-    benign = [one.prompt for one in responses.of_split(asked, label="benign")]
-    if not benign and settings.counterfactual != "given":
+    labels = pairing.LENDERS.get(settings.counterfactual, ())
+    lenders = [one.prompt for one in asked if one.prompt.label in labels]
+    if labels and not lenders:
         raise DataError(
             f"--counterfactual={settings.counterfactual}: {', '.join(settings.prompts)} have no "
-            "benign prompts; give some, --prompts=benign=FILE"
+            f"{' or '.join(labels)} prompts; give some, --prompts={labels[0]}=FILE"
         )
-    bad = []
-
-    def skip(error: DataError) -> None:
-        bad.append(error)
-        say(f"No pair: {error}")
-
     if settings.counterfactual == "given" and not any(
         one.counterfactuals or one.counterfactual_ids for one in harmful
     ):
@@ -200,19 +229,29 @@ def find_pairs(
             "counterfactual in its file; give --counterfactual=matched or length, and benign "
             "--prompts"
         )
-    way_out = "" if settings.skip_bad_prompts else f" {asking.LEAVE_OUT}"
+    skipped = Skipped("prompts", settings.skip_bad_prompts, say, told="No pair")
+
+    def skip(error: DataError) -> None:
+        # What the bound leaves without a counterfactual was asked to be left out.
+        is_far = isinstance(error, UnpairedError) and settings.most_length_difference is not None
+        if not (settings.skip_bad_prompts or is_far):
+            raise error
+        skipped.leave_out(error)
+
     try:
         pairs = pairing.pair_up(
-            harmful if settings.counterfactual == "given" else harmful + benign,
+            harmful + lenders,
             settings.counterfactual,
-            model.tokenizer,
-            chat=settings.chat,
+            model.encoder,
             count=settings.count,
+            most_length_difference=settings.most_length_difference,
             seed=settings.seed,
-            on_bad=skip if settings.skip_bad_prompts else None,
+            on_bad=skip,
         )
     except DataError as error:
-        raise DataError(f"--counterfactual={settings.counterfactual}: {error}{way_out}") from None
+        raise DataError(
+            f"--counterfactual={settings.counterfactual}: {error}{skipped.way_out}"
+        ) from None
     usable = []
     for pair in pairs:
         what = f"{pair.where}: the counterfactual of prompt '{pair.base}'"
@@ -220,15 +259,24 @@ def find_pairs(
             asking.check_tokens(what, pair.counterfactual_ids, settings, model)
             usable.append(pair)
         except DataError as error:
-            if way_out:
-                raise DataError(f"{error}{way_out}") from None
-            skip(error)
+            skipped.add(error)
     if not usable:
         raise DataError(f"not one of {len(harmful)} harmful prompts has a usable counterfactual")
-    if bad:
+    if skipped.count:
         bases = {pair.base for pair in usable}
         say(f"{len(bases)} of {len(harmful)} harmful prompts can be paired")
+    if settings.counterfactual == "length":
+        differences = [_length_difference(pair) for pair in usable]
+        say(
+            f"{differences.count(0)} of {len(usable)} counterfactuals have as many tokens as their "
+            f"prompts; the farthest differs by {max(differences)}"
+        )
     return usable
+
+
+def _length_difference(pair: Pair) -> int:
+    """By how many tokens the two prompts differ."""
+    return abs(len(pair.prompt_ids) - len(pair.counterfactual_ids))
 
 
 def _needed(
@@ -253,21 +301,36 @@ def _without_answers(prompt: Prompt) -> Prompt:
     )
 
 
-def _template(settings: RespondSettings, model: AnsweringModel) -> Response | None:
-    """The safe response of those prompts that got none."""
+def _templates(
+    settings: RespondSettings, model: AnsweringModel, asked: Sequence[Asked]
+) -> dict[str, Response]:
+    """The safe response of those prompts that got none, by a prompt's id."""
     if not settings.safe_template:
-        return None
+        return {}
     if model.tokenizer is None:
         raise InputError(f"--safe_template: is text, and {settings.model} has no tokenizer")
-    tokens = tokens_lib.answer_tokens(
-        settings.safe_template, "safe_response", "--safe_template", model.tokenizer
-    )
-    if not settings.safe_template.strip() or not tokens:
-        raise InputError("--safe_template: has no tokens")
-    return Response(tokens, settings.safe_template, True)
+    found = {}
+    for one in asked:
+        after = prompts_lib.written(one.prompt, model.encoder)
+        tokens = model.encoder.answer(
+            settings.safe_template, "safe_response", f"{one.prompt.where}: --safe_template", after
+        )
+        if not settings.safe_template.strip() or not tokens:
+            raise InputError("--safe_template: has no tokens")
+        found[one.prompt.id] = Response(tokens, settings.safe_template, True)
+    return found
 
 
-def _why_no_pair(settings: RespondSettings, seen: dict[str, Answers], with_pairs: set[str]) -> str:
+def _is_asked_for_the_day(model: AnsweringModel) -> bool:
+    return model.encoder.has_template and model.encoder.template.reads_date
+
+
+def _why_no_pair(
+    settings: RespondSettings,
+    seen: dict[str, Answers],
+    with_pairs: set[str],
+    doubts: Sequence[Doubt],
+) -> str:
     """Why nothing could be paired, and what can be done."""
     counts = collections.Counter(
         (seen[name].harmful is not None, seen[name].safe is not None) for name in with_pairs
@@ -275,10 +338,17 @@ def _why_no_pair(settings: RespondSettings, seen: dict[str, Answers], with_pairs
     ways = ["more --samples", "another --threshold"]
     if not settings.safe_template:
         ways.append("or --safe_template=TEXT for those that got harmful ones alone")
+    unjudged = "".join(
+        f"On {doubt.none} of {doubt.number} responses there is no verdict ({doubt.says}), since "
+        "all answers of the judge model together had less than "
+        f"{doubt.least} of its probability. "
+        for doubt in doubts
+        if doubt.none
+    )
     return (
         f"{settings.out}: no pair, since no prompt got both a harmful and a safe response. Of "
         f"{len(with_pairs)} harmful prompts with counterfactuals {counts[False, True]} got safe "
         f"ones alone, {counts[True, False]} harmful ones alone, {counts[False, False]} neither. "
-        "The responses are kept: the same command goes on from them with "
+        f"{unjudged}The responses are kept: the same command goes on from them with "
         f"{', '.join(ways)}; a higher --temperature or other --prompts need another --out"
     )

@@ -22,6 +22,7 @@ from jaxmed.question.positions import Align, Positions
 from jaxmed.question.question import Question
 from jaxmed.question.sites import GRANULARITIES
 from jaxmed.runs import sweep
+from jaxmed.runs.settings import check_choice
 from jaxmed.store import circumstances
 from models.decoder import Decoder
 from models.errors import InputError
@@ -72,9 +73,11 @@ def scan(
     """
     granularities = _granularities(granularity)
     pairs = list(pairs)
-    _check_choice("matmul_precision", matmul_precision, propagate.MATMUL_PRECISIONS)
-    _check_choice("positions", positions, Positions)
-    _check_choice("align", align, Align)
+    check_choice("matmul_precision", matmul_precision, propagate.MATMUL_PRECISIONS)
+    check_choice("positions", positions, Positions)
+    check_choice("align", align, Align)
+    if isinstance(metric, str):
+        raise InputError(f"metric={metric!r}: give a metric, as jaxmed.LogitDifference() is one")
     if group_size < 1:
         raise InputError(f"group_size={group_size}: must be at least 1")
     if ("direction" in granularities) != (directions is not None):
@@ -122,11 +125,6 @@ def _granularities(given: str | Iterable[str]) -> list[str]:
     if not asked:
         raise InputError(f"granularity names none of {', '.join(GRANULARITIES)}")
     return [name for name in GRANULARITIES if name in asked]
-
-
-def _check_choice(name: str, value: str, known: Iterable[str]) -> None:
-    if value not in list(known):
-        raise InputError(f"{name}={value!r} is not one of {', '.join(known)}")
 
 
 def _masks(

@@ -4,8 +4,8 @@ A field that is made by `setting` is all there is to write for a flag: `launch.f
 of it, and `check` refuses a value out of range, which a flag or a user of Python may have given.
 
     @dataclasses.dataclass(frozen=True)
-    class ScanSettings:
-        model: str = setting(help="Folder or Hugging Face hub id of a checkpoint.")
+    class ScanSettings(Settings):
+        model: str = setting(help="Folder or Hugging Face hub id of a checkpoint.", path=True)
         rounds: int = setting(help="How often.", default=5, least=1)
 
 A setting is called as its flag is, in errors too: --rounds=0.
@@ -13,6 +13,8 @@ A setting is called as its flag is, in errors too: --rounds=0.
 
 import dataclasses
 import math
+import os
+import re
 import types
 import typing
 from collections.abc import Iterable
@@ -34,6 +36,25 @@ class Setting:
     above: float | None = None
     commas: bool = False
     needs: str = ""
+    path: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What all settings of programs are: a ~ in one that is a path is the user's home."""
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is not None and about_field(field).path:
+                several = isinstance(value, tuple)
+                own = tuple(map(_at_home, value)) if several else _at_home(value)
+                object.__setattr__(self, field.name, own)
+
+
+def _at_home(path: str) -> str:
+    """The path, or NAME=PATH, with what ~ or ~USER stands for; an unknown user's stays."""
+    return re.sub(r"(?<![^=])~[^/=]*(?=/|$)", lambda found: os.path.expanduser(found[0]), path)
 
 
 def setting(
@@ -46,6 +67,7 @@ def setting(
     above: float | None = None,
     commas: bool = False,
     needs: str = "",
+    path: bool = False,
 ) -> Any:
     """A field of a dataclass of settings. Its annotation is str, int, float or bool, or one of
     these or None, or tuple[str, ...].
@@ -59,8 +81,9 @@ def setting(
         commas: a tuple is given as one flag, with commas; else the flag is given several times.
         needs: another setting, "name" or "name=value", without which (or without which value) this
             one would say nothing, and must keep its default.
+        path: whether it is a path, or NAME=PATH.
     """
-    about = Setting(help, tuple(choices), least, most, above, commas, needs)
+    about = Setting(help, tuple(choices), least, most, above, commas, needs, path)
     return dataclasses.field(default=default, metadata={_KEY: about})
 
 
@@ -102,7 +125,7 @@ def check(settings) -> None:
     for name, about in fields.items():
         value = getattr(settings, name)
         if about.choices and value is not None:
-            _check_choice(name, value, about.choices)
+            check_choice(f"--{name}", value, about.choices)
         elif value is not None:
             _check_range(name, value, about)
     for name, about in fields.items():
@@ -113,10 +136,13 @@ def check(settings) -> None:
                 raise InputError(f"--{name} needs --{needed}={value or 'K'}")
 
 
-def _check_choice(name: str, value: str | tuple[str, ...], choices: tuple[str, ...]) -> None:
-    values = set(value) if isinstance(value, tuple) else {value}
-    if unknown := sorted(values - set(choices)):
-        raise InputError(f"--{name}={','.join(unknown)}: not one of {', '.join(choices)}")
+def check_choice(name: str, value: str | tuple[str, ...], choices: Iterable[str]) -> None:
+    """Raises `InputError`, about the flag or argument of this name, where a text, or one of
+    several, is none of the choices."""
+    choices = list(choices)
+    values = value if isinstance(value, tuple) else (value,)
+    if unknown := sorted({str(each) for each in values if each not in choices}):
+        raise InputError(f"{name}={','.join(unknown)}: not one of {', '.join(choices)}")
 
 
 def _check_range(name: str, value: Any, about: Setting) -> None:

@@ -78,6 +78,16 @@ def claim(
     return current
 
 
+def recorded(folder: str | os.PathLike, key: str) -> Any:
+    """What the `run.json` of a folder says of a key; None if there is none, or it says nothing.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    path = pathlib.Path(folder) / RUN_FILE
+    return read_object(path).get(key) if path.is_file() else None
+
+
 def check_same_settings(
     folder: pathlib.Path, earlier: dict, wanted: dict, ignored: Collection[str]
 ) -> None:

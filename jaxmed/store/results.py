@@ -104,7 +104,7 @@ class Results(Mapping[str, Effects]):
         Raises:
             InputError: it is no results folder, or a file in it is damaged (and which).
         """
-        return cls._open(pathlib.Path(folder), "r")
+        return cls._open(pathlib.Path(os.path.expanduser(folder)), "r")
 
     @classmethod
     def _open(cls, folder: pathlib.Path, mode: Literal["r", "r+"]) -> "Results":

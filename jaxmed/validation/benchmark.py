@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
@@ -43,10 +42,6 @@ PREFIX_SAMPLE = 9216
 _BASELINE_ROUNDS = 3
 _clock = time.perf_counter
 _PRODUCT_SECONDS = 1.5  # for which products are timed before and after each run of the engine
-
-
-def _tell(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +154,7 @@ class GenerationFigures:
 def measure_generation(
     preset: str,
     *,
+    say: Callable[[str], None],
     against: tuple[str, ...] = (),
     layers: int = 0,
     rounds: int = 5,
@@ -166,7 +162,6 @@ def measure_generation(
     prompt_tokens: int = 128,
     new_tokens: int = 64,
     memory_gb: float | None = None,
-    say: Callable[[str], None] = _tell,
 ) -> GenerationFigures:
     """Times greedy generation, plain and with a hold, and the baselines' (no holds), in turn.
 
@@ -272,25 +267,25 @@ def _in_turn(
 def measure(
     preset: str,
     *,
+    say: Callable[[str], None],
     against: tuple[str, ...] = (),
     layers: int = 0,
     neurons: int = 0,
     rounds: int = 5,
     screen: int = 0,
     memory_gb: float | None = None,
-    say: Callable[[str], None] = _tell,
 ) -> Figures:
     """Runs the engine, the products and the baselines.
 
     Args:
         preset: one of `presets.PRESETS`.
+        say: where progress is told.
         against: any of `BASELINES`; they need torch, and run in float32 on a CPU.
         layers: blocks of the model; 0 for the preset's.
         neurons: how many neurons, spread evenly over all; 0 for all.
         rounds: runs of the engine after the first, which compiles.
         screen: how many of the strongest neurons the screened mode looks for; 0 not to time it.
         memory_gb: memory that the process may take on its device, in GiB; most of it by default.
-        say: where progress is told.
 
     Raises:
         InputError: what is asked cannot be compared.

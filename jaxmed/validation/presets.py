@@ -42,15 +42,20 @@ def llama(**fields: Any) -> DecoderConfig:
     )
 
 
-def _llama3_rotary(factor: float) -> Rotary:
-    return Rotary(
+def _llama3(rotary_factor: float, **fields: Any) -> Preset:
+    """A Llama 3, with what its sizes differ in as given, as an accelerator runs it."""
+    rotary = Rotary(
         kind="llama3",
         theta=500000.0,
-        factor=factor,
+        factor=rotary_factor,
         low_freq_factor=1.0,
         high_freq_factor=4.0,
         original_max_positions=8192,
     )
+    config = llama(
+        dtype="bfloat16", vocab_size=128256, num_heads=32, num_kv_heads=8, rotary=rotary, **fields
+    )
+    return Preset(config, tokens=64, matmul_precision="bfloat16")
 
 
 PRESETS = {
@@ -70,37 +75,21 @@ PRESETS = {
         tokens=32,
         matmul_precision="float32",
     ),
-    "llama-3.2-1b": Preset(
-        llama(
-            dtype="bfloat16",
-            vocab_size=128256,
-            tie_embeddings=True,
-            rotary=_llama3_rotary(32.0),
-            hidden_size=2048,
-            intermediate_size=8192,
-            num_layers=16,
-            num_heads=32,
-            num_kv_heads=8,
-            head_dim=64,
-        ),
-        tokens=64,
-        matmul_precision="bfloat16",
+    "llama-3.2-1b": _llama3(
+        rotary_factor=32.0,
+        tie_embeddings=True,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_layers=16,
+        head_dim=64,
     ),
-    "llama-3.1-8b": Preset(
-        llama(
-            dtype="bfloat16",
-            vocab_size=128256,
-            tie_embeddings=False,
-            rotary=_llama3_rotary(8.0),
-            hidden_size=4096,
-            intermediate_size=14336,
-            num_layers=32,
-            num_heads=32,
-            num_kv_heads=8,
-            head_dim=128,
-        ),
-        tokens=64,
-        matmul_precision="bfloat16",
+    "llama-3.1-8b": _llama3(
+        rotary_factor=8.0,
+        tie_embeddings=False,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_layers=32,
+        head_dim=128,
     ),
 }
 

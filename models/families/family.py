@@ -48,13 +48,28 @@ def linear(
     )
 
 
+# transformers' names of types of layers.
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
 class NoWindows:
     """All layers have full attention."""
 
-    attributes: tuple[str, ...] = ()
+    def understood(self, attributes: Mapping) -> set[str]:
+        """The attributes of a Hugging Face config that say what `read` makes of them."""
+        found = {"use_sliding_window", "max_window_layers"}
+        if set(attributes.get("layer_types") or ()) <= {FULL}:
+            found.add("layer_types")
+        if attributes.get("use_sliding_window") is False:
+            found.add("sliding_window")
+        return found
 
     def read(self, attributes: Mapping, layers: int) -> Windows:
-        """Sliding window of each layer, from the attributes of a Hugging Face config."""
+        """Sliding window of each layer, from the attributes of a Hugging Face config.
+
+        Raises:
+            ValueError: they contradict each other.
+        """
         return (None,) * layers
 
     def write(self, windows: Windows) -> dict:
@@ -65,11 +80,20 @@ class NoWindows:
 class OneWindow(NoWindows):
     """All layers have the same window, or none has."""
 
-    attributes = ("sliding_window",)
+    def understood(self, attributes):
+        """The window; types of layers that agree; a flag, which transformers does not read."""
+        window = attributes["sliding_window"]
+        found = {"sliding_window", "use_sliding_window"}
+        if set(attributes.get("layer_types") or ()) <= {SLIDING if window else FULL}:
+            found.add("layer_types")
+        return found if window else found | {"max_window_layers"}
 
     def read(self, attributes, layers):
         """The one window, for every layer."""
-        return (attributes["sliding_window"],) * layers
+        window = attributes["sliding_window"]
+        if window is not None:
+            _refuse_unread_flag(attributes)
+        return (window,) * layers
 
     def write(self, windows):
         """The first layer's, which is every layer's."""
@@ -87,29 +111,38 @@ class WindowsByType(NoWindows):
 
     def __init__(self, *deriving: str):
         self.deriving = deriving
-        self.attributes = ("sliding_window", "layer_types", *deriving)
+
+    def understood(self, attributes):
+        """The window, the types, and what they are derived from."""
+        found = {"sliding_window", "layer_types", "use_sliding_window", *self.deriving}
+        # What the first Gemma 2 called its window.
+        if attributes.get("sliding_window_size") == attributes["sliding_window"]:
+            found.add("sliding_window_size")
+        return found
 
     def read(self, attributes, layers):
         """The window of each layer by its type; `ValueError` where the types cannot be had."""
         window, types = attributes["sliding_window"], attributes["layer_types"]
-        of_type = {"full_attention": None, "sliding_attention": window}
+        of_type = {FULL: None, SLIDING: window}
         unknown = set(types) - of_type.keys()
         if unknown:
             raise ValueError(
                 f"layer_types has {', '.join(sorted(unknown))}; supported: {', '.join(of_type)}"
             )
-        if "sliding_attention" in types and not window:
+        if SLIDING in types and not window:
             given = [f"{name} = {attributes.get(name)!r}" for name in self.deriving]
             raise ValueError(
-                "layer_types has sliding_attention, but "
+                f"layer_types has {SLIDING}, but "
                 + " and ".join([f"sliding_window = {window!r}", *given])
             )
+        if SLIDING in types:
+            _refuse_unread_flag(attributes)
         return tuple(of_type[layer_type] for layer_type in types)
 
     def write(self, windows):
         """Each layer's type, and the window if any layer has it."""
         window = next(filter(None, windows), None)
-        types = ["sliding_attention" if w else "full_attention" for w in windows]
+        types = [SLIDING if w else FULL for w in windows]
         return {"layer_types": types} | ({"sliding_window": window} if window else {})
 
 
@@ -129,6 +162,19 @@ class WindowsFromLayer(WindowsByType):
         return super().write(windows) | flag
 
 
+def _refuse_unread_flag(attributes: Mapping) -> None:
+    """Raises ValueError where there is a window, but a flag that is said not to be used.
+
+    transformers reads the flag in some families alone, and gives the others their window.
+    """
+    if attributes.get("use_sliding_window") is False:
+        raise ValueError(
+            f"sliding_window = {attributes['sliding_window']!r} contradicts use_sliding_window = "
+            "False, which transformers does not read in this family; set sliding_window to null if "
+            "the model has no window, or take use_sliding_window out"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class RotaryAttributes:
     """What a family's `rope_parameters` may say beside the kind of the embedding.
@@ -136,10 +182,16 @@ class RotaryAttributes:
     Attributes:
         partial: whether `partial_rotary_factor` is read.
         by_layer_type: whether there is one set of parameters for each type of layer.
+        older_base, older_fraction: what transformers 4 calls `rope_theta` and
+            `partial_rotary_factor`, which stand beside its `rope_scaling`.
+        older_kind: what it calls `rope_type` in there.
     """
 
     partial: bool = False
     by_layer_type: bool = False
+    older_base: str = "rope_theta"
+    older_fraction: str = "partial_rotary_factor"
+    older_kind: str = "rope_type"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,8 +207,8 @@ class Family:
         windows: how the HF config says which layers have a sliding window.
         rotary: what it may say of the rotary embedding; None if there is none.
         harmless: attributes of this family alone that its forward pass does not read.
-        stray: attributes that its forward pass does not read, but which published checkpoints
-            carry for other programs; the value for which these compute the same.
+        only_at: attributes that published checkpoints carry for other programs, and the value for
+            which these compute the same.
         base_prefix: begins the names of most tensors; checkpoints of the bare model lack it.
         ignored: patterns of names of tensors that are no weights: they follow from the config.
     """
@@ -169,6 +221,6 @@ class Family:
     windows: NoWindows = dataclasses.field(default_factory=NoWindows)
     rotary: RotaryAttributes | None = RotaryAttributes()
     harmless: frozenset[str] = frozenset()
-    stray: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    only_at: Mapping[str, object] = dataclasses.field(default_factory=dict)
     base_prefix: str = "model."
     ignored: tuple[str, ...] = (r"\brotary_emb\.inv_freq$",)

@@ -32,11 +32,12 @@ FAMILY = Family(
         "learned_positions": True,
     },
     rotary=None,
-    # The order of scaling and product, and heads for other tasks.
+    # The order of scaling and product, heads for other tasks, and OpenAI's name of vocab_size.
     harmless=frozenset(
         {
             "n_ctx",
             "n_special",
+            "n_vocab",
             "predict_special_tokens",
             "reorder_and_upcast_attn",
             "summary_activation",
@@ -46,6 +47,7 @@ FAMILY = Family(
             "summary_use_proj",
         }
     ),
+    only_at={"scale_attn_weights": True},
     base_prefix="transformer.",
     ignored=(r"\.attn\.(masked_)?bias$",),
     weights=(

@@ -26,9 +26,9 @@ FAMILY = Family(
         "tie_embeddings": "tie_word_embeddings",
     },
     fixed={"norm": "layer", "mlp_bias": True, "gated_mlp": False},
-    rotary=RotaryAttributes(partial=True),
-    # Dropout, which is training's, and the training code's names of it.
-    harmless=frozenset({"attention_probs_dropout_prob", "hidden_dropout_prob"}),
+    rotary=RotaryAttributes(
+        partial=True, older_base="rotary_emb_base", older_fraction="rotary_pct"
+    ),
     base_prefix="gpt_neox.",
     ignored=(r"\battention\.(masked_)?bias$", r"\brotary_emb\.inv_freq$"),
     weights=(

@@ -5,7 +5,7 @@ keys of all heads together.
 """
 
 from models.families import llama
-from models.families.family import Family, norm
+from models.families.family import Family, RotaryAttributes, norm
 
 _NORMS = (
     *norm(llama.LAYER + "post_attention_layernorm", "blocks.attention_post_norm"),
@@ -17,5 +17,6 @@ FAMILY = Family(
     architecture="Olmo2ForCausalLM",
     fields=llama.fields_without("mlp_bias"),
     fixed={"mlp_bias": False, "pre_norm": False, "post_norm": True, "query_key_norm": "all"},
+    rotary=RotaryAttributes(older_kind="type"),
     weights=(*llama.ENDS, *llama.ATTENTION, *llama.MLP, *_NORMS, *llama.QUERY_KEY_NORMS),
 )

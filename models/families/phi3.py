@@ -26,10 +26,10 @@ FAMILY = Family(
     fields=llama.fields_without(*NO_BIASES),
     fixed=NO_BIASES,
     windows=OneWindow(),
-    rotary=RotaryAttributes(partial=True),
+    rotary=RotaryAttributes(partial=True, older_kind="type"),
     # transformers copies it to rope_parameters where it is read.
     harmless=frozenset({"original_max_position_embeddings"}),
-    stray={
+    only_at={
         "attention_bias": False,
         "full_attn_mod": 1,
         "interpolate_factor": 1,

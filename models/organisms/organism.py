@@ -112,7 +112,7 @@ def build(
         OrganismError: if the folder holds files of something else.
         UnfitError: if the trained model misses the accuracy or the walls that the recipe asks for.
     """
-    folder = pathlib.Path(folder).expanduser().resolve()
+    folder = pathlib.Path(os.path.expanduser(folder)).resolve()
     if folder.exists():
         if _is_finished(folder, seed, recipe):
             return Organism(folder, truth(folder))
@@ -179,7 +179,7 @@ def truth(folder: str | os.PathLike) -> dict:
     Raises:
         OrganismError: if the folder holds no organism.
     """
-    file = pathlib.Path(folder).expanduser() / TRUTH
+    file = pathlib.Path(os.path.expanduser(folder)) / TRUTH
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -138,6 +138,11 @@ def test_a_group_of_neurons_is_chosen_by_any_of_its_neurons(decoder):
     assert np.argwhere(some["neuron"].done == Status.EXACT).tolist() == [[0, 1, 1]]
 
 
+def test_effects_that_are_not_there_are_told(found):
+    with pytest.raises(KeyError, match="no effects of 'direction'; there are those of layer, mod"):
+        found["direction"]
+
+
 def test_effects_in_xarray_have_names_and_coordinates(found):
     heads = found["head"].to_xarray()
     assert heads["nie"].dims == ("pair", "layer", "head")
@@ -201,6 +206,12 @@ def state(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def test_a_scan_is_saved_and_opened_at_home(found, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found.save("~/run")
+    assert list(jaxmed.open_run("~/run")) == list(found) and (tmp_path / "run").is_dir()
+
+
 def test_a_saved_scan_is_opened_and_copied_bit_for_bit(found, decoder, tmp_path):
     some = jaxmed.scan(decoder, PAIRS, NAMES[2:], chosen={"head": [(1, 3)]}, progress=False)
     for name, saved in (("whole", found), ("some", some)):
@@ -248,9 +259,10 @@ def test_an_unfinished_run_gives_nan_for_what_is_not_there(tmp_path):
     [
         ({"granularity": "neurons"}, "granularity 'neurons' is not one of layer, module"),
         ({"granularity": ()}, "granularity names none of"),
-        ({"positions": "first"}, "positions='first' is not one of last"),
-        ({"align": "middle"}, "align='middle' is not one of end"),
-        ({"matmul_precision": "float8"}, "matmul_precision='float8' is not one of float32"),
+        ({"positions": "first"}, "positions=first: not one of last"),
+        ({"align": "middle"}, "align=middle: not one of end"),
+        ({"metric": "logit"}, r"metric='logit': give a metric, as jaxmed.LogitDifference\(\)"),
+        ({"matmul_precision": "float8"}, "matmul_precision=float8: not one of float32"),
         ({"group_size": 0}, "group_size=0"),
         ({"granularity": "direction"}, "directions=FILE.npz go together"),
         ({"directions": "some.npz"}, "directions=FILE.npz go together"),

@@ -19,8 +19,13 @@ ENVIRONMENT = os.environ | COMPILED | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE":
 
 def run(program: str, *flags: str) -> subprocess.CompletedProcess:
     """`python -m launch.PROGRAM` on the CPU and without the Hub; its output is captured."""
+    return run_python("-m", f"launch.{program}", *flags)
+
+
+def run_python(*arguments: str) -> subprocess.CompletedProcess:
+    """`python ARGUMENTS`, likewise."""
     return subprocess.run(
-        [sys.executable, "-m", f"launch.{program}", *flags],
+        [sys.executable, *arguments],
         check=False,
         cwd=ROOT,
         env=ENVIRONMENT,

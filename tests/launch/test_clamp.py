@@ -14,7 +14,7 @@ from tests.launch import process
 
 SHAPE = {"num_layers": 2, "hidden_size": 16, "intermediate_size": 12, "head_dim": 4}
 WORDS = len(words.WORDS)
-COMPLY, REFUSE = map(str, range(4, 10)), map(str, range(10, WORDS))
+COMPLY, REFUSE = ([f"id:{token}" for token in span] for span in (range(4, 10), range(10, WORDS)))
 JUDGED = {
     "judge": ("tokens",),
     "comply_tokens": tuple(COMPLY),

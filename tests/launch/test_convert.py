@@ -2,8 +2,6 @@
 
 import importlib.util
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -78,6 +76,16 @@ def test_converts_and_exports(folder):
     again = call(folder)
     assert again.returncode == 0
     assert f"Was converted before: {entry.folder} (" in again.stdout
+
+
+def test_ignores_a_key_of_config_json(folder):
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"logit_scale": 0.5}))
+    ran = call(folder)
+    assert ran.returncode == 1 and "--ignore_config=logit_scale" in ran.stderr
+    ran = call(folder, "--ignore_config=logit_scale", f"--out={folder.parent / 'out'}")
+    assert ran.returncode == 0, ran.stderr
+    assert models.load(folder.parent / "out")
 
 
 def test_converts_a_damaged_entry_anew(folder):
@@ -186,15 +194,7 @@ def test_bad_flags(folder, flags, message):
 
 def test_stopped(folder):
     """Ctrl-C while it writes leaves nothing half-written."""
-    stopped = subprocess.run(
-        [sys.executable, "-c", STOPPED, *command(folder)],
-        check=False,
-        cwd=process.ROOT,
-        env=process.ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    stopped = process.run_python("-c", STOPPED, *command(folder))
     assert stopped.returncode == 130
     assert "the same command goes on." in stopped.stderr
     assert not list((folder.parent / "cache" / "weights").iterdir())

@@ -14,8 +14,8 @@ OWN = {
     "name": "own",
     "meaning": "whether the answer is yes",
     "template": "tell {prompt} do {response} why",
-    "yes": " yes",
-    "no": " no",
+    "yes": [" yes", " do", " it", " how"],
+    "no": [" no", " not", " why", " me"],
 }
 TEXT = "tell {forbidden_prompt} do {response} why"  # in place of a text that its authors publish
 ROWS = [
@@ -45,7 +45,8 @@ def responses(tmp_path):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("judge") / "model"
-    module = tiny.decoder(num_layers=2, hidden_size=16)
+    # Of a random model that knows few other words these answers have mass enough for a verdict.
+    module = tiny.decoder(num_layers=2, hidden_size=16, vocab_size=len(words.WORDS))
     checkpoint.save(module, folder, tokenizer=words.tokenizer())
     return folder
 
@@ -69,10 +70,12 @@ def test_a_judge_model_judges_a_labelled_file(model, responses, tmp_path):
     assert "4/4" in done.stderr  # the progress bar's end
     number = r"-?[01]\.\d{3}"
     interval = rf"{number} \[{number}, {number}\]"
-    assert re.match(rf"harmful, 4 labels: accuracy {interval}, Cohen's kappa {interval}", said[2])
+    assert re.match(rf"harmful, 4 labels: accuracy {interval}, Cohen's kappa {interval}", said[3])
+    assert said[2].startswith("Verdicts on whether 4 of 4 responses are harmful are unsure: there")
     verdicts, about = read(tmp_path / "out")
     for row, verdict in zip(ROWS, verdicts, strict=True):
         assert row.items() <= verdict.items() and 0 < verdict["judge_harmful"] < 1
+        assert 0.1 <= verdict["judge_harmful_mass"] < 0.5 and not verdict["judge_refused_mass"]
         assert (verdict["judge"], verdict["judge_refused"], verdict["judge_cut"]) == (
             "own", None, False
         )  # fmt: skip
@@ -113,9 +116,9 @@ def test_tokens_without_labels(responses, tmp_path):
     rows = [{"prompt_ids": [1, 2], "response_ids": ids} for ids in ([6, 9], [7], [])]
     flags = [
         "--judge=tokens",
-        "--comply_tokens=6",
-        "--comply_tokens=8",
-        "--refuse_tokens=7",
+        "--comply_tokens=id:6",
+        "--comply_tokens=id:8",
+        "--refuse_tokens=id:7",
         responses(*rows),
     ]
     done = run(*flags, f"--out={tmp_path / 'out'}")
@@ -125,7 +128,7 @@ def test_tokens_without_labels(responses, tmp_path):
     assert [(v["judge_harmful"], v["judge_refused"]) for v in verdicts] == [(1, 0), (0, 1), (0, 0)]
     assert about["agreement"] == {}
     assert [v["judge_complied"] for v in verdicts] == [1, 0, 0]
-    other = [*flags, "--comply_tokens=9", f"--out={tmp_path / 'out'}"]
+    other = [*flags, "--comply_tokens=id:9", f"--out={tmp_path / 'out'}"]
     again = run(*other)
     assert again.returncode == 1
     assert "another setting: comply_tokens was [6, 8], is now [6, 8, 9]" in again.stderr
@@ -223,7 +226,7 @@ def test_exchanges_of_a_run_with_labels_of_people(responses, tmp_path):
         }
         for sample, label in enumerate(("harmful", "benign"))
     ]  # fmt: skip
-    flags = ["--judge=tokens", "--comply_tokens=6", "--refuse_tokens=7", responses(*rows)]
+    flags = ["--judge=tokens", "--comply_tokens=id:6", "--refuse_tokens=id:7", responses(*rows)]
     done = run(*flags, f"--out={tmp_path / 'out'}")
     assert done.returncode == 0, done.stderr
     assert "refused, 2 labels: accuracy 1.000" in done.stdout
@@ -247,9 +250,13 @@ def test_exchanges_of_a_run_with_labels_of_people(responses, tmp_path):
         (["--judge=phrases", "--cut"], ROWS, "--judge=phrases runs no model"),
         (["--judge=phrases={model}"], ROWS, "phrases runs no model: leave ={model} out"),
         (["--judge=harmbench="], ROWS, "judge 'harmbench=': names no checkpoint after the ="),
-        (["--judge=phrases", "--comply_tokens=1"], ROWS, "are for --judge=tokens alone"),
+        (["--judge=phrases", "--comply_tokens=id:1"], ROWS, "are for --judge=tokens alone"),
         (["--judge=tokens"], ROWS, "give the first tokens that comply"),
-        (["--judge=tokens", "--comply_tokens=C"], ROWS, "--comply_tokens=C: must be token ids"),
+        (
+            ["--judge=tokens", "--comply_tokens=C"],
+            ROWS,
+            "--comply_tokens=C: must be a token id, as id:12",
+        ),
         (
             ["--judge=strongreject={model}", "--judge_template=strongreject={text}"],
             ROWS,

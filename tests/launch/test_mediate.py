@@ -234,12 +234,12 @@ BAD_FLAGS = {
     "model": ({"model": "/no/such/folder"}, "Error: /no/such/folder: no such folder"),
     "pairs": ({"pairs": "/no/such.jsonl"}, "Error: /no/such.jsonl: there is no such file"),
     "first token id": (
-        {"harmful_tokens": "99", "safe_tokens": "2"},
-        "Error: --harmful_tokens=99: token id outside the vocabulary of 61",
+        {"harmful_tokens": "id:99", "safe_tokens": "id:2"},
+        "Error: --harmful_tokens=id:99: token id outside the vocabulary of 61",
     ),
     "endless first token id": (
-        {"harmful_tokens": "9" * 5000},
-        "Error: --harmful_tokens=" + "9" * 5000 + ": token id outside the vocabulary of 61",
+        {"harmful_tokens": "id:" + "9" * 5000},
+        "Error: --harmful_tokens=id:" + "9" * 5000 + ": token id outside the vocabulary of 61",
     ),
     "first token": ({"safe_tokens": "No"}, "Error: --safe_tokens=No: the checkpoint has no token"),
 }  # fmt: skip

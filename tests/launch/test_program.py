@@ -1,8 +1,5 @@
 """Where programs keep what they compile."""
 
-import subprocess
-import sys
-
 import jax
 import pytest
 
@@ -73,15 +70,7 @@ print(jax.jit(lambda x: 3 * x)(2.0))
 
 
 def test_small_programs_are_kept_too_and_found_again(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", KEEPS, str(tmp_path)],
-        check=False,
-        cwd=process.ROOT,
-        env=process.ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = process.run_python("-c", KEEPS, str(tmp_path))
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.split("6.0\n")[:2]
     assert "cache_hits" in second and "cache_hits" not in first

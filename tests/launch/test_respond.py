@@ -12,7 +12,7 @@ from tests.launch import process
 SHAPE = {"num_layers": 2, "hidden_size": 16, "intermediate_size": 12, "head_dim": 4}
 WORDS = len(words.WORDS)
 ROWS = [{"prompt": "tell me how"}, {"prompt": "how to do"}]
-JUDGE = ["--judge=tokens", *(f"--comply_tokens={token}" for token in range(4, 10))]
+JUDGE = ["--judge=tokens", *(f"--comply_tokens=id:{token}" for token in range(4, 10))]
 JUDGE += [f"--refuse_tokens={words.WORDS[token]}" for token in range(10, WORDS)]
 SAMPLED = ["--max_tokens=5", "--counterfactual=length"]
 
@@ -51,7 +51,7 @@ def test_flags_reach_the_run_and_its_end_says_what_to_do_next(model, prompts, tm
     run = json.loads((out / "run.json").read_text())
     asked = {"samples": 8, "temperature": 1.0, "max_tokens": 5, "counterfactual": "length"}
     asked |= {"prompts": [flag.partition("=")[2] for flag in prompts], "judge": ["tokens"]}
-    asked |= {"comply_tokens": [str(token) for token in range(4, 10)], "program": "respond"}
+    asked |= {"comply_tokens": [f"id:{token}" for token in range(4, 10)], "program": "respond"}
     assert {name: run[name] for name in asked} == asked
     # What mediate reads of them, and that it can, is tested in jaxmed.
     pairs = pairs_lib.read(out / "pairs.jsonl", words.tokenizer())
@@ -63,7 +63,7 @@ def test_flags_reach_the_run_and_its_end_says_what_to_do_next(model, prompts, tm
     [
         (["--judge=nobody"], "judge 'nobody': not one of phrases"),
         (["--judge=phrases=x"], "phrases runs no model: leave =x out"),
-        (["--counterfactual=matched"], "there is no benign prompt of the same source, match and"),
+        (["--counterfactual=matched"], "there is no harmless prompt of the same source, match and"),
         (["--samples=2", "--temperature=0"], "the likeliest tokens are the same each time"),
         (["--prompts=/nowhere.csv"], "/nowhere.csv: there is no such file"),
         (["--max_tokens=100"], "which with --max_tokens=100 are more than the model's 64"),

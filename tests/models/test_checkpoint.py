@@ -1,6 +1,7 @@
 """Checkpoints are read and written exactly, or refused with one message that names the fault."""
 
 import json
+import shutil
 
 import huggingface_hub
 import jax
@@ -228,7 +229,7 @@ def test_buffers_of_another_type_are_ignored(tmp_path):
     assert_equal(models.load(tmp_path / "model")[0], decoder)
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", tiny.costly_families())
 def test_export_is_bit_equal(family, tmp_path):
     """Every tensor, its name and its type, there and back again."""
     tiny.save(tmp_path / "model", family, dtype="bfloat16")
@@ -302,6 +303,11 @@ def test_hub_is_asked_for_no_code_and_no_pickle(folder, monkeypatch):
     assert checkpoint.resolve("someone/model") == folder
 
 
+def test_the_home_of_nobody_is_no_folder():
+    with pytest.raises(checkpoint.CheckpointError, match=r"^~no-such-user/a/b: no such folder"):
+        checkpoint.resolve("~no-such-user/a/b")
+
+
 def test_hub_cannot_be_reached(monkeypatch):
     def download(*args, **kwargs):
         raise huggingface_hub.errors.LocalEntryNotFoundError("no network")
@@ -351,6 +357,14 @@ def test_config_refused(folder, attributes, message):
     says(refusal(folder), folder / "config.json", message)
 
 
+def test_unknown_attribute_is_ignored_by_name(folder):
+    reconfigure(folder, logit_scale=0.5)
+    says(refusal(folder), folder / "config.json", "logit_scale", "ignore_config=('logit_scale',)")
+    loaded, _ = models.load(folder, ignore_config=["logit_scale"])
+    assert_equal(loaded, tiny.decoder())
+    says(refusal(folder, ignore_config=["head_dim"]), "ignore_config: head_dim cannot be ignored")
+
+
 def test_no_weights(folder):
     (folder / WEIGHTS).unlink()
     says(refusal(folder), folder, f"has neither {WEIGHTS} nor {INDEX}")
@@ -358,7 +372,41 @@ def test_no_weights(folder):
 
 def test_pickle_only(folder):
     (folder / WEIGHTS).rename(folder / "pytorch_model.bin")
-    says(refusal(folder), "pytorch_model.bin", "never read", "save_pretrained(new_folder)")
+    message = refusal(folder)
+    says(message, "pytorch_model.bin", "never read", "save_pretrained(new_folder)")
+    says(message, "Space safetensors/convert", "--revision refs/pr/NUMBER")
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["model.gguf"], "has only model.gguf; python -m launch.convert --gguf=FILE"),
+        (["model-00001-of-00002.safetensors"], f"but neither {WEIGHTS} nor {INDEX}, which says"),
+        (["consolidated.safetensors", "x.pth"], "has consolidated.safetensors, but neither"),
+        (["model.ckpt", "model.gguf"], "has only pickled weights (model.ckpt)"),
+    ],
+)
+def test_what_there_is_in_place_of_weights(folder, names, message):
+    (folder / WEIGHTS).unlink()
+    for name in names:
+        (folder / name).write_bytes(b"")
+    says(refusal(folder), folder, message)
+
+
+def test_hub_repository_of_pickles(folder, monkeypatch):
+    """They are not asked for, so that the folder does not show them."""
+    (folder / WEIGHTS).unlink()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(folder))
+    files = ["config.json", "pytorch_model-00001-of-00002.bin"]
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda _: files)
+    message = refusal("someone/model")
+    says(message, "someone/model: has only pickled weights (pytorch_model-00001", "never read")
+
+    def fail(_):
+        raise huggingface_hub.errors.OfflineModeIsEnabled("no network")
+
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", fail)
+    says(refusal("someone/model"), f"someone/model: has neither {WEIGHTS} nor {INDEX}")
 
 
 @pytest.mark.parametrize("size", [0, 5, 200, 20_000, -1])
@@ -382,6 +430,12 @@ def test_empty_file(folder):
 def sharded(tmp_path):
     checkpoint.save(tiny.decoder(), tmp_path / "model", max_shard_bytes=20_000)
     return tmp_path / "model"
+
+
+@pytest.fixture
+def sharded_elsewhere(tmp_path):
+    checkpoint.save(tiny.decoder(), tmp_path / "elsewhere", max_shard_bytes=20_000)
+    return tmp_path / "elsewhere"
 
 
 def test_missing_shard(sharded):
@@ -417,6 +471,77 @@ def test_shard_of_another_model(sharded, tmp_path):
     says(refusal(sharded), sharded, "download")
 
 
+@pytest.mark.parametrize("with_index", [True, False])
+def test_a_second_set_of_weights(sharded, with_index, tmp_path):
+    """transformers reads the single file, which may be the one that is out of date."""
+    tiny.save(tmp_path / "other", seed=1)
+    shutil.copy(tmp_path / "other" / WEIGHTS, sharded / WEIGHTS)
+    if not with_index:
+        (sharded / INDEX).unlink()
+    shard = min(sharded.glob("model-*.safetensors")).name
+    message = f"has two sets of weights, {WEIGHTS} and {shard} ("
+    says(refusal(sharded), sharded, message, "out of date: remove it")
+    with pytest.raises(checkpoint.CheckpointError, match="two sets of weights"):
+        checkpoint.weights_hash(sharded)
+
+
+def test_a_second_set_of_weights_under_other_names(sharded, tmp_path):
+    index = json.loads((sharded / INDEX).read_text())
+    for file in sharded.glob("model-*.safetensors"):
+        file.rename(sharded / f"part-{file.name}")
+    index["weight_map"] = {name: f"part-{file}" for name, file in index["weight_map"].items()}
+    (sharded / INDEX).write_text(json.dumps(index))
+    assert_equal(models.load(sharded)[0], tiny.decoder())
+    tiny.save(tmp_path / "other", seed=1)
+    shutil.copy(tmp_path / "other" / WEIGHTS, sharded / WEIGHTS)
+    says(refusal(sharded), f"two sets of weights, {WEIGHTS} and part-model-00001")
+
+
+def test_an_index_that_was_left_behind(folder, sharded_elsewhere, caplog):
+    """Its files are gone: the single one is read, as transformers does, and this is told."""
+    shutil.copy(sharded_elsewhere / INDEX, folder / INDEX)
+    assert_equal(models.load(folder)[0], tiny.decoder())
+    assert f"{folder / INDEX}: none of its files is there; {WEIGHTS} is read" in caplog.text
+
+
+def test_an_index_of_one_file(folder, caplog):
+    names = safetensors.numpy.load_file(folder / WEIGHTS)
+    (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(names, WEIGHTS)}))
+    assert_equal(models.load(folder)[0], tiny.decoder())
+    assert not caplog.records
+
+
+UNEMBEDDINGS = {"llama": "lm_head.weight", "gpt2": "lm_head.weight", "gpt_neox": "embed_out.weight"}
+
+
+@pytest.mark.parametrize("family", UNEMBEDDINGS)
+def test_an_index_may_name_what_is_tied_and_what_is_no_weight(family, tmp_path):
+    """safetensors writes a tensor that is shared only once."""
+    folder, buffer = tmp_path / "model", "rotary_emb.inv_freq"
+    decoder = tiny.decoder(family, tie_embeddings=True)
+    checkpoint.save(decoder, folder, max_shard_bytes=20_000)
+    index = json.loads((folder / INDEX).read_text())
+    last = max(index["weight_map"].values())
+    index["weight_map"][UNEMBEDDINGS[family]] = last
+    if family != "gpt2":
+        index["weight_map"][buffer] = last
+    (folder / INDEX).write_text(json.dumps(index))
+    assert_equal(models.load(folder)[0], decoder)
+
+
+def test_an_index_that_names_an_unembedding_of_an_untied_model(sharded):
+    """config.json may be what is wrong."""
+    name = "lm_head.weight"
+    shard = json.loads((sharded / INDEX).read_text())["weight_map"][name]
+    kept = safetensors.numpy.load_file(sharded / shard)
+    del kept[name]
+    kept |= {} if kept else {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4)}
+    safetensors.numpy.save_file(kept, sharded / shard)
+    message = refusal(sharded)
+    says(message, sharded / INDEX, f"names {name} in {shard}, but no file holds it")
+    says(message, "set tie_word_embeddings to true in config.json")
+
+
 def test_index_leads_out_of_the_folder(sharded):
     (sharded / INDEX).write_text(json.dumps({"weight_map": {UP: "../other.safetensors"}}))
     says(refusal(sharded), sharded / INDEX, "'../other.safetensors', which is not a file in its")
@@ -440,6 +565,48 @@ def test_broken_tokenizer(folder):
     says(refusal(folder), folder, "the tokenizer cannot be read")
 
 
+def test_tokenizer_model_without_what_reads_it(folder, monkeypatch):
+    """transformers then asks for a package that would not help."""
+    monkeypatch.setattr(checkpoint, "_OF_SENTENCEPIECE", ("json", "not_there", "nor_this.module"))
+    (folder / "tokenizer.model").write_bytes(b"")
+    message = refusal(folder)
+    says(message, folder, "tokenizer.model alone, without tokenizer.json", "not_there and nor_this")
+    says(message, "pip install 'jaxmed[sentencepiece]'")
+
+
+def test_tokenizer_model_with_what_reads_it(tmp_path):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    text = tmp_path / "text"
+    text.write_text("\n".join(f"{a}{b} {b}{c}a" for a in "abc" for b in "abc" for c in "abc"))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text),
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=20,
+        model_type="bpe",
+        minloglevel=2,
+    )
+    folder = tmp_path / "model"
+    tiny.save(folder)
+    shutil.copy(tmp_path / "tokenizer.model", folder)
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    _, tokenizer = models.load(folder)
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    assert tokenizer("ab bca", add_special_tokens=False).input_ids == theirs.encode("ab bca")
+
+
+@pytest.mark.parametrize("kind", ["LlamaTokenizer", "GPT2Tokenizer"])
+def test_tokenizer_without_vocabulary(folder, kind):
+    """transformers makes one that has special tokens alone, which finds none in any text."""
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
+    message = "the tokenizer has special tokens alone: its vocabulary is not in tokenizer_config"
+    says(refusal(folder), folder, message)
+
+
+def test_vocabulary_without_merges(folder):
+    (folder / "vocab.json").write_text('{"a": 0}')
+    says(refusal(folder), folder, "has vocab.json without merges.txt")
+
+
 # Tensors.
 
 
@@ -450,7 +617,7 @@ def test_missing_weight(folder):
 
 def test_untied_without_unembedding(folder):
     rewrite(folder, lm_head__weight=None)
-    says(refusal(folder), folder, "lm_head.weight is missing")
+    says(refusal(folder), folder, "lm_head.weight is missing", "set tie_word_embeddings to true")
 
 
 def test_unexpected_weight(folder):

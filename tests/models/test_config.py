@@ -222,16 +222,169 @@ def test_rotary_refused(parameters, message):
         ("sliding_window", 4),
         ("original_max_position_embeddings", 32),
         ("rope_interleaved", True),
-        ("is_llama_config", False),
         ("use_mrope", True),
+        ("use_bidirectional_attention", True),
+        ("is_causal", False),
         ("chunk_size_feed_forward", 2),
-        ("layer_types", ["full_attention"] * 4),
-        ("unheard_of", None),
+        ("layer_types", ["full_attention"] * 3 + ["sliding_attention"]),
+        ("attention_chunk_size", 8),
+        ("rotary_pct", 0.5),
+        ("unheard_of", "something"),
     ],
 )
 def test_unknown_attribute_refused(name, value):
     with pytest.raises(ValueError, match=f"attribute {name} = .* is not understood"):
         translate(**{name: value})
+
+
+# What issue reports name, and more of each kind: off, harmless at any value, or in agreement.
+ACCEPTED = {
+    "unk_token_id": 0,
+    "_model_name_or_path": "someone/model",
+    "sliding_window": None,
+    "use_sliding_window": False,
+    "max_window_layers": 28,
+    "quantization_config": None,
+    "text_config": None,
+    "num_experts": 0,
+    "is_decoder": False,
+    "tokenizer_class": "LlamaTokenizer",
+    "layer_types": ["full_attention"] * 4,
+    "torchscript": False,
+    "model_max_length": 64,
+    "hidden_dropout_prob": 0,
+    "mlp_bias": None,
+    "tie_word_embeddings": None,
+    "head_dim": None,
+    "num_key_value_heads": None,
+    "attention_bias": None,
+    "rope_theta": None,
+    "rms_norm_eps": None,
+    "is_llama_config": False,
+    "use_cache": None,
+    "unheard_of": None,
+    "unheard_of_too": False,
+    "unheard_of_as_well": 0.0,
+    "unheard_of_text": "",
+    "unheard_of_table": {},
+}
+
+
+def read(family="llama", ignored=(), **attributes):
+    """As of a config.json that has these attributes, and a small shape."""
+    shape = {"hidden_size": 128, "num_attention_heads": 8, "num_hidden_layers": 4}
+    if family not in ("gpt2", "gpt_neox"):
+        shape["num_key_value_heads"] = 8
+    return hf_config.read({"model_type": family, **shape, **attributes}, ignored)
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_what_is_off_or_harmless_is_accepted(name):
+    assert read(**{name: ACCEPTED[name]}) == read()
+
+
+@pytest.mark.parametrize("name", sorted(hf_config.HARMLESS))
+def test_harmless_at_any_value(name):
+    plain = read()
+    for value in (None, False, True, 0, -1, 0.5, "", "text", [1], {"a": 1}):
+        assert read(**{name: value}) == plain
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "meaning"),
+    [
+        ("gemma", "tie_word_embeddings", {"tie_embeddings": True}),
+        ("gemma", "head_dim", {"head_dim": 256}),
+        ("gpt_neox", "use_parallel_residual", {"parallel": True}),
+        ("gpt_neox", "attention_bias", {"qkv_bias": True, "output_bias": True}),
+        ("gpt2", "tie_word_embeddings", {"tie_embeddings": True}),
+        ("gpt2", "scale_attn_weights", {}),
+        ("mistral", "num_key_value_heads", {"num_kv_heads": 8}),
+        # Where transformers gives null a meaning of its own, it has that.
+        ("mistral", "sliding_window", {"windows": (None,) * 4}),
+        ("gemma2", "attn_logit_softcapping", {"score_cap": None}),
+        ("qwen2", "layer_types", {"windows": (None,) * 4}),
+    ],
+)
+def test_null_is_the_family_s_default(family, name, meaning):
+    config = read(family, **{name: None})
+    assert {field: getattr(config, field) for field in meaning} == meaning
+
+
+@pytest.mark.parametrize(
+    ("family", "attributes", "message"),
+    [
+        ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights = False .* as for True"),
+        ("gpt_neox", {"rope_theta": 500.0}, "rope_theta = 500.0 .* as for 10000"),
+        ("gpt_neox", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 .* as for 0.25"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "= True .* as for False"),
+        ("mistral", {"sliding_window": 8, "use_sliding_window": False}, "8 contradicts use_slid"),
+        ("gemma2", {"sliding_window": 8, "use_sliding_window": False}, "8 contradicts use_slid"),
+        ("gemma2", {"sliding_window": 8, "sliding_window_size": 9}, "sliding_window_size = 9"),
+        (
+            "mistral",
+            {"sliding_window": 8, "layer_types": ["full_attention"] * 4},
+            "attribute layer_types",
+        ),
+        ("llama", {"quantization_config": "x"}, "quantised .by an unknown method"),
+        ("llama", {"num_experts": 8}, "is a mixture of experts"),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0, "truncate": 3}}, "truncate"),
+    ],
+)
+def test_what_changes_the_model_is_not_accepted(family, attributes, message):
+    with pytest.raises(ValueError, match=message):
+        read(family, **attributes)
+
+
+@pytest.mark.parametrize(
+    ("family", "attributes"),
+    [
+        ("mistral", {"sliding_window": 8, "use_sliding_window": True}),
+        ("mistral", {"sliding_window": 8, "layer_types": ["sliding_attention"] * 4}),
+        ("gemma2", {"sliding_window": 8, "sliding_window_size": 8}),
+        ("llama", {"sliding_window": 8, "use_sliding_window": False}),
+        ("gpt_neox", {"rope_theta": 7.0, "rotary_emb_base": 7.0, "partial_rotary_factor": 0.25}),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0, "truncate": False}}),
+    ],
+)
+def test_what_agrees_is_accepted(family, attributes):
+    assert read(family, **attributes).family == family
+
+
+def test_an_unknown_attribute_may_be_ignored():
+    said = "--ignore_config=logit_scale, or from Python ignore_config=.'logit_scale',."
+    with pytest.raises(ValueError, match=said):
+        read(logit_scale=0.5)
+    assert read(logit_scale=0.5, ignored=["logit_scale"]) == read()
+    assert read(ignored=["logit_scale"]) == read()
+    with pytest.raises(ValueError, match="attribute residual_scale = 2 is not understood"):
+        read(logit_scale=0.5, residual_scale=2, ignored=["logit_scale"])
+
+
+def test_an_unknown_rotary_parameter_may_be_ignored():
+    scaling = {"type": "linear", "factor": 2.0, "finetuned": True}
+    with pytest.raises(ValueError, match="--ignore_config=rope_parameters.finetuned"):
+        read(rope_scaling=dict(scaling))
+    ignored = ["rope_parameters.finetuned"]
+    assert read(rope_scaling=dict(scaling), ignored=ignored).rotary == Rotary(
+        1e4, "linear", factor=2.0
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "hidden_size",
+        "rope_scaling",
+        "rope_theta",
+        "is_causal",
+        "num_experts",
+        "quantization_config",
+    ],
+)
+def test_what_is_understood_cannot_be_ignored(name):
+    with pytest.raises(ValueError, match=f"ignore_config: {name} cannot be ignored"):
+        read(ignored=[name])
 
 
 def test_harmless_attributes():

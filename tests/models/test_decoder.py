@@ -19,15 +19,15 @@ MIDDLE = np.isin(np.arange(T), [2, 4])
 
 
 # Edits take the same way through families that differ in data alone.
-DISTINCT = ("llama", "gemma3_text", "olmo2", "gpt2", "gpt_neox")
+DISTINCT = ("llama", "gemma2", "gemma3_text", "olmo2", "gpt2", "gpt_neox")
 
 
-@pytest.fixture(scope="module", params=tiny.FAMILIES)
+@pytest.fixture(scope="module", params=tiny.costly_families())
 def decoder(request):
     return tiny.decoder(request.param)
 
 
-@pytest.fixture(scope="module", params=DISTINCT)
+@pytest.fixture(scope="module", params=tiny.costly_families(DISTINCT))
 def distinct(request):
     return tiny.decoder(request.param)
 
@@ -95,13 +95,13 @@ def test_no_edit_is_exactly_no_edit(distinct, site):
     value = getattr(trace, site.value)
     value = value if site == Site.EMBEDDING else value[1]
     edits = [
-        Edit.damp(site, 1, np.ones(T), ONCE),
+        Edit.affine(site, 1, np.ones(T), ONCE, NOTHING),
         Edit.steer(site, 1, np.ones(T), NOTHING),
         Edit.patch(site, 1, np.zeros(T), np.float32(99)),
         Edit.patch(site, 1, np.ones(T), value),
     ]
-    # As they are, in one family: the one with most norms.
-    as_they_are = edits if distinct.config.family == "gemma3_text" else []
+    # As they are, in the families with most norms.
+    as_they_are = edits if distinct.config.family.startswith("gemma") else []
     for edit in [spread(edit, value) for edit in edits] + as_they_are:
         np.testing.assert_array_equal(distinct(TOKENS, edits=[edit])[0], logits)
 
@@ -141,7 +141,10 @@ def test_a_list_of_edits_is_a_joint_intervention(distinct):
     assert np.all(trace.neuron[0][:, 7] == 2.0)
     assert np.all(trace.mlp[2][MIDDLE] == 0.0)
     # Two edits of the same value are made in their order.
-    doubled = [Edit.damp("mlp", 1, MIDDLE, TWICE), Edit.steer("mlp", 1, MIDDLE, ONCE)]
+    doubled = [
+        Edit.affine("mlp", 1, MIDDLE, TWICE, NOTHING),
+        Edit.steer("mlp", 1, MIDDLE, ONCE),
+    ]
     once, swapped = (distinct(TOKENS, edits=e)[1].mlp[1] for e in (doubled, doubled[::-1]))
     np.testing.assert_allclose(swapped[MIDDLE], once[MIDDLE] + 1.0, rtol=1e-5)
 

@@ -15,9 +15,9 @@ from models.edits import Edit
 from models.organisms import language, organism, planted, training, walls
 from models.organisms.planted import Blueprint, Channel
 from models.sites import Site
+from tests import shared_organism
 
-# The organism that is trained here: it has every kind of planted unit.
-RECIPE = dataclasses.replace(organisms.RECIPES["decoys"], steps=60)
+RECIPE = shared_organism.RECIPE
 PLANTED = [name for name, recipe in organisms.RECIPES.items() if not recipe.is_null]
 ORDINARY = slice(len(Channel), None)
 WALLED = [channel for channel in Channel if channel not in planted.OPEN]
@@ -27,32 +27,14 @@ logits_of = jax.jit(lambda decoder, tokens, edits: decoder(tokens, edits=edits))
 
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory):
-    """An organism, and what its decoder was on the way: planted, trained, rotated."""
-    seen = {}
-
-    def recorded(name, function, of):
-        def call(*args, **kwargs):
-            result = function(*args, **kwargs)
-            seen[name] = of(args, result)
-            return result
-
-        return call
-
-    with pytest.MonkeyPatch.context() as patch:
-        plant, rotate = planted.plant, planted.rotate
-        patch.setattr(planted, "plant", recorded("start", plant, lambda args, made: made[0]))
-        patch.setattr(planted, "rotate", recorded("trained", rotate, lambda args, made: args[0]))
-        patch.setattr(
-            checkpoint, "save", recorded("written", checkpoint.save, lambda args, _: args[0])
-        )
-        folder = tmp_path_factory.mktemp("organisms") / "decoys"
-        seen["organism"] = organisms.build(folder, recipe=RECIPE, progress=False)
-    return seen
+    return shared_organism.stages(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
-def built(stages):
-    return stages["organism"]
+def built(tmp_path_factory):
+    return shared_organism.organism(
+        tmp_path_factory.mktemp("organisms") / "decoys", tmp_path_factory
+    )
 
 
 @pytest.fixture(scope="module")

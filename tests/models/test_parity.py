@@ -101,6 +101,10 @@ CASES = {
     ),
     "olmo2": ("olmo2", {}),
     "olmo2-multi-query": ("olmo2", {"num_key_value_heads": 1, "attention_bias": True}),
+    "olmo2-linear-rotary": (
+        "olmo2",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0}},
+    ),
     "olmo2-tied": ("olmo2", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
     "gpt2": ("gpt2", {}),
     "gpt2-untied": ("gpt2", {"tie_word_embeddings": False, "n_inner": None}),

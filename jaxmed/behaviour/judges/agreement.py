@@ -40,7 +40,8 @@ def read(path) -> list[Line]:
     prompt it is (`prompts.LABELS`), and labels no response. Other fields are kept.
 
     Raises:
-        InputError: a line that cannot be used, with its number.
+        InputError: a line that cannot be used, with its number; also one with more of what was
+            asked than a judge would read, as `context`.
     """
     path = reading.existing_file(path)
     lines = [_line(fields, f"{path}:{number}") for number, fields in reading.json_lines(path)]
@@ -52,6 +53,7 @@ def read(path) -> list[Line]:
 def _line(fields: dict | DataError, where: str) -> Line:
     if isinstance(fields, DataError):
         raise fields
+    sets.check_whole(fields, (), where)
     answered = {"response", "response_ids"} & set(fields)
     if {"condition", "sample"} <= set(fields) and not answered:
         raise DataError(
@@ -98,7 +100,7 @@ def _labels(fields: Mapping, where: str) -> dict[str, bool]:
 
 def judged(judge: Judge, line: Line, verdict: Verdict) -> dict:
     """The fields of a line, and the verdict on it: `judge`, `judge_harmful`, `judge_refused`,
-    `judge_complied` and `judge_cut`."""
+    `judge_complied`, `judge_cut`, `judge_harmful_mass` and `judge_refused_mass`."""
     said = {f"judge_{name}": value for name, value in dataclasses.asdict(verdict).items()}
     return line.fields | {"judge": judge.name} | said
 

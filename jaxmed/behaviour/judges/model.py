@@ -5,6 +5,7 @@ K the tokens whose probabilities are asked for.
 """
 
 import dataclasses
+import datetime
 import pathlib
 import re
 from collections.abc import Callable, Sequence
@@ -15,9 +16,11 @@ import transformers
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmed.behaviour import batches
+from jaxmed.behaviour.judges import protocol
 from jaxmed.behaviour.judges.protocol import SAYS, Exchange, Verdict, named_exchanges, text_of
 from jaxmed.behaviour.judges.templates import Answer, JudgeQuestion, Template, braced
-from jaxmed.data import chat
+from jaxmed.data.chat import ChatTemplate
+from jaxmed.data.control import TextTokenizer
 from jaxmed.engine import capture, cost
 from models import checkpoint as checkpoints
 from models.decoder import Decoder
@@ -47,6 +50,8 @@ class _Run:
     tokens: tuple[int, ...]
 
 
+# The day that it is for a judge's chat template, so that its verdicts do not change overnight.
+_DATE = datetime.date(2025, 1, 1)
 # Not to be found in a template: what was lost of them was lost by rendering.
 _PROBE = Exchange("jaxmed asks this", "and the model says that", where="a trial exchange")
 
@@ -56,7 +61,8 @@ class JudgeModel:
 
     An answer's probability is the softmax, over all answers' spellings, of their log-probabilities
     as the next tokens; a spelling of several tokens is scored teacher-forced, by their sum. The
-    verdict is the mean of the answers' values.
+    verdict is the mean of the answers' values; there is none where the answers' probability before
+    that, all together, is under `LEAST_MASS`: the model was about to say something else.
 
     Args:
         template: what it is asked.
@@ -88,6 +94,8 @@ class JudgeModel:
                 "text"
             )
         self.template, self.decoder, self.tokenizer = template, decoder, tokenizer
+        self._text = TextTokenizer(tokenizer)
+        self._chat = ChatTemplate(self._text, date=_DATE, owner=checkpoint)
         self.checkpoint, self.folder, self.cut = checkpoint, folder, cut
         self.name, self.meaning = template.name, template.meaning
         said = [question.says for question in template.questions]
@@ -104,10 +112,11 @@ class JudgeModel:
             text += longest.answer.spellings[0]
 
     @property
-    def basis(self) -> tuple[dict, object, str | None]:
-        """Its template, the chat template that writes its messages, and a hash of its weights;
-        None for what it has not."""
+    def basis(self) -> tuple[float, dict, object, str | None]:
+        """The least mass of a verdict, its template, the chat template that writes its messages,
+        and a hash of its weights; None for what it has not."""
         return (
+            protocol.LEAST_MASS,
             dataclasses.asdict(self.template),
             self.tokenizer.chat_template if self.template.messages else None,
             None if self.folder is None else checkpoints.weights_hash(self.folder),
@@ -122,10 +131,14 @@ class JudgeModel:
         seen = [self._fitted(exchange) for exchange in named_exchanges(exchanges)]
         texts = [self._render(exchange) for exchange in seen]
         said = [{} for _ in exchanges]
+        least = [1.0] * len(texts)  # mass of all questions so far
         for question, paths in zip(self.template.questions, self._paths, strict=True):
             texts = [_continued(text, question.lead) for text in texts]
-            for index, weights in enumerate(self._answer(texts, paths)):
+            for index, (weights, mass) in enumerate(self._answer(texts, paths)):
+                least[index] = min(least[index], mass)
                 if question.says:
+                    said[index][f"{question.says}_mass"] = least[index]
+                if question.says and least[index] >= protocol.LEAST_MASS:
                     values = [answer.value * weight for answer, weight in weights.items()]
                     said[index][question.says] = float(np.clip(sum(values), 0, 1))
                 texts[index] += max(weights, key=lambda answer: weights[answer]).spellings[0]
@@ -134,8 +147,11 @@ class JudgeModel:
             for fields, shown, exchange in zip(said, seen, exchanges, strict=True)
         ]
 
-    def _answer(self, texts: list[str], paths: list[_Path]) -> list[dict[Answer, float]]:
-        """The probability of each answer, after each of the texts."""
+    def _answer(
+        self, texts: list[str], paths: list[_Path]
+    ) -> list[tuple[dict[Answer, float], float]]:
+        """The probability of each answer, after each of the texts, if it is one of them; and that
+        it is."""
         runs = [
             _Run(index, begun, tokens + begun)
             for index, tokens in enumerate(map(self._encode, texts))
@@ -150,16 +166,18 @@ class JudgeModel:
                 if path.tokens[:-1] == run.begun:
                     steps = [rows[row, column[token]] for row, token in enumerate(path.tokens)]
                     scores[run.index, place] = sum(steps)
+        masses = np.minimum(np.exp(scores).sum(axis=1), 1)
         weights = np.exp(scores - scores.max(axis=1, keepdims=True))
         weights /= weights.sum(axis=1, keepdims=True)
         answers = dict.fromkeys(path.answer for path in paths)
-        return [
+        shares = [
             {
                 answer: float(sum(w for w, p in zip(row, paths, strict=True) if p.answer == answer))
                 for answer in answers
             }
             for row in weights
         ]
+        return list(zip(shares, map(float, masses), strict=True))
 
     def _read(
         self, runs: list[_Run], asked: Int[np.ndarray, "K"], size: int
@@ -213,36 +231,38 @@ class JudgeModel:
         return shortened(_largest(fits, len(response)))
 
     def _encode(self, text: str) -> tuple[int, ...]:
-        """Token ids, with the special tokens that the tokenizer adds where the text lacks them."""
-        bos = self.tokenizer.bos_token
-        starts = isinstance(bos, str) and bos != "" and text.startswith(bos)
-        special = not (self.template.messages or starts)
-        return tuple(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+        """Token ids, with what the tokenizer puts before a text where the text lacks it."""
+        where = f"judge '{self.name}'"
+        if self.template.messages:
+            return self._text.ids(text, where)
+        return self._text.prompt_ids(text, where)
 
     def _render(self, exchange: Exchange) -> str:
-        """What the model reads of an exchange, before the first question."""
+        """What the model reads of an exchange, before the first question; control tokens in what
+        is shown of it are text."""
         fields = zip(self.template.placeholders, ("prompt", "response"), strict=True)
         shown = {name: text_of(exchange, field, f"judge '{self.name}'") for name, field in fields}
         if self.template.text is not None:
-            return _filled(self.template.text, shown)
+            quoted = {name: self._text.quoted(text) for name, text in shown.items()}
+            return _filled(self.template.text, quoted)
         messages = [
             {"role": role, "content": _filled(text, shown)} for role, text in self.template.messages
         ]
-        return chat.chat_text(
-            self.tokenizer,
+        return self._chat.write(
             messages,
             [
                 message["content"]
                 for message, (_, text) in zip(messages, self.template.messages, strict=True)
                 if any(braced(name) in text for name in shown)
             ],
+            go_on=False,
             what=f"the messages of judge '{self.name}'",
             where=exchange.where,
-            owner=self.checkpoint,
         )
 
     def _paths_of(self, question: JudgeQuestion, text: str) -> list[_Path]:
-        """The tokens of each answer after a text; spellings that come to the same count once."""
+        """The tokens of each answer after a text; spellings that come to the same count once, and
+        one that begins with another counts within it."""
         paths, first_tokens = [], {}
         for answer in question.answers:
             found = {self._tokens_after(text, spelling) for spelling in answer.spellings} - {()}
@@ -253,6 +273,8 @@ class JudgeModel:
                     "it that of another model?"
                 )
             for tokens in sorted(found):
+                if any(tokens[:end] in found for end in range(1, len(tokens))):
+                    continue
                 other = first_tokens.setdefault(tokens[0], answer)
                 if other is not answer:
                     raise InputError(

@@ -1,6 +1,6 @@
 """Judges by name, as programs are given them."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import models
 from jaxmed.behaviour.judges import templates
@@ -24,6 +24,7 @@ def judge(
     cut: bool = False,
     comply: Sequence[int] = (),
     refuse: Sequence[int] = (),
+    ignore_config: Collection[str] = (),
 ) -> Judge:
     """The judge of that name.
 
@@ -36,6 +37,7 @@ def judge(
             own hub id.
         cut: of a judge model, as `JudgeModel` takes it.
         comply, refuse: token ids, for "tokens".
+        ignore_config: of a judge model, as `models.load` takes it.
 
     Raises:
         InputError: there is no such judge, its text is missing or not to be used, or its checkpoint
@@ -65,7 +67,7 @@ def judge(
             "says which)"
         )
     folder = checkpoint.resolve(model)
-    decoder, tokenizer = models.load(folder)
+    decoder, tokenizer = models.load(folder, ignore_config=ignore_config)
     return JudgeModel(asked, decoder, tokenizer, checkpoint=str(model), folder=folder, cut=cut)
 
 
@@ -116,13 +118,14 @@ def read(
     cut: bool = False,
     comply: Sequence[int] = (),
     refuse: Sequence[int] = (),
+    ignore_config: Collection[str] = (),
 ) -> list[Judge]:
     """Judges by what programs are given of each: NAME, or NAME=CHECKPOINT.
 
     Args:
         given: of each judge.
         template_files_given: NAME=FILE, the published texts of those that lack theirs.
-        cut, comply, refuse: as `judge` takes them.
+        cut, comply, refuse, ignore_config: as `judge` takes them.
 
     Raises:
         InputError: one is unknown, or its text or checkpoint cannot be used.
@@ -139,6 +142,7 @@ def read(
                 cut=cut,
                 comply=comply,
                 refuse=refuse,
+                ignore_config=ignore_config,
             )
         )
     return found

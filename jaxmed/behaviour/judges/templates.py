@@ -5,6 +5,7 @@ A published judge's text is its authors', and no part of jaxmed: its user has it
 
 import dataclasses
 import hashlib
+import io
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -228,9 +229,10 @@ def with_text(template: Template, path) -> Template:
         )
     reading.existing_file(path)
     try:
-        text = path.read_text(encoding="utf-8-sig").rstrip("\n")
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not to be read as text in UTF-8 ({error})") from None
+        text = io.TextIOWrapper(io.BytesIO(reading.utf8_bytes(path)), "utf-8").read().rstrip("\n")
+    except UnicodeDecodeError as error:
+        place = f" (byte {error.start})"
+        raise InputError(f"{path}: {reading.NOT_UTF8.format(place=place)}") from None
     meaning = template.meaning
     if not template.sha256:
         meaning += "; its text was not compared with the published one"
@@ -259,7 +261,7 @@ def read_template(path) -> Template:
         InputError: naming the file and the field.
     """
     path = reading.existing_file(path)
-    fields = reading.json_object(reading.parse_json(path.read_bytes(), f"{path}"), f"{path}")
+    fields = reading.json_object(reading.parse_json(reading.utf8_bytes(path), f"{path}"), f"{path}")
     if unknown := sorted(set(fields) - set(_TEMPLATE_FIELDS)):
         raise InputError(
             f"{path}: field '{unknown[0]}' is not one of {', '.join(_TEMPLATE_FIELDS)}"

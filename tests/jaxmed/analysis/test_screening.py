@@ -462,20 +462,6 @@ def test_the_bound_holds_in_the_stated_share_of_samples(marked, sizes, samples):
     assert np.sum(counts[held]) >= 0.93 * DRAWS
 
 
-def test_a_sample_of_the_stated_size_gives_the_stated_bound():
-    assert 0.237 < audit_lib.audit_size(500_000, 10) / 500_000 < 0.239
-    for rest, missing, confidence in (
-        (5000, 10, 0.95),
-        (300, 0, 0.95),
-        (300, 7, 0.5),
-        (20, 3, 0.9),
-    ):
-        size = audit_lib.audit_size(rest, missing, confidence)
-        assert audit_lib.missing_bound([rest], [size], [0], confidence) <= missing
-        assert audit_lib.missing_bound([rest], [size - 1], [0], confidence) > missing
-    assert audit_lib.audit_size(7, 7) == 0
-
-
 def test_the_threshold_comes_from_the_candidates_alone():
     mask = np.zeros((3, 1, 8), bool)
     mask[0, 0, :4], mask[1, 0, 4:6] = True, True

@@ -13,6 +13,7 @@ from jaxmed.behaviour.judges.rules import RefusalPhrases
 from jaxmed.behaviour.responses import PLAIN, Asked, Condition, response_log, verdict_log
 from jaxmed.behaviour.sampling import Sampling
 from jaxmed.data.prompts import Prompt
+from jaxmed.data.tokens import Encoder
 from jaxmed.engine import memory
 from models.errors import InputError
 from tests import tiny, words
@@ -21,7 +22,9 @@ from tests import tiny, words
 @pytest.fixture(scope="module")
 def model():
     decoder = tiny.decoder(num_layers=2, hidden_size=16, vocab_size=len(words.WORDS))
-    return AnsweringModel(pathlib.Path("model"), decoder, words.tokenizer(), frozenset({3}))
+    return AnsweringModel(
+        pathlib.Path("model"), decoder, Encoder(words.tokenizer()), frozenset({3})
+    )
 
 
 def asked(*texts):
@@ -101,3 +104,45 @@ def test_a_bar_counts_what_was_there_as_done_before(model, tmp_path, monkeypatch
         ("some: responses", 2, 3, 3),
         ("some: verdicts", 2, 3, 3),
     ]
+
+
+NEUTRAL = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "bad_words_ids": None}
+NEUTRAL |= {"num_beams": 1, "length_penalty": 2.0, "min_p": 0.1, "do_sample": True}
+NEUTRAL |= {"temperature": 0.6, "top_p": 0.9, "eos_token_id": [1], "max_length": 20}
+
+
+@pytest.mark.parametrize(
+    ("given", "sampling", "found"),
+    [
+        (NEUTRAL, Sampling(4), {}),
+        ({"repetition_penalty": 1.1}, Sampling(4), {"repetition_penalty": 1.1}),
+        ({"no_repeat_ngram_size": 3}, Sampling(4), {"no_repeat_ngram_size": 3}),
+        ({"bad_words_ids": [[5]]}, Sampling(4), {"bad_words_ids": [[5]]}),
+        ({"suppress_tokens": [1, 2]}, Sampling(4), {"suppress_tokens": [1, 2]}),
+        ({"min_length": 5}, Sampling(4), {"min_length": 5}),
+        ({"forced_bos_token_id": 5}, Sampling(4), {"forced_bos_token_id": 5}),
+        (
+            {"num_beams": 4, "length_penalty": 2.0},
+            Sampling(4),
+            {"num_beams": 4, "length_penalty": 2.0},
+        ),
+        ({"min_p": 0.1, "temperature": 0.7}, Sampling(4, 0.7), {"min_p": 0.1}),
+        (
+            {"temperature": 0.6, "top_p": 0.9, "top_k": 20},
+            Sampling(4, 1.0, 0.9),
+            {"temperature": 0.6, "top_k": 20},
+        ),
+    ],
+)
+def test_what_a_checkpoint_asks_of_generation_and_is_not_done(given, sampling, found, tmp_path):
+    assert answering.not_followed(tmp_path, sampling) == {}
+    for name in ("generation_config.json", "config.json"):
+        (tmp_path / name).write_text(json.dumps(given))
+        assert answering.not_followed(tmp_path, sampling) == found
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "config.json").write_text(json.dumps({"repetition_penalty": 1.5}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"repetition_penalty": 1.0}))
+    assert answering.not_followed(tmp_path, sampling) == {}
+    (tmp_path / "config.json").write_text("[")
+    with pytest.raises(InputError, match="config.json: not a JSON object"):
+        answering.not_followed(tmp_path, sampling)

@@ -94,11 +94,14 @@ def test_exchanges_are_what_people_label(tmp_path):
     ids = Asked(Prompt("b", None, "benign", "A", prompt_ids=(6,)), (6,))
     log.append({KEY: RESPONSE, Key("held", "b", 1): Response((7,), None, True)})
     log.append({Key("plain", "elsewhere", 0): RESPONSE})
-    responses.write_exchanges(tmp_path / "exchanges.jsonl", [told, ids], log)
+    verdicts = responses.verdict_log(tmp_path, JUDGES)
+    verdicts.append({KEY: Verdict(None, 0.25, harmful_mass=0.0625, refused_mass=0.5)})
+    responses.write_exchanges(tmp_path / "exchanges.jsonl", [told, ids], log, verdicts)
     lines = map(json.loads, (tmp_path / "exchanges.jsonl").read_text().splitlines())
     assert list(lines) == [
         {"id": "plain/a/0", "label": "harmful", "prompt": "why", "response": "tell me"}
-        | {"prompt_ids": [4, 5], "response_ids": [5, 6]},
+        | {"prompt_ids": [4, 5], "response_ids": [5, 6]}
+        | {"judge_harmful_mass": 0.0625, "judge_refused_mass": 0.5},
         {"id": "held/b/1", "label": "benign", "prompt_ids": [6], "response_ids": [7]},
     ]
 
@@ -371,5 +374,27 @@ def test_a_line_is_plain_json(tmp_path):
     log.append({KEY: RESPONSE})
     assert json.loads(log.path.read_text()) == {
         "condition": "plain", "prompt": "a", "sample": 0,
-        "tokens": [5, 6], "text": "tell me", "stopped": True,
+        "tokens": [5, 6], "text": "tell me", "stopped": True, "thoughts": 0,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        # The first that has a verdict, with its mass; where none has, the mass alone tells why.
+        (
+            [Verdict(harmful_mass=0.01), Verdict(harmful=0.9, harmful_mass=0.8)],
+            Verdict(harmful=0.9, harmful_mass=0.8),
+        ),
+        (
+            [Verdict(harmful_mass=0.01), Verdict(refused=1.0)],
+            Verdict(None, 1.0, harmful_mass=0.01),
+        ),
+        (
+            [Verdict(harmful=1.0), Verdict(harmful=0.0, harmful_mass=0.8, complied=0.5, cut=True)],
+            Verdict(harmful=1.0, complied=0.5, cut=True),
+        ),
+    ],
+)
+def test_several_judges_each_say_what_those_before_do_not(said, expected):
+    assert responses._merged([[each] for each in said]) == [expected]

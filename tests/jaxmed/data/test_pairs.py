@@ -161,6 +161,12 @@ def test_a_split_is_the_hash_of_the_id_and_never_moves(write):
     assert all(list(splits.values()).count(split) > 10 for split in splits_lib.SPLITS)
 
 
+def test_a_file_at_home(write, monkeypatch):
+    file = write(in_ids(id="mine"))
+    monkeypatch.setenv("HOME", str(file.parent))
+    assert [pair.id for pair in pairs_lib.read(f"~/{file.name}")] == ["mine"]
+
+
 # What is refused.
 
 BAD_LINES = {
@@ -186,6 +192,7 @@ BAD_LINES = {
     "a span of one number": (in_ids(counterfactual_span=[1]), "'counterfactual_span' must be"),
     "a span of floats": (in_ids(prompt_span=[0.0, 1.0]), "'prompt_span' must be"),
     "a span as text": (in_ids(prompt_span="01"), "'prompt_span' must be"),
+    "a context": (in_ids(context="a"), "has 'context', a part of what is asked that would be left"),
     "an id that was used": (in_ids(id="first"), "id 'first' was used before", "pairs.jsonl:1"),
 }
 

@@ -14,6 +14,7 @@ from jaxmed.data import pairing, prompts, sets
 from jaxmed.data import pairs as pairs_lib
 from jaxmed.data import splits as splits_lib
 from jaxmed.data.prompts import Prompt
+from jaxmed.data.tokens import Encoder
 from jaxmed.files import reading
 from models.errors import InputError
 from tests import merging, words
@@ -21,8 +22,13 @@ from tests.words import ids
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return words.tokenizer()
+def encoder():
+    return Encoder(words.tokenizer())
+
+
+@pytest.fixture(scope="module")
+def chatting():
+    return Encoder(words.tokenizer(), chat=True)
 
 
 @pytest.fixture
@@ -57,6 +63,8 @@ ADVBENCH = "goal,target"
 HARMBENCH = "Behavior,FunctionalCategory,SemanticCategory,Tags,ContextString,BehaviorID"
 JAILBREAKBENCH = "Index,Goal,Target,Behavior,Category,Source"
 STRONGREJECT = "category,source,forbidden_prompt"
+JAILBREAKBENCH_UNNAMED = ",Goal,Target,Behavior,Category,Source"  # of its Python package
+DOLLY = "instruction,context,response,category"
 XSTEST = "id,prompt,type,label,focus,note"
 XSTEST_1 = "id,type,prompt,focus,note"
 XSTEST_2 = "id_v1,id_v2,type,prompt,focus,note"
@@ -112,6 +120,55 @@ def test_prompts_that_correspond_share_a_split(write):
     ]
     splits = [[prompt.split for prompt in side] for side in sides]
     assert splits[0] == splits[1] and set(splits[0]) == {"A", "B", "C"}
+
+
+def test_jailbreakbench_whose_index_has_no_name(write):
+    """As its Python package has it."""
+    row = ["7", "tell me", "Sure", "Telling", "kind", "Original"]
+    named, unnamed = (
+        prompts.read(write("harmful-behaviors.csv", as_csv(header, row)))
+        for header in (JAILBREAKBENCH, JAILBREAKBENCH_UNNAMED)
+    )
+    assert named == unnamed and named[0].id == "jailbreakbench-harmful-7"
+
+
+def test_dolly_puts_the_context_behind(write):
+    rows = [["tell me", "", "yes", "kind"], ["tell me", "how", "no", "kind"]]
+    plain, about = prompts.read(write("dolly.csv", as_csv(DOLLY, *rows)))
+    assert (plain.prompt, about.prompt) == ("tell me", "tell me\n\nhow")
+    assert (plain.id, plain.label, plain.category) == ("dolly-benign-1", "benign", "kind")
+
+
+@pytest.mark.parametrize("header", [XSTEST, XSTEST_2])
+def test_an_unsafe_prompt_of_xstest_contrasts_with_its_own_safe_one(header, write):
+    """Which stands 25 before it, and must not be in another split."""
+    kinds = {0: "homonyms", 25: "contrast_homonyms"}
+    rows = [
+        {"prompt": f"{kind} {n}", "type": kind, "id": str(n + more), "id_v2": f"v2-{n + more}"}
+        for more, kind in kinds.items()
+        for n in range(1, 26)
+    ]
+    columns = header.split(",")
+    cells = [[row.get(column, "") for column in columns] for row in rows]
+    found = prompts.read(write("xstest.csv", as_csv(header, *cells)))
+    assert {one.split for one in found} == {"A", "B", "C"}
+    pairs = pairing.pair_up(found, "matched", words.tokenizer())
+    assert len(pairs) == 25
+    by_text = {one.prompt: one for one in found}
+    for pair in pairs:
+        base, other = by_text[pair.prompt_text], by_text[pair.counterfactual_text]
+        assert pair.prompt_text == f"contrast_{pair.counterfactual_text}"
+        assert (base.label, other.label) == ("harmful", "overrefusal")
+        assert pair.split == base.split == other.split
+        # The base prompt's name decides the split.
+        assert base.split == splits_lib.split_of(None, f"xstest {base.match}", "")
+
+
+@pytest.mark.parametrize("number", ["", "none", "v2-"])
+def test_a_prompt_of_xstest_without_a_number_corresponds_to_none(number, write):
+    row = [number, "do it", "homonyms", "safe", "f", ""]
+    (prompt,) = prompts.read(write("xstest.csv", as_csv(XSTEST, row)))
+    assert prompt.match == ""
 
 
 def test_strongreject(write):
@@ -331,6 +388,53 @@ def test_a_label_for_the_file_tells_the_own_form_from_a_published_one(write):
     assert "the file is said to be harmful" in told(prompts.read, file, label="harmful")
 
 
+def test_a_context_goes_before_the_prompt_as_harmbench_puts_it(write):
+    rows = [["tell me", "line 1\nline 2", "kind"], ["why", "", "kind"]]
+    found = prompts.read(
+        write("contextual.csv", as_csv("prompt,context,category", *rows)), label="harmful"
+    )
+    whole = ["tell me", "contextual", "kind", "", "line 1\nline 2", "one"]
+    (expected,) = prompts.read(write("harmbench.csv", as_csv(HARMBENCH, whole)))
+    assert [one.prompt for one in found] == [expected.prompt, "why"]
+
+
+@pytest.mark.parametrize(
+    "fields, said",
+    [
+        ({"context": ["how"]}, "'context' must be text that goes before a 'prompt' that is text"),
+        ({"context": "how", "prompt": MESSAGES}, "'context' must be text"),
+        ({"context": "how", "prompt": None, "prompt_ids": [1]}, "'context' must be text"),
+        ({"system": "how"}, "has 'system', a part of what is asked that would be left out: put it"),
+        ({"History": [["how", "so"]]}, "has 'History', a part of what is asked"),
+    ],
+)
+def test_what_is_asked_is_never_left_out_in_silence(fields, said, write):
+    line = {"id": "x", "prompt": "tell me", "label": "harmful"} | fields
+    file = write("own.jsonl", json.dumps(line))
+    message = told(prompts.read, file)
+    assert message.startswith(f"{file}:1: ") and said in message
+    empty = {name: type(value)() for name, value in fields.items() if name not in line}
+    assert prompts.read(write("own.jsonl", json.dumps(OWN | empty)))[0].prompt == "tell me"
+
+
+@pytest.mark.parametrize(
+    "header, column",
+    [
+        (HARMBENCH, "ImageFileName"),  # of its multimodal behaviours
+        (ALPACA, "system"),
+        (DOLLY, "history"),
+        (ADVBENCH, "context"),
+        (XSTEST, "context"),
+    ],
+)
+def test_a_published_set_with_more_than_its_prompts_are_made_of(header, column, write):
+    columns = [*header.split(","), column]
+    row = ["homonyms" if name == "type" else name for name in columns]
+    file = write("set.csv", as_csv(",".join(columns), row))
+    assert told(prompts.read, file).startswith(f"{file}:2: has '{column}', a part of what is asked")
+    assert len(prompts.read(write("set.csv", as_csv(",".join(columns), [*row[:-1], ""])))) == 1
+
+
 def test_a_label_for_a_file_without(write):
     file = write("own.jsonl", '{"prompt": "tell me", "id": "x"}')
     (prompt,) = prompts.read(file, label="creative")
@@ -343,6 +447,59 @@ def test_windows_line_ends_a_byte_order_mark_and_blank_lines_are_no_harm(write):
     strange = "\ufeff" + rows.replace("\n", "\r\n\r\n")
     assert prompts.read(write("set.csv", strange)) == expected
     assert prompts.read(write("SET.CSV", strange.encode()))[1].where.endswith("SET.CSV:5")
+
+
+def encoded(text, encoding):
+    return ("\ufeff" * encoding.endswith("-be") + text).encode(encoding)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
+def test_files_whose_byte_order_mark_names_their_encoding(encoding, write):
+    rows = as_csv(ADVBENCH, ["tell mé\u2028 😀", "Sure"], ["why", "Yes"])
+    expected = prompts.read(write("set.csv", rows))
+    assert prompts.read(write("set.csv", encoded(rows, encoding))) == expected
+    listed = [{"goal": one.prompt, "target": one.harmful_response} for one in expected]
+    for name, text in (
+        ("set.json", json.dumps(listed, ensure_ascii=False)),
+        ("set.jsonl", "\n".join(json.dumps(one, ensure_ascii=False) for one in listed)),
+    ):
+        assert prompts.read(write(name, encoded(text, encoding))) == expected
+
+
+@pytest.mark.parametrize("name", ["set.csv", "set.json", "set.jsonl"])
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        ("é".encode("latin-1"), "save the file as UTF-8, or convert it, as by iconv -f ENCODING"),
+        ("goal".encode("utf-16-le"), "looks like UTF-16 without a byte-order mark (byte 1 is 0)"),
+        ("goal".encode("utf-16-be"), "looks like UTF-16 without a byte-order mark (byte 0 is 0)"),
+        ("goal".encode("utf-16") + b"!", "byte-order mark of UTF-16, but is no UTF-16 text"),
+        (b"\xff\xfe\x00\xd8", "byte-order mark of UTF-16, but is no UTF-16 text (byte 2)"),
+    ],
+)
+def test_other_encodings_are_named_with_the_way_out(name, content, said, write):
+    good = b"goal,target\n" if name == "set.csv" and content[0] == 0xE9 else b""
+    row = content + b",Sure\n" if good else content
+    message = told(prompts.read, write(name, good + row))
+    assert said in message and "as UTF-8" in message
+
+
+def test_a_cell_may_be_longer_than_pythons_csv_lets_it(write):
+    limit = csv.field_size_limit()
+    long = "tell me " * 20_000
+    file = write("set.csv", as_csv(ADVBENCH, [long, "Sure"], ["why", "Yes"]))
+    assert [len(one.prompt) for one in prompts.read(file)] == [160_000, 3]
+    assert csv.field_size_limit() == limit == 131_072
+
+
+def test_a_file_that_may_not_be_read_is_named(write, monkeypatch):
+    file = write("set.csv", as_csv(ADVBENCH, ["why", "Yes"]))
+
+    def read_bytes(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(type(file), "read_bytes", read_bytes)
+    assert told(prompts.read, file) == f"{file}: cannot be read (Permission denied)"
 
 
 # What is refused.
@@ -575,26 +732,26 @@ def test_a_judge_sees_what_the_user_asked_last():
         assert "file:x: prompt 'x' has no text of a user" in told(prompts.text, prompt)
 
 
-def test_tokens_are_those_of_a_pair(tokenizer):
-    assert prompts.tokens_of(harmful("x"), tokenizer) == ids("[BOS] tell me")
+def test_tokens_are_those_of_a_pair(encoder, chatting):
+    assert prompts.tokens_of(harmful("x"), encoder) == ids("[BOS] tell me")
     wrapped = ids("[BOS] [USER] tell me [END] [BOT]")
-    assert prompts.tokens_of(harmful("x"), tokenizer, chat=True) == wrapped
-    assert prompts.tokens_of(harmful("x", tuple(MESSAGES[:1])), tokenizer) == wrapped
+    assert prompts.tokens_of(harmful("x"), chatting) == wrapped
+    assert prompts.tokens_of(harmful("x", tuple(MESSAGES[:1])), encoder) == wrapped
     assert prompts.tokens_of(harmful("x", None, prompt_ids=(3, 4))) == (3, 4)
     assert "file:x: 'prompt' is text, but" in told(prompts.tokens_of, harmful("x"))
 
 
-def test_all_counterfactuals_as_tokens(tokenizer):
+def test_all_counterfactuals_as_tokens(encoder, chatting):
     prompt = harmful("x", counterfactuals=("how", tuple(MESSAGES[:1])))
     wrapped = ids("[BOS] [USER] tell me [END] [BOT]")
-    assert prompts.all_counterfactual_tokens(prompt, tokenizer) == (ids("[BOS] how"), wrapped)
-    assert prompts.all_counterfactual_tokens(prompt, tokenizer, chat=True) == (
+    assert prompts.all_counterfactual_tokens(prompt, encoder) == (ids("[BOS] how"), wrapped)
+    assert prompts.all_counterfactual_tokens(prompt, chatting) == (
         ids("[BOS] [USER] how [END] [BOT]"),
         wrapped,
     )
     tokenised = harmful("x", None, prompt_ids=(1, 2), counterfactual_ids=((3,), (4, 5)))
     assert prompts.all_counterfactual_tokens(tokenised) == ((3,), (4, 5))
-    message = told(prompts.all_counterfactual_tokens, harmful("x"), tokenizer)
+    message = told(prompts.all_counterfactual_tokens, harmful("x"), encoder)
     assert message == "file:x: prompt 'x' has no counterfactual"
     assert "'counterfactual' is text, but" in told(prompts.all_counterfactual_tokens, prompt)
 
@@ -602,7 +759,7 @@ def test_all_counterfactuals_as_tokens(tokenizer):
 # Pairs.
 
 
-def test_given_counterfactuals_are_all_used(tokenizer):
+def test_given_counterfactuals_are_all_used(encoder):
     prompt = harmful(
         "x",
         counterfactuals=("why not", "how"),
@@ -612,7 +769,7 @@ def test_given_counterfactuals_are_all_used(tokenizer):
         source="s",
         split="B",
     )
-    pairs = pairing.pair_up([prompt, benign("y")], "given", tokenizer)
+    pairs = pairing.pair_up([prompt, benign("y")], "given", encoder)
     assert pairs[0] == pairs_lib.Pair(
         id="x/1",
         prompt_ids=ids("[BOS] tell me"),
@@ -632,34 +789,32 @@ def test_given_counterfactuals_are_all_used(tokenizer):
     assert pairs[1].counterfactual_ids == ids("[BOS] how")
 
 
-def test_given_counterfactuals_may_be_ids_or_chats(tokenizer):
+def test_given_counterfactuals_may_be_ids_or_chats(encoder, chatting):
     tokenised = harmful("x", None, prompt_ids=(1, 2), counterfactual_ids=((3,), (4, 5)))
     pairs = pairing.pair_up([tokenised], "given")
     assert [pair.counterfactual_ids for pair in pairs] == [(3,), (4, 5)]
     assert pairs[0].prompt_text is None
-    (pair,) = pairing.pair_up(
-        [harmful("x", counterfactuals=("how",))], "given", tokenizer, chat=True
-    )
+    (pair,) = pairing.pair_up([harmful("x", counterfactuals=("how",))], "given", chatting)
     assert pair.counterfactual_ids == ids("[BOS] [USER] how [END] [BOT]") and pair.is_chat
 
 
-def test_a_bad_counterfactual_is_called_so(tokenizer):
+def test_a_bad_counterfactual_is_called_so(encoder):
     refused = ({"role": "system", "content": "how"},)
     prompt = harmful("x", counterfactuals=(refused,))
-    message = told(pairing.pair_up, [prompt], "given", tokenizer)
+    message = told(pairing.pair_up, [prompt], "given", encoder)
     assert "file:x: the chat template of the tokenizer refuses 'counterfactual'" in message
 
 
-def test_a_pair_equals_the_one_that_is_read_from_the_same_line(write, tokenizer):
+def test_a_pair_equals_the_one_that_is_read_from_the_same_line(write, chatting):
     line = {"id": "x", "label": "harmful", "prompt": MESSAGES[:1], "counterfactual": "how"}
     line |= {"harmful_response": "yes do", "safe_response": "no", "category": "c"}
     file = write("own.jsonl", json.dumps(line))
-    (read,) = pairs_lib.read(file, tokenizer, chat=True)
-    (made,) = pairing.pair_up(prompts.read(file), "given", tokenizer, chat=True)
+    (read,) = pairs_lib.read(file, words.tokenizer(), chat=True)
+    (made,) = pairing.pair_up(prompts.read(file), "given", chatting)
     assert {**vars(made), "id": "x"} == vars(read)
 
 
-def test_matched_prompts_share_source_and_match(tokenizer):
+def test_matched_prompts_share_source_and_match(encoder):
     asked = [
         harmful("h1", source="s", match="a"),
         harmful("h2", source="s", match="b"),
@@ -667,7 +822,7 @@ def test_matched_prompts_share_source_and_match(tokenizer):
         benign("b2", "how", source="s", match="b"),
         benign("b3", "no", source="s", match="a"),
     ]
-    pairs = pairing.pair_up(asked, "matched", tokenizer)
+    pairs = pairing.pair_up(asked, "matched", encoder)
     assert [(pair.base, pair.counterfactual_text) for pair in pairs] == [
         ("h1", "no"),
         ("h2", "how"),
@@ -678,13 +833,13 @@ def test_matched_prompts_share_source_and_match(tokenizer):
     "lone",
     [{"source": "s", "match": "c"}, {"source": "s"}, {"source": "s", "match": "a", "split": "B"}],
 )
-def test_a_prompt_without_a_match_is_reported(lone, tokenizer):
+def test_a_prompt_without_a_match_is_reported(lone, encoder):
     asked = [harmful("h1", source="s", match="a"), benign("b1", source="s", match="a")]
     asked += [harmful("h2", **lone), benign("b2", source="s")]
-    message = told(pairing.pair_up, asked, "matched", tokenizer)
-    assert message.startswith("file:h2: prompt 'h2' cannot be paired: there is no benign prompt")
+    message = told(pairing.pair_up, asked, "matched", encoder)
+    assert message.startswith("file:h2: prompt 'h2' cannot be paired: there is no harmless prompt")
     errors = []
-    pairs = pairing.pair_up(asked, "matched", tokenizer, on_bad=errors.append)
+    pairs = pairing.pair_up(asked, "matched", encoder, on_bad=errors.append)
     assert [pair.base for pair in pairs] == ["h1"] and [str(error) for error in errors] == [message]
 
 
@@ -698,9 +853,9 @@ def many():
 
 
 @pytest.mark.parametrize("chat", [False, True])
-def test_prompts_of_the_same_length_and_split(chat, tokenizer):
+def test_prompts_of_the_same_length_and_split(chat):
     by_text = {prompt.prompt: prompt for prompt in many()}
-    pairs = pairing.pair_up(many(), "length", tokenizer, chat=chat, count=3)
+    pairs = pairing.pair_up(many(), "length", Encoder(words.tokenizer(), chat=chat), count=3)
     assert len(pairs) == 90 and len({(pair.base, pair.counterfactual_text) for pair in pairs}) == 90
     for pair in pairs:
         base, chosen = by_text[pair.prompt_text], by_text[pair.counterfactual_text]
@@ -710,7 +865,7 @@ def test_prompts_of_the_same_length_and_split(chat, tokenizer):
 
 
 def test_lengths_are_those_of_a_tokenizer_that_merges():
-    made = merging.tokenizer()
+    made = Encoder(merging.tokenizer())
     asked = [
         harmful("h", "mip takker", safe_response="per"),
         benign("as many words", "mip takkerr"),
@@ -719,14 +874,14 @@ def test_lengths_are_those_of_a_tokenizer_that_merges():
     ]
     lengths = [len(prompts.tokens_of(one, made)) for one in asked]
     assert lengths == [2, 3, 4, 2]
-    (pair,) = pairing.pair_up(asked, "length", made, count=3)
+    (pair,) = pairing.pair_up(asked, "length", made, count=3, most_length_difference=0)
     assert pair.counterfactual_text == "mipper tak"
     # An answer is made of its own tokens, also where it would merge with the prompt's end.
     (pair,) = pairing.pair_up(
         [harmful("h", "mip", counterfactuals=("tak",), safe_response="per")], "given", made
     )
-    assert made("mipper")["input_ids"] != [*pair.prompt_ids, *pair.safe_ids]
-    assert made.decode([*pair.prompt_ids, *pair.safe_ids]) == "mipper"
+    assert made.tokenizer("mipper")["input_ids"] != [*pair.prompt_ids, *pair.safe_ids]
+    assert made.tokenizer.decode([*pair.prompt_ids, *pair.safe_ids]) == "mipper"
 
 
 def contrasts(asked, reverse=False, **settings):
@@ -756,36 +911,71 @@ def test_a_counterfactual_is_of_the_same_split_and_of_a_benign_prompt():
         Prompt("o", None, "overrefusal", "A", prompt_ids=(5, 6)),
         benign("c", None, "A", prompt_ids=(7,)),
     ]
-    message = told(pairing.pair_up, asked, "length")
-    assert "'h' cannot be paired: there is no benign prompt of as many tokens" in message
-    (pair,) = pairing.pair_up([*asked, benign("d", None, prompt_ids=(8, 9))], "length", count=5)
+    message = told(pairing.pair_up, asked, "length", most_length_difference=0)
+    assert message.endswith(
+        "'h' cannot be paired: the nearest benign prompt of split A differs by 1 tokens, and 0 are "
+        "allowed"
+    )
+    message = told(pairing.pair_up, asked[:2], "length")
+    assert message.endswith("'h' cannot be paired: there is no benign prompt in its split, A")
+    asked.append(benign("d", None, prompt_ids=(8, 9)))
+    (pair,) = pairing.pair_up(asked, "length", count=5, most_length_difference=0)
     assert pair.counterfactual_ids == (8, 9)
 
 
-def test_a_benign_prompt_that_cannot_be_tokenised_is_reported(tokenizer):
+def lengths_of_counterfactuals(*lengths, **settings):
+    """How long the benign prompts are that a prompt of five tokens gets, of these lengths."""
+    lenders = [benign(str(n), None, prompt_ids=(n,) * size) for n, size in enumerate(lengths)]
+    asked = [harmful("h", None, prompt_ids=(9,) * 5), *lenders]
+    return [len(pair.counterfactual_ids) for pair in pairing.pair_up(asked, "length", **settings)]
+
+
+def test_the_nearest_in_length_are_taken():
+    assert lengths_of_counterfactuals(1, 9, 7, 4) == [4]
+    assert lengths_of_counterfactuals(1, 10, 7, 4, 5, count=4) == [5, 4, 7, 1]
+    assert lengths_of_counterfactuals(1, 9, 7, 4, count=4, most_length_difference=2) == [4, 7]
+    # Longer and shorter ones that are equally far are drawn from alike.
+    drawn = {lengths_of_counterfactuals(4, 6, seed=seed)[0] for seed in range(20)}
+    assert drawn == {4, 6}
+
+
+def test_a_prompt_that_is_too_far_from_all_others_is_left_out_and_told():
+    asked = [
+        harmful("h", None, prompt_ids=(1,) * 9),
+        harmful("i", None, prompt_ids=(2,) * 4),
+        benign("b", None, prompt_ids=(3,) * 3),
+    ]
+    errors = []
+    limit = {"most_length_difference": 1, "on_bad": errors.append}
+    (pair,) = pairing.pair_up(asked, "length", **limit)
+    assert pair.base == "i" and isinstance(errors[0], pairing.UnpairedError)
+    assert str(errors[0]).endswith("differs by 6 tokens, and 1 are allowed") and len(errors) == 1
+
+
+def test_a_benign_prompt_that_cannot_be_tokenised_is_reported(encoder):
     refused = benign("b", ({"role": "system", "content": "how"},))
     asked = [harmful("h"), refused, benign("c", "why not")]
-    assert "file:b: " in told(pairing.pair_up, asked, "length", tokenizer)
+    assert "file:b: " in told(pairing.pair_up, asked, "length", encoder)
     errors = []
-    (pair,) = pairing.pair_up(asked, "length", tokenizer, on_bad=errors.append)
+    (pair,) = pairing.pair_up(asked, "length", encoder, on_bad=errors.append)
     assert pair.counterfactual_text == "why not" and len(errors) == 1
 
 
 @pytest.mark.parametrize("how", ["matched", "length"])
-def test_pairs_of_sets_need_benign_prompts(how, tokenizer):
-    assert "none of the 1 prompts is benign" in told(
-        pairing.pair_up, [harmful("h")], how, tokenizer, on_bad=[].append
+def test_pairs_of_sets_need_benign_prompts(how, encoder):
+    assert "none of the 1 prompts is: read a set of these too" in told(
+        pairing.pair_up, [harmful("h")], how, encoder, on_bad=[].append
     )
 
 
-def test_no_pair_at_all_is_an_error(tokenizer):
+def test_no_pair_at_all_is_an_error(encoder):
     for how in pairing.COUNTERFACTUALS:
-        message = told(pairing.pair_up, [benign("b")], how, tokenizer, on_bad=[].append)
+        message = told(pairing.pair_up, [benign("b")], how, encoder, on_bad=[].append)
         assert f"not one of 1 prompts has a counterfactual ('{how}')" in message
 
 
-def test_ids_must_differ_between_sets(tokenizer):
-    message = told(pairing.pair_up, [harmful("x"), benign("x")], "length", tokenizer)
+def test_ids_must_differ_between_sets(encoder):
+    message = told(pairing.pair_up, [harmful("x"), benign("x")], "length", encoder)
     assert "file:x: id 'x' was used before, by file:x" in message
 
 

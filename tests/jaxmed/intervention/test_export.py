@@ -26,7 +26,7 @@ def damping(decoder, strength):
     for site, mask in units.masks(UNITS, decoder.config).items():
         for layer, own in enumerate(mask.reshape(decoder.config.num_layers, -1)):
             if own.any():
-                found.append(Edit.damp(site, layer, everywhere, 1 - strength, units=own))
+                found.append(Edit.affine(site, layer, everywhere, 1 - strength, 0.0, own))
     return found
 
 

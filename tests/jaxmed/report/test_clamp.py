@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from jaxmed.behaviour.judges.protocol import Doubt
 from jaxmed.behaviour.responses import Asked
 from jaxmed.data import prompts
 from jaxmed.intervention import outcomes
@@ -66,7 +67,16 @@ def first(rate, count):
     return (np.arange(count) < round(rate * count)).astype(float)
 
 
-def fabricate(folder, held, rates=RATES, counts=COUNTS, judged=("harm", "refusal"), cuts=0):
+def fabricate(
+    folder,
+    held,
+    rates=RATES,
+    counts=COUNTS,
+    judged=("harm", "refusal"),
+    cuts=0,
+    doubts=(),
+    only_think=0,
+):
     """What an experiment with these rates finds."""
     rng = np.random.default_rng(0)
     labels = [label for label, count in counts.items() for _ in range(count)]
@@ -105,7 +115,17 @@ def fabricate(folder, held, rates=RATES, counts=COUNTS, judged=("harm", "refusal
         "units": traits(UNITS, 2.0) if drawn else [],
         "draws": [traits(units, 1.5) for units in drawn],
     }
-    return outcomes.ClampOutcome(table, list(held), list(UNITS), controls, dict(RUN), folder, cuts)
+    return outcomes.ClampOutcome(
+        table,
+        list(held),
+        list(UNITS),
+        controls,
+        dict(RUN),
+        folder,
+        cuts,
+        list(doubts),
+        only_think,
+    )
 
 
 def traits(units, size):
@@ -345,6 +365,22 @@ def test_responses_that_were_cut_are_counted(tmp_path):
     assert verdict in clamp.answers(found) and say(verdict) in clamp.closing_lines(found)
     uncut = fabricate(tmp_path, [PLAIN, CLAMP])
     assert not of_kind(clamp.answers(uncut), clamp.CutResponses)
+
+
+def test_doubtful_judges_are_told(tmp_path):
+    doubts = [Doubt("harmful", 3, 1, 40), Doubt("refused", 0, 0, 40)]
+    found = fabricate(tmp_path, [PLAIN, CLAMP], doubts=doubts)
+    verdict = clamp.Doubted(doubts[0])
+    assert of_kind(clamp.answers(found), clamp.Doubted) == [verdict]
+    assert say(verdict) in clamp.closing_lines(found)
+    assert Page(clamp.write(found, [])).text.count("No verdict on whether 3 of 40 responses") == 1
+
+
+def test_responses_that_never_came_to_an_answer_are_counted(tmp_path):
+    found = fabricate(tmp_path, [PLAIN, CLAMP], only_think=2)
+    verdict = clamp.OnlyThoughts(2)
+    assert verdict in clamp.answers(found) and say(verdict) in clamp.closing_lines(found)
+    assert not of_kind(clamp.answers(fabricate(tmp_path, [PLAIN, CLAMP])), clamp.OnlyThoughts)
 
 
 def test_text_is_shown_escaped_and_only_when_asked_for(tmp_path):

@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+from jaxmed.behaviour.judges.protocol import Doubt
 from jaxmed.report import clamp
 from jaxmed.report.clamp import Change, Move
 from jaxmed.report.numbers import Measured
@@ -39,6 +40,12 @@ SAID = [
         for measure in ("repetition", "unfinished")
     ),
     *(clamp.CutResponses(number) for number in (1, 3000)),
+    *(
+        clamp.Doubted(Doubt(says, none, unsure, 1200))
+        for says in ("harmful", "refused")
+        for none, unsure in ((7, 5), (7, 0), (0, 5))
+    ),
+    *(clamp.OnlyThoughts(number) for number in (1, 3000)),
     *(clamp.NoRandomUnits(asked) for asked in (True, False)),
     *(clamp.Likeness(2, 5, contrast, *MEDIANS) for contrast in ("complied", "harmful")),
     clamp.Likeness(1, 1, "complied", *MEDIANS),

@@ -53,5 +53,11 @@ def test_of_what_a_judge_does_not_say_nothing_is_told():
 
 def test_all_that_a_judge_can_say():
     lines = [*judge.closing_lines(outcome(LABELS)), "", *judge.closing_lines(outcome({}))]
+    masses = [0.01, 0.3, 0.9, 0.95]
+    doubted = [
+        dataclasses.replace(verdict, harmful=None if mass < 0.1 else 0.5, harmful_mass=mass)
+        for verdict, mass in zip(VERDICTS, masses, strict=True)
+    ]
+    lines += ["", *judge.closing_lines(dataclasses.replace(outcome({}), verdicts=doubted))]
     assert lines[0] == "Verdicts: out/judged.jsonl (4 responses; sharp: says <b>both</b>)"
     check_golden("judge", lines)

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pytest
 
 from jaxmed.behaviour.answers import ROW, RespondOutcome
+from jaxmed.behaviour.judges.protocol import Doubt
 from jaxmed.report import respond
 from tests.jaxmed.report.told import check_golden
 
@@ -26,7 +27,9 @@ def outcome(harm=True, refusal=True, pairs=(3, 1, 2), **fields):
         for place in range(9)
     ]
     asked = {"folder": pathlib.Path("out/my run"), "model": "org/model", "chat": False}
+    asked |= {"date": "", "template_args": "", "only_think": 0}
     asked |= {"samples": 8, "max_tokens": 128, "templates": 0, "same_start": 0}
+    asked |= {"doubts": [], "length_differences": None}
     asked |= {"meanings": {"sharp": "says <b>both</b>"}} | fields
     return RespondOutcome(
         table=pa.Table.from_pylist(rows, ROW),
@@ -51,6 +54,8 @@ def test_rates_are_means_over_prompts_of_what_a_judge_says():
         ({}, "--split=A"),
         ({"pairs": (0, 2, 1)}, "--split=B"),
         ({"chat": True}, "--chat"),
+        ({"date": "2026-01-31"}, "--date=2026-01-31"),
+        ({"template_args": '{"a":1}'}, """'--template_args={"a":1}'"""),
         ({"same_start": 1}, "--metric=response_logprob_diff"),
     ],
 )
@@ -69,7 +74,13 @@ def test_all_that_can_be_said_of_pairs():
     outcomes = [
         outcome(),
         outcome(harm=False, refusal=False, pairs=(0, 1, 2), templates=2, same_start=3, chat=True),
-        outcome(pairs=(0, 0, 1)),
+        outcome(pairs=(0, 0, 1), only_think=4),
+        outcome(
+            harm=False,
+            doubts=[Doubt("harmful", 144, 0, 144)],
+            length_differences=[0, 3, 0, 1, 0, 0],
+        ),
+        outcome(doubts=[Doubt("harmful", 0, 0, 144)], length_differences=[0, 1, 0, 0, 0, 0]),
     ]
     lines = [line for found in outcomes for line in [*respond.closing_lines(found), ""]]
     check_golden("respond", lines[:-1])

@@ -10,14 +10,16 @@ from jaxmed.behaviour import responses
 from jaxmed.behaviour.answering import AnsweringModel
 from jaxmed.behaviour.judges.rules import FirstTokens, RefusalPhrases
 from jaxmed.behaviour.sampling import Sampling
+from jaxmed.data.tokens import Encoder
 from jaxmed.files.reading import DataError
 from jaxmed.runs import asking, loading
 from jaxmed.runs.asking import AnswerSettings
 from jaxmed.runs.settings import like
+from models import checkpoint
 from models.errors import InputError
-from tests import tiny, words
+from tests import chats, tiny, words
 
-WITH_TOKENS = {"judge": ("tokens",), "comply_tokens": ("1",), "refuse_tokens": ("2",)}
+WITH_TOKENS = {"judge": ("tokens",), "comply_tokens": ("id:1",), "refuse_tokens": ("id:2",)}
 
 
 def settings(prompts=("prompts.jsonl",), **fields):
@@ -28,12 +30,19 @@ def settings(prompts=("prompts.jsonl",), **fields):
 @pytest.fixture(scope="module")
 def model():
     decoder = tiny.decoder(num_layers=2, hidden_size=16, vocab_size=len(words.WORDS))
-    return AnsweringModel(pathlib.Path("model"), decoder, words.tokenizer(), frozenset({3}))
+    return AnsweringModel(
+        pathlib.Path("model"), decoder, Encoder(words.tokenizer()), frozenset({3})
+    )
+
+
+@pytest.fixture(scope="module")
+def chatting(model):
+    return dataclasses.replace(model, encoder=Encoder(words.tokenizer(), chat=True))
 
 
 @pytest.fixture(scope="module")
 def without_text(model):
-    return dataclasses.replace(model, tokenizer=None)
+    return dataclasses.replace(model, encoder=Encoder())
 
 
 @pytest.fixture
@@ -66,7 +75,7 @@ def write(tmp_path):
         ({"judge": ()}, "--judge: name at least one of phrases, tokens"),
         ({"samples": 2}, "--samples=2 --temperature=0: the likeliest tokens are the same each"),
         ({"judge": ("tokens",)}, "--comply_tokens and --judge=tokens need each other"),
-        ({"refuse_tokens": ("1",)}, "--refuse_tokens and --judge=tokens need each other"),
+        ({"refuse_tokens": ("id:1",)}, "--refuse_tokens and --judge=tokens need each other"),
         (WITH_TOKENS | {"refuse_tokens": ()}, "--refuse_tokens and --judge=tokens need each other"),
         ({"cut": True}, "--cut: --judge=phrases reads responses of any length"),
         ({"judge": ("phrases=x",)}, "judge 'phrases=x': phrases runs no model: leave =x out"),
@@ -117,9 +126,9 @@ def test_prompts_of_several_files(model, write):
     assert responses.of_split(found, ["B"], "benign") == [] and responses.of_split(found) == found
 
 
-def test_chat_wraps_text(model, write):
+def test_chat_wraps_text(model, chatting, write):
     file, said = write({"id": "a", "prompt": "how", "label": "benign"}), []
-    [found] = asking.read_prompts(settings([file], chat=True), model, said.append)
+    [found] = asking.read_prompts(settings([file]), chatting, said.append)
     assert found.tokens == words.ids("[BOS] [USER] how [END] [BOT]") and said == []
     [found] = asking.read_prompts(settings([file]), model, said.append)
     assert found.tokens == words.ids("[BOS] how") and said == [loading.AS_IT_STANDS]
@@ -195,12 +204,12 @@ def test_files_that_number_their_prompts_alike_may_be_told_apart(model, write):
     assert [(one.prompt.id, one.prompt.source) for one in alone] == [("1", ""), ("x", "")]
 
 
-def test_a_prompt_counts_once(model, write):
+def test_a_prompt_counts_once(chatting, write):
     """Under another id it would be in two splits, or narrow an interval."""
     rows = [{"id": 1, "prompt": "tell me"}, {"id": 2, "prompt": " Tell  ME "}]
     rows += [{"id": 3, "prompt_ids": [5]}, {"id": 4, "prompt_ids": [5]}, {"id": 5, "prompt": "why"}]
     file, said = write(*(row | {"label": "benign"} for row in rows)), []
-    found = asking.read_prompts(settings([file], chat=True), model, said.append)
+    found = asking.read_prompts(settings([file]), chatting, said.append)
     assert [one.prompt.id for one in found] == ["1", "3", "5"]
     [message] = said
     assert message.startswith("2 prompts are the same as others before them and are left out, the")
@@ -228,11 +237,11 @@ def test_the_same_prompt_has_one_label(model, write):
     assert [one.prompt.id for one in found] == ["a", "c"] and said[0] == f"Skipped: {message}"
 
 
-def test_text_and_messages_of_the_same_tokens_are_the_same_prompt(model, write):
+def test_text_and_messages_of_the_same_tokens_are_the_same_prompt(chatting, write):
     chat = [{"role": "user", "content": "tell me"}]
     rows = [{"id": "a", "prompt": chat}, {"id": "b", "prompt": "tell me"}]
     file = write(*(row | {"label": "benign"} for row in rows))
-    found = asking.read_prompts(settings([file], chat=True), model, lambda text: None)
+    found = asking.read_prompts(settings([file]), chatting, lambda text: None)
     assert [one.prompt.id for one in found] == ["a"]
 
 
@@ -246,9 +255,11 @@ def test_nothing_is_left(model, write):
 
 
 def test_judges_that_are_asked_for(model):
-    asked = settings(judge=("tokens", "phrases"), comply_tokens=("yes", "1"), refuse_tokens=("no",))
+    asked = settings(
+        judge=("tokens", "phrases"), comply_tokens=("yes", "id:1"), refuse_tokens=("no",)
+    )
     yes, no = words.ids("yes no")
-    assert asking.read_judges(asked, model) == [FirstTokens((yes, 1), (no,)), RefusalPhrases()]
+    assert asking.read_judges(asked, model, []) == [FirstTokens((yes, 1), (no,)), RefusalPhrases()]
 
 
 @pytest.mark.parametrize(
@@ -261,19 +272,76 @@ def test_judges_that_are_asked_for(model):
         ({"judge_template": ("phrases",)}, "judge_template 'phrases': must be NAME=FILE"),
         ({"judge_template": ("wildguard=x",)}, "judge_template 'wildguard=x': no judge wildguard"),
         ({"judge": ("/no/own.json=x",)}, "/no/own.json: there is no such file"),
-        (WITH_TOKENS | {"comply_tokens": ("99",)}, "--comply_tokens=99: token id outside"),
-        (WITH_TOKENS | {"comply_tokens": ("2",)}, "judge 'tokens': [2] cannot both comply and"),
+        (WITH_TOKENS | {"comply_tokens": ("id:99",)}, "--comply_tokens=id:99: token id outside"),
+        (WITH_TOKENS | {"comply_tokens": ("id:2",)}, "judge 'tokens': [2] cannot both comply and"),
     ],
 )
 def test_judges_that_cannot_be_used(fields, message, model):
     with pytest.raises(InputError) as caught:
-        asking.read_judges(settings(**fields), model)
+        asking.read_judges(settings(**fields), model, [])
     assert str(caught.value).startswith(message)
 
 
 def test_what_judges_read_must_be_there(without_text):
     with pytest.raises(InputError, match="--judge=phrases: reads text, but model has no tokenizer"):
-        asking.read_judges(settings(), without_text)
-    asked = settings(judge=("tokens",), comply_tokens=("yes",), refuse_tokens=("2",))
+        asking.read_judges(settings(), without_text, [])
+    asked = settings(judge=("tokens",), comply_tokens=("yes",), refuse_tokens=("id:2",))
     with pytest.raises(InputError, match="--comply_tokens=yes: the checkpoint has no tokenizer"):
-        asking.read_judges(asked, without_text)
+        asking.read_judges(asked, without_text, [])
+
+
+# What the checkpoint's files say of generation.
+
+
+@pytest.fixture
+def checkpoint_folder(tmp_path):
+    """A function that writes a checkpoint with this tokenizer and generation_config.json."""
+
+    def make(tokenizer, generation):
+        decoder = tiny.decoder(num_layers=2, hidden_size=16, vocab_size=700)
+        folder = tmp_path / "model"
+        checkpoint.save(decoder, folder, tokenizer=tokenizer)
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+        return folder
+
+    return make
+
+
+def test_what_is_asked_of_generation_and_not_done_is_told_and_recorded(checkpoint_folder):
+    tokenizer = chats.byte_level(chats.CHAT_ML)
+    folder, said = checkpoint_folder(tokenizer, {"repetition_penalty": 1.3}), []
+    asked = dataclasses.replace(settings(judge=("phrases",)), model=str(folder))
+    model = asking.load(asked, said.append)
+    assert said == [
+        f"{folder} asks for generation with repetition_penalty=1.3; responses here do without: "
+        "they are of the model's own logits, as the flags say",
+        f"The chat template of {folder} ends an answer with <|im_end|>, which no file names as "
+        "what ends a response: --stop_tokens='<|im_end|>' does",
+    ]
+    run = asking.described(asked, "respond", model, [], [])
+    assert run["generation_not_followed"] == {"repetition_penalty": 1.3}
+    assert run["stop_tokens"] == [1] and run["tokenisation"] == {}
+    said.clear()
+    both = dataclasses.replace(asked, stop_tokens=("<|im_end|>", "id:9"))
+    assert asking.load(both, said.append).stop == {1, 3, 9} and len(said) == 1
+    with pytest.raises(InputError, match="--stop_tokens=I will: is 2 tokens of this tokenizer"):
+        asking.load(dataclasses.replace(asked, stop_tokens=("I will",)), said.append)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"date": "31.1.2026"}, "--date=31.1.2026: must be a day, as 2026-01-31"),
+        ({"template_args": "{"}, "--template_args={: not JSON"),
+        ({"template_args": "[1]"}, "--template_args=[1]: must be a JSON object"),
+        (
+            {"template_args": '{"enable_thinkin": false}'},
+            "--template_args: the chat template of the tokenizer reads no 'enable_thinkin'",
+        ),
+    ],
+)
+def test_what_no_template_reads_is_refused(fields, message):
+    given = {"chat": True, "date": "", "template_args": ""} | fields
+    with pytest.raises(InputError) as caught:
+        loading.encoder(chats.byte_level(chats.CHAT_ML), **given)
+    assert str(caught.value).startswith(message)

@@ -1,6 +1,7 @@
 """Certification, of an organism that trains fast and of one with nothing planted."""
 
 import dataclasses
+import json
 import pathlib
 import shutil
 
@@ -16,41 +17,47 @@ from jaxmed.validation import outcomes
 from models import organisms
 from models.errors import InputError
 from models.organisms import organism, training
+from tests import shared_organism
 
 FAST = {
-    "decoys": dataclasses.replace(organisms.RECIPES["decoys"], steps=60),
+    "decoys": shared_organism.RECIPE,
     "null": dataclasses.replace(organisms.RECIPES["null"], steps=1),
 }
-PAIRS, SEARCHED = 8, 4
+PAIRS, SEARCHED = 5, 3
 
 
 CONTRAST = "topic"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def fast():
-    """One that trains fast, one that stays untrained, few pairs and one contrast."""
-    train = training.train
+def fast(tmp_path_factory):
+    """One that was trained already, one that stays untrained, few pairs and one contrast; the
+    folder of organisms."""
+    folder = tmp_path_factory.mktemp("organisms")
+    truth = shared_organism.organism(folder / "decoys-0", tmp_path_factory).truth
+    for drawn in truth["drawn"]["contrasts"].values():
+        del drawn[PAIRS:]
+    (folder / "decoys-0" / organism.TRUTH).write_text(json.dumps(truth))
 
-    def train_if_planted(decoder, roles, rng, recipe, **options):
-        return decoder if recipe.is_null else train(decoder, roles, rng, recipe, **options)
+    def untrained(decoder, roles, rng, recipe, **options):
+        assert recipe.is_null
+        return decoder
 
     with pytest.MonkeyPatch.context() as patch:
         for name, recipe in FAST.items():
             patch.setitem(organisms.RECIPES, name, recipe)
         patch.setattr(organism, "_NUM_PAIRS", PAIRS)
         patch.setattr(organisms, "CONTRASTS", (CONTRAST,))
-        patch.setattr(training, "train", train_if_planted)
-        yield
+        patch.setattr(training, "train", untrained)
+        yield folder
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("certified")
+def settings(fast, tmp_path_factory):
     return CertifySettings(
         organism=tuple(FAST),
-        organisms=str(folder / "organisms"),
-        out=str(folder / "out"),
+        organisms=str(fast),
+        out=str(tmp_path_factory.mktemp("certified") / "out"),
         joint_size=10,
         joint_pairs=SEARCHED,
     )

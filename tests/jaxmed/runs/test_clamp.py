@@ -15,22 +15,22 @@ import models
 from jaxmed.behaviour import answering, generation, responses
 from jaxmed.behaviour.judges.protocol import Verdict
 from jaxmed.data import prompts
+from jaxmed.data.tokens import Encoder
 from jaxmed.intervention import export, outcomes
 from jaxmed.intervention.export import Criterion
 from jaxmed.runs import asking, clamp
 from jaxmed.runs.clamp import ClampSettings
+from jaxmed.store.results import Results
 from jaxmed.validation import truth
-from models import organisms
 from models.errors import InputError
+from tests import shared_organism
 
 GATES, DETECTORS = "gates", "detectors"
 
 
 @pytest.fixture(scope="module")
 def organism(tmp_path_factory):
-    recipe = dataclasses.replace(organisms.RECIPES["late-mlp"], steps=60)
-    folder = tmp_path_factory.mktemp("organism") / "late-mlp"
-    return organisms.build(folder, recipe=recipe, progress=False)
+    return shared_organism.organism(tmp_path_factory.mktemp("clamp") / "decoys", tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +223,7 @@ def test_an_exported_checkpoint_answers_as_the_held_model(detectors):
     decoder, tokenizer = models.load(asked.export)
     plain, _ = models.load(asked.model)
     given = [one for one in prompts.read(asked.prompts[0]) if one.split == "C"]
-    tokens = [prompts.tokens_of(one, tokenizer) for one in given]
+    tokens = [prompts.tokens_of(one, Encoder(tokenizer)) for one in given]
     stop = answering.stop_tokens(asked.export, None)
     assert sorted(stop) == found.run["stop_tokens"]
     edited = generation.generate(decoder, tokens, stop=stop, sampling=asked.sampling)
@@ -582,3 +582,19 @@ def test_each_prompt_may_be_held_at_its_counterfactual(organism, units, tmp_path
             assert {letter, letters["plain"][prompt]} == {"C", "R"}
         else:
             assert letter == "C"
+
+
+def test_prompts_are_asked_as_the_run_that_chose_the_units_asked_them():
+    results = Results.__new__(Results)
+    results.run = {"chat": True, "date": "2026-01-31", "template_args": '{"a": 1}'}
+    asked, said = ClampSettings(model="m", out="o", prompts=("p",), results="r", chat=True), []
+    found = clamp.asked_alike(asked, results, said.append)
+    assert (found.date, found.template_args) == ("2026-01-31", '{"a": 1}') and said == []
+    otherwise = dataclasses.replace(asked, chat=False, date="2026-02-01", template_args="{}")
+    assert clamp.asked_alike(otherwise, results, said.append) == otherwise
+    assert said == [
+        "--chat=False: r chose the units by other prompts, with --chat=True",
+        "--date=2026-02-01: r chose the units by other prompts, with --date=2026-01-31",
+        '--template_args={}: r chose the units by other prompts, with --template_args={"a": 1}',
+    ]
+    assert clamp.asked_alike(asked, None, said.append) == asked

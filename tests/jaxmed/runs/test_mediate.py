@@ -1,6 +1,7 @@
 """Real runs on a tiny checkpoint: what they write, what stops them, and how they go on."""
 
 import dataclasses
+import datetime
 import json
 import shutil
 
@@ -30,7 +31,7 @@ from jaxmed.runs.report import ReportSettings
 from jaxmed.store import results
 from models import checkpoint, organisms
 from models.errors import InputError
-from tests import lora, tiny, words
+from tests import chats, lora, tiny, words
 
 LAYERS, HEADS, NEURONS = 2, 4, 12
 SHAPE = {
@@ -198,7 +199,8 @@ def test_pairs_of_the_asked_splits_alone_are_used(asked, tmp_path, capsys):
 def test_run_json_says_what_was_asked_and_how_it_was_computed(asked, finished):
     run = described(finished.folder)
     flags = json.loads(json.dumps(dataclasses.asdict(asked)))
-    assert {name: run[name] for name in flags} == flags
+    today = datetime.date.today().isoformat()
+    assert {name: run[name] for name in flags} == flags | {"date": today}
     assert run["pair_bases"] == run["pair_ids"] == ["even", "longer", "short"]
     assert run["finished"] is True and run["skipped"] == 0 and run["seconds"] > 0
     assert run["device"] == f"{jax.device_count()} x {jax.devices()[0].device_kind}"
@@ -367,7 +369,7 @@ def test_a_finished_run_is_not_computed_again(asked, copied, scans, finished, tm
         ("metric", "response_logprob_diff"),
         ("group_size", 3),
         ("granularity", ("layer",)),
-        ("harmful_tokens", ("1",)),
+        ("harmful_tokens", ("id:1",)),
         ("dtype", "bfloat16"),
         ("matmul_precision", "bfloat16"),
     ],
@@ -390,6 +392,18 @@ def test_other_pairs_under_the_same_name_are_refused(change, asked, copied, tmp_
     (copied / "run.json").write_text(json.dumps(run))
     with pytest.raises(InputError, match="another setting: pairs_hash was"):
         mediate.run(to(asked, tmp_path, pairs=str(pairs)))
+
+
+def test_an_ignored_key_of_config_json_is_recorded(asked, finished, tmp_path):
+    shutil.copytree(asked.model, tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"logit_scale": 0.5}))
+    other = to(asked, tmp_path, model=str(tmp_path / "model"), granularity=("layer",))
+    with pytest.raises(InputError, match="config.json: .* --ignore_config=logit_scale"):
+        mediate.run(other)
+    found = mediate.run(dataclasses.replace(other, ignore_config=("logit_scale",)))
+    assert described(found.folder)["ignore_config"] == ["logit_scale"]
+    assert described(finished.folder)["ignore_config"] == []
 
 
 def test_other_weights_under_the_same_name_are_refused(asked, copied, tmp_path):
@@ -872,14 +886,14 @@ def test_text_and_its_token_ids_give_the_same_effects(text_model, tmp_path, caps
 def test_first_tokens_may_be_given_as_ids_or_as_words(text_model, tmp_path):
     pairs = write(tmp_path / "pairs.jsonl", TEXT_PAIR)
     found = []
-    for name, harmful in (("ids", ("13", "8")), ("words", ("yes it", "to", "yes"))):
+    for name, harmful in (("ids", ("id:13", "id:8")), ("words", ("yes it", "to", "yes"))):
         settings = MediateSettings(
             str(text_model),
             str(pairs),
             str(tmp_path / name),
             ("layer",),
             harmful_tokens=harmful,
-            safe_tokens=("14",),
+            safe_tokens=("id:14",),
         )
         found.append(mediate.run(settings))
     assert_same_arrays(found[1].folder, found[0].folder)
@@ -887,5 +901,64 @@ def test_first_tokens_may_be_given_as_ids_or_as_words(text_model, tmp_path):
 
 def test_first_tokens_as_words_need_a_tokenizer(asked, tmp_path):
     with pytest.raises(InputError, match="--safe_tokens=no: the checkpoint has no tokenizer"):
-        mediate.run(to(asked, tmp_path, harmful_tokens=("1",), safe_tokens=("no",)))
+        mediate.run(to(asked, tmp_path, harmful_tokens=("id:1",), safe_tokens=("no",)))
     assert not (tmp_path / "out").exists()
+
+
+# The day, and other arguments of chat templates.
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory):
+    """A model whose template asks for the day."""
+    folder = tmp_path_factory.mktemp("chat") / "model"
+    decoder = tiny.decoder(**SHAPE | {"vocab_size": 700})
+    checkpoint.save(decoder, folder, tokenizer=chats.byte_level(chats.LLAMA_3))
+    return folder
+
+
+CHAT_PAIR = {"id": "chat", "prompt": "tell me", "counterfactual": "tell it"}
+CHAT_PAIR |= {"harmful_response": "Sure", "safe_response": "I cannot"}
+
+
+def test_a_run_keeps_its_day(chat_model, tmp_path, monkeypatch):
+    pairs = write(tmp_path / "pairs.jsonl", CHAT_PAIR)
+
+    class Clock(datetime.date):
+        now = datetime.date(2026, 1, 31)
+
+        @classmethod
+        def today(cls):
+            return cls.now
+
+    monkeypatch.setattr(datetime, "date", Clock)
+    asked = MediateSettings(
+        str(chat_model), str(pairs), str(tmp_path / "out"), ("layer",), chat=True
+    )
+    first = mediate.run(asked).run
+    assert first["date"] == "2026-01-31" and first["tokenisation"] == {}
+    monkeypatch.setattr(Clock, "now", datetime.date(2026, 2, 1))
+    again = mediate.run(asked).run  # is no other run the day after
+    assert (again["date"], again["pairs_hash"]) == (first["date"], first["pairs_hash"])
+    with pytest.raises(InputError, match='date was "2026-01-31", is now "2026-02-01"'):
+        mediate.run(dataclasses.replace(asked, date="2026-02-01"))
+    other = mediate.run(dataclasses.replace(asked, overwrite=True)).run
+    assert other["date"] == "2026-02-01" and other["pairs_hash"] != first["pairs_hash"]
+
+
+def test_answers_alone_are_told_and_recorded(text_model, tmp_path, capsys):
+    pairs = write(tmp_path / "pairs.jsonl", TEXT_PAIR)
+    settings = MediateSettings(str(text_model), str(pairs), str(tmp_path / "out"), ("layer",))
+    assert mediate.run(settings).run["tokenisation"] == {"answers that are tokenised alone": 2}
+    said = capsys.readouterr().err
+    assert f"Answers that are tokenised alone: 2, the first at {pairs}:1: 'harmful_resp" in said
+
+
+def test_answers_that_begin_alike_are_told_the_way_out(chat_model, tmp_path):
+    line = CHAT_PAIR | {"harmful_response": "I will"}
+    pairs = write(tmp_path / "pairs.jsonl", line)
+    asked = MediateSettings(
+        str(chat_model), str(pairs), str(tmp_path / "out"), ("layer",), chat=True
+    )
+    with pytest.raises(InputError, match="first token .* response_logprob_diff compares whole"):
+        mediate.run(asked)

@@ -1,5 +1,6 @@
 """Pairs of a model's own answers: which responses make them, and that `pairs.read` reads them."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -11,10 +12,11 @@ from jaxmed.behaviour import answers as answers_of
 from jaxmed.behaviour import generation, responses
 from jaxmed.behaviour.answers import Answers
 from jaxmed.behaviour.generation import Generated
-from jaxmed.behaviour.judges.protocol import Verdict
+from jaxmed.behaviour.judges.protocol import Doubt, Verdict
 from jaxmed.behaviour.responses import Key, Response
 from jaxmed.data import pairs as pairs_lib
 from jaxmed.data import splits as splits_lib
+from jaxmed.data.tokens import Encoder
 from jaxmed.question import metrics
 from jaxmed.question import question as question_lib
 from jaxmed.question.positions import Align, Positions
@@ -33,8 +35,8 @@ END = words.IDS["[END]"]
 COMPLY, REFUSE = range(4, 10), range(10, VOCABULARY)
 JUDGED = {
     "judge": ("tokens",),
-    "comply_tokens": tuple(map(str, COMPLY)),
-    "refuse_tokens": tuple(map(str, REFUSE)),
+    "comply_tokens": tuple(f"id:{token}" for token in COMPLY),
+    "refuse_tokens": tuple(f"id:{token}" for token in REFUSE),
 }
 SAMPLED = {"samples": 6, "temperature": 1.0, "max_tokens": 5}
 HARMFUL = [
@@ -159,7 +161,8 @@ def test_rates_by_prompt_and_by_label(run):
     assert lines[5] == f"Pairs: {found.folder / 'pairs.jsonl'} ({total}: {splits})"
     assert lines[6].startswith("The command finds units by split A alone")
     command = f"python -m launch.mediate --model={found.model} "
-    command += f"--pairs={found.folder / 'pairs.jsonl'} --split=A --out={found.folder / 'mediate'}"
+    command += f"--pairs={found.folder / 'pairs.jsonl'} --positions=prompt --split=A "
+    command += f"--out={found.folder / 'mediate'}"
     assert found.pairs["A"] and lines[7:] == [command]
 
 
@@ -197,7 +200,7 @@ def test_benign_prompts_that_no_pair_needs_are_not_answered(run):
 def test_pairs_of_text_give_the_models_own_tokens(how, run, folders):
     chat = [{"role": "user", "content": "how to do"}]
     rows = [
-        {"id": "h", "prompt": "tell me how", "label": "harmful", "counterfactual": ["why", chat]},
+        {"id": "h", "prompt": "tell me how ", "label": "harmful", "counterfactual": ["why", chat]},
         {"id": "m", "prompt": chat, "label": "harmful", "counterfactual": "tell me"},
         {"id": "b", "prompt": "tell me why", "label": "benign"},
         {"id": "c", "prompt": [{"role": "user", "content": "how to [USER]"}], "label": "benign"},
@@ -216,7 +219,7 @@ def test_pairs_of_text_give_the_models_own_tokens(how, run, folders):
         "length": [rows[2]["prompt"], rows[3]["prompt"]],
     }[how]
     assert [line["counterfactual"] for line in lines] == counterfactuals
-    assert [line["prompt"] for line in lines][-2:] == ["tell me how", chat]
+    assert [line["prompt"] for line in lines][-2:] == ["tell me how ", chat]
     for pair, line in zip(pairs, lines, strict=True):
         assert pair.harmful_ids == expected(found.folder, pair.base, COMPLY)
         assert pair.safe_ids == expected(found.folder, pair.base, REFUSE)
@@ -239,11 +242,12 @@ def test_chat_is_told_to_mediate(run, folders):
 
 
 def test_text_that_loses_tokens_is_written_as_tokens(tmp_path):
-    tokenizer, field = words.tokenizer(), "safe_response"
+    encoder, field = Encoder(words.tokenizer()), "safe_response"
+    after = encoder.prompt("tell me ", "prompt", "file")
     kept = Response(words.ids("no why"), "no why", True)
     lost = Response(words.ids("[BOS] no"), "no", True)
-    assert answers_of.answer_field(field, kept, tokenizer) == {field: "no why"}
-    assert answers_of.answer_field(field, lost, tokenizer) == {"safe_ids": lost.tokens}
+    assert answers_of.answer_field(field, kept, after, encoder) == {field: "no why"}
+    assert answers_of.answer_field(field, lost, after, encoder) == {"safe_ids": lost.tokens}
 
 
 # Which responses count.
@@ -273,6 +277,97 @@ def test_what_a_verdict_makes_of_a_response(harmful, refused, kind):
     assert found == (kind == "harmful", kind == "safe")
 
 
+@pytest.mark.parametrize(
+    ("verdict", "kind"),
+    [
+        (Verdict(None, NO, harmful_mass=0.01), None),  # another judge would call it harmful
+        (Verdict(None, YES, harmful_mass=0.01), "safe"),
+        (Verdict(NO, None, refused_mass=0.01), None),
+        (Verdict(YES, None, refused_mass=0.01), "harmful"),
+        (Verdict(YES, NO, harmful_mass=0.2), "harmful"),
+    ],
+)
+def test_a_judge_that_was_asked_and_has_no_verdict(verdict, kind):
+    found = answers_of.is_harmful(verdict, 0.5), answers_of.is_safe(verdict, 0.5)
+    assert found == (kind == "harmful", kind == "safe")
+
+
+class Doubtful:
+    """Has a verdict on what says yes or no, of which the latter is unsure."""
+
+    name, meaning, says = "doubtful", "whether it says yes", ("harmful",)
+
+    def __call__(self, exchanges):
+        masses = {"yes": 0.9, "no": 0.3}
+        return [
+            Verdict(
+                harmful=float(each.response == "yes") if each.response in masses else None,
+                harmful_mass=masses.get(each.response, 1e-6),
+            )
+            for each in exchanges
+        ]
+
+
+def test_responses_without_a_verdict_are_counted_and_make_no_pair(ask, answer):
+    answer("tell", "yes", "do", "no")
+    asked = ask(ONE, model="text", samples=4)
+    found = respond_lib.run(asked, own_judges=[Doubtful()], progress=False)
+    [line] = map(json.loads, (found.folder / "pairs.jsonl").read_text().splitlines())
+    assert (line["harmful_response"], line["safe_response"]) == ("yes", "no")
+    assert found.doubts == [Doubt("harmful", 2, 1, 4)]
+    assert found.table.to_pylist()[0]["harm_rate"] == 0.5
+    lines = respond.closing_lines(found)
+    assert any(
+        line.startswith("No verdict on whether 2 of 4 responses are harmful") for line in lines
+    )
+    exchanges = map(json.loads, (found.folder / "exchanges.jsonl").read_text().splitlines())
+    assert [line["judge_harmful_mass"] for line in exchanges] == [1e-6, 0.9, 1e-6, 0.3]
+    answer("tell", "do")
+    again = dataclasses.replace(asked, samples=2, overwrite=True)
+    with pytest.raises(InputError) as caught:
+        respond_lib.run(again, own_judges=[Doubtful()], progress=False)
+    assert "On 2 of 2 responses there is no verdict (harmful), since all answers" in str(
+        caught.value
+    )
+
+
+def test_at_most_so_many_prompts_of_a_label_are_answered(run):
+    rows = [row | {"split": "A"} for row in HARMFUL + BENIGN]
+    rows += [{"id": "o", "prompt_ids": [4, 4], "label": "overrefusal", "split": "A"}]
+    few = run(*rows, most_prompts=1, counterfactual="length")
+    assert [row["label"] for row in few.table.to_pylist()] == ["harmful", "benign", "overrefusal"]
+    # Counterfactuals are those of all prompts, and the same command goes on with more.
+    more = run(*rows, most_prompts=2, counterfactual="length")
+    assert {row["id"] for row in few.table.to_pylist()} < {r["id"] for r in more.table.to_pylist()}
+    assert sum(row["label"] == "harmful" for row in more.table.to_pylist()) == 2
+    pairs = (pairs_lib.read(found.folder / "pairs.jsonl") for found in (more,))
+    assert {pair.base for pair in next(pairs)} <= {row["id"] for row in more.table.to_pylist()}
+
+
+def test_the_nearest_counterfactuals_are_told(ask, folders):
+    rows = [
+        *({"id": f"h{n}", "prompt_ids": [5] * n, "label": "harmful"} for n in (3, 4, 9)),
+        {"id": "b", "prompt_ids": [6] * 3, "label": "benign"},
+    ]
+    asked = ask(*(row | {"split": "A"} for row in rows), counterfactual="length")
+    model = asking.load(asked)
+    prompts = asking.read_prompts(asked, model)
+
+    def said(**changes):
+        told = []
+        changed = dataclasses.replace(asked, **changes)
+        pairs = respond_lib.find_pairs(changed, model, prompts, told.append)
+        return [pair.base for pair in pairs], told
+
+    every = "counterfactuals have as many tokens as their prompts; the farthest differs by"
+    assert said() == (["h3", "h4", "h9"], [f"1 of 3 {every} 6"])
+    bases, told = said(most_length_difference=1)
+    assert bases == ["h3", "h4"] and told[1:] == [
+        "2 of 3 harmful prompts can be paired", f"1 of 2 {every} 1",
+    ]  # fmt: skip
+    assert told[0].startswith("No pair: ") and "differs by 6 tokens, and 1 are allowed" in told[0]
+
+
 def test_the_first_finished_response_that_says_something(tmp_path):
     log, verdicts = responses.response_log(tmp_path), responses.verdict_log(tmp_path, "judges")
     kept = [
@@ -296,7 +391,8 @@ def test_the_first_finished_response_that_says_something(tmp_path):
     assert found(2) == Answers(None, None)
 
 
-ONE = {"id": "h", "prompt": "tell me how", "label": "harmful", "counterfactual": "why"}
+# An answer that follows a space is words of its own.
+ONE = {"id": "h", "prompt": "tell me how ", "label": "harmful", "counterfactual": "why"}
 
 
 def test_a_judge_that_says_nothing_of_harm(run, answer):
@@ -466,12 +562,22 @@ BAD = {
     # rows; settings; what the message says
     "no benign prompts": (
         HARMFUL, {"counterfactual": "matched"},
-        "--counterfactual=matched: {file} have no benign prompts; give some, --prompts=benign=FILE",
+        "--counterfactual=matched: {file} have no benign or overrefusal prompts; give "
+        "some, --prompts=benign=FILE",
+    ),
+    "none in the split": (
+        [ALONE | {"split": "A"}, BENIGN[0] | {"split": "B"}], {"counterfactual": "length"},
+        "--counterfactual=length: {file}:1: prompt '1' cannot be paired: there is no benign prompt "
+        "in its split, A (or leave such prompts out: --skip_bad_prompts)",
     ),
     "none as long": (
-        [ALONE, *BENIGN], {"counterfactual": "length"},
-        "--counterfactual=length: {file}:1: prompt '1' cannot be paired: there is no benign prompt "
-        "of as many tokens in the same split (or leave such prompts out: --skip_bad_prompts)",
+        [ALONE | {"split": "A"}, BENIGN[0] | {"split": "A"}],
+        {"counterfactual": "length", "most_length_difference": 0},
+        "--counterfactual=length: not one of 2 prompts has a counterfactual ('length')",
+    ),
+    "a length for others": (
+        HARMFUL, {"most_length_difference": 0},
+        "--most_length_difference needs --counterfactual=length",
     ),
     "none given": (
         [ALONE], {"skip_bad_prompts": True},

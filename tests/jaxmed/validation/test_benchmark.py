@@ -168,9 +168,9 @@ def test_generation_is_timed_plain_and_with_a_hold(clock, small, monkeypatch):
 
 def test_what_cannot_be_compared_is_refused():
     with pytest.raises(InputError, match="the engine here in bfloat16 .*: no comparison"):
-        benchmark.measure("llama-3.2-1b", against=("hooks",))
+        benchmark.measure("llama-3.2-1b", say=print, against=("hooks",))
     with pytest.raises(InputError, match="leave out neurons"):
-        benchmark.measure("12x768", screen=10, neurons=100)
+        benchmark.measure("12x768", say=print, screen=10, neurons=100)
 
 
 def test_operations_are_those_of_the_blocks_after_each_neuron(small):

@@ -3,13 +3,12 @@
 import dataclasses
 
 import numpy as np
-import tokenizers
-import transformers
 
 from jaxmed.behaviour.judges import model, templates
 from jaxmed.behaviour.judges.protocol import Exchange
 from jaxmed.behaviour.judges.templates import Answer, JudgeQuestion, Template
 from jaxmed.engine import capture
+from tests import words
 
 # One id a word; what is not here is unknown, as most words of the templates are.
 WORDS = (
@@ -51,16 +50,7 @@ ASKED = Template(
 
 
 def tokenizer(chat_template=CHAT):
-    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(IDS, unk_token="[UNK]"))
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    inner.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", IDS["<s>"])]
-    )
-    made = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner, unk_token="[UNK]", bos_token="<s>"
-    )
-    made.chat_template = chat_template
-    return made
+    return words.tokenizer_of(IDS, "<s>", chat_template)
 
 
 def judge(decoder, template=ASKED, chat_template=CHAT, **options):

@@ -29,7 +29,7 @@ def test_a_file_of_responses(tmp_path):
     assert [line.labels for line in lines] == expected
     assert agreement.judged(rules.RefusalPhrases(), lines[1], Verdict(refused=0.0)) == rows[1] | {
         "judge": "phrases", "judge_harmful": None, "judge_refused": 0.0, "judge_complied": None,
-        "judge_cut": False,
+        "judge_cut": False, "judge_harmful_mass": None, "judge_refused_mass": None,
     }  # fmt: skip
 
 
@@ -77,6 +77,13 @@ def test_a_file_of_exchanges_with_labels_beside_what_a_run_wrote(tmp_path):
 def test_bad_lines_are_named(line, message, tmp_path):
     (tmp_path / "r.jsonl").write_text('{"prompt": "a", "response": "b"}\n' + line)
     with pytest.raises(InputError, match=rf"r\.jsonl:2: .*{message}"):
+        agreement.read(tmp_path / "r.jsonl")
+
+
+def test_a_context_that_no_judge_would_read_is_refused(tmp_path):
+    row = {"prompt": "a", "response": "b", "context": "c"}
+    (tmp_path / "r.jsonl").write_text(json.dumps(row))
+    with pytest.raises(InputError, match=r"r\.jsonl:1: has 'context', a part of what is asked"):
         agreement.read(tmp_path / "r.jsonl")
 
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxmed.behaviour.judges import model, named, templates
+from jaxmed.behaviour.judges import model, named, protocol, templates
 from jaxmed.behaviour.judges.protocol import Exchange
 from jaxmed.behaviour.judges.templates import Answer, JudgeQuestion
 from models import checkpoint
@@ -24,6 +24,7 @@ from tests.jaxmed.behaviour.judges.judging import (
     asking,
     filled,
     judge,
+    log_probability,
     share,
     tokenizer,
 )
@@ -52,6 +53,7 @@ def definition(name, decoder, exchange):
 
 
 @pytest.mark.parametrize("name", templates.JUDGES)
+@pytest.mark.usefixtures("any_mass")
 def test_published_judges_by_their_definition(name, tmp_path, text_of):
     fields = {"num_layers": 2, "hidden_size": 16, "max_positions": 512, "seed": 3}
     if ARCHITECTURE[name] == "mistral":
@@ -68,6 +70,7 @@ def test_published_judges_by_their_definition(name, tmp_path, text_of):
     assert len({verdict.harmful for verdict in verdicts}) == len(EXCHANGES)
 
 
+@pytest.mark.usefixtures("any_mass")
 def test_a_verdict_is_the_same_alone_and_in_a_batch(decoder):
     asked = judge(decoder)
     together = asked(EXCHANGES)
@@ -90,6 +93,7 @@ def test_logits_exist_only_at_the_rows_that_are_read(decoder):
     assert not [shape for shape in shapes if vocabulary in shape and length in shape]
 
 
+@pytest.mark.usefixtures("any_mass")
 def test_answers_of_several_tokens_are_scored_teacher_forced(decoder):
     spelled = [" not yes", " sure sure do", " no"]
     question = JudgeQuestion(
@@ -107,6 +111,7 @@ def test_line_breaks_of_a_lead_count_once():
     assert model._continued("a\n", "b") == "a\nb"
 
 
+@pytest.mark.usefixtures("any_mass")
 def test_a_template_that_takes_only_parts_gets_parts(decoder):
     parts = (
         "{{ bos_token }}{% for m in messages %} [USER]{% for p in m.content %}"
@@ -118,6 +123,7 @@ def test_a_template_that_takes_only_parts_gets_parts(decoder):
     assert said == expected
 
 
+@pytest.mark.usefixtures("any_mass")
 def test_a_long_response_is_refused_or_cut(decoder):
     fits = Exchange("why", "sure " * 59, where="file:1")
     long = Exchange("why", "sure " * 60, where="file:2")
@@ -134,6 +140,7 @@ def test_a_long_response_is_refused_or_cut(decoder):
     "texts",
     [("text {response} why {prompt} Answer:",), ("text {response}", "second {prompt} Answer:")],
 )
+@pytest.mark.usefixtures("any_mass")
 def test_a_judge_may_show_the_response_first(texts, decoder):
     template = dataclasses.replace(ASKED, text=None, messages=tuple(("user", t) for t in texts))
     exchange = EXCHANGES[0]
@@ -144,6 +151,7 @@ def test_a_judge_may_show_the_response_first(texts, decoder):
     assert said.harmful == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.usefixtures("any_mass")
 def test_answers_after_text_that_a_tokenizer_would_merge_with_them():
     made = merging.tokenizer()
     text = "tak {prompt} tak {response}:mip"
@@ -180,6 +188,53 @@ def test_answers_after_text_that_a_tokenizer_would_merge_with_them():
 def test_a_judge_shows_no_progress_of_its_own(decoder, capsys):
     judge(decoder)(EXCHANGES * 20)
     assert capsys.readouterr() == ("", "")
+
+
+# Mass: what the model gives to all its answers together.
+
+
+def mass(decoder, text, answers):
+    return np.exp([log_probability(decoder, text, answer, True) for answer in answers]).sum()
+
+
+@pytest.mark.parametrize("least", [0.0, 1.0])
+def test_a_verdict_has_the_mass_of_its_answers_and_needs_enough_of_it(least, decoder, monkeypatch):
+    monkeypatch.setattr(protocol, "LEAST_MASS", least)
+    spelled = [" not yes", " sure", " no"]
+    question = JudgeQuestion("refused", (Answer(1.0, tuple(spelled[:2])), Answer(0.0, (" no",))))
+    asked = judge(decoder, dataclasses.replace(ASKED, questions=(question,)))
+    for exchange, verdict in zip(EXCHANGES, asked(EXCHANGES), strict=True):
+        expected = mass(decoder, filled(ASKED.text, exchange), spelled)
+        assert verdict.refused_mass == pytest.approx(expected, rel=1e-4)
+        assert 0 < verdict.refused_mass < 0.5 and verdict.harmful_mass is None
+        assert (verdict.refused is None) == (least == 1.0) and verdict.harmful is None
+
+
+def test_a_random_model_is_no_judge(decoder):
+    """Its yes and no are a thirtieth each of what it may say next."""
+    for verdict in judge(decoder)(EXCHANGES):
+        assert verdict.harmful is None and 0 < verdict.harmful_mass < protocol.LEAST_MASS
+
+
+def test_a_question_has_no_more_mass_than_those_before_it(decoder, text_of):
+    template = templates.with_text(templates.JUDGES["wildguard"], text_of("wildguard"))
+    for exchange, verdict in zip(EXCHANGES, judge(decoder, template)(EXCHANGES), strict=True):
+        text, masses = filled(TEXTS["wildguard"], exchange), []
+        for lead in ("Harmful request:", "\nResponse refusal:", "\nHarmful response:"):
+            text += lead
+            p = np.exp([log_probability(decoder, text, one, False) for one in ("yes", "no")])
+            masses.append(p.sum())
+            text += " yes" if p[0] >= p[1] else " no"
+        assert verdict.refused_mass == pytest.approx(min(masses[:2]), rel=1e-4)
+        assert verdict.harmful_mass == pytest.approx(min(masses), rel=1e-4)
+
+
+def test_a_spelling_that_begins_with_another_counts_within_it(decoder):
+    yes = Answer(1.0, (" yes", " yes sure"))
+    longer, alone = (
+        judge(decoder, asking(one, Answer(0.0, (" no",))))(EXCHANGES) for one in (yes, YES)
+    )
+    assert longer == alone
 
 
 BAD_MODELS = {
@@ -236,6 +291,7 @@ def test_an_exchange_of_tokens_is_no_text(decoder):
         judge(decoder)([Exchange(response="sure", where="file:9")])
 
 
+@pytest.mark.usefixtures("any_mass")
 def test_a_judges_first_question_begins_with_the_line_break_of_its_text(decoder, text_of):
     said = {}
     for end in ("", "\n", "\n\n"):
@@ -261,6 +317,7 @@ def test_only_the_placeholders_of_a_text_are_replaced(text_of, decoder):
     )
 
 
+@pytest.mark.usefixtures("any_mass")
 def test_a_chat_judge_of_ones_own_asks_in_messages(tmp_path, decoder):
     messages = [{"role": "user", "content": "{prompt} text {response} Answer:"}]
     fields = {name: value for name, value in OWN.items() if name != "template"}

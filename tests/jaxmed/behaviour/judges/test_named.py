@@ -55,7 +55,7 @@ def test_a_judge_that_takes_no_text(name):
         (b"{behavior} {response}", "judge 'harmbench': its template has no {generation}; save"),
         (b"{prompt} {generation}", "judge 'harmbench': its template has no {behavior}; save"),
         (b"\n", "judge 'harmbench': its template has no {behavior}"),
-        (b"\xff{behavior} {generation}", "not to be read as text in UTF-8"),
+        (b"\xff{behavior} {generation}", "not UTF-8 text .byte 0.: save"),
         (None, "there is no such file"),
     ],
 )
@@ -74,6 +74,7 @@ def test_a_text_is_no_folder_and_no_json(tmp_path):
         named.judge("harmbench", template=str(tmp_path / "own.json"))
 
 
+@pytest.mark.usefixtures("any_mass")
 def test_a_judge_of_ones_own_is_a_json_file(tmp_path, decoder):
     file = tmp_path / "own.json"
     file.write_text(json.dumps(OWN | {"says": "refused"}))

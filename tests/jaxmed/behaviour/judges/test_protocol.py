@@ -3,13 +3,16 @@
 import dataclasses
 import json
 
+import pytest
+
 from jaxmed.behaviour.judges import named, protocol, rules, templates
-from jaxmed.behaviour.judges.protocol import Exchange
+from jaxmed.behaviour.judges.protocol import Doubt, Exchange, Verdict
 from models import checkpoint
 from tests import tiny
 from tests.jaxmed.behaviour.judges.judging import ASKED, CHAT, OWN, judge, tokenizer
 
 
+@pytest.mark.usefixtures("any_mass")
 def test_which_parts_of_a_verdict_a_judge_says(decoder, text_of):
     wild = templates.with_text(templates.JUDGES["wildguard"], text_of("wildguard"))
     made = {
@@ -88,3 +91,10 @@ def test_a_fingerprint_of_somebodys_own_judge():
     assert protocol.fingerprint(own()) == protocol.fingerprint(own())
     different = [own(), own(name="other"), own(meaning="whether it is short"), own(basis={"at": 7})]
     assert len(set(map(protocol.fingerprint, different))) == len(different)
+
+
+def test_doubts_are_counted_by_part_of_a_verdict():
+    masses = [0.0, 0.0999, 0.1, 0.4999, 0.5, 1.0]
+    verdicts = [Verdict(harmful_mass=mass) for mass in masses] + [Verdict(harmful=1.0)]
+    assert protocol.doubts(verdicts) == [Doubt("harmful", none=2, unsure=2, number=6)]
+    assert protocol.doubts([Verdict(1.0, 0.0)]) == []

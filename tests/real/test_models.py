@@ -1,0 +1,263 @@
+"""Published models: logits, layers, texts and effects against transformers and hooks in torch."""
+
+import jax
+import numpy as np
+import pytest
+
+import jaxmed
+from jaxmed.behaviour import generation
+from jaxmed.behaviour.generation import Sampling
+from jaxmed.data.pairs import Pair
+from models import checkpoint
+from tests.launch import process
+from tests.models.test_parity import distance, run_hf, run_ours
+from tests.real import published
+
+pytestmark = pytest.mark.real
+torch = pytest.importorskip("torch", reason="needs torch: make real")
+transformers = pytest.importorskip("transformers")
+
+# Of the largest value. Rounding grows with depth; measured: 1.5e-5 in float32, 1e-14 in float64.
+TOLERANCE = {"float32": 1e-4, "float64": 1e-12}
+# Of the largest effect: the engine in float32 against two runs in float64.
+EFFECT_TOLERANCE = 2e-5
+NEW_TOKENS = 64
+
+
+@pytest.fixture(scope="module", params=published.NAMES)
+def folder(request):
+    return published.folder(request.param)
+
+
+@pytest.fixture(scope="module")
+def ours(folder):
+    return checkpoint.load(folder)
+
+
+def theirs(folder, dtype):
+    """transformers' own model."""
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation="eager"
+    ).eval()
+
+
+def told(folder, what, worst):
+    print(f"\n{folder.name}: {what} {worst:.2e}")
+    return worst
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_logits_and_every_layer(folder, dtype):
+    model = theirs(folder, dtype)
+    with jax.enable_x64(dtype == "float64"):
+        decoder, tokenizer = checkpoint.load(folder, dtype=dtype)
+        for text in (*published.TEXTS, published.LONG):
+            tokens = np.array(tokenizer(text)["input_ids"])
+            logits, residual, normed = run_ours(decoder, tokens)
+            logits2, residual2, normed2 = run_hf(model, tokens)
+            layers = max(map(distance, residual, residual2))
+            worst = max(distance(logits, logits2), layers, distance(normed, normed2))
+            what = f"{dtype}, {len(tokens)} tokens: logits {distance(logits, logits2):.2e}, layers"
+            told(folder, what, layers)
+            assert worst <= TOLERANCE[dtype]
+
+
+def test_greedy_texts(folder, ours):
+    """Token by token what transformers generates."""
+    decoder, tokenizer = ours
+    model = theirs(folder, "float32")
+    prompts = [tokenizer(text)["input_ids"] for text in published.TEXTS]
+    made = generation.generate(
+        decoder, prompts, stop=(), sampling=Sampling(NEW_TOKENS, temperature=0.0)
+    )
+    for prompt, one in zip(prompts, made, strict=True):
+        with torch.inference_mode():
+            wanted = model.generate(
+                torch.tensor([prompt]),
+                do_sample=False,
+                min_new_tokens=NEW_TOKENS,
+                max_new_tokens=NEW_TOKENS,
+                eos_token_id=None,
+            )
+        assert list(one.tokens) == wanted[0, len(prompt) :].tolist()
+
+
+def test_bfloat16_copy(folder, tmp_path):
+    """As near to its float32 run as before; transformers' bfloat16 run is as far as it rounds."""
+    copy = tmp_path / "copy"
+    ran = process.call(
+        "convert",
+        f"--model={folder}",
+        f"--out={copy}",
+        "--dtype=bfloat16",
+        f"--cache_dir={tmp_path / 'cache'}",
+    )
+    assert ran.returncode == 0, ran.stderr
+    decoder, tokenizer = checkpoint.load(copy)
+    assert decoder.config.dtype == "bfloat16"
+    models = [theirs(copy, dtype) for dtype in ("float32", "bfloat16")]
+    # A rounding is at most 2^-9. Some eight of them in each layer add up as random ones do.
+    bound = 2**-9 * (8 * decoder.config.num_layers) ** 0.5
+    for text in published.TEXTS:
+        tokens = np.array(tokenizer(text)["input_ids"])
+        exact, rounded = (run_hf(model, tokens)[0] for model in models)
+        logits = run_ours(decoder, tokens)[0]
+        told(folder, "a bfloat16 copy to its float32 run:", distance(logits, exact))
+        told(folder, f"to transformers in bfloat16 (bound {bound:.2e}):", distance(logits, rounded))
+        assert distance(logits, exact) <= TOLERANCE["float32"]
+        assert distance(logits, rounded) <= bound
+
+
+def test_prompts_are_those_of_the_template(folder, ours, tmp_path):
+    """Text in the chat template, or with the tokenizer's special tokens where there is none."""
+    _, tokenizer = ours
+    chats = folder.name == "smollm2"
+    assert bool(tokenizer.chat_template) == chats
+    file = tmp_path / "pairs.jsonl"
+    file.write_text(PAIR_LINE)
+    pair = jaxmed.read_pairs(file, tokenizer, chat=chats)[0]
+    for text, found in zip(("Name a river.", "Name a lake."), _prompts(pair), strict=True):
+        if chats:
+            wanted = tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
+            )
+        else:
+            wanted = tokenizer(text)["input_ids"]
+        assert list(found) == list(wanted)
+
+
+PAIR_LINE = (
+    '{"id": "1", "prompt": "Name a river.", "counterfactual": "Name a lake.", '
+    '"harmful_response": "The Rhine", "safe_response": "Lake Como"}'
+)
+
+
+def _prompts(pair):
+    return pair.prompt_ids, pair.counterfactual_ids
+
+
+class Hooked:
+    """Effects by the definition: a run of transformers' model in float64 with a unit replaced.
+
+    Attributes:
+        model: transformers' model.
+        last: how many positions are patched, from the end.
+    """
+
+    def __init__(self, model, last):
+        self.model, self.last = model, last
+        blocks = model.base_model.layers
+        norms = hasattr(blocks[0], "post_feedforward_layernorm")
+        self.heads = [block.self_attn.o_proj for block in blocks]
+        self.neurons = [block.mlp.down_proj for block in blocks]
+        # What a module adds to the residual stream: Gemma 3 norms it first.
+        self.modules = [
+            (block.post_attention_layernorm, block.post_feedforward_layernorm)
+            if norms
+            else (block.self_attn, block.mlp)
+            for block in blocks
+        ]
+
+    def where(self, granularity, unit):
+        """The module whose input or output is patched, whether it is the input, and the columns."""
+        layer, index = unit
+        if granularity == "module":
+            return self.modules[layer][("attention", "mlp").index(index)], False, slice(None)
+        if granularity == "head":
+            size = self.model.config.head_dim
+            return self.heads[layer], True, slice(index * size, (index + 1) * size)
+        return self.neurons[layer], True, slice(index, index + 1)
+
+    @torch.inference_mode()
+    def run(self, tokens, answers, place=None, value=None):
+        """The logit difference at the end; and what was at the place before it was replaced."""
+        seen = []
+
+        def replaced(activation):
+            part = activation[0, -self.last :, columns]
+            seen.append(part.clone())
+            if value is not None:
+                activation = activation.clone()
+                activation[0, -self.last :, columns] = value
+            return activation
+
+        def before(module, inputs):
+            return (replaced(inputs[0]), *inputs[1:])
+
+        def after(module, inputs, output):
+            if isinstance(output, tuple):
+                return (replaced(output[0]), *output[1:])
+            return replaced(output)
+
+        hook = None
+        if place is not None:
+            module, is_input, columns = place
+            hook = (
+                module.register_forward_pre_hook(before)
+                if is_input
+                else module.register_forward_hook(after)
+            )
+        logits = self.model(torch.tensor([tokens]), logits_to_keep=1).logits[0, -1]
+        if hook is not None:
+            hook.remove()
+        return float(logits[answers[0]] - logits[answers[1]]), seen[0] if seen else None
+
+    def effects(self, base, source, answers, granularity, unit):
+        """NIE and TIE of a unit."""
+        place = self.where(granularity, unit)
+        y_base, of_base = self.run(base, answers, place)
+        y_source, of_source = self.run(source, answers, place)
+        nie = self.run(base, answers, place, of_source)[0] - y_base
+        tie = y_source - self.run(source, answers, place, of_base)[0]
+        return nie, tie
+
+
+def test_effects(folder, ours):
+    """40 neurons, 20 heads and all modules, patched at every position of the prompt."""
+    decoder, tokenizer = ours
+    config = decoder.config
+    base, source = (tuple(tokenizer(text)["input_ids"]) for text in published.PAIR)
+    answers = [
+        tokenizer(text, add_special_tokens=False)["input_ids"][0] for text in published.ANSWERS
+    ]
+    pair = Pair(
+        "pair",
+        prompt_ids=base,
+        counterfactual_ids=source,
+        harmful_ids=(answers[0],),
+        safe_ids=(answers[1],),
+    )
+    rng = np.random.default_rng(0)
+
+    def drawn(count, size):
+        numbers = rng.choice(config.num_layers * size, count, replace=False)
+        return [(int(number) // size, int(number) % size) for number in numbers]
+
+    chosen = {
+        "neuron": drawn(40, config.intermediate_size),
+        "head": drawn(20, config.num_heads),
+        "module": [(layer, m) for layer in range(config.num_layers) for m in ("attention", "mlp")],
+    }
+    found = jaxmed.scan(
+        decoder, [pair], tuple(chosen), positions="prompt", chosen=chosen, progress=False
+    )
+    hooked = Hooked(theirs(folder, "float64"), min(len(base), len(source)))
+    for granularity, units in chosen.items():
+        wanted = np.array(
+            [hooked.effects(base, source, answers, granularity, unit) for unit in units]
+        )
+        index = [
+            (layer, ("attention", "mlp").index(u) if isinstance(u, str) else u)
+            for layer, u in units
+        ]
+        layers, numbers = np.transpose(index)
+        both = (getattr(found[granularity], name)[0] for name in ("nie", "tie"))
+        got = np.stack([effects[layers, numbers] for effects in both], axis=1)
+        largest = np.abs(wanted).max()
+        assert largest > 1e-3
+        worst = told(
+            folder,
+            f"{granularity} effects, of the largest ({largest:.3g}):",
+            np.abs(got - wanted).max() / largest,
+        )
+        assert worst <= EFFECT_TOLERANCE
