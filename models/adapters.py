@@ -306,11 +306,11 @@ class _Config:
             r=_positive("r", attributes.get("r", 8)),
             alpha=_number("lora_alpha", attributes.get("lora_alpha", 8)),
             ranks={
-                pattern: _positive("rank_pattern", rank)
+                _regex(pattern): _positive("rank_pattern", rank)
                 for pattern, rank in (attributes.get("rank_pattern") or {}).items()
             },
             alphas={
-                pattern: _number("alpha_pattern", alpha)
+                _regex(pattern): _number("alpha_pattern", alpha)
                 for pattern, alpha in (attributes.get("alpha_pattern") or {}).items()
             },
             stabilised=bool(attributes.get("use_rslora")),
@@ -383,6 +383,12 @@ def _pattern_of(patterns: Iterable[str], module: str) -> str:
     return next((p for p in patterns if re.match(rf"(.*\.)?({p})$", module)), "")
 
 
+def _regex(pattern: str) -> str:
+    """The pattern, if it is one; re.error if not."""
+    re.compile(f"(.*\\.)?({pattern})$")
+    return pattern
+
+
 def _positive(name: str, value: Any) -> int:
     if type(value) is not int or value < 1:
         raise ValueError(f"{name} = {value!r}: a rank is a whole number above 0")
@@ -398,7 +404,7 @@ def _number(name: str, value: Any) -> float:
 def _attributes(file: pathlib.Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"{file}: cannot be read ({error})") from error
     if not isinstance(content, dict):
         raise AdapterError(f"{file}: not a JSON object")

@@ -55,12 +55,6 @@ class MediateSettings(Settings):
         path=True,
     )
     out: str = setting(help="Folder for the results; a stopped run goes on.", path=True)
-    adapter: str = setting(
-        help="Folder or hub id of a LoRA adapter in peft's format, which is merged into the "
-        "weights as they are loaded.",
-        default="",
-        path=True,
-    )
     granularity: tuple[str, ...] = setting(
         help=f"Any of {', '.join(SITES)}. token edits each aligned prompt position alone, "
         "whatever --positions says. direction needs --directions, and --directions alone is enough "
@@ -68,6 +62,12 @@ class MediateSettings(Settings):
         default=("layer", "module", "head", "token", "neuron"),
         choices=SITES,
         commas=True,
+    )
+    adapter: str = setting(
+        help="Folder or hub id of a LoRA adapter in peft's format, which is merged into the "
+        "weights as they are loaded.",
+        default="",
+        path=True,
     )
     metric: str = setting(
         help="logit_diff: logit of the harmful answer's first token minus that of the safe one's, "

@@ -297,6 +297,10 @@ REFUSED = {
     "alpha": ({"lora_alpha": "high"}, "lora_alpha = 'high': must be a number"),
     "a bad regex": ({"target_modules": "("}, "adapter_config.json: "),
     "a bad pattern": ({"rank_pattern": [1]}, "adapter_config.json: "),
+    "a bad regex of a pattern": ({"alpha_pattern": {"(": 1}}, "adapter_config.json: "),
+    "saved is a number": ({"modules_to_save": 1}, "adapter_config.json: "),
+    "a bad exclusion": ({"exclude_modules": 5}, "adapter_config.json: "),
+    "an endless alpha": ({"lora_alpha": float("inf")}, "lora_alpha = inf: must be a number"),
     "layers of a regex": (
         {"target_modules": ".*q_proj", "layers_to_transform": [0]},
         "layers_to_transform and a regex in target_modules exclude each other",
