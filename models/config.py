@@ -148,11 +148,11 @@ class DecoderConfig:
                 check_above(0, f"{name} of the rotary embedding", getattr(rotary, name))
         for factor in (*rotary.short_factors, *rotary.long_factors):
             check_above(0, "a factor of a rotary frequency", factor)
-        if rotary.kind in ("llama3", "longrope"):
-            check_whole("original_max_position_embeddings", rotary.original_max_positions)
         if rotary.kind == "llama3":
             check_above(0, "low_freq_factor", rotary.low_freq_factor)
             check_above(rotary.low_freq_factor, "high_freq_factor", rotary.high_freq_factor)
+        if rotary.kind in ("llama3", "longrope"):
+            check_whole("original_max_position_embeddings", rotary.original_max_positions)
         rotated = rotary.rotated(self.head_dim)
         if rotated % 2 or not 0 < rotated <= self.head_dim:
             raise ValueError(

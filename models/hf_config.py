@@ -311,7 +311,7 @@ def _refuse_unknown(
     parameters = attributes.get("rope_parameters") or {}
     # In some families transformers reads only one of their names, and leaves the other as it is.
     copied = {name: parameters[name] for name in parameters.keys() & _OTHER_NAMES}
-    required = ONLY_AT | family.only_at | copied
+    required = {**ONLY_AT, **family.only_at, **copied}
     understood = {*family.fields.values(), *family.windows.understood(attributes), *_READ}
     taken = _OTHER_NAMES - attributes.keys()
     known = understood | taken | required.keys() | UNSUPPORTED.keys()
