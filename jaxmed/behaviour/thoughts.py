@@ -26,7 +26,7 @@ def length(
     """
 
     def text(tokens: Sequence[int]) -> str:
-        return tokenizer.decode(list(tokens), skip_special_tokens=False)
+        return str(tokenizer.decode(list(tokens), skip_special_tokens=False))
 
     before, said = text(prompt[-_TAIL:]).rstrip(), text(response).lstrip()
     for opens, closes in THOUGHTS:

@@ -136,7 +136,7 @@ class ChatTemplate:
         ask: bool = True,
     ) -> str:
         given = [message | {"content": as_content(message["content"])} for message in messages]
-        return self.text.tokenizer.apply_chat_template(
+        rendered = self.text.tokenizer.apply_chat_template(
             given,
             chat_template=self.source,
             add_generation_prompt=ask and not go_on,
@@ -144,6 +144,7 @@ class ChatTemplate:
             tokenize=False,
             **self.args,
         )
+        return str(rendered)  # not tokenised, it is text
 
     def _dropped(self, messages: Sequence[dict], as_content: Callable[[str], Any]) -> str:
         """The role of a message that instructs the model, and is not there; "" if none is."""

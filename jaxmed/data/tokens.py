@@ -218,7 +218,7 @@ class Encoder:
     def following(self, text: str, after: Written, where: str) -> tuple[int, ...] | None:
         """What a text adds to the tokens of its prompt; None if it changes these, or only they are
         known."""
-        if after.text is None:
+        if after.text is None or self.tokenizer is None:
             return None
         lead = "" if not text or text[0].isspace() else after.gap
         before = self._text.ids(after.text, where)

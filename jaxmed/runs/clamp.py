@@ -168,7 +168,7 @@ def run(
     check(settings)
     results = _opened(settings)
     say = sweep.teller(progress)
-    settings = asked_alike(settings, results, say)
+    settings = asked_alike(settings, results.run if results else None, say)
     day = loading.day(settings.date, settings.out, overwrite=settings.overwrite)
     settings = dataclasses.replace(settings, date=day)
     say(f"Loading {settings.model}")
@@ -345,14 +345,20 @@ def _opened(settings: ClampSettings) -> Results | None:
 
 
 def asked_alike(
-    settings: ClampSettings, results: Results | None, say: Callable[[str], None]
+    settings: ClampSettings, run: dict | None, say: Callable[[str], None]
 ) -> ClampSettings:
     """The settings, with the chat template's date and arguments of the run that ranks the units
-    where they say none themselves; what they say otherwise is told."""
-    if results is None:
+    where they say none themselves; what they say otherwise is told.
+
+    Args:
+        settings: how prompts are asked here.
+        run: `run.json` of that run, which says how they were asked there; None if there is none.
+        say: told of what differs.
+    """
+    if run is None:
         return settings
     for name in ("chat", "date", "template_args"):
-        there, here = results.run[name], getattr(settings, name)
+        there, here = run[name], getattr(settings, name)
         if name != "chat" and not here:
             settings = dataclasses.replace(settings, **{name: there})
         elif here != there:

@@ -20,7 +20,6 @@ from jaxmed.intervention import export, outcomes
 from jaxmed.intervention.export import Criterion
 from jaxmed.runs import asking, clamp
 from jaxmed.runs.clamp import ClampSettings
-from jaxmed.store.results import Results
 from jaxmed.validation import truth
 from models.errors import InputError
 from tests import shared_organism
@@ -585,13 +584,12 @@ def test_each_prompt_may_be_held_at_its_counterfactual(organism, units, tmp_path
 
 
 def test_prompts_are_asked_as_the_run_that_chose_the_units_asked_them():
-    results = Results.__new__(Results)
-    results.run = {"chat": True, "date": "2026-01-31", "template_args": '{"a": 1}'}
+    run = {"chat": True, "date": "2026-01-31", "template_args": '{"a": 1}'}
     asked, said = ClampSettings(model="m", out="o", prompts=("p",), results="r", chat=True), []
-    found = clamp.asked_alike(asked, results, said.append)
+    found = clamp.asked_alike(asked, run, said.append)
     assert (found.date, found.template_args) == ("2026-01-31", '{"a": 1}') and said == []
     otherwise = dataclasses.replace(asked, chat=False, date="2026-02-01", template_args="{}")
-    assert clamp.asked_alike(otherwise, results, said.append) == otherwise
+    assert clamp.asked_alike(otherwise, run, said.append) == otherwise
     assert said == [
         "--chat=False: r chose the units by other prompts, with --chat=True",
         "--date=2026-02-01: r chose the units by other prompts, with --date=2026-01-31",
