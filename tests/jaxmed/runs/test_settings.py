@@ -141,8 +141,8 @@ def test_a_tilde_is_the_users_home_in_every_path(monkeypatch):
 
 # Settings that name a file, folder, checkpoint or hub id, or NAME=PATH of one.
 PATHS = {
-    "adapter", "cache_dir", "directions", "export", "gguf", "json", "judge", "judge_template", "model", "organisms",
-    "out", "pairs", "prompts", "responses", "results",
+    "adapter", "cache_dir", "directions", "export", "gguf", "json", "judge", "judge_template",
+    "model", "organisms", "out", "pairs", "prompts", "responses", "results",
 }  # fmt: skip
 ALL = [
     BenchmarkSettings, CertifySettings, ClampSettings, ConvertSettings, DemoSettings, JudgeSettings,
