@@ -167,7 +167,7 @@ def run(
         pairs={split: sum(pair.split == split for pair in made) for split in splits.SPLITS},
         only_think=sum(
             answered.values[key].only_thinks
-            for key in responses.keys([PLAIN.name], asked, settings.samples)
+            for key in responses.keys([PLAIN.name], prompts, settings.samples)
         ),
         templates=sum(seen[pair.base].safe is None for pair in made),
         same_start=sum(complete[pair.base].start_alike for pair in made),
