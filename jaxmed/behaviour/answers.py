@@ -1,9 +1,10 @@
 """What a model answered each prompt, harmful or safe, and the pairs that these answers make."""
 
+import collections
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -59,6 +60,33 @@ class Answers:
 
 
 @dataclasses.dataclass(frozen=True)
+class Unpaired:
+    """How many harmful prompts that have a counterfactual make no pair, by what they got.
+
+    Attributes:
+        safe_alone, harmful_alone: responses of one kind alone.
+        neither: no response of either kind.
+        prompts: how many there are, those that make a pair too.
+    """
+
+    safe_alone: int
+    harmful_alone: int
+    neither: int
+    prompts: int
+
+    @property
+    def number(self) -> int:
+        """How many make no pair."""
+        return self.safe_alone + self.harmful_alone + self.neither
+
+
+def unpaired(seen: Collection[Answers]) -> Unpaired:
+    """Counts what prompts got that make no pair."""
+    counts = collections.Counter((one.harmful is not None, one.safe is not None) for one in seen)
+    return Unpaired(counts[False, True], counts[True, False], counts[False, False], len(seen))
+
+
+@dataclasses.dataclass(frozen=True)
 class RespondOutcome:
     """What a run of `runs.respond` found.
 
@@ -72,6 +100,7 @@ class RespondOutcome:
         max_tokens: tokens of a response at most.
         table: `prompts.parquet`, a row for each prompt (see `tabulate`).
         pairs: lines of `pairs.jsonl`, by split.
+        unpaired: of the harmful prompts that have a counterfactual, those that are in none of them.
         only_think: how many responses ended within their thoughts, and so say nothing.
         templates: how many of these have the template as their safe response.
         same_start: how many of these have answers with the same first token.
@@ -90,6 +119,7 @@ class RespondOutcome:
     max_tokens: int
     table: pa.Table
     pairs: dict[str, int]
+    unpaired: Unpaired
     only_think: int
     templates: int
     same_start: int

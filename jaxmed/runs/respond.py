@@ -4,7 +4,6 @@ A prompt makes a pair where the model, asked several times, gave both a harmful 
 what it may say either way is then its own, and not another author's.
 """
 
-import collections
 import dataclasses
 import pathlib
 from collections.abc import Callable, Sequence
@@ -13,7 +12,7 @@ import pyarrow.parquet as pq
 
 from jaxmed.behaviour import answering, answers, responses
 from jaxmed.behaviour.answering import AnsweringModel
-from jaxmed.behaviour.answers import PAIRS, TABLE, Answers, RespondOutcome
+from jaxmed.behaviour.answers import PAIRS, TABLE, RespondOutcome, Unpaired
 from jaxmed.behaviour.judges import protocol
 from jaxmed.behaviour.judges.protocol import Doubt, Judge
 from jaxmed.behaviour.responses import PLAIN, Asked, Response
@@ -149,11 +148,13 @@ def run(
         name: dataclasses.replace(both, safe=both.safe or templates.get(name))
         for name, both in seen.items()
     }
+    bases = {pair.base for pair in pairs}
     made = [pair for pair in pairs if complete[pair.base].are_a_pair]
     wanted = responses.keys([PLAIN.name], prompts, settings.samples)
     doubts = protocol.doubts(verdicts.values[key] for key in wanted)
     if not made:
-        raise InputError(_why_no_pair(settings, seen, {pair.base for pair in pairs}, doubts))
+        got = answers.unpaired([seen[name] for name in bases])
+        raise InputError(_why_no_pair(settings, got, doubts))
     answers.write_pairs(folder / PAIRS, made, asked, complete, model.encoder)
     return RespondOutcome(
         folder=folder,
@@ -165,6 +166,7 @@ def run(
         max_tokens=settings.max_tokens,
         table=table,
         pairs={split: sum(pair.split == split for pair in made) for split in splits.SPLITS},
+        unpaired=answers.unpaired([complete[name] for name in bases]),
         only_think=sum(
             answered.values[key].only_thinks
             for key in responses.keys([PLAIN.name], prompts, settings.samples)
@@ -327,14 +329,10 @@ def _is_asked_for_the_day(model: AnsweringModel) -> bool:
 
 def _why_no_pair(
     settings: RespondSettings,
-    seen: dict[str, Answers],
-    with_pairs: set[str],
+    got: Unpaired,
     doubts: Sequence[Doubt],
 ) -> str:
     """Why nothing could be paired, and what can be done."""
-    counts = collections.Counter(
-        (seen[name].harmful is not None, seen[name].safe is not None) for name in with_pairs
-    )
     ways = ["more --samples", "another --threshold"]
     if not settings.safe_template:
         ways.append("or --safe_template=TEXT for those that got harmful ones alone")
@@ -347,8 +345,8 @@ def _why_no_pair(
     )
     return (
         f"{settings.out}: no pair, since no prompt got both a harmful and a safe response. Of "
-        f"{len(with_pairs)} harmful prompts with counterfactuals {counts[False, True]} got safe "
-        f"ones alone, {counts[True, False]} harmful ones alone, {counts[False, False]} neither. "
+        f"{got.prompts} harmful prompts with counterfactuals {got.safe_alone} got safe ones alone, "
+        f"{got.harmful_alone} harmful ones alone, {got.neither} neither. "
         f"{unjudged}The responses are kept: the same command goes on from them with "
         f"{', '.join(ways)}; a higher --temperature or other --prompts need another --out"
     )

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from jaxmed.behaviour.answers import ROW, RespondOutcome
+from jaxmed.behaviour.answers import ROW, RespondOutcome, Unpaired
 from jaxmed.behaviour.judges.protocol import Doubt
 from jaxmed.report import respond
 from tests.jaxmed.report.told import check_golden
@@ -29,7 +29,7 @@ def outcome(harm=True, refusal=True, pairs=(3, 1, 2), **fields):
     asked = {"folder": pathlib.Path("out/my run"), "model": "org/model", "chat": False}
     asked |= {"date": "", "template_args": "", "only_think": 0}
     asked |= {"samples": 8, "max_tokens": 128, "templates": 0, "same_start": 0}
-    asked |= {"doubts": [], "length_differences": None}
+    asked |= {"unpaired": Unpaired(0, 0, 0, 9), "doubts": [], "length_differences": None}
     asked |= {"meanings": {"sharp": "says <b>both</b>"}} | fields
     return RespondOutcome(
         table=pa.Table.from_pylist(rows, ROW),
@@ -73,6 +73,8 @@ def test_without_a_split_to_find_units_by_the_command_names_none():
 def test_all_that_can_be_said_of_pairs():
     outcomes = [
         outcome(),
+        outcome(unpaired=Unpaired(2, 38, 1, 43)),
+        outcome(unpaired=Unpaired(2, 0, 0, 9)),
         outcome(harm=False, refusal=False, pairs=(0, 1, 2), templates=2, same_start=3, chat=True),
         outcome(pairs=(0, 0, 1), only_think=4),
         outcome(

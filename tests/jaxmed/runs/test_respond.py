@@ -10,7 +10,7 @@ import pytest
 import models
 from jaxmed.behaviour import answers as answers_of
 from jaxmed.behaviour import generation, responses
-from jaxmed.behaviour.answers import Answers
+from jaxmed.behaviour.answers import Answers, Unpaired
 from jaxmed.behaviour.generation import Generated
 from jaxmed.behaviour.judges.protocol import Doubt, Verdict
 from jaxmed.behaviour.responses import Key, Response
@@ -545,6 +545,7 @@ def test_no_prompt_got_both_kinds(run, answer, tmp_path):
     answer("do", "no", "do", "do")
     found = run(*rows, model="text", samples=3)
     assert sum(found.pairs.values()) == 3  # of a, b and d
+    assert found.unpaired == Unpaired(safe_alone=0, harmful_alone=1, neither=0, prompts=4)
 
 
 def test_pairs_of_another_way_of_pairing_do_not_stay(run, answer, tmp_path):
