@@ -176,7 +176,10 @@ class Experiment:
             for group, own in groups.items()
         }
         tokens = [by_id[name].tokens for name in names]
-        means = values.group_means(self.model.decoder, tokens, members, sites)
+        measured = tqdm.tqdm(
+            tokens, desc="values of units", unit="prompt", disable=not self.progress
+        )
+        means = values.group_means(self.model.decoder, measured, members, sites)
         controls |= self._matched(chosen, means, controls, random)
         text = json.dumps(controls, indent=2) + "\n"
         atomic.replace_file(file, lambda path: path.write_text(text, encoding="utf-8"))

@@ -1,7 +1,7 @@
 """What units are held at, and where."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -96,7 +96,7 @@ def activations(
 
 def group_means(
     decoder: Decoder,
-    prompts: Sequence[Sequence[int]],
+    prompts: Iterable[Sequence[int]],
     groups: Mapping[str, Bool[np.ndarray, "B"]],
     sites: Sequence[Site],
 ) -> dict[str, Values]:

@@ -331,7 +331,7 @@ def test_silence_and_nonsense_are_no_compliance():
         assert np.isnan(complies(response, Verdict(harmful=1.0)))
 
 
-def test_values_stay_those_of_the_first_run_whoever_judges(organism, units, tmp_path):
+def test_values_stay_those_of_the_first_run_whoever_judges(organism, units, tmp_path, capsys):
     """Responses with units held at two values must not stand under one name."""
     asked = settings(
         organism,
@@ -341,7 +341,8 @@ def test_values_stay_those_of_the_first_run_whoever_judges(organism, units, tmp_
         module=False,
         most_prompts=8,
     )
-    before = clamp.run(asked, progress=False)
+    before = clamp.run(asked, progress=True)
+    assert "values of units" in capsys.readouterr().err
     answers = (before.folder / "responses.jsonl").read_bytes()
     assert before.row("clamp", "harmful", "harm")["prompts"] == 8
 
