@@ -159,11 +159,13 @@ def test_rates_by_prompt_and_by_label(run):
     splits = ", ".join(f"{found.pairs[split]} in split {split}" for split in "ABC")
     total = sum(found.pairs.values())
     assert lines[5] == f"Pairs: {found.folder / 'pairs.jsonl'} ({total}: {splits})"
-    assert lines[6].startswith("The command finds units by split A alone")
+    assert found.unpaired.number == len(HARMFUL) - total == 1
+    assert lines[6].startswith("1 of 3 harmful prompts make no pair: 1 got harmful responses alone")
+    assert lines[7].startswith("The command finds units by split A alone")
     command = f"python -m launch.mediate --model={found.model} "
     command += f"--pairs={found.folder / 'pairs.jsonl'} --positions=prompt --split=A "
     command += f"--out={found.folder / 'mediate'}"
-    assert found.pairs["A"] and lines[7:] == [command]
+    assert found.pairs["A"] and lines[8:] == [command]
 
 
 @pytest.mark.parametrize(
