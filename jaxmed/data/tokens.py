@@ -6,8 +6,6 @@ import enum
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import transformers
-
 from jaxmed.data.chat import THOUGHTS, ChatTemplate, check_messages
 from jaxmed.data.control import TextTokenizer, unquoted
 from jaxmed.files.reading import DataError
@@ -104,7 +102,7 @@ class Encoder:
 
     def __init__(
         self,
-        tokenizer: transformers.PreTrainedTokenizerBase | None = None,
+        tokenizer=None,
         *,
         chat: bool = False,
         date: datetime.date | None = None,
