@@ -58,10 +58,11 @@ class ChatTemplate:
         self.reads_date = "strftime_now" in source
         own = {*inspect.signature(text.tokenizer.apply_chat_template).parameters}
         own |= {"messages", "strftime_now"}
+        read = _names(source)
         for name in self.args:
             if name in own - {"tools", "documents"}:
                 raise InputError(f"template_args: '{name}' is not to be given")
-            if name not in source:
+            if name not in read:
                 raise InputError(f"template_args: the chat template of {owner} reads no '{name}'")
         self.source = _dated(source, date) if self.reads_date else source
 
@@ -211,6 +212,14 @@ class ChatTemplate:
     def may_think(self) -> bool:
         """Whether it has a switch for thoughts before the answer that nobody has set."""
         return "enable_thinking" in self.source and "enable_thinking" not in self.args
+
+
+def _names(template: str) -> set[str]:
+    """The names in its statements and expressions; none where it is no template."""
+    try:
+        return {word for _, kind, word in jinja2.Environment().lex(template) if kind == "name"}
+    except jinja2.TemplateError:
+        return set()
 
 
 def _dated(template: str, date: datetime.date) -> str:

@@ -157,6 +157,11 @@ class Encoder:
         messages = [{"role": "user", "content": value}] if isinstance(value, str) else value
         check_messages(messages, name, where)
         go_on = messages[-1]["role"] == "assistant"
+        if go_on and not messages[-1]["content"].strip():
+            raise DataError(
+                f"{where}: the last message of '{name}' is one of the assistant, the beginning of "
+                "the answer, and says nothing: leave it out"
+            )
         asked = [message["content"] for message in messages if message["role"] == "user"]
         text = self.template.write(messages, asked, go_on=go_on, what=f"'{name}'", where=where)
         if unquoted(text) != text:

@@ -19,7 +19,7 @@ from jaxmed.files.reading import DataError
 from jaxmed.runs import loading, sweep
 from jaxmed.runs import settings as settings_lib
 from jaxmed.runs.mediate import MediateSettings
-from jaxmed.runs.settings import Settings, like, setting
+from jaxmed.runs.settings import like, setting
 from jaxmed.runs.skipping import Skipped
 from jaxmed.store import circumstances
 from models.errors import InputError
@@ -40,7 +40,7 @@ MAY_CHANGE = (
 
 
 @dataclasses.dataclass(frozen=True)
-class AnswerSettings(Settings):
+class AnswerSettings:
     """Which model answers which prompts, how, and who judges."""
 
     model: str = like(MediateSettings, "model")

@@ -31,7 +31,7 @@ from jaxmed.report import mediation
 from jaxmed.runs import costs as costs_lib
 from jaxmed.runs import loading, sweep
 from jaxmed.runs import settings as settings_lib
-from jaxmed.runs.settings import Settings, setting
+from jaxmed.runs.settings import setting
 from jaxmed.runs.skipping import Skipped
 from jaxmed.store import circumstances
 from jaxmed.store.results import Results
@@ -44,7 +44,7 @@ SCREEN_SEED = 0  # of the audit sample
 
 
 @dataclasses.dataclass(frozen=True)
-class MediateSettings(Settings):
+class MediateSettings:
     """What is asked of a checkpoint and a file of pairs."""
 
     model: str = setting(help="Folder or Hugging Face hub id of a checkpoint.", path=True)

@@ -5,14 +5,14 @@ import dataclasses
 from jaxmed.data import pairs as pairs_lib
 from jaxmed.report import mediation
 from jaxmed.runs import loading
-from jaxmed.runs.settings import Settings, setting
+from jaxmed.runs.settings import setting
 from jaxmed.store.results import Results
 from models import checkpoint
 from models.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
-class ReportSettings(Settings):
+class ReportSettings:
     """Which report is written again, and whether it shows text."""
 
     results: str = setting(help="Folder that a run has written.", path=True)
