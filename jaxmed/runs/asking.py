@@ -140,6 +140,7 @@ class AnswerSettings:
 def check(settings: AnswerSettings) -> None:
     """Raises `InputError` where a setting is out of range or contradicts another."""
     settings_lib.check(settings)
+    loading.template_settings(settings.date, settings.template_args)
     if not settings.prompts:
         raise InputError("--prompts=FILE: name at least one file of prompts")
     if not settings.judge:

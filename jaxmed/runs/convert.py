@@ -116,7 +116,9 @@ def _check(settings: ConvertSettings) -> None:
         raise InputError("--dtype is the type of what --out writes; give --out, or leave it out")
     if settings.out:
         checkpoint.check_free(pathlib.Path(settings.out))
-    needed = ["torch==2.13.0", *(["peft"] if settings.adapter else [])]
+    # Of a GGUF file what is compared is the checkpoint that it became.
+    with_peft = settings.adapter and not settings.gguf
+    needed = ["torch==2.13.0", *(["peft"] if with_peft else [])]
     if settings.verify and not all(
         importlib.util.find_spec(package.partition("=")[0]) for package in needed
     ):

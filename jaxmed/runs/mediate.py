@@ -324,6 +324,7 @@ def measure(settings: MediateSettings, *, progress: bool = True) -> tuple[Result
 def check(settings: MediateSettings) -> None:
     """Raises `InputError` where settings contradict each other; nothing is loaded for it."""
     settings_lib.check(settings)
+    loading.template_settings(settings.date, settings.template_args)
     if not settings.granularity:
         raise InputError(f"--granularity=: not one of {', '.join(SITES)}")
     if "direction" in settings.granularity and not settings.directions:

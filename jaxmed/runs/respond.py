@@ -158,6 +158,8 @@ def run(
     return RespondOutcome(
         folder=folder,
         model=settings.model,
+        adapter=settings.adapter,
+        ignore_config=settings.ignore_config,
         chat=settings.chat,
         date=settings.date if _is_asked_for_the_day(model) else "",
         template_args=settings.template_args,

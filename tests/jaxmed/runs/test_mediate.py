@@ -472,6 +472,16 @@ def test_text_is_not_shown_where_the_pairs_are_others(asked, copied, tmp_path):
         report.run(ReportSettings(str(copied), show_text=True))
 
 
+def test_text_is_shown_where_bad_pairs_were_left_out(copied, tmp_path):
+    pairs = write(tmp_path / "pairs.jsonl", "{", *PAIRS)
+    said = described(copied) | {"pairs": str(pairs)}
+    (copied / "run.json").write_text(json.dumps(said))
+    with pytest.raises(InputError, match="pairs.jsonl:1: not JSON"):
+        report.run(ReportSettings(str(copied), show_text=True))
+    (copied / "run.json").write_text(json.dumps(said | {"skip_bad_pairs": True}))
+    report.run(ReportSettings(str(copied), show_text=True))
+
+
 # Pairs that cannot be used.
 
 BAD_PAIRS = [
