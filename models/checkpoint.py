@@ -1040,6 +1040,9 @@ def _write_tokenizer(tokenizer: transformers.PreTrainedTokenizerBase, folder: pa
     attributes = _read_json(file)
     if attributes["tokenizer_class"] == "TokenizersBackend":
         attributes["tokenizer_class"] = "PreTrainedTokenizerFast"
+    # transformers 4 takes names for those of the other key, and fails at a list.
+    if isinstance(attributes.get("extra_special_tokens"), list):
+        attributes["additional_special_tokens"] = attributes.pop("extra_special_tokens")
     _write_json(file, attributes)
 
 
