@@ -549,6 +549,8 @@ def test_a_file_without_a_usable_pair_is_refused_though_bad_pairs_may_be_skipped
         ({"joint_size": 1, "granularity": ("layer",)}, "--joint_size needs"),
         ({"joint_share": 0.5}, "--joint_share needs --joint_size"),
         ({"joint_pairs": 3}, "--joint_pairs needs --joint_size"),
+        ({"date": "31.1.2026"}, "--date=31.1.2026: must be a day"),
+        ({"template_args": "[1]"}, "--template_args=[1]: must be a JSON object"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused_before_the_model_is_loaded(
