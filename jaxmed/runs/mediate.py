@@ -300,8 +300,7 @@ def measure(settings: MediateSettings, *, progress: bool = True) -> tuple[Result
         say(loading.AS_IT_STANDS)
     results = Results.resume_or_create(
         settings.out,
-        _description(settings, question, loaded, pairs, skipped.count)
-        | {"tokenisation": encoder.counts},
+        _description(settings, question, loaded, pairs, skipped.count),
         sizes(decoder.config, pairs, question, settings.granularities),
         [pair.id for pair in pairs],
         settings.granularities,
@@ -310,7 +309,8 @@ def measure(settings: MediateSettings, *, progress: bool = True) -> tuple[Result
     asked = MediateRun(decoder, pairs, question, settings, budget, progress)
     selection = _screen(asked, results) if settings.screen else None
     _scan(asked, results, selection)
-    measured = {}
+    # Of all that the file has, also what this run does not use: no reason not to go on.
+    measured = {"tokenisation": encoder.counts}
     if selection:
         measured["audit"] = _audit(results, selection, settings.screen)
     if settings.joint_size and "joint" not in results.run and (joint := _joint(asked, results)):

@@ -933,6 +933,25 @@ CHAT_PAIR = {"id": "chat", "prompt": "tell me", "counterfactual": "tell it"}
 CHAT_PAIR |= {"harmful_response": "Sure", "safe_response": "I cannot"}
 
 
+def test_pairs_of_other_splits_may_come_to_have_something_to_tell(chat_model, tmp_path):
+    pair = CHAT_PAIR | {"split": "A"}
+    asked = MediateSettings(
+        str(chat_model),
+        str(write(tmp_path / "pairs.jsonl", pair)),
+        str(tmp_path / "out"),
+        ("layer",),
+        chat=True,
+        split=("A",),
+    )
+    mediate.run(asked)
+    write(
+        tmp_path / "pairs.jsonl",
+        pair,
+        pair | {"id": "b", "split": "B", "prompt": "tell <|end|> it"},
+    )
+    assert mediate.run(asked).run["tokenisation"] == {"prompts whose control tokens are text": 1}
+
+
 def test_a_run_keeps_its_day(chat_model, tmp_path, monkeypatch):
     pairs = write(tmp_path / "pairs.jsonl", CHAT_PAIR)
 
