@@ -150,7 +150,7 @@ def run(
         for name, both in seen.items()
     }
     made = [pair for pair in pairs if complete[pair.base].are_a_pair]
-    wanted = responses.keys([PLAIN.name], prompts, settings.samples)
+    wanted = list(responses.keys([PLAIN.name], prompts, settings.samples))
     doubts = protocol.doubts(verdicts.values[key] for key in wanted)
     if not made:
         raise InputError(_why_no_pair(settings, seen, {pair.base for pair in pairs}, doubts))
@@ -165,10 +165,7 @@ def run(
         max_tokens=settings.max_tokens,
         table=table,
         pairs={split: sum(pair.split == split for pair in made) for split in splits.SPLITS},
-        only_think=sum(
-            answered.values[key].only_thinks
-            for key in responses.keys([PLAIN.name], asked, settings.samples)
-        ),
+        only_think=sum(answered.values[key].only_thinks for key in wanted),
         templates=sum(seen[pair.base].safe is None for pair in made),
         same_start=sum(complete[pair.base].start_alike for pair in made),
         meanings={judge.name: judge.meaning for judge in judges},
