@@ -20,8 +20,8 @@ torch = pytest.importorskip("torch", reason="needs torch: make real")
 transformers = pytest.importorskip("transformers")
 
 # Of the largest value. Rounding grows with depth: SmolLM2's last layer is 1.7e-5 off in float32. In
-# float64 transformers' rotary angles stay float32, whose rounding grows with the position: the texts
-# are short there (SmolLM2: 6.7e-8, and 2.1e-6 at 783 tokens).
+# float64 transformers' rotary angles stay float32, whose rounding grows with the position: the
+# texts are short there (SmolLM2: 6.7e-8, and 2.1e-6 at 783 tokens).
 TOLERANCE = {"float32": 1e-4, "float64": 1e-6}
 # Of the largest effect: the engine in float32 against two runs in float64.
 EFFECT_TOLERANCE = 2e-5
