@@ -150,7 +150,7 @@ def run(
         for name, both in seen.items()
     }
     made = [pair for pair in pairs if complete[pair.base].are_a_pair]
-    wanted = responses.keys([PLAIN.name], prompts, settings.samples)
+    wanted = list(responses.keys([PLAIN.name], prompts, settings.samples))
     doubts = protocol.doubts(verdicts.values[key] for key in wanted)
     if not made:
         raise InputError(_why_no_pair(settings, seen, {pair.base for pair in pairs}, doubts))

@@ -20,8 +20,9 @@ torch = pytest.importorskip("torch", reason="needs torch: make real")
 transformers = pytest.importorskip("transformers")
 
 # Of the largest value. Rounding grows with depth: SmolLM2's last layer is 1.7e-5 off in float32. In
-# float64 rotary angles are those of float32 (4.3e-7 with transformers' norms in float32 as well).
-TOLERANCE = {"float32": 1e-4, "float64": 2e-6}
+# float64 transformers' rotary angles stay float32, whose rounding grows with the position: the
+# texts are short there (SmolLM2: 6.7e-8, and 2.1e-6 at 783 tokens).
+TOLERANCE = {"float32": 1e-4, "float64": 1e-6}
 # Of the largest effect: the engine in float32 against two runs in float64.
 EFFECT_TOLERANCE = 2e-5
 NEW_TOKENS = 64
@@ -69,7 +70,7 @@ def test_logits_and_every_layer(folder, dtype):
     model = theirs(folder, dtype)
     with jax.enable_x64(dtype == "float64"):
         decoder, tokenizer = checkpoint.load(folder, dtype=dtype)
-        for text in (*published.TEXTS, published.LONG):
+        for text in (*published.TEXTS, *([published.LONG] if dtype == "float32" else [])):
             tokens = np.array(tokenizer(text)["input_ids"])
             logits, residual, normed = run_ours(decoder, tokens)
             logits2, residual2, normed2 = run_hf(model, tokens)
