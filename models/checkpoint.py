@@ -785,7 +785,7 @@ def _check_adapter(folder: pathlib.Path, adapter: pathlib.Path | None) -> None:
             f"{folder}: is an adapter, without the model that it was trained on: give "
             f"--model={base} --adapter={folder}; from Python load({base!r}, adapter=...)"
         )
-    if adapters.is_in(folder) and adapter is None:
+    if adapters.is_in(folder) and (adapter is None or adapter.resolve() != folder.resolve()):
         raise CheckpointError(
             f"{folder}: has an adapter ({adapters.CONFIG}) beside the weights: --adapter={folder} "
             "merges it (from Python load(..., adapter=...), for a judge launch.convert with --out);"
