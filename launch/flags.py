@@ -1,6 +1,8 @@
 """Flags are made from a dataclass of settings: names, types, defaults, help and ranges."""
 
 import dataclasses
+import os
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -27,13 +29,12 @@ def of(kind: type[Settings], **defaults: Any) -> Callable[[], Settings]:
     Returns:
         A function that gives the settings, once the flags have been parsed.
     """
-    names = [field.name for field in dataclasses.fields(kind)]
-    for field in dataclasses.fields(kind):
+    fields = dataclasses.fields(kind)
+    for field in fields:
         _define(kind, field, defaults.get(field.name, field.default))
 
     def given() -> Settings:
-        values = {name: flags.FLAGS[name].value for name in names}
-        return kind(**{name: _frozen(value) for name, value in values.items()})
+        return kind(**{field.name: _value(field) for field in fields})
 
     return given
 
@@ -60,5 +61,15 @@ def _define(kind: type, field: dataclasses.Field, default: Any) -> None:
         flags.DEFINE_string(name, default, help, required=required)
 
 
-def _frozen(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+def _value(field: dataclasses.Field) -> Any:
+    """What a setting's flag has; a shell leaves a ~ behind the = to the program."""
+    value = flags.FLAGS[field.name].value
+    is_path = settings.about_field(field).path
+    if isinstance(value, list):
+        return tuple(map(_at_home, value)) if is_path else tuple(value)
+    return _at_home(value) if is_path and value else value
+
+
+def _at_home(path: str) -> str:
+    """The path, or NAME=PATH, with what ~ or ~USER stands for; an unknown user's stays."""
+    return re.sub(r"(?<![^=])~[^/=]*(?=/|$)", lambda found: os.path.expanduser(found[0]), path)

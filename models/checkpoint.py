@@ -785,7 +785,7 @@ def _check_adapter(folder: pathlib.Path, adapter: pathlib.Path | None) -> None:
             f"{folder}: is an adapter, without the model that it was trained on: give "
             f"--model={base} --adapter={folder}; from Python load({base!r}, adapter=...)"
         )
-    if adapters.is_in(folder) and adapter is None:
+    if adapters.is_in(folder) and (adapter is None or adapter.resolve() != folder.resolve()):
         raise CheckpointError(
             f"{folder}: has an adapter ({adapters.CONFIG}) beside the weights: --adapter={folder} "
             "merges it (from Python load(..., adapter=...), for a judge launch.convert with --out);"
@@ -1040,6 +1040,9 @@ def _write_tokenizer(tokenizer: transformers.PreTrainedTokenizerBase, folder: pa
     attributes = _read_json(file)
     if attributes["tokenizer_class"] == "TokenizersBackend":
         attributes["tokenizer_class"] = "PreTrainedTokenizerFast"
+    # transformers 4 takes names for those of the other key, and fails at a list.
+    if isinstance(attributes.get("extra_special_tokens"), list):
+        attributes["additional_special_tokens"] = attributes.pop("extra_special_tokens")
     _write_json(file, attributes)
 
 

@@ -78,7 +78,10 @@ def _refuse_dropped(file: pathlib.Path) -> None:
         raise CheckpointError(f"{file}: cannot be read as GGUF ({error})") from error
     kinds = [key for key in reader.fields if key.endswith(".rope.scaling.type")]
     dropped = [key for key in kinds if reader.fields[key].contents() != "none"]
+    # A factor alone, without the kind, is a linear scaling; so files of older programs have it.
     dropped += [key for key in reader.fields if key.endswith(".rope.scale_linear")]
+    if not kinds:
+        dropped += [key for key in reader.fields if key.endswith(".rope.scaling.factor")]
     dropped += [tensor.name for tensor in reader.tensors if tensor.name in _ROTARY_TENSORS]
     if dropped:
         raise CheckpointError(

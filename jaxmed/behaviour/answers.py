@@ -93,6 +93,8 @@ class RespondOutcome:
     Attributes:
         folder: where it was written.
         model: folder or hub id of the model that answered.
+        adapter: folder or hub id of what was merged into it; empty for nothing.
+        ignore_config: keys of its config.json that were passed over.
         chat: whether prompts were wrapped in its chat template.
         date: the day that it was for this template; empty where it does not ask.
         template_args: what else this template was given, as JSON; empty for nothing.
@@ -112,6 +114,8 @@ class RespondOutcome:
 
     folder: pathlib.Path
     model: str
+    adapter: str
+    ignore_config: tuple[str, ...]
     chat: bool
     date: str
     template_args: str

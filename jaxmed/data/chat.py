@@ -8,7 +8,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jinja2
-import transformers
 
 from jaxmed.data.control import TextTokenizer, unquoted
 from jaxmed.files.reading import DataError
@@ -27,12 +26,6 @@ _TEMPLATE_ERRORS = (
     TypeError,
     ValueError,
 )
-# Arguments of a template that are not the user's to give.
-_OWN_ARGUMENTS = {
-    *inspect.signature(transformers.PreTrainedTokenizerBase.apply_chat_template).parameters,
-    "messages",
-    "strftime_now",
-} - {"tools", "documents"}
 _PROBE = "jaxmed asks this"  # not to be found in a template
 _INSTRUCTED = ("system", "developer")  # roles of who tells the model how to answer
 
@@ -63,10 +56,13 @@ class ChatTemplate:
         # Of several templates with names it is the one that is called default.
         source = given.get("default", "") if isinstance(given, dict) else given or ""
         self.reads_date = "strftime_now" in source
+        own = {*inspect.signature(text.tokenizer.apply_chat_template).parameters}
+        own |= {"messages", "strftime_now"}
+        read = _names(source)
         for name in self.args:
-            if name in _OWN_ARGUMENTS:
+            if name in own - {"tools", "documents"}:
                 raise InputError(f"template_args: '{name}' is not to be given")
-            if name not in source:
+            if name not in read:
                 raise InputError(f"template_args: the chat template of {owner} reads no '{name}'")
         self.source = _dated(source, date) if self.reads_date else source
 
@@ -216,6 +212,14 @@ class ChatTemplate:
     def may_think(self) -> bool:
         """Whether it has a switch for thoughts before the answer that nobody has set."""
         return "enable_thinking" in self.source and "enable_thinking" not in self.args
+
+
+def _names(template: str) -> set[str]:
+    """The names in its statements and expressions; none where it is no template."""
+    try:
+        return {word for _, kind, word in jinja2.Environment().lex(template) if kind == "name"}
+    except jinja2.TemplateError:
+        return set()
 
 
 def _dated(template: str, date: datetime.date) -> str:

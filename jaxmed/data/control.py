@@ -4,7 +4,6 @@ import functools
 import re
 
 import tokenizers
-import transformers
 
 from jaxmed.files.reading import DataError
 from models.errors import failures_as
@@ -24,7 +23,7 @@ class TextTokenizer:
             changed afterwards.
     """
 
-    def __init__(self, tokenizer: transformers.PreTrainedTokenizerBase):
+    def __init__(self, tokenizer):
         self.tokenizer = tokenizer
 
     @functools.cached_property

@@ -130,8 +130,8 @@ def _pair(fields: dict, where: str, encoder: Encoder) -> Pair:
     tokens = {PROMPTS[text]: written.ids for text, written in prompts.items()}
     for text, ids in PROMPTS.items():
         if not tokens[ids]:
-            given = text in fields or ids in fields
-            what = f"an empty {text}" if given else f"no {text}"
+            is_there = text in fields or ids in fields
+            what = f"an empty {text}" if is_there else f"no {text}"
             raise DataError(f"{where}: pair '{identity}' has {what} (field '{text}' or '{ids}')")
     tokens |= {ids: given.get(ids, ()) for ids in ANSWERS.values()}
     found = encoder.both_answers(answers, where, *prompts.values())

@@ -6,8 +6,6 @@ import enum
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import transformers
-
 from jaxmed.data.chat import THOUGHTS, ChatTemplate, check_messages
 from jaxmed.data.control import TextTokenizer, unquoted
 from jaxmed.files.reading import DataError
@@ -104,7 +102,7 @@ class Encoder:
 
     def __init__(
         self,
-        tokenizer: transformers.PreTrainedTokenizerBase | None = None,
+        tokenizer=None,
         *,
         chat: bool = False,
         date: datetime.date | None = None,
@@ -159,6 +157,11 @@ class Encoder:
         messages = [{"role": "user", "content": value}] if isinstance(value, str) else value
         check_messages(messages, name, where)
         go_on = messages[-1]["role"] == "assistant"
+        if go_on and not messages[-1]["content"].strip():
+            raise DataError(
+                f"{where}: the last message of '{name}' is one of the assistant, the beginning of "
+                "the answer, and says nothing: leave it out"
+            )
         asked = [message["content"] for message in messages if message["role"] == "user"]
         text = self.template.write(messages, asked, go_on=go_on, what=f"'{name}'", where=where)
         if unquoted(text) != text:

@@ -77,6 +77,8 @@ def command(found: RespondOutcome) -> str:
     """The command that finds units by these pairs."""
     words = ["python", "-m", "launch.mediate"]
     words += [f"--model={found.model}", f"--pairs={found.folder / PAIRS}", "--positions=prompt"]
+    words += [f"--adapter={found.adapter}"] if found.adapter else []
+    words += [f"--ignore_config={key}" for key in found.ignore_config]
     if found.chat:
         words.append("--chat")
     words += [f"--date={found.date}"] if found.date else []

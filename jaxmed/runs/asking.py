@@ -19,7 +19,7 @@ from jaxmed.files.reading import DataError
 from jaxmed.runs import loading, sweep
 from jaxmed.runs import settings as settings_lib
 from jaxmed.runs.mediate import MediateSettings
-from jaxmed.runs.settings import Settings, like, setting
+from jaxmed.runs.settings import like, setting
 from jaxmed.runs.skipping import Skipped
 from jaxmed.store import circumstances
 from models.errors import InputError
@@ -40,7 +40,7 @@ MAY_CHANGE = (
 
 
 @dataclasses.dataclass(frozen=True)
-class AnswerSettings(Settings):
+class AnswerSettings:
     """Which model answers which prompts, how, and who judges."""
 
     model: str = like(MediateSettings, "model")
@@ -140,6 +140,7 @@ class AnswerSettings(Settings):
 def check(settings: AnswerSettings) -> None:
     """Raises `InputError` where a setting is out of range or contradicts another."""
     settings_lib.check(settings)
+    loading.template_settings(settings.date, settings.template_args)
     if not settings.prompts:
         raise InputError("--prompts=FILE: name at least one file of prompts")
     if not settings.judge:

@@ -13,14 +13,14 @@ from jaxmed.data import pairs
 from jaxmed.report import benchmark as tables
 from jaxmed.runs import settings as settings_lib
 from jaxmed.runs import sweep
-from jaxmed.runs.settings import Settings, setting
+from jaxmed.runs.settings import setting
 from jaxmed.validation import benchmark, numerical_error, presets, truth
 from models import organisms
 from models.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
-class BenchmarkSettings(Settings):
+class BenchmarkSettings:
     """What is measured, of which model, against what."""
 
     preset: str = setting(

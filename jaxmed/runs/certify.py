@@ -26,7 +26,7 @@ from jaxmed.report import certificate
 from jaxmed.runs import mediate
 from jaxmed.runs import settings as settings_lib
 from jaxmed.runs.mediate import MediateRun, MediateSettings
-from jaxmed.runs.settings import Settings, like, setting
+from jaxmed.runs.settings import like, setting
 from jaxmed.store.results import Results
 from jaxmed.validation import outcomes, scoring
 from jaxmed.validation.outcomes import GROUP_SIZE, Certificate
@@ -55,7 +55,7 @@ _CONSTANTS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class CertifySettings(Settings):
+class CertifySettings:
     """Which organisms are looked at, and how the methods are run on them."""
 
     seeds: int = setting(

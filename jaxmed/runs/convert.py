@@ -15,7 +15,7 @@ import transformers
 from jaxmed.runs import settings as settings_lib
 from jaxmed.runs import sweep
 from jaxmed.runs.mediate import MediateSettings
-from jaxmed.runs.settings import Settings, like, setting
+from jaxmed.runs.settings import like, setting
 from models import cache, checkpoint, gguf_files
 from models.checkpoint import CheckpointError, Source
 from models.config import DTYPES
@@ -29,7 +29,7 @@ TOLERANCE = 1e-4
 
 
 @dataclasses.dataclass(frozen=True)
-class ConvertSettings(Settings):
+class ConvertSettings:
     """Which checkpoint is converted, and what else is done with it."""
 
     model: str | None = setting(
@@ -109,14 +109,16 @@ def _check(settings: ConvertSettings) -> None:
     if settings.gguf:
         if not settings.out:
             raise InputError("--gguf needs --out, the folder of the checkpoint that it becomes")
-        if not pathlib.Path(settings.gguf).expanduser().is_file():
+        if not pathlib.Path(settings.gguf).is_file():
             raise InputError(f"--gguf: {settings.gguf}: no such file")
         gguf_files.check_installed()
     if settings.dtype and not settings.out:
         raise InputError("--dtype is the type of what --out writes; give --out, or leave it out")
     if settings.out:
         checkpoint.check_free(pathlib.Path(settings.out))
-    needed = ["torch==2.13.0", *(["peft"] if settings.adapter else [])]
+    # Of a GGUF file what is compared is the checkpoint that it became.
+    with_peft = settings.adapter and not settings.gguf
+    needed = ["torch==2.13.0", *(["peft"] if with_peft else [])]
     if settings.verify and not all(
         importlib.util.find_spec(package.partition("=")[0]) for package in needed
     ):

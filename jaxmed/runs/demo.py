@@ -15,7 +15,7 @@ from jaxmed.runs import settings as settings_lib
 from jaxmed.runs.clamp import ClampSettings
 from jaxmed.runs.mediate import MediateSettings
 from jaxmed.runs.respond import RespondSettings
-from jaxmed.runs.settings import Settings, setting
+from jaxmed.runs.settings import setting
 from jaxmed.store.results import Results
 from jaxmed.validation import outcomes, truth
 from models import organisms
@@ -25,7 +25,7 @@ _CONTRAST = "unlock"
 
 
 @dataclasses.dataclass(frozen=True)
-class DemoSettings(Settings):
+class DemoSettings:
     """Where the demo writes, and which model it is of."""
 
     out: str = setting(

@@ -16,7 +16,7 @@ from jaxmed.data import tokens
 from jaxmed.files import atomic
 from jaxmed.runs import settings as settings_lib
 from jaxmed.runs.mediate import MediateSettings
-from jaxmed.runs.settings import Settings, like, setting
+from jaxmed.runs.settings import like, setting
 from jaxmed.store import circumstances, claims
 from models.errors import InputError
 
@@ -35,7 +35,7 @@ _AT_ONCE = 64  # responses that are judged before their verdicts are kept
 
 
 @dataclasses.dataclass(frozen=True)
-class JudgeSettings(Settings):
+class JudgeSettings:
     """Who judges which responses."""
 
     judge: str = setting(

@@ -76,15 +76,11 @@ def day(given: str, out: str, *, overwrite: bool) -> str:
     return given or earlier or datetime.date.today().isoformat()
 
 
-def encoder(tokenizer, *, chat: bool, date: str, template_args: str) -> Encoder:
-    """Makes tokens of text, as the settings of these names say.
-
-    Args:
-        tokenizer: a Hugging Face tokenizer; None if there is none.
-        chat, date, template_args: as in `MediateSettings`; without a date it is today.
+def template_settings(date: str, template_args: str) -> tuple[datetime.date | None, dict]:
+    """The day and the arguments for a chat template, as `MediateSettings` has them; no day for "".
 
     Raises:
-        InputError: --date is no date, or --template_args is not what the template reads.
+        InputError: --date is no date, or --template_args is no JSON object.
     """
     try:
         on = datetime.date.fromisoformat(date) if date else None
@@ -96,6 +92,20 @@ def encoder(tokenizer, *, chat: bool, date: str, template_args: str) -> Encoder:
         raise InputError(f"--template_args={template_args}: not JSON ({error})") from None
     if not isinstance(args, dict):
         raise InputError(f"--template_args={template_args}: must be a JSON object")
+    return on, args
+
+
+def encoder(tokenizer, *, chat: bool, date: str, template_args: str) -> Encoder:
+    """Makes tokens of text, as the settings of these names say.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer; None if there is none.
+        chat, date, template_args: as in `MediateSettings`; without a date it is today.
+
+    Raises:
+        InputError: as `template_settings`, or the template does not read an argument.
+    """
+    on, args = template_settings(date, template_args)
     try:
         return Encoder(tokenizer, chat=chat, date=on, template_args=args)
     except InputError as error:

@@ -31,7 +31,7 @@ from jaxmed.report import mediation
 from jaxmed.runs import costs as costs_lib
 from jaxmed.runs import loading, sweep
 from jaxmed.runs import settings as settings_lib
-from jaxmed.runs.settings import Settings, setting
+from jaxmed.runs.settings import setting
 from jaxmed.runs.skipping import Skipped
 from jaxmed.store import circumstances
 from jaxmed.store.results import Results
@@ -44,7 +44,7 @@ SCREEN_SEED = 0  # of the audit sample
 
 
 @dataclasses.dataclass(frozen=True)
-class MediateSettings(Settings):
+class MediateSettings:
     """What is asked of a checkpoint and a file of pairs."""
 
     model: str = setting(help="Folder or Hugging Face hub id of a checkpoint.", path=True)
@@ -300,8 +300,7 @@ def measure(settings: MediateSettings, *, progress: bool = True) -> tuple[Result
         say(loading.AS_IT_STANDS)
     results = Results.resume_or_create(
         settings.out,
-        _description(settings, question, loaded, pairs, skipped.count)
-        | {"tokenisation": encoder.counts},
+        _description(settings, question, loaded, pairs, skipped.count),
         sizes(decoder.config, pairs, question, settings.granularities),
         [pair.id for pair in pairs],
         settings.granularities,
@@ -310,7 +309,8 @@ def measure(settings: MediateSettings, *, progress: bool = True) -> tuple[Result
     asked = MediateRun(decoder, pairs, question, settings, budget, progress)
     selection = _screen(asked, results) if settings.screen else None
     _scan(asked, results, selection)
-    measured = {}
+    # Of all that the file has, also what this run does not use: no reason not to go on.
+    measured = {"tokenisation": encoder.counts}
     if selection:
         measured["audit"] = _audit(results, selection, settings.screen)
     if settings.joint_size and "joint" not in results.run and (joint := _joint(asked, results)):
@@ -324,6 +324,7 @@ def measure(settings: MediateSettings, *, progress: bool = True) -> tuple[Result
 def check(settings: MediateSettings) -> None:
     """Raises `InputError` where settings contradict each other; nothing is loaded for it."""
     settings_lib.check(settings)
+    loading.template_settings(settings.date, settings.template_args)
     if not settings.granularity:
         raise InputError(f"--granularity=: not one of {', '.join(SITES)}")
     if "direction" in settings.granularity and not settings.directions:

@@ -5,14 +5,14 @@ import dataclasses
 from jaxmed.data import pairs as pairs_lib
 from jaxmed.report import mediation
 from jaxmed.runs import loading
-from jaxmed.runs.settings import Settings, setting
+from jaxmed.runs.settings import setting
 from jaxmed.store.results import Results
 from models import checkpoint
 from models.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
-class ReportSettings(Settings):
+class ReportSettings:
     """Which report is written again, and whether it shows text."""
 
     results: str = setting(help="Folder that a run has written.", path=True)
@@ -44,7 +44,8 @@ def _pairs(results: Results) -> list[pairs_lib.Pair]:
     encoder = loading.encoder(
         tokenizer, **{name: described[name] for name in ("chat", "date", "template_args")}
     )
-    pairs = pairs_lib.read_encoded(described["pairs"], encoder)
+    on_bad = (lambda error: None) if described["skip_bad_pairs"] else None
+    pairs = pairs_lib.read_encoded(described["pairs"], encoder, on_bad=on_bad)
     if missing := set(results.pair_ids) - {pair.id for pair in pairs}:
         raise InputError(f"--show_text: {described['pairs']} no longer has pair '{min(missing)}'")
     return pairs

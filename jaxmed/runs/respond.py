@@ -150,7 +150,7 @@ def run(
     }
     bases = {pair.base for pair in pairs}
     made = [pair for pair in pairs if complete[pair.base].are_a_pair]
-    wanted = responses.keys([PLAIN.name], prompts, settings.samples)
+    wanted = list(responses.keys([PLAIN.name], prompts, settings.samples))
     doubts = protocol.doubts(verdicts.values[key] for key in wanted)
     if not made:
         got = answers.unpaired([seen[name] for name in bases])
@@ -159,6 +159,8 @@ def run(
     return RespondOutcome(
         folder=folder,
         model=settings.model,
+        adapter=settings.adapter,
+        ignore_config=settings.ignore_config,
         chat=settings.chat,
         date=settings.date if _is_asked_for_the_day(model) else "",
         template_args=settings.template_args,
@@ -167,10 +169,7 @@ def run(
         table=table,
         pairs={split: sum(pair.split == split for pair in made) for split in splits.SPLITS},
         unpaired=answers.unpaired([complete[name] for name in bases]),
-        only_think=sum(
-            answered.values[key].only_thinks
-            for key in responses.keys([PLAIN.name], prompts, settings.samples)
-        ),
+        only_think=sum(answered.values[key].only_thinks for key in wanted),
         templates=sum(seen[pair.base].safe is None for pair in made),
         same_start=sum(complete[pair.base].start_alike for pair in made),
         meanings={judge.name: judge.meaning for judge in judges},

@@ -4,7 +4,7 @@ A field that is made by `setting` is all there is to write for a flag: `launch.f
 of it, and `check` refuses a value out of range, which a flag or a user of Python may have given.
 
     @dataclasses.dataclass(frozen=True)
-    class ScanSettings(Settings):
+    class ScanSettings:
         model: str = setting(help="Folder or Hugging Face hub id of a checkpoint.", path=True)
         rounds: int = setting(help="How often.", default=5, least=1)
 
@@ -13,8 +13,6 @@ A setting is called as its flag is, in errors too: --rounds=0.
 
 import dataclasses
 import math
-import os
-import re
 import types
 import typing
 from collections.abc import Iterable
@@ -37,24 +35,6 @@ class Setting:
     commas: bool = False
     needs: str = ""
     path: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What all settings of programs are: a ~ in one that is a path is the user's home."""
-
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value is not None and about_field(field).path:
-                several = isinstance(value, tuple)
-                own = tuple(map(_at_home, value)) if several else _at_home(value)
-                object.__setattr__(self, field.name, own)
-
-
-def _at_home(path: str) -> str:
-    """The path, or NAME=PATH, with what ~ or ~USER stands for; an unknown user's stays."""
-    return re.sub(r"(?<![^=])~[^/=]*(?=/|$)", lambda found: os.path.expanduser(found[0]), path)
 
 
 def setting(
@@ -81,7 +61,7 @@ def setting(
         commas: a tuple is given as one flag, with commas; else the flag is given several times.
         needs: another setting, "name" or "name=value", without which (or without which value) this
             one would say nothing, and must keep its default.
-        path: whether it is a path, or NAME=PATH.
+        path: whether it is a path, or NAME=PATH; a ~ in its flag is the user's home.
     """
     about = Setting(help, tuple(choices), least, most, above, commas, needs, path)
     return dataclasses.field(default=default, metadata={_KEY: about})

@@ -1,5 +1,6 @@
 """What a user in Python meets: names, one results object, files, figures."""
 
+import inspect
 import json
 import subprocess
 import sys
@@ -138,6 +139,12 @@ def test_a_group_of_neurons_is_chosen_by_any_of_its_neurons(decoder):
     assert np.argwhere(some["neuron"].done == Status.EXACT).tolist() == [[0, 1, 1]]
 
 
+def test_a_metric_is_no_name(decoder):
+    scan = inspect.unwrap(jaxmed.scan)  # annotations are not checked where users run it
+    with pytest.raises(InputError, match=r"metric='logit': give a metric, as jaxmed.LogitDiff"):
+        scan(decoder, PAIRS, metric="logit")
+
+
 def test_effects_that_are_not_there_are_told(found):
     with pytest.raises(KeyError, match="no effects of 'direction'; there are those of layer, mod"):
         found["direction"]
@@ -261,7 +268,6 @@ def test_an_unfinished_run_gives_nan_for_what_is_not_there(tmp_path):
         ({"granularity": ()}, "granularity names none of"),
         ({"positions": "first"}, "positions=first: not one of last"),
         ({"align": "middle"}, "align=middle: not one of end"),
-        ({"metric": "logit"}, r"metric='logit': give a metric, as jaxmed.LogitDifference\(\)"),
         ({"matmul_precision": "float8"}, "matmul_precision=float8: not one of float32"),
         ({"group_size": 0}, "group_size=0"),
         ({"granularity": "direction"}, "directions=FILE.npz go together"),

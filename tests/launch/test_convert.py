@@ -8,7 +8,7 @@ import pytest
 import safetensors.numpy
 
 import models
-from models import checkpoint
+from models import checkpoint, gguf_files
 from models.checkpoint import Source
 from tests import lora, tiny, words
 from tests.launch import process
@@ -190,6 +190,35 @@ def test_bad_flags(folder, flags, message):
     ran = call(folder, *flags)
     assert ran.returncode == 1
     assert ran.stderr.strip().splitlines()[-1].startswith(f"Error: {message}")
+
+
+def test_gguf_without_what_reads_it(tmp_path, monkeypatch):
+    """One message that says what to install; with it, one for a file that is none."""
+    file, out = tmp_path / "a.gguf", tmp_path / "out"
+    file.write_bytes(b"GGUF")
+    monkeypatch.setattr(gguf_files, "_NEEDED", ("no_such_package",))
+    ran = process.call("convert", f"--gguf={file}", f"--out={out}")
+    assert ran.returncode == 1
+    assert ran.stderr.strip() == (
+        "Error: GGUF files are read by transformers with torch and gguf; to install what is "
+        "missing (no_such_package): pip install 'jaxmed[gguf]'"
+    )
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "give either --model or --gguf"),
+        (["--model=a", "--gguf=b"], "give either --model or --gguf"),
+        (["--gguf=b"], "--gguf needs --out"),
+        (["--gguf=b", "--out=c"], "--gguf: b: no such file"),
+    ],
+)
+def test_model_or_gguf(flags, message):
+    ran = process.call("convert", *flags)
+    assert ran.returncode == 1
+    assert ran.stderr.strip().startswith(f"Error: {message}")
 
 
 def test_stopped(folder):

@@ -8,7 +8,8 @@ from absl import app
 from absl import flags as absl_flags
 from absl.testing import flagsaver
 
-from jaxmed.runs.settings import about_field, setting
+from jaxmed.runs.mediate import MediateSettings
+from jaxmed.runs.settings import about_field, like, setting
 from launch import flags
 from tests.launch import process
 
@@ -63,10 +64,10 @@ class Example:
     units: tuple[str, ...] = setting(help="Which; several times.", default=())
 
 
-def parsed(*given, **defaults):
+def parsed(*given, kind=Example, **defaults):
     """The settings that these flags give."""
     with flagsaver.flagsaver():
-        settings = flags.of(Example, **defaults)
+        settings = flags.of(kind, **defaults)
         absl_flags.FLAGS(["example", *given])
         return settings()
 
@@ -91,6 +92,31 @@ def test_flags_become_settings_of_the_fields_types():
     found = parsed(*given, "--units=x,y", "--units=z")
     assert found == Example("m", 2, 0.5, "tie", True, ("a", "b"), ("x,y", "z"))
     assert parsed("--model=m", "--sites=").sites == ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Paths:
+    folder: str = setting(help="A folder.", default="~", path=True)
+    files: tuple[str, ...] = setting(help="NAME=FILE.", default=(), path=True)
+    kept: str | None = setting(help="A folder.", default=None, path=True)
+    text: str = setting(help="No path.", default="~/text")
+    again: str = like(MediateSettings, "out", default="~/again")
+
+
+def test_a_tilde_is_the_users_home_in_every_flag_that_is_a_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    given = {
+        "~/a.csv": "/home/me/a.csv",
+        "harmful=~/b.csv": "harmful=/home/me/b.csv",
+        "c:benign=~/d=e.csv": "c:benign=/home/me/d=e.csv",
+        "/f~/~g/~": "/f~/~g/~",
+        "h~/i": "h~/i",
+        "=~no-such-user/j": "=~no-such-user/j",
+    }
+    found = parsed(*(f"--files={path}" for path in given), kind=Paths)
+    assert found.files == tuple(given.values())
+    assert (found.folder, found.kept, found.text) == ("/home/me", None, "~/text")
+    assert found.again == "/home/me/again"
 
 
 @pytest.mark.parametrize(

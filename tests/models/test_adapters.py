@@ -348,11 +348,13 @@ def test_files_that_are_not_there(base, tmp_path):
     says(refused(base, adapter), adapters.CONFIG, "cannot be read")
 
 
-def test_an_adapter_beside_weights_is_not_passed_over(base, caplog):
+def test_an_adapter_beside_weights_is_not_passed_over(base, caplog, tmp_path):
     write(base, random_lora(base, ALL))
     with caplog.at_level(logging.WARNING):
         message = refused(base, None)
     says(message, base, "beside the weights", f"--adapter={base}", "adapter=")
+    other = write(tmp_path / "other", random_lora(base, ALL))
+    says(refused(base, other), base, "beside the weights", f"--adapter={base}")
     with pytest.raises(InputError, match="beside the weights"):
         checkpoint.stored_dtype(base)
     found = merged(base, base)

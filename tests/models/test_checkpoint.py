@@ -15,7 +15,8 @@ import transformers
 
 import models
 from models import checkpoint
-from tests import tiny
+from models.config import Rotary
+from tests import tiny, words
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -677,3 +678,37 @@ def test_quantised_checkpoint_that_does_not_say_so(folder, name, method):
     rewrite(folder, **{UP: np.ones((40, 24), np.int8), name: np.ones(3, np.float32)})
     message = refusal(folder)
     says(message, folder / WEIGHTS, f"quantised by {method}", "from before it was quantised")
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_exports_name_things_as_transformers_4_does_too(family, tmp_path):
+    """It takes its classes' defaults for what it does not find by its own names."""
+    made = tiny.save(tmp_path / "model", family)
+    attributes = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert attributes["torch_dtype"] == attributes["dtype"] == "float32"
+    rotary = made.config.rotary
+    base = "rotary_emb_base" if family == "gpt_neox" else "rope_theta"
+    assert attributes.get(base) == (rotary and rotary.theta)
+    if family == "gemma3_text":
+        assert attributes["rope_local_base_freq"] == made.config.window_rotary.theta
+    if family == "gpt_neox":
+        assert attributes["rotary_pct"] == rotary.fraction
+    assert checkpoint.load(tmp_path / "model")[0].config == made.config
+
+
+def test_exported_tokenizer_is_of_a_class_that_transformers_4_has(tmp_path):
+    tokenizer = words.tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[USER]", "[BOT]"]})
+    checkpoint.save(tiny.decoder(), tmp_path / "model", tokenizer=tokenizer)
+    attributes = json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())
+    assert attributes["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert attributes["additional_special_tokens"] == ["[USER]", "[BOT]"]
+    assert "extra_special_tokens" not in attributes
+    _, back = checkpoint.load(tmp_path / "model")
+    assert back.all_special_tokens == tokenizer.all_special_tokens
+
+
+def test_a_whole_head_rotated_in_gpt_neox_is_exported(tmp_path):
+    """Its class's own fraction is another."""
+    made = tiny.save(tmp_path / "model", "gpt_neox", rotary=Rotary(theta=100.0))
+    assert checkpoint.load(tmp_path / "model")[0].config == made.config

@@ -26,10 +26,10 @@ LONG = " ".join(
     f"wrote in his book that the {('wind', 'rain', 'frost', 'sun')[day % 4]} had come again."
     for day in range(1, 26)
 )
-# Differs in one word.
+# Differs in one word, and is short: hooks in float64 run it some hundred times.
 PAIR = (
-    "My friend asked me about the weather, and I told her that it was going to be sunny. She said",
-    "My friend asked me about the weather, and I told her that it was going to be stormy. She said",
+    "The weather will be sunny, so she said",
+    "The weather will be stormy, so she said",
 )
 ANSWERS = (" that", " she")
 

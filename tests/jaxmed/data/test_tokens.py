@@ -214,10 +214,8 @@ def test_arguments_reach_the_template(made):
     answering = Encoder(tokenizer, chat=True, template_args={"enable_thinking": False})
     assert prompt_of(answering, "tell me").text.endswith("assistant\n<think>\n\n</think>\n\n")
     assert answering.counts == {}
-    with pytest.raises(
-        InputError, match="template_args: the chat template .* reads no 'thinking_'"
-    ):
-        Encoder(tokenizer, chat=True, template_args={"thinking_": False})
+    with pytest.raises(InputError, match="template_args: the chat template .* reads no 'thinking'"):
+        Encoder(tokenizer, chat=True, template_args={"thinking": False})
     with pytest.raises(InputError, match="template_args: 'messages' is not to be given"):
         Encoder(tokenizer, chat=True, template_args={"messages": []})
     with pytest.raises(InputError, match="template_args: there is no tokenizer"):
@@ -241,6 +239,14 @@ def test_a_last_message_of_the_assistant_is_gone_on_with(made, kind, template, e
         pieces(encoder, answer_of(encoder, " will", prompt))
         == pieces(encoder, encoder.tokenizer("x will", add_special_tokens=False)["input_ids"])[-1:]
     )
+
+
+@pytest.mark.parametrize("said", ["", " \n"])
+def test_a_last_message_of_the_assistant_that_says_nothing_is_refused(made, said):
+    """Templates strip it, and with it what they write before an answer."""
+    encoder = Encoder(made("byte_level", chats.LLAMA_3))
+    with pytest.raises(DataError, match="'prompt' .* says nothing: leave it out"):
+        prompt_of(encoder, [USER, {"role": "assistant", "content": said}])
 
 
 def test_a_template_that_drops_a_system_message_is_refused(made):

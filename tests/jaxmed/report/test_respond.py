@@ -27,6 +27,7 @@ def outcome(harm=True, refusal=True, pairs=(3, 1, 2), **fields):
         for place in range(9)
     ]
     asked = {"folder": pathlib.Path("out/my run"), "model": "org/model", "chat": False}
+    asked |= {"adapter": "", "ignore_config": ()}
     asked |= {"date": "", "template_args": "", "only_think": 0}
     asked |= {"samples": 8, "max_tokens": 128, "templates": 0, "same_start": 0}
     asked |= {"unpaired": Unpaired(0, 0, 0, 9), "doubts": [], "length_differences": None}
@@ -54,6 +55,8 @@ def test_rates_are_means_over_prompts_of_what_a_judge_says():
         ({}, "--split=A"),
         ({"pairs": (0, 2, 1)}, "--split=B"),
         ({"chat": True}, "--chat"),
+        ({"adapter": "org/lora"}, "--adapter=org/lora"),
+        ({"ignore_config": ("a", "b")}, "--ignore_config=b"),
         ({"date": "2026-01-31"}, "--date=2026-01-31"),
         ({"template_args": '{"a":1}'}, """'--template_args={"a":1}'"""),
         ({"same_start": 1}, "--metric=response_logprob_diff"),

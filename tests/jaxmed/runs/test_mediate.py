@@ -472,6 +472,16 @@ def test_text_is_not_shown_where_the_pairs_are_others(asked, copied, tmp_path):
         report.run(ReportSettings(str(copied), show_text=True))
 
 
+def test_text_is_shown_where_bad_pairs_were_left_out(copied, tmp_path):
+    pairs = write(tmp_path / "pairs.jsonl", "{", *PAIRS)
+    said = described(copied) | {"pairs": str(pairs)}
+    (copied / "run.json").write_text(json.dumps(said))
+    with pytest.raises(InputError, match="pairs.jsonl:1: not JSON"):
+        report.run(ReportSettings(str(copied), show_text=True))
+    (copied / "run.json").write_text(json.dumps(said | {"skip_bad_pairs": True}))
+    report.run(ReportSettings(str(copied), show_text=True))
+
+
 # Pairs that cannot be used.
 
 BAD_PAIRS = [
@@ -539,6 +549,8 @@ def test_a_file_without_a_usable_pair_is_refused_though_bad_pairs_may_be_skipped
         ({"joint_size": 1, "granularity": ("layer",)}, "--joint_size needs"),
         ({"joint_share": 0.5}, "--joint_share needs --joint_size"),
         ({"joint_pairs": 3}, "--joint_pairs needs --joint_size"),
+        ({"date": "31.1.2026"}, "--date=31.1.2026: must be a day"),
+        ({"template_args": "[1]"}, "--template_args=[1]: must be a JSON object"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused_before_the_model_is_loaded(
@@ -919,6 +931,25 @@ def chat_model(tmp_path_factory):
 
 CHAT_PAIR = {"id": "chat", "prompt": "tell me", "counterfactual": "tell it"}
 CHAT_PAIR |= {"harmful_response": "Sure", "safe_response": "I cannot"}
+
+
+def test_pairs_of_other_splits_may_come_to_have_something_to_tell(chat_model, tmp_path):
+    pair = CHAT_PAIR | {"split": "A"}
+    asked = MediateSettings(
+        str(chat_model),
+        str(write(tmp_path / "pairs.jsonl", pair)),
+        str(tmp_path / "out"),
+        ("layer",),
+        chat=True,
+        split=("A",),
+    )
+    mediate.run(asked)
+    write(
+        tmp_path / "pairs.jsonl",
+        pair,
+        pair | {"id": "b", "split": "B", "prompt": "tell <|end|> it"},
+    )
+    assert mediate.run(asked).run["tokenisation"] == {"prompts whose control tokens are text": 1}
 
 
 def test_a_run_keeps_its_day(chat_model, tmp_path, monkeypatch):
