@@ -29,6 +29,7 @@ def finished(tmp_path):
         "adapter": "",
         "date": "2026-01-31",
         "template_args": "",
+        "skip_bad_pairs": False,
         "metric": "logit_diff",
         "metric_unit": "logits",
         "meaning": "one logit minus another",
