@@ -24,8 +24,8 @@ transformers = pytest.importorskip("transformers")
 # texts are short there (SmolLM2: 6.7e-8, and 2.1e-6 at 783 tokens).
 TOLERANCE = {"float32": 1e-4, "float64": 1e-6}
 # Of the largest effect: the engine in float32 against two runs in float64. What a difference is
-# carried through is a run in float32, whose last layer is as far off as above (SmolLM2: neurons 5.3e-6,
-# heads 1.9e-5).
+# carried through is a run in float32, whose last layer is as far off as above (SmolLM2: neurons
+# 5.3e-6, heads 1.9e-5).
 EFFECT_TOLERANCE = 5e-5
 NEW_TOKENS = 64
 
