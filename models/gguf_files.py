@@ -11,6 +11,7 @@ import transformers
 
 from models import families
 from models.checkpoint import CheckpointError
+from models.errors import failures_as
 
 _NEEDED = ("torch", "gguf", "accelerate")
 
@@ -50,7 +51,7 @@ def unpack(file: pathlib.Path, folder: pathlib.Path) -> None:
         "local_files_only": True,
         "trust_remote_code": False,
     }
-    try:
+    with failures_as(CheckpointError, str(file)):
         model, loading = transformers.AutoModelForCausalLM.from_pretrained(
             **named,
             dtype="float32",
@@ -59,8 +60,6 @@ def unpack(file: pathlib.Path, folder: pathlib.Path) -> None:
         )
         families.get(model.config.model_type)
         tokenizer = transformers.AutoTokenizer.from_pretrained(**named)
-    except Exception as error:  # whatever the readers of many formats raise
-        raise CheckpointError(f"{file}: {error}") from error
     if lacking := {kind: sorted(map(str, found)) for kind, found in loading.items() if found}:
         raise CheckpointError(f"{file}: does not hold what its model needs: {lacking}")
     _refuse_untold(file, model.config)
@@ -72,10 +71,8 @@ def _refuse_dropped(file: pathlib.Path) -> None:
     """Refuses a file of which transformers would make another model, without a word."""
     import gguf  # Here, because nothing else needs it.  # pyright: ignore[reportMissingImports]
 
-    try:
+    with failures_as(CheckpointError, f"{file}: cannot be read as GGUF"):
         reader = gguf.GGUFReader(file)
-    except Exception as error:  # whatever it raises for what is no such file
-        raise CheckpointError(f"{file}: cannot be read as GGUF ({error})") from error
     kinds = [key for key in reader.fields if key.endswith(".rope.scaling.type")]
     dropped = [key for key in kinds if reader.fields[key].contents() != "none"]
     # A factor alone, without the kind, is a linear scaling; so files of older programs have it.

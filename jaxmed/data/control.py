@@ -113,7 +113,7 @@ class TextTokenizer:
         own = self.ids(text, where)
         with failures_as(DataError, f"{where}: the tokenizer cannot read the text"):
             whole = tuple(self.tokenizer(unquoted(text))["input_ids"])
-            plain = tuple(self.tokenizer(unquoted(text), add_special_tokens=False)["input_ids"])
+        plain = own if _MARK not in text else self.ids(unquoted(text), where)
         starts = range(len(whole) - len(plain) + 1)
         start = next((i for i in starts if whole[i : i + len(plain)] == plain), 0) if plain else 0
         added = whole[:start]

@@ -1,6 +1,7 @@
 """Runs that last: from a checkpoint and a file of pairs to a results folder, resumable."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -356,11 +357,10 @@ def _metric(
         return metrics.ResponseLogprobDifference(settings.response_part, settings.decision_tokens)
     size = decoder.config.vocab_size
     prompts = [pair.written for pair in pairs if pair.written]
+    first_tokens = functools.partial(encoder.first_tokens, vocab_size=size, after=prompts)
     return metrics.LogitDifference(
-        *(
-            encoder.first_tokens(getattr(settings, name), size, prompts, where=f"--{name}")
-            for name in ("harmful_tokens", "safe_tokens")
-        )
+        first_tokens(settings.harmful_tokens, where="--harmful_tokens"),
+        first_tokens(settings.safe_tokens, where="--safe_tokens"),
     )
 
 
