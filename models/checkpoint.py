@@ -35,7 +35,7 @@ import transformers
 from flax import nnx
 from huggingface_hub.errors import StrictDataclassError
 
-from models import adapters, cache, families, hf_config, placement, weights
+from models import adapters, cache, families, hf_config, placement, products, weights
 from models.config import DecoderConfig
 from models.decoder import Decoder
 from models.errors import InputError, failures_as
@@ -377,7 +377,8 @@ class Source:
         _, parameters = _parameters(self.read())
         if self._entry_name(folder) != name:
             raise CheckpointError(f"{self.folder}: changed while it was read; run this again")
-        arrays = {path: parameter[...] for path, parameter in parameters.items()}
+        arrays = {path: np.asarray(parameter[...]) for path, parameter in parameters.items()}
+        arrays = {path: products.numbers(array) for path, array in arrays.items()}
         about = {"model": str(self.folder), "dtype": self.config.dtype}
         if self.adapter is not None:
             about["adapter"] = str(self.adapter)
@@ -427,7 +428,7 @@ class Source:
                 left.subtract(row.paths)
                 for path in row.paths:
                     if not left[path]:
-                        done[path] = placings.pop(path).hand_over()
+                        done[path] = placings.pop(path).hand_over(self._parameters[path].dtype)
         return self._decoder(done)
 
     def _from_cache(self, entry: cache.Entry, mesh: jax.sharding.Mesh | None) -> Decoder:
@@ -446,7 +447,7 @@ class Source:
         with _readers() as pool, _progress(label, self._parameter_bytes) as progress:
             paths = list(placings)
             for path, _ in zip(paths, pool.map(fill, paths), strict=True):
-                done[path] = placings.pop(path).hand_over()
+                done[path] = placings.pop(path).hand_over(self._parameters[path].dtype)
                 progress.update(done[path].nbytes)
         return self._decoder(done)
 
@@ -1022,7 +1023,7 @@ def _write_config(
     folder: pathlib.Path,
     tokenizer: transformers.PreTrainedTokenizerBase | None,
 ) -> None:
-    config = dataclasses.replace(decoder.config, dtype=decoder.embedding.dtype.name)
+    config = dataclasses.replace(decoder.config, dtype=decoder.dtype.name)
     # Given even when None: the defaults of transformers' classes are those of one published model.
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     token_ids = {name: getattr(tokenizer, name, None) for name in names}
@@ -1054,7 +1055,7 @@ def _write_weights(decoder: Decoder, folder: pathlib.Path, max_shard_bytes: int)
     """Writes the weights shard by shard; no more than one shard is held on the host."""
     _, parameters = _parameters(decoder)
     rows = {row.name: row for row in _rows(decoder.config, parameters)}
-    itemsize = decoder.embedding.dtype.itemsize
+    itemsize = decoder.dtype.itemsize
     plan = huggingface_hub.split_state_dict_into_shards_factory(
         rows,
         get_storage_size=lambda row: row.size * itemsize,
@@ -1064,7 +1065,8 @@ def _write_weights(decoder: Decoder, folder: pathlib.Path, max_shard_bytes: int)
 
     def values(row: Row) -> np.ndarray:
         arrays = [parameters[path][...] for path in row.paths]
-        return row.join([np.asarray(a if row.layer is None else a[row.layer]) for a in arrays])
+        of_layer = [np.asarray(a if row.layer is None else a[row.layer]) for a in arrays]
+        return row.join(list(map(products.numbers, of_layer)))
 
     for file, names in plan.filename_to_tensors.items():
         # transformers reads only files that are marked as written for torch.

@@ -76,7 +76,7 @@ class Placing:
     On a CPU they become the parameter itself. A part that several devices hold is there once.
 
     Args:
-        shape, dtype: of the parameter.
+        shape, dtype: of the parameter's numbers.
         sharding: where it goes; None for the default device.
     """
 
@@ -105,13 +105,17 @@ class Placing:
         """The parts of the parameter that this host's devices hold; they do not overlap."""
         return list(self._pieces.values())
 
-    def hand_over(self) -> jax.Array:
-        """The parameter, once every piece is filled; its buffers must not be changed any more."""
+    def hand_over(self, dtype) -> jax.Array:
+        """The parameter, once every piece is filled; its buffers must not be changed any more.
+
+        Args:
+            dtype: in which it is kept: that of its numbers, or an integer for their bits.
+        """
         if self._sharding is None:
             (piece,) = self.pieces
-            return jax.device_put(piece.buffer)
+            return jax.device_put(piece.buffer.view(dtype))
         arrays = [
-            jax.device_put(self._pieces[bounds].buffer, device)
+            jax.device_put(self._pieces[bounds].buffer.view(dtype), device)
             for device, bounds in self._bounds.items()
         ]
         return jax.make_array_from_single_device_arrays(self._shape, self._sharding, arrays)

@@ -1,4 +1,4 @@
-"""What runs load: the checkpoint, in a type that this machine computes well in."""
+"""What runs load: the checkpoint, multiplied in a precision that is fast on this machine."""
 
 import dataclasses
 import datetime
@@ -7,11 +7,9 @@ import pathlib
 import typing
 from collections.abc import Collection
 
-import jax
-import jax.numpy as jnp
-
 import models
 from jaxmed.data.tokens import Encoder
+from jaxmed.engine import rates
 from jaxmed.store import claims
 from models import checkpoint
 from models.decoder import Decoder
@@ -39,14 +37,17 @@ class Loaded:
     tokenizer: typing.Any
 
 
-def load(model: str, adapter: str, dtype: str, ignore_config: Collection[str]) -> Loaded:
+def load(
+    model: str, adapter: str, dtype: str, ignore_config: Collection[str], matmul_precision: str
+) -> Loaded:
     """Loads a checkpoint.
 
     Args:
         model: folder or Hugging Face hub id.
         adapter: folder or hub id of a LoRA adapter that is merged into it; "" for none.
-        dtype: of the parameters; "" for the checkpoint's own, but at least float32 on a CPU.
+        dtype: of the parameters; "" for the checkpoint's own.
         ignore_config: as in `models.load`.
+        matmul_precision: one of `products.PRECISIONS`, or `rates.AUTO`.
 
     Raises:
         InputError: as `models.load`.
@@ -55,10 +56,27 @@ def load(model: str, adapter: str, dtype: str, ignore_config: Collection[str]) -
     decoder, tokenizer = models.load(
         folder,
         adapter=merged,
-        dtype=_parameter_type(dtype, folder, merged, ignore_config),
+        dtype=dtype or None,
         ignore_config=ignore_config,
     )
-    return Loaded(folder, merged, decoder, tokenizer)
+    if matmul_precision == rates.AUTO:
+        matmul_precision = rates.exact_precision(decoder)
+    return Loaded(folder, merged, decoder.at_precision(matmul_precision), tokenizer)
+
+
+def precision(given: str, out: str, *, overwrite: bool) -> str:
+    """The precision of a run: what is given, or what its folder's `run.json` says of `rates.AUTO`.
+
+    Args:
+        given: one of `products.PRECISIONS`, or `rates.AUTO`.
+        out, overwrite: as in `day`.
+
+    Raises:
+        InputError: the folder's `run.json` is damaged.
+    """
+    if given != rates.AUTO or overwrite:
+        return given
+    return claims.recorded(out, "matmul_precision") or given
 
 
 def day(given: str, out: str, *, overwrite: bool) -> str:
@@ -110,17 +128,3 @@ def encoder(tokenizer, *, chat: bool, date: str, template_args: str) -> Encoder:
         return Encoder(tokenizer, chat=chat, date=on, template_args=args)
     except InputError as error:
         raise InputError(f"--{error}") from None
-
-
-def _parameter_type(
-    asked: str,
-    folder: pathlib.Path,
-    adapter: pathlib.Path | None,
-    ignore_config: Collection[str],
-) -> str | None:
-    """The type that parameters are loaded in; None for the checkpoint's own."""
-    if asked or jax.default_backend() != "cpu":
-        return asked or None
-    # XLA's CPU backend slices no 16-bit floats: it would convert all layers for every chunk.
-    stored = checkpoint.stored_dtype(folder, adapter, ignore_config)
-    return str(jnp.promote_types(stored, jnp.float32))

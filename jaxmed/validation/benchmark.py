@@ -15,7 +15,6 @@ from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool
 
@@ -24,7 +23,7 @@ from jaxmed.analysis.audit import Audit, missed
 from jaxmed.behaviour import generation
 from jaxmed.behaviour.sampling import Sampling
 from jaxmed.data.pairs import Pair
-from jaxmed.engine import cost, memory, plan, propagate, scan
+from jaxmed.engine import cost, memory, plan, scan
 from jaxmed.question.effects import PairEffects
 from jaxmed.question.metrics import LogitDifference
 from jaxmed.question.question import Question
@@ -382,18 +381,18 @@ class _Engine:
         decoder: Decoder,
         pair: Pair,
         chosen: Bool[np.ndarray, "L I"],
-        matmul_precision: str,
         memory: int,
     ):
         self.decoder, self.pair, self.chosen = decoder, pair, chosen
         self.question = Question(LogitDifference())
-        self._how = {"matmul_precision": matmul_precision, "memory": memory}
+        self._memory = memory
         config, (term,) = decoder.config, self.question.metric.terms(pair)
         (work,) = plan.plan(
             config, pair, term, self.question, ["neuron"], False, {"neuron": chosen}
         )
-        dtype = decoder.embedding[...].dtype
-        _, self.batch = cost.batching(config, dtype, work, term, memory, jax.default_backend())
+        _, self.batch = cost.batching(
+            config, decoder.dtype, work, term, memory, jax.default_backend()
+        )
         both = cost.operations(config, pair, self.question, ["neuron"], {"neuron": chosen})
         self.operations = both / 2
         blocks_after = np.sum(config.num_layers - 1 - work.units.layers)
@@ -407,7 +406,7 @@ class _Engine:
             self.question,
             ["neuron"],
             chosen={"neuron": chosen},
-            **self._how,
+            memory=self._memory,
         )
 
     def seconds(self) -> float:
@@ -418,16 +417,20 @@ class _Engine:
 class _Products:
     """The products of a block and nothing between them, in the engine's shapes and types."""
 
-    def __init__(self, config: DecoderConfig, rows: int, matmul_precision: str):
-        dtype = propagate.MATMUL_PRECISIONS[matmul_precision] or jnp.float32
+    def __init__(self, decoder: Decoder, rows: int):
+        config, self._how = decoder.config, decoder.products
         width, hidden = config.hidden_size, config.intermediate_size
         heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         shapes = ((width, heads), (width, kv), (width, kv), (heads, width))
         shapes += ((width, hidden), (width, hidden), (hidden, width))
         keys = iter(jax.random.split(jax.random.key(0), len(shapes) + 3))
-        self.weights = [jax.random.normal(next(keys), shape, dtype) for shape in shapes]
+        number = decoder.compute_dtype
+        self.weights = [
+            products.ready(jax.random.normal(next(keys), shape, decoder.dtype), self._how, number)
+            for shape in shapes
+        ]
         sizes = sorted({width, heads, hidden})
-        self.inputs = {n: jax.random.normal(next(keys), (rows, n), dtype) for n in sizes}
+        self.inputs = {n: jax.random.normal(next(keys), (rows, n), number) for n in sizes}
         self.operations = rows * cost.block_operations(config)
         # An accelerator is kept busy by what is under way; a CPU would run products side by side.
         self.under_way = 1 if jax.default_backend() == "cpu" else 16
@@ -445,15 +448,11 @@ class _Products:
         """Each weight with the input of its size, as often as may be under way."""
         under_way = []
         for weight in self.weights * self.under_way:
-            under_way = [_multiply(self.inputs[weight.shape[0]], weight)]
+            x = self.inputs[weight.shape[-2]]
+            under_way = [products.multiplied(x, weight, self._how)]
             if self.under_way == 1:
                 jax.block_until_ready(under_way)
         jax.block_until_ready(under_way)
-
-
-@jax.jit
-def _multiply(left, right):
-    return jnp.matmul(left, right, precision="float32", preferred_element_type=jnp.float32)
 
 
 def _peak_memory() -> int:
