@@ -35,12 +35,13 @@ import transformers
 from flax import nnx
 from huggingface_hub.errors import StrictDataclassError
 
-from models import adapters, cache, families, hf_config, placement, products, weights
+from models import adapters, cache, families, hf_config, placement, weights
 from models.config import DecoderConfig
 from models.decoder import Decoder
 from models.errors import InputError, failures_as
 from models.families.family import Family
 from models.placement import Placing
+from models.products import numbers_on_host
 from models.weights import Path, Row
 
 SINGLE_FILE = "model.safetensors"
@@ -134,26 +135,6 @@ def load(
     if tokenizer is not None:
         _check_tokenizer(source, tokenizer)
     return source.load(mesh, cache_dir), tokenizer
-
-
-def stored_dtype(
-    folder: pathlib.Path,
-    adapter: pathlib.Path | None = None,
-    ignore_config: Collection[str] = (),
-) -> str:
-    """The type in which parameters are stored, the widest if there are several.
-
-    Args:
-        folder: of the checkpoint.
-        adapter: folder of what is merged into it.
-        ignore_config: as in `load`.
-
-    Raises:
-        CheckpointError: naming the file that cannot be read.
-    """
-    _check_adapter(folder, adapter)
-    family = families.get(_read_config(folder, ignore_config).family)
-    return _widest(_headers(folder, family) | _adapter_tensors(adapter))
 
 
 def save(
@@ -377,8 +358,7 @@ class Source:
         _, parameters = _parameters(self.read())
         if self._entry_name(folder) != name:
             raise CheckpointError(f"{self.folder}: changed while it was read; run this again")
-        arrays = {path: np.asarray(parameter[...]) for path, parameter in parameters.items()}
-        arrays = {path: products.numbers(array) for path, array in arrays.items()}
+        arrays = {path: numbers_on_host(kept[...]) for path, kept in parameters.items()}
         about = {"model": str(self.folder), "dtype": self.config.dtype}
         if self.adapter is not None:
             about["adapter"] = str(self.adapter)
@@ -1065,8 +1045,7 @@ def _write_weights(decoder: Decoder, folder: pathlib.Path, max_shard_bytes: int)
 
     def values(row: Row) -> np.ndarray:
         arrays = [parameters[path][...] for path in row.paths]
-        of_layer = [np.asarray(a if row.layer is None else a[row.layer]) for a in arrays]
-        return row.join(list(map(products.numbers, of_layer)))
+        return row.join([numbers_on_host(a if row.layer is None else a[row.layer]) for a in arrays])
 
     for file, names in plan.filename_to_tensors.items():
         # transformers reads only files that are marked as written for torch.

@@ -70,16 +70,16 @@ def enter(
         kernel = decoder.blocks.attention.output.kernel[...]
         kernel = kernel.reshape(kernel.shape[0], *change.shape[2:], -1)
 
-        def write(unit):
+        def of_head(unit):
             layer, head = unit
             weight = products.ready(kernel[layer, head], decoder.products, change.dtype)
             return products.multiplied(change[layer, :, head], weight, decoder.products)
 
-        gathered = change.shape[-1]
+        write, gathered = of_head, change.shape[-1]
     else:
         kernel = decoder.blocks.mlp.down.kernel[...]
 
-        def write(unit):
+        def of_neurons(unit):
             layer, group = unit
             members = group * group_size + jnp.arange(group_size)
             moved = change[layer, :, members].T
@@ -88,7 +88,7 @@ def enter(
             # Written as a sum: for one neuron it is no product of matrices.
             return jnp.sum(moved[..., None] * weight, axis=1)
 
-        gathered = group_size
+        write, gathered = of_neurons, group_size
 
     def add(unit):
         return _through_norm(decoder, site, unit[0], written, write(unit))

@@ -7,9 +7,9 @@ from jaxtyping import Float
 
 from jaxmed.intervention.units import Unit
 from jaxmed.intervention.values import Values
-from models import products
 from models.decoder import Decoder
 from models.layers import Linear
+from models.products import numbers_on_host
 from models.sites import Site
 
 _NEGLIGIBLE = 1e-6  # of a layer's largest
@@ -52,7 +52,7 @@ def output_norms(decoder: Decoder, site: Site) -> Float[np.ndarray, "L U"]:
 
 
 def _numbers(linear: Linear) -> Float[np.ndarray, "L in out"]:
-    return np.asarray(products.numbers(np.asarray(linear.kernel[...])), np.float32)
+    return np.asarray(numbers_on_host(linear.kernel[...]), np.float32)
 
 
 def matched(

@@ -10,13 +10,16 @@ from collections.abc import Callable
 
 import models
 from jaxmed.data import pairs
+from jaxmed.engine import rates
 from jaxmed.report import benchmark as tables
 from jaxmed.runs import settings as settings_lib
 from jaxmed.runs import sweep
 from jaxmed.runs.settings import setting
 from jaxmed.validation import benchmark, numerical_error, presets, truth
 from models import organisms
+from models.config import DTYPES
 from models.errors import InputError
+from models.products import PRECISIONS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,15 +31,31 @@ class BenchmarkSettings:
         default="12x768",
         choices=presets.PRESETS,
     )
+    dtype: str = setting(
+        help="Type of the weights; the preset's by default.", default="", choices=("", *DTYPES)
+    )
+    matmul_precision: tuple[str, ...] = setting(
+        help=f"How differences are multiplied by weights: any of {', '.join(PRECISIONS)}, measured "
+        "one after another, or auto, the faster of float32 and split3 on this machine.",
+        default=(rates.AUTO,),
+        commas=True,
+    )
+    errors: bool = setting(
+        help="Also the error of the effects against float64, which takes 8 bytes a weight.",
+        default=False,
+    )
     against: tuple[str, ...] = setting(
         help="Any of hooks (transformers with forward hooks, 64 rows a batch) and prefix (a torch "
-        "loop that caches the prefix and starts at the patched layer), or transformers with "
-        "--generate, in float32 on a CPU; they need torch (the parity extra).",
+        "loop that caches the prefix and starts at the patched layer, in float32 and in bfloat16), "
+        "or transformers with --generate, in float32; all on a CPU, once beside the first "
+        "precision. They need torch (the parity extra).",
         default=(),
         commas=True,
     )
     json: str | None = setting(
-        help="File for the figures, as one JSON object.", default=None, path=True
+        help="File for the figures, as JSON: a list of one object for each precision, or the only one.",
+        default=None,
+        path=True,
     )
     layers: int = setting(help="Blocks of the model; 0 for the preset's.", default=0, least=0)
     neurons: int = setting(
@@ -74,8 +93,19 @@ class BenchmarkSettings:
 
 # Settings that say nothing to a mode.
 _IDLE = {
-    "accuracy": ("generate", "preset", "screen", "layers", "neurons", "rounds", "memory_gb"),
-    "generate": ("screen", "neurons", "organism"),
+    "accuracy": (
+        "generate",
+        "dtype",
+        "matmul_precision",
+        "errors",
+        "preset",
+        "screen",
+        "layers",
+        "neurons",
+        "rounds",
+        "memory_gb",
+    ),
+    "generate": ("dtype", "matmul_precision", "errors", "screen", "neurons", "organism"),
 }
 
 
@@ -109,6 +139,8 @@ def check(settings: BenchmarkSettings) -> None:
     known = benchmark.GENERATION_BASELINES if settings.generate else benchmark.BASELINES
     if unknown := sorted(set(settings.against) - set(known)):
         raise InputError(f"--against={','.join(unknown)}: not one of {', '.join(known)}")
+    for precision in settings.matmul_precision:
+        settings_lib.check_choice("--matmul_precision", precision, (rates.AUTO, *PRECISIONS))
     for mode, others in _IDLE.items():
         idle = [name for name in others if settings_lib.given(settings, name)]
         if getattr(settings, mode) and idle:
@@ -142,15 +174,22 @@ def _generation(settings: BenchmarkSettings) -> tuple[dict, list[str]]:
     return dataclasses.asdict(figures), tables.generation_table(figures)
 
 
-def _speed(settings: BenchmarkSettings) -> tuple[dict, list[str]]:
-    figures = benchmark.measure(
-        settings.preset,
-        say=sweep.say,
-        against=settings.against,
-        layers=settings.layers,
-        neurons=settings.neurons,
-        rounds=settings.rounds,
-        screen=settings.screen,
-        memory_gb=settings.memory_gb,
-    )
-    return dataclasses.asdict(figures), tables.table(figures)
+def _speed(settings: BenchmarkSettings) -> tuple[list[dict], list[str]]:
+    found, lines = [], []
+    for number, precision in enumerate(settings.matmul_precision):
+        figures = benchmark.measure(
+            settings.preset,
+            say=sweep.say,
+            dtype=settings.dtype,
+            precision=precision,
+            errors=settings.errors,
+            against=() if number else settings.against,
+            layers=settings.layers,
+            neurons=settings.neurons,
+            rounds=settings.rounds,
+            screen=settings.screen,
+            memory_gb=settings.memory_gb,
+        )
+        found.append(dataclasses.asdict(figures))
+        lines += tables.table(figures)
+    return found, lines

@@ -77,13 +77,11 @@ def measure(
         A row for each way, type of products and estimand, in this order.
     """
     question = Question(LogitDifference())
-    with tempfile.TemporaryDirectory() as given, tempfile.TemporaryDirectory() as rounded:
-        checkpoint.save(decoder, given)
-        decoder = checkpoint.load(given, dtype="bfloat16")[0]
-        checkpoint.save(decoder, rounded)
-        with jax.enable_x64(True):
-            double = checkpoint.load(rounded, dtype="float64")[0]
-            exact = scan.scan_pair(double, pair, question, ["neuron"])
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint.save(decoder, folder)
+        decoder = checkpoint.load(folder, dtype="bfloat16")[0]
+    with jax.enable_x64(True):
+        exact = scan.scan_pair(presets.in_float64(decoder), pair, question, ["neuron"])
     rows = []
     for precision in products.PRECISIONS:
         found = scan.scan_pair(decoder.at_precision(precision), pair, question, ["neuron"])

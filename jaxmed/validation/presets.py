@@ -4,12 +4,14 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from jaxmed.data.pairs import Pair
 from models.config import DecoderConfig, Rotary
 from models.decoder import Decoder
+from models.products import numbers_on_host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,12 +21,10 @@ class Preset:
     Attributes:
         config: the shape.
         tokens: length of both prompts.
-        matmul_precision: of products with differences, as in `engine.scan`.
     """
 
     config: DecoderConfig
     tokens: int
-    matmul_precision: str
 
 
 def llama(**fields: Any) -> DecoderConfig:
@@ -55,7 +55,7 @@ def _llama3(rotary_factor: float, **fields: Any) -> Preset:
     config = llama(
         dtype="bfloat16", vocab_size=128256, num_heads=32, num_kv_heads=8, rotary=rotary, **fields
     )
-    return Preset(config, tokens=64, matmul_precision="bfloat16")
+    return Preset(config, tokens=64)
 
 
 PRESETS = {
@@ -73,7 +73,6 @@ PRESETS = {
             head_dim=64,
         ),
         tokens=32,
-        matmul_precision="float32",
     ),
     "llama-3.2-1b": _llama3(
         rotary_factor=32.0,
@@ -104,6 +103,17 @@ def with_layers(config: DecoderConfig, layers: int) -> DecoderConfig:
 def random_decoder(config: DecoderConfig) -> Decoder:
     """A decoder with the initialisers' random weights, always the same."""
     return jax.jit(lambda: Decoder(config, rngs=nnx.Rngs(0)))()
+
+
+def in_float64(decoder: Decoder) -> Decoder:
+    """The same model with its weights, and so its activations, in float64; to be called, and used,
+    under `jax.enable_x64(True)`."""
+    config = decoder.config
+    graph = nnx.graphdef(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype="float64")))
+    wide = jax.tree.map(
+        lambda kept: jnp.asarray(numbers_on_host(kept).astype(np.float64)), nnx.state(decoder)
+    )
+    return nnx.merge(graph, wide)
 
 
 def random_pair(config: DecoderConfig, tokens: int) -> Pair:

@@ -219,7 +219,6 @@ def test_types(tmp_path):
     adapter = write(tmp_path / "adapter", tensors)
     wide = merged(tmp_path / "base", adapter)
     assert wide.config.dtype == "float32"
-    assert checkpoint.stored_dtype(tmp_path / "base", adapter) == "float32"
     narrow = write(tmp_path / "narrow", {n: t.astype(jnp.bfloat16) for n, t in tensors.items()})
     found = merged(tmp_path / "base", narrow)
     assert found.config.dtype == "bfloat16"
@@ -356,7 +355,7 @@ def test_an_adapter_beside_weights_is_not_passed_over(base, caplog, tmp_path):
     other = write(tmp_path / "other", random_lora(base, ALL))
     says(refused(base, other), base, "beside the weights", f"--adapter={base}")
     with pytest.raises(InputError, match="beside the weights"):
-        checkpoint.stored_dtype(base)
+        checkpoint.Source.examine(base)
     found = merged(base, base)
     (base / adapters.CONFIG).unlink()
     plain, _ = models.load(base)
