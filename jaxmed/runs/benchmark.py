@@ -53,7 +53,7 @@ class BenchmarkSettings:
         commas=True,
     )
     json: str | None = setting(
-        help="File for the figures, as JSON: a list of one object for each precision, or the only one.",
+        help="File for the figures, as JSON: of speed, a list with an object for each precision.",
         default=None,
         path=True,
     )
