@@ -4,6 +4,7 @@ import datetime
 import functools
 import inspect
 import json
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -212,6 +213,26 @@ class ChatTemplate:
     def may_think(self) -> bool:
         """Whether it has a switch for thoughts before the answer that nobody has set."""
         return "enable_thinking" in self.source and "enable_thinking" not in self.args
+
+
+def open_thoughts(reader: TextTokenizer, text: str) -> str:
+    """The tag that will close the thoughts in which a prompt ends; "" where it ends in none.
+
+    A tag opens some if the template, or an assistant's message that the answer goes on with, begins
+    with it: behind the last control token, at the beginning of a line or the end of the prompt.
+    Elsewhere it is a word of what is said.
+
+    Args:
+        reader: the tokenizer.
+        text: of the prompt, as the template has written it.
+    """
+    begun = reader.behind_last(text, but=sum(THOUGHTS, ()))
+    for opens, closes in THOUGHTS:
+        tag = re.escape(opens)
+        _, *behind = re.split(rf"(?:^|\n)\s*{tag}|{tag}(?=\s*$)", begun)
+        if behind and closes not in behind[-1]:
+            return closes
+    return ""
 
 
 def _names(template: str) -> set[str]:

@@ -57,6 +57,12 @@ class TextTokenizer:
         found = self._pattern.match(text)
         return found[0] if found else ""
 
+    def behind_last(self, text: str, *, but: tuple[str, ...] = ()) -> str:
+        """What stands behind a text's last control token, of those that are not in `but`; all of it
+        where it has none."""
+        ends = (found.end() for found in self._pattern.finditer(text) if found[0] not in but)
+        return text[max(ends, default=0) :]
+
     def quoted(self, text: str, *, but: tuple[str, ...] = ()) -> str:
         """The text, with a mark in each control token, which `ids` then takes for text.
 

@@ -6,7 +6,7 @@ import enum
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from jaxmed.data.chat import THOUGHTS, ChatTemplate, check_messages
+from jaxmed.data.chat import THOUGHTS, ChatTemplate, check_messages, open_thoughts
 from jaxmed.data.control import TextTokenizer, unquoted
 from jaxmed.files.reading import DataError
 from models.errors import InputError
@@ -146,6 +146,8 @@ class Encoder:
         if isinstance(value, str) and not self.chat:
             if found := self._text.first_in(value):
                 self._note(Remark.CONTROL, where, name, found)
+            if open_thoughts(self._text, value):
+                self._note(Remark.THINKS, where, name)
             return Written(self._text.prompt_ids(value, where), value)
         if isinstance(value, str) and (found := self.template.written_in(value)):
             raise DataError(
@@ -298,10 +300,10 @@ class Encoder:
         return tokens[0]
 
     def _thoughts_follow(self, text: str, go_on: bool) -> bool:
-        text = text.rstrip()
-        if any(text.endswith(closes) for _, closes in THOUGHTS) or go_on:
-            return False
-        return self.template.may_think or any(text.endswith(opens) for opens, _ in THOUGHTS)
+        if open_thoughts(self._text, text):
+            return True
+        are_closed = any(text.rstrip().endswith(closes) for _, closes in THOUGHTS)
+        return self.template.may_think and not (are_closed or go_on)
 
     def _note(self, remark: Remark, where: str, name: str, example: str = "") -> None:
         place = f"{where}: '{name}'" if name else where

@@ -160,6 +160,7 @@ def run(
         folder=folder,
         model=settings.model,
         adapter=settings.adapter,
+        dtype=settings.dtype,
         ignore_config=settings.ignore_config,
         chat=settings.chat,
         date=settings.date if _is_asked_for_the_day(model) else "",
@@ -172,6 +173,7 @@ def run(
         only_think=sum(answered.values[key].only_thinks for key in wanted),
         templates=sum(seen[pair.base].safe is None for pair in made),
         same_start=sum(complete[pair.base].start_alike for pair in made),
+        after_thoughts=sum(complete[pair.base].came_of_thoughts for pair in made),
         meanings={judge.name: judge.meaning for judge in judges},
         doubts=doubts,
         length_differences=(
