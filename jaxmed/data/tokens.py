@@ -81,7 +81,7 @@ _TOLD = {
     Remark.QUOTED: "What the prompt says is never read as a control token",
     Remark.CONTROL: "They are used as they stand",
     Remark.THINKS: "The first token of an answer is not the first that the model generates; "
-    'template_args, mostly {"enable_thinking": false}, has it answer at once',
+    'template_args (--template_args), mostly {"enable_thinking": false}, has it answer at once',
 }
 
 
@@ -122,6 +122,11 @@ class Encoder:
     def has_template(self) -> bool:
         """Whether there is a tokenizer with a chat template."""
         return self.tokenizer is not None and bool(self.tokenizer.chat_template)
+
+    @property
+    def reads_date(self) -> bool:
+        """Whether there is a chat template that asks what day it is."""
+        return self.tokenizer is not None and self.template.reads_date
 
     def prompt(self, value, name: str, where: str) -> Written:
         """A prompt, of text or of chat messages.

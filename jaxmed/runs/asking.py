@@ -33,7 +33,6 @@ MAY_CHANGE = (
     "refuse_tokens",
     "tokenisation",
     "cut",
-    "ignore_config",
     "judges",
     "judges_hash",
 )

@@ -212,7 +212,7 @@ class JudgeModel:
             raise InputError(
                 f"{exchange.where}: has {length} tokens as judge '{self.name}' reads it, and "
                 f"{self.checkpoint} has room for {most}; shorten it, or have the responses' ends "
-                "cut off (cut)"
+                "cut off: cut (--cut)"
             )
 
         response = text_of(exchange, "response", f"judge '{self.name}'")
