@@ -235,7 +235,8 @@ class JudgeModel:
         where = f"judge '{self.name}'"
         if self.template.messages:
             return self._text.ids(text, where)
-        return self._text.prompt_ids(text, where)
+        begin, own = self._text.prompt_ids(text, where)
+        return begin + own
 
     def _render(self, exchange: Exchange) -> str:
         """What the model reads of an exchange, before the first question; control tokens in what

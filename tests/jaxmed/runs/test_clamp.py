@@ -223,7 +223,7 @@ def test_an_exported_checkpoint_answers_as_the_held_model(detectors):
     plain, _ = models.load(asked.model)
     given = [one for one in prompts.read(asked.prompts[0]) if one.split == "C"]
     tokens = [prompts.tokens_of(one, Encoder(tokenizer)) for one in given]
-    stop = answering.stop_tokens(asked.export, None)
+    stop = answering.stop_tokens(answering.generation_configs(asked.export), None)
     assert sorted(stop) == found.run["stop_tokens"]
     edited = generation.generate(decoder, tokens, stop=stop, sampling=asked.sampling)
     held = responses.response_log(found.folder).values
