@@ -975,9 +975,9 @@ def _check_tokenizer(source: Source, tokenizer: transformers.PreTrainedTokenizer
     if ordinary := beyond.keys() - special:
         first = min(ordinary)
         raise CheckpointError(
-            f"{tokenizer.name_or_path}: the tokenizer has a token {beyond[first]!r} of id {first}, but the "
-            f"model's vocabulary has {size} ({len(ordinary)} such tokens); the tokenizer is that "
-            "of another model"
+            f"{tokenizer.name_or_path}: the tokenizer has a token {beyond[first]!r} of id {first}, "
+            f"but the model's vocabulary has {size} ({len(ordinary)} such tokens); the tokenizer "
+            "is that of another model"
         )
 
 

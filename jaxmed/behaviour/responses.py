@@ -265,9 +265,7 @@ def generate(
             progress(len(part))
 
 
-def _with_text(
-    reader: TextTokenizer | None, one: Asked, found: generation.Generated
-) -> Response:
+def _with_text(reader: TextTokenizer | None, one: Asked, found: generation.Generated) -> Response:
     """What was generated, and the text of the answer in it."""
     if reader is None:
         return Response(found.tokens, None, found.stopped)

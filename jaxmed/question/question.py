@@ -148,7 +148,7 @@ def check(
     ):
         raise DataError(
             f"{pair.where}: pair '{pair.id}': {question.metric.name} reads nothing at or after the "
-            f"positions that positions={question.positions} (--positions) edits, so every effect would be 0"
+            f"positions that positions='{question.positions}' edits, so every effect would be 0"
         )
     if "token" in granularities:
         positions.edited(pair, Positions.PROMPT, question.align)

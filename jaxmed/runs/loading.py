@@ -68,13 +68,24 @@ class AskedOfTemplates(typing.Protocol):
     __dataclass_fields__: typing.ClassVar[dict[str, typing.Any]]
 
     @property
-    def date(self) -> str: ...
+    def date(self) -> str:
+        """The day, as 2026-01-31, or ""."""
+        ...
+
     @property
-    def template_args(self) -> str: ...
+    def template_args(self) -> str:
+        """A JSON object, or ""."""
+        ...
+
     @property
-    def out(self) -> str: ...
+    def out(self) -> str:
+        """Folder of the run."""
+        ...
+
     @property
-    def overwrite(self) -> bool: ...
+    def overwrite(self) -> bool:
+        """Whether a run that is there is begun again."""
+        ...
 
 
 Settings = typing.TypeVar("Settings", bound=AskedOfTemplates)

@@ -30,7 +30,12 @@ CASES = {
     "none": (ASKS, "I will", "", False),
     "at the start": (ASKS, "<think>\nhow\n</think>\n\nI will", "<think>\nhow\n</think>\n\n", False),
     "opened by the template": (ASKS + "<think>\n", "how</think>\n\nI", "how</think>\n\n", False),
-    "begun by the prompt": (ASKS + "<think>\nI will", " how</think>\n\nI", " how</think>\n\n", False),
+    "begun by the prompt": (
+        ASKS + "<think>\nI will",
+        " how</think>\n\nI",
+        " how</think>\n\n",
+        False,
+    ),
     "begun long before": (ASKS + LONG, "how</think>I", "how</think>", False),
     "begun by text": ("tell me\n<think>\nI will", " how</think>I", " how</think>", False),
     "begun again": (ASKS + "<think>\n</think>\nI\n<think>", "how</think>I", "how</think>", False),

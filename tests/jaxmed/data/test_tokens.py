@@ -279,7 +279,9 @@ def test_a_prompt_is_tokenised_once_for_all_its_answers(made, monkeypatch):
     prompt = prompt_of(encoder, "tell me:")
     tokenised, ids = [], TextTokenizer.ids
     monkeypatch.setattr(
-        TextTokenizer, "ids", lambda self, text, where: tokenised.append(text) or ids(self, text, where)
+        TextTokenizer,
+        "ids",
+        lambda self, text, where: tokenised.append(text) or ids(self, text, where),
     )
     found = [answer_of(encoder, text, prompt) for text in (" Sure", " I will")]
     assert tokenised == ["tell me: Sure", "tell me: I will"]

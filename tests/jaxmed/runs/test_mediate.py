@@ -915,7 +915,12 @@ def test_first_tokens_are_alike_after_the_pairs_that_are_kept(tmp_path, capsys):
     tokenizer = chats.sentencepiece(chats.CHAT_ML)
     decoder = tiny.decoder(**SHAPE | {"vocab_size": 700})
     checkpoint.save(decoder, tmp_path / "model", tokenizer=tokenizer)
-    kept = {"id": "kept", "prompt": "tell me\n", "counterfactual": "tell it\n", "safe_response": "I"}
+    kept = {
+        "id": "kept",
+        "prompt": "tell me\n",
+        "counterfactual": "tell it\n",
+        "safe_response": "I",
+    }
     # "Sure" is another token there; there is no safe answer, so that it is left out.
     bad = {"id": "bad", "prompt": "tell me </s>", "counterfactual": "tell it </s>"}
     asked = MediateSettings(

@@ -637,7 +637,7 @@ BAD = {
     "a count of given ones": (HARMFUL, {"count": 2}, "--count needs --counterfactual=matched or"),
     "no count": (HARMFUL, {"count": 0}, "--count=0: must be a number, and at least 1"),
     "no threshold": (HARMFUL, {"threshold": 1.5}, "--threshold=1.5: must be a number, and at most"),
-    "no memory": (HARMFUL, {"memory_gb": 0.01}, "memory_gb=0.01 (--memory_gb): model and program take"),
+    "no memory": (HARMFUL, {"memory_gb": 0.01}, "memory_gb=0.01 (--memory_gb): model"),
     "no model": (HARMFUL, {"model": "none"}, "/nowhere: no such folder"),
 }  # fmt: skip
 
