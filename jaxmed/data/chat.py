@@ -262,7 +262,7 @@ def _read_names(template: str) -> set[str]:
     try:
         parsed = jinja2.Environment(extensions=_EXTENSIONS).parse(_MARKED.sub("", template))
         return jinja2.meta.find_undeclared_variables(parsed)
-    except jinja2.TemplateError:
+    except (*_TEMPLATE_ERRORS, RecursionError):
         return set()
 
 

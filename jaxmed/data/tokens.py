@@ -83,8 +83,8 @@ _TOLD = {
     Remark.QUOTED: "What the prompt says is never read as a control token",
     Remark.CONTROL: "They are used as they stand",
     Remark.THINKS: "The first token of an answer is not the first that the model generates; "
-    "template_args (--template_args) may have it answer at once, by what is in brackets, mostly as "
-    '{"enable_thinking": false}',
+    "template_args (--template_args), by the name in brackets or mostly "
+    '{"enable_thinking": false}, may have it answer at once',
 }
 
 
