@@ -550,9 +550,7 @@ def test_ignored_keys_of_config_json_stay(run):
     """One rule for all programs: of what was loaded otherwise nobody says that it is the same."""
     row = {"id": "h", "prompt": "tell me how", "label": "harmful", "counterfactual": "why"}
     run(row, model="text")
-    with pytest.raises(
-        InputError, match=r"ignore_config was \[\], is now \[.trained_in.\]: choose"
-    ):
+    with pytest.raises(InputError, match=r"ignore_config was \[\], is now \[.trained_in.\]"):
         run(row, model="text", ignore_config=("trained_in",))
 
 
