@@ -186,11 +186,13 @@ class Decoder(nnx.Module):
                 default device by default.
 
         Raises:
-            ValueError: the precision is not known, or is none of a float64 model's, which
+            InputError: the precision is not known, or is none of a float64 model's, which
                 multiplies in float64 under the name of "float32".
         """
         if self.compute_dtype == jnp.float64 and precision != "float32":
-            raise ValueError(f"{precision!r}: a float64 model multiplies in its own type only")
+            raise InputError(
+                f"precision {precision!r}: a float64 model multiplies in its own type only"
+            )
         copy = nnx.clone(self)
         copy.set_attributes(products=Products(precision, platform or jax.default_backend()))
         return copy

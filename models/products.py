@@ -24,6 +24,8 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Shaped
 
+from models.errors import InputError
+
 # How a difference is multiplied by weights: as numbers of its own type, which is float32 but in a
 # float64 model; or in so many bfloat16 parts.
 PARTS = {"float32": None, "split3": 3, "split2": 2, "bfloat16": 1}
@@ -53,7 +55,7 @@ class Products:
 
     def __post_init__(self):
         if self.precision not in PARTS:
-            raise ValueError(f"precision {self.precision!r}: one of {', '.join(PRECISIONS)}")
+            raise InputError(f"precision {self.precision!r}: not one of {', '.join(PRECISIONS)}")
 
     @property
     def of_values(self) -> "Products":

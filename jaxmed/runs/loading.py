@@ -64,34 +64,65 @@ def load(
     return Loaded(folder, merged, decoder.at_precision(matmul_precision), tokenizer)
 
 
-def precision(given: str, out: str, *, overwrite: bool) -> str:
-    """The precision of a run: what is given, or what its folder's `run.json` says of `rates.AUTO`.
+@typing.runtime_checkable
+class Settled(typing.Protocol):
+    """Settings of what is settled when a run begins, and the folder of the run."""
 
-    Args:
-        given: one of `products.PRECISIONS`, or `rates.AUTO`.
-        out, overwrite: as in `day`.
+    __dataclass_fields__: typing.ClassVar[dict[str, typing.Any]]
+
+    @property
+    def date(self) -> str:
+        """The day, as 2026-01-31, or ""."""
+        ...
+
+    @property
+    def template_args(self) -> str:
+        """A JSON object, or ""."""
+        ...
+
+    @property
+    def matmul_precision(self) -> str:
+        """One of `products.PRECISIONS`, or `rates.AUTO`."""
+        ...
+
+    @property
+    def out(self) -> str:
+        """Folder of the run."""
+        ...
+
+    @property
+    def overwrite(self) -> bool:
+        """Whether a run that is there is begun again."""
+        ...
+
+
+Settings = typing.TypeVar("Settings", bound=Settled)
+
+
+def settled(settings: Settings) -> Settings:
+    """The settings, with what is settled when a run begins as `run.json` records it.
+
+    The day for chat templates is the one that is given, else the one of the run that is gone on
+    with, else today. Their arguments that mean the same are written alike. A precision that is not
+    given is that of the run that is gone on with; it is left to `load` where there is none.
 
     Raises:
-        InputError: the folder's `run.json` is damaged.
+        InputError: as `template_settings`, or the folder's `run.json` is damaged.
     """
-    if given != rates.AUTO or overwrite:
-        return given
-    return claims.recorded(out, "matmul_precision") or given
+    _, args = template_settings(settings.date, settings.template_args)
 
+    def earlier(key: str):
+        return None if settings.overwrite else claims.recorded(settings.out, key)
 
-def day(given: str, out: str, *, overwrite: bool) -> str:
-    """The day that it is for chat templates, as 2026-01-31.
-
-    Args:
-        given: it, or "".
-        out: folder of the run, whose day is kept where it is gone on with.
-        overwrite: begin again, today.
-
-    Raises:
-        InputError: the folder's `run.json` is damaged.
-    """
-    earlier = None if overwrite else claims.recorded(out, "date")
-    return given or earlier or datetime.date.today().isoformat()
+    precision = settings.matmul_precision
+    if precision == rates.AUTO:
+        precision = earlier("matmul_precision") or precision
+    return dataclasses.replace(
+        settings,
+        date=settings.date or earlier("date") or datetime.date.today().isoformat(),
+        matmul_precision=precision,
+        template_args=json.dumps(args, sort_keys=True, ensure_ascii=False) if args else "",
+    )
 
 
 def template_settings(date: str, template_args: str) -> tuple[datetime.date | None, dict]:

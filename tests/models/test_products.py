@@ -10,6 +10,7 @@ import models
 from jaxmed.validation import presets
 from models import checkpoint, products
 from models.decoder import Decoder
+from models.errors import InputError
 from models.products import PRECISIONS, Products, multiplied, numbers_on_host, ready, stored
 from tests import tiny
 from tests.jaxmed.engine.jaxprs import equations
@@ -93,12 +94,12 @@ def test_products_in_parts_have_no_derivative_by_weights():
 
 
 def test_an_unknown_precision_is_refused():
-    with pytest.raises(ValueError, match="'tf32': one of float32, split3, split2, bfloat16"):
+    with pytest.raises(InputError, match="'tf32': not one of float32, split3, split2, bfloat16"):
         Products("tf32")
     with jax.enable_x64(True):
         decoder = tiny.decoder("llama", dtype="float64")
         assert decoder.at_precision("float32").products.precision == "float32"
-        with pytest.raises(ValueError, match="float64 model"):
+        with pytest.raises(InputError, match="float64 model"):
             decoder.at_precision("split3")
 
 

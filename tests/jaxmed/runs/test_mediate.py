@@ -200,7 +200,8 @@ def test_run_json_says_what_was_asked_and_how_it_was_computed(asked, finished):
     run = described(finished.folder)
     flags = json.loads(json.dumps(dataclasses.asdict(asked)))
     today = datetime.date.today().isoformat()
-    assert {name: run[name] for name in flags} == flags | {"date": today}
+    settled = {"date": today, "matmul_precision": "float32"}
+    assert {name: run[name] for name in flags} == flags | settled
     assert run["pair_bases"] == run["pair_ids"] == ["even", "longer", "short"]
     assert run["finished"] is True and run["skipped"] == 0 and run["seconds"] > 0
     assert run["device"] == f"{jax.device_count()} x {jax.devices()[0].device_kind}"
@@ -397,12 +398,12 @@ def test_other_pairs_under_the_same_name_are_refused(change, asked, copied, tmp_
 def test_an_ignored_key_of_config_json_is_recorded(asked, finished, tmp_path):
     shutil.copytree(asked.model, tmp_path / "model")
     config = tmp_path / "model" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"logit_scale": 0.5}))
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"trained_in": 0.5}))
     other = to(asked, tmp_path, model=str(tmp_path / "model"), granularity=("layer",))
-    with pytest.raises(InputError, match="config.json: .* --ignore_config=logit_scale"):
+    with pytest.raises(InputError, match="config.json: .* --ignore_config=trained_in"):
         mediate.run(other)
-    found = mediate.run(dataclasses.replace(other, ignore_config=("logit_scale",)))
-    assert described(found.folder)["ignore_config"] == ["logit_scale"]
+    found = mediate.run(dataclasses.replace(other, ignore_config=("trained_in",)))
+    assert described(found.folder)["ignore_config"] == ["trained_in"]
     assert described(finished.folder)["ignore_config"] == []
 
 
@@ -542,7 +543,7 @@ def test_a_file_without_a_usable_pair_is_refused_though_bad_pairs_may_be_skipped
         ({"screen_steps": 2}, "--screen_steps needs --screen=K"),
         ({"screen": 2, "granularity": ("layer",)}, "--screen needs --granularity=neuron"),
         ({"screen": -1}, "--screen=-1: must be a number, and at least 0"),
-        ({"matmul_precision": "highest"}, "--matmul_precision=highest: not one of float32, bfl"),
+        ({"matmul_precision": "highest"}, "--matmul_precision=highest: not one of auto, float32"),
         ({"memory_gb": float("nan")}, "--memory_gb=nan: must be a number, and at least 0.001"),
         ({"memory_gb": float("inf")}, "--memory_gb=inf: must be a number"),
         ({"joint_size": 1, "group_size": 2}, "--joint_size needs"),
@@ -579,7 +580,7 @@ def test_a_folder_that_cannot_be_the_results_is_refused(out, asked, scans, tmp_p
         ({"screen": 25}, "--screen=25: the model has 24 neurons"),
         ({"screen": 9, "group_size": 3}, "--screen=9: the model has 8 groups of neurons"),
         ({"joint_size": 25}, "--joint_size=25: the model has 24 neurons"),
-        ({"memory_gb": 0.001}, "memory_gb=0.001: model and program take"),
+        ({"memory_gb": 0.001}, "memory_gb=0.001 (--memory_gb): model and program take"),
         ({"directions": "gone.npz"}, "gone.npz: no npz file of plain arrays"),
     ],
 )
@@ -596,15 +597,15 @@ def test_the_budget_and_the_precision_reach_the_engine(asked, tmp_path, monkeypa
     given = []
     original = scan.scan_pair
 
-    def heard(*arguments, **options):
-        given.append({name: options[name] for name in ("matmul_precision", "memory")})
-        return original(*arguments, **options)
+    def heard(decoder, *arguments, **options):
+        given.append((decoder.products.precision, options["memory"]))
+        return original(decoder, *arguments, **options)
 
     monkeypatch.setattr(scan, "scan_pair", heard)
     monkeypatch.setattr(memory, "free", lambda memory_gb: int(memory_gb * 2**30))
     changes = {"matmul_precision": "bfloat16", "memory_gb": 0.25, "granularity": ("layer",)}
     run = mediate.run(to(asked, tmp_path, **changes))
-    assert given == [{"matmul_precision": "bfloat16", "memory": 2**28}] * 3
+    assert given == [("bfloat16", 2**28)] * 3
     assert run.run["precision"] == "bfloat16"
 
 
@@ -909,6 +910,35 @@ def test_first_tokens_may_be_given_as_ids_or_as_words(text_model, tmp_path):
         )
         found.append(mediate.run(settings))
     assert_same_arrays(found[1].folder, found[0].folder)
+
+
+def test_first_tokens_are_alike_after_the_pairs_that_are_kept(tmp_path, capsys):
+    tokenizer = chats.sentencepiece(chats.CHAT_ML)
+    decoder = tiny.decoder(**SHAPE | {"vocab_size": 700})
+    checkpoint.save(decoder, tmp_path / "model", tokenizer=tokenizer)
+    kept = {
+        "id": "kept",
+        "prompt": "tell me\n",
+        "counterfactual": "tell it\n",
+        "safe_response": "I",
+    }
+    # "Sure" is another token there; there is no safe answer, so that it is left out.
+    bad = {"id": "bad", "prompt": "tell me </s>", "counterfactual": "tell it </s>"}
+    asked = MediateSettings(
+        str(tmp_path / "model"),
+        str(write(tmp_path / "pairs.jsonl", kept, bad)),
+        str(tmp_path / "out"),
+        ("layer",),
+        harmful_tokens=("Sure",),
+        skip_bad_pairs=True,
+    )
+    found = mediate.run(asked)
+    sure = tokenizer.convert_tokens_to_ids("Sure")
+    assert (found.pair_ids, found.run["skipped"]) == (("kept",), 1)
+    assert f"[{sure}]" in found.run["meaning"] and "no safe" in capsys.readouterr().err
+    write(tmp_path / "pairs.jsonl", kept, bad | {"safe_response": "I"})
+    with pytest.raises(InputError, match="--harmful_tokens=Sure: begins with another token after"):
+        mediate.run(to(asked, tmp_path / "other"))
 
 
 def test_first_tokens_as_words_need_a_tokenizer(asked, tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxmed.behaviour import generation
-from jaxmed.engine import propagate, scan
+from jaxmed.engine import scan
 from jaxmed.report import benchmark as report
 from jaxmed.validation import benchmark, presets
 from models.errors import InputError
@@ -167,8 +167,8 @@ def test_generation_is_timed_plain_and_with_a_hold(clock, small, monkeypatch):
 
 
 def test_what_cannot_be_compared_is_refused():
-    with pytest.raises(InputError, match="the engine here in bfloat16 .*: no comparison"):
-        benchmark.measure("llama-3.2-1b", say=print, against=("hooks",))
+    with pytest.raises(InputError, match="generation here in bfloat16 .*: no comparison"):
+        benchmark.measure_generation("llama-3.2-1b", say=print, against=("transformers",))
     with pytest.raises(InputError, match="leave out neurons"):
         benchmark.measure("12x768", say=print, screen=10, neurons=100)
 
@@ -179,7 +179,6 @@ def test_operations_are_those_of_the_blocks_after_each_neuron(small):
         decoder=presets.random_decoder(small),
         pair=presets.random_pair(small, 6),
         chosen=benchmark.spread(small, 0),
-        matmul_precision="float32",
         memory=2**30,
     )
     heads, kv = 4 * 8, 2 * 8
@@ -198,9 +197,8 @@ def test_a_sample_is_spread_over_all_layers(small):
         benchmark.spread(small, 81)
 
 
-def test_every_preset_has_a_known_precision_and_can_be_cut_to_any_number_of_layers():
+def test_every_preset_can_be_cut_to_any_number_of_layers():
     for preset in presets.PRESETS.values():
-        assert preset.matmul_precision in propagate.MATMUL_PRECISIONS
         assert presets.with_layers(preset.config, 0) == preset.config
         cut = presets.with_layers(preset.config, 3)
         assert (cut.num_layers, cut.windows) == (3, (None, None, None))
