@@ -17,6 +17,7 @@ from models import edits as editing
 from models import layers, products
 from models.config import DecoderConfig
 from models.edits import Edit
+from models.errors import InputError
 from models.layers import Cache, Span, Tap, Traits
 from models.products import Products
 from models.shapes import (
