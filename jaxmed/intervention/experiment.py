@@ -176,10 +176,17 @@ class Experiment:
             for group, own in groups.items()
         }
         tokens = [by_id[name].tokens for name in names]
-        measured = tqdm.tqdm(
-            tokens, desc="values of units", unit="prompt", disable=not self.progress
-        )
-        means = values.group_means(self.model.decoder, measured, members, sites)
+        with tqdm.tqdm(
+            total=len(tokens), desc="values of units", unit="prompt", disable=not self.progress
+        ) as bar:
+            means = values.group_means(
+                self.model.decoder,
+                tokens,
+                members,
+                sites,
+                memory=self.model.budget,
+                progress=bar.update,
+            )
         controls |= self._matched(chosen, means, controls, random)
         text = json.dumps(controls, indent=2) + "\n"
         atomic.replace_file(file, lambda path: path.write_text(text, encoding="utf-8"))
@@ -249,7 +256,7 @@ class Experiment:
         if edit == "zero":
             return values.zero(sites, decoder.config)
         if edit == "source":
-            return values.activations(decoder, sources, sites)
+            return values.activations(decoder, sources, sites, memory=self.model.budget)
         if len(groups[edit]) < LEAST_PROMPTS:
             raise InputError(
                 f"units cannot be held at edit '{edit}': of {len(groups['harmful'])} harmful "
