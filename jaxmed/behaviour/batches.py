@@ -103,8 +103,7 @@ def sizes(
             platform=jax.default_backend(),
             runs=runs,
             room=room,
-            held=kept * length
-            + sum(hold.shift[0].size for hold in holds if hold.of_each_prompt),
+            held=kept * length + sum(hold.shift[0].size for hold in holds if hold.of_each_prompt),
         )
         for length in lengths
     }

@@ -15,11 +15,13 @@ from scipy import stats
 from jaxmed.analysis import audit as audit_lib
 from jaxmed.analysis import joint as joint_lib
 from jaxmed.analysis import ranking, screening, statistics, summary
+from jaxmed.behaviour import responses
 from jaxmed.data import pairs as pairs_lib
 from jaxmed.data import splits
 from jaxmed.data.pairs import Pair
 from jaxmed.data.tokens import Encoder
 from jaxmed.engine import cost, memory, propagate, scan
+from jaxmed.files import reading
 from jaxmed.files.reading import DataError
 from jaxmed.question import directions as directions_lib
 from jaxmed.question import effects, metrics
@@ -42,6 +44,7 @@ from models.decoder import Decoder
 from models.errors import InputError
 
 SCREEN_SEED = 0  # of the audit sample
+DRAW_SEED = 0  # of --most_pairs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +86,11 @@ class MediateSettings:
         default=(),
         choices=splits.SPLITS,
         commas=True,
+    )
+    most_pairs: int = setting(
+        help="Pairs that are used at most, drawn by hash from those of --split; 0 for all.",
+        default=0,
+        least=0,
     )
     positions: str = setting(
         help="Which positions are edited: the last prompt token; from the first aligned position "
@@ -274,6 +282,7 @@ def measure(settings: MediateSettings, *, progress: bool = True) -> tuple[Result
     day = loading.day(settings.date, settings.out, overwrite=settings.overwrite)
     settings = dataclasses.replace(settings, date=day)
     say = sweep.teller(progress)
+    _check_files(settings)
     say(f"Loading {settings.model}")
     loaded = loading.load(settings.model, settings.adapter, settings.dtype, settings.ignore_config)
     decoder, tokenizer = loaded.decoder, loaded.tokenizer
@@ -295,6 +304,8 @@ def measure(settings: MediateSettings, *, progress: bool = True) -> tuple[Result
         directions_lib.read(settings.directions, decoder.config) if settings.directions else None,
     )
     pairs = _usable(settings, decoder, pairs, question, skipped, say)
+    if settings.most_pairs:
+        pairs = _drawn(pairs, settings.most_pairs, say)
     for line in encoder.told:
         say(line)
     if pairs[0].prompt_text is not None and not pairs[0].is_chat and encoder.has_template:
@@ -348,6 +359,15 @@ def check_counts(settings: MediateSettings, config: DecoderConfig) -> None:
     for name in ("joint_size", "screen"):
         if getattr(settings, name) > most:
             raise InputError(f"--{name}={getattr(settings, name)}: the model has {most} {units}")
+
+
+def _check_files(settings: MediateSettings) -> None:
+    """Raises `DataError` where files cannot be used whatever the model is."""
+    if settings.directions:
+        reading.existing_file(settings.directions)
+    for _, fields in reading.json_lines(reading.existing_file(settings.pairs)):
+        if isinstance(fields, DataError) and not settings.skip_bad_pairs:
+            raise fields
 
 
 def _metric(
@@ -406,6 +426,15 @@ def _usable(
     return usable
 
 
+def _drawn(pairs: list[Pair], most: int, say: Callable[[str], None]) -> list[Pair]:
+    """At most so many of the pairs, in their order: those whose ids have the smallest hashes."""
+    by_hash = sorted(pairs, key=lambda pair: responses.seed_of(pair.id, 0, DRAW_SEED))
+    chosen = {pair.id for pair in by_hash[:most]}
+    if len(chosen) < len(pairs):
+        say(f"{len(chosen)} of {len(pairs)} pairs are drawn (--most_pairs)")
+    return [pair for pair in pairs if pair.id in chosen]
+
+
 def _description(
     settings: MediateSettings,
     question: Question,
@@ -427,7 +456,7 @@ def _description(
         "directions_hash": question.directions and question.directions.hash,
         "skipped": skipped,
         "truth": _truth(loaded, pairs),
-        "seeds": {"bootstrap": statistics.SEED, "screen": SCREEN_SEED},
+        "seeds": {"bootstrap": statistics.SEED, "screen": SCREEN_SEED, "draw": DRAW_SEED},
     }
 
 

@@ -103,9 +103,10 @@ def run(
     day = loading.day(settings.date, settings.out, overwrite=settings.overwrite)
     settings = dataclasses.replace(settings, date=day)
     say = sweep.teller(progress)
+    files = asking.read_files(settings, say, judged=not own_judges)
     say(f"Loading {settings.model}")
     model = asking.load(settings, say)
-    asked = asking.read_prompts(settings, model, say)
+    asked = asking.as_asked(settings, files, model, say)
     prompts = asked
     if settings.most_prompts:  # all others may still be counterfactuals of those that are drawn
         prompts = responses.drawn(asked, settings.most_prompts, settings.seed, ["harmful"])

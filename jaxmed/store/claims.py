@@ -25,6 +25,31 @@ CIRCUMSTANCES = (
     "versions",
 )
 
+# Keys of a run that are no flags, but follow from them and from what their files hold; and what a
+# person would call it.
+_FOLLOWING = {
+    "adapter_hash": "adapter (what --adapter holds)",
+    "chosen": "units (those that --results ranks highest)",
+    "directions_hash": "directions (what --directions holds)",
+    "generation_not_followed": "generation_config.json in --model",
+    "granularities": "granularities",
+    "judge_text_and_weights": "judge (its text or weights)",
+    "meaning": "meaning of what is measured",
+    "metric_unit": "unit of the metric",
+    "pair_bases": "pairs (what --pairs holds)",
+    "pair_ids": "pairs (what --pairs holds)",
+    "pairs_hash": "pairs (what --pairs holds)",
+    "precision": "precision",
+    "prompt_hashes": "pairs (what --pairs holds)",
+    "prompts_hash": "prompts (what --prompts hold)",
+    "seeds": "seeds",
+    "sizes": "sizes (of model, pairs and directions)",
+    "skipped": "number of pairs that were left out",
+    "sources_hash": "counterfactuals (what --prompts hold)",
+    "truth": "planted truth",
+    "weights_hash": "weights (what --model holds)",
+}
+
 RUN_FILE = "run.json"
 
 
@@ -98,13 +123,28 @@ def check_same_settings(
         earlier, wanted: what the folder's `run.json` says, and what is asked now.
         ignored: the keys that may differ.
     """
-    for key in dict.fromkeys((*wanted, *earlier)):
-        if key not in ignored and earlier.get(key) != wanted.get(key):
-            raise InputError(
-                f"{folder} holds a run with another setting: {key} was"
-                f" {_shortened(earlier.get(key))}, is now {_shortened(wanted.get(key))}:"
-                " choose another folder, or overwrite this one"
-            )
+    changed = [
+        key
+        for key in dict.fromkeys((*wanted, *earlier))
+        if key not in ignored and earlier.get(key) != wanted.get(key)
+    ]
+    if not changed:
+        return
+    flags = [key for key in changed if key not in _FOLLOWING]
+    if flags:
+        told = "; ".join(
+            f"--{key} was {_shortened(earlier.get(key))}, is now {_shortened(wanted.get(key))}"
+            for key in flags
+        )
+        raise InputError(
+            f"{folder} holds a run with other settings: {told}: give them as they were, or choose "
+            "another --out, or --overwrite"
+        )
+    told = ", ".join(dict.fromkeys(_FOLLOWING[key] for key in changed))
+    raise InputError(
+        f"{folder} holds a run of the same settings, but not of the same {told}: choose another "
+        "--out, or --overwrite"
+    )
 
 
 def read_object(path: pathlib.Path) -> dict:

@@ -131,7 +131,7 @@ def test_tokens_without_labels(responses, tmp_path):
     other = [*flags, "--comply_tokens=id:9", f"--out={tmp_path / 'out'}"]
     again = run(*other)
     assert again.returncode == 1
-    assert "another setting: comply_tokens was [6, 8], is now [6, 8, 9]" in again.stderr
+    assert "other settings: --comply_tokens was [6, 8], is now [6, 8, 9]" in again.stderr
     assert run(*other, "--overwrite").returncode == 0
     assert read(tmp_path / "out")[0] == verdicts
 
@@ -195,8 +195,8 @@ def test_another_text_is_another_judge(model, responses, tmp_path):
     before = read(tmp_path / "out")
     own.write_text(json.dumps(OWN | {"template": "why " + OWN["template"]}))
     again = run(*flags)
-    assert again.returncode == 1 and "judge_text_and_weights was" in again.stderr
-    assert "choose another folder, or overwrite this one" in again.stderr
+    assert again.returncode == 1 and "not of the same judge (its text or weights)" in again.stderr
+    assert "choose another --out, or --overwrite" in again.stderr
     assert read(tmp_path / "out") == before
     assert run(*flags, "--overwrite").returncode == 0
     assert read(tmp_path / "out")[0] != before[0]
