@@ -219,7 +219,7 @@ def test_another_setting_is_named_and_nothing_is_touched(tmp_path, changes, name
 def test_every_other_setting_is_named_with_both_values(tmp_path):
     """And not what only follows from them."""
     start(tmp_path)
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(InputError) as error:
         start(tmp_path, run={**RUN, "seed": 2, "positions": "prompt"}, pair_ids=["b", "a"])
     assert str(error.value) == (
         f'{tmp_path} holds a run with other settings: --positions was "last", is now "prompt"; '
