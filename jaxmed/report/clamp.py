@@ -361,7 +361,11 @@ def write(found: ClampOutcome, texts: list[dict]) -> pathlib.Path:
 def closing_lines(found: ClampOutcome) -> list[str]:
     """What the program prints at its end: where the results are, and what was measured."""
     return rendering.lines(
-        "clamp.txt.j2", folder=found.folder, answers=answers(found), controls=controls(found)
+        "clamp.txt.j2",
+        folder=found.folder,
+        answers=answers(found),
+        controls=controls(found),
+        export=found.run["export"],
     )
 
 

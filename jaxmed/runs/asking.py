@@ -245,7 +245,7 @@ def read_files(
     found = []
     for given in settings.prompts:
         source, label, path = _described_file(given)
-        found += prompts_lib.read(path, label=label, source=source, on_bad=skipped.on_bad)
+        found += prompts_lib.read(path, label=label, source=source, on_bad=skipped.on_bad, say=say)
     return PromptFiles(found, skipped)
 
 

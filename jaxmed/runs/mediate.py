@@ -388,7 +388,7 @@ def _read_pairs(
     settings: MediateSettings, encoder: Encoder, skipped: Skipped, say: Callable[[str], None]
 ) -> list[Pair]:
     """The pairs of the splits that are asked for."""
-    pairs = pairs_lib.read_encoded(settings.pairs, encoder, on_bad=skipped.on_bad)
+    pairs = pairs_lib.read_encoded(settings.pairs, encoder, on_bad=skipped.on_bad, say=say)
     if settings.split:
         everywhere = len(pairs)
         pairs = [pair for pair in pairs if pair.split in settings.split]

@@ -332,6 +332,14 @@ def test_a_rise_and_no_change(rate, move, tmp_path):
     assert ("raise harm" in " ".join(lines)) == (move is Move.RISES)
 
 
+def test_an_export_is_told_where_it_is(tmp_path):
+    found = fabricate(tmp_path, [PLAIN, CLAMP])
+    assert not any(line.startswith("Exported") for line in clamp.closing_lines(found))
+    exported = dataclasses.replace(found, run=found.run | {"export": "out/edited"})
+    last = clamp.closing_lines(exported)[-1]
+    assert last == "Exported: out/edited has the edit in its weights, and transformers loads it"
+
+
 def test_compliance_that_falls_alone_is_no_less_told(tmp_path):
     found = fabricate(tmp_path, [PLAIN, CLAMP], RATES | {"clamp": (0.8, 0.2)})
     verdict = clamp.NotSpecific(too=False)

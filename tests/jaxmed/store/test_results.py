@@ -10,6 +10,7 @@ import zarr
 from jaxmed.question import effects, sites
 from jaxmed.question.effects import Status
 from jaxmed.store import results
+from models.errors import InputError
 
 SITES = ("residual", "mlp")
 SIZES = effects.Sizes(layers=3, heads=2, neurons=5, positions=4, sites=SITES, directions=6)
