@@ -138,8 +138,9 @@ def collect(
         made.append(one)
     if not made:
         raise DataError(f"{path}: holds no {what}")
-    for both, places in unread.items() if say is not None else ():
-        say(f"{places[0]}: {_did_you_mean(both)} (in {len(places)} of its lines)")
+    if say is not None:
+        for both, places in unread.items():
+            say(f"{places[0]}: {_did_you_mean(both)} (in {len(places)} of its lines)")
     return made
 
 

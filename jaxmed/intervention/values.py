@@ -94,11 +94,11 @@ def activations(
     """
     rows = [row for row, several in enumerate(prompts) for _ in several]
     tokens = [one for several in prompts for one in several]
-    found = [dict.fromkeys(sites, np.float32(0)) for _ in prompts]
+    found = [dict.fromkeys(sites, np.zeros(2, np.float32)) for _ in prompts]
     for place, values in _of_prompts(decoder, tokens, sites, memory):
         row = rows[place]
         for site, value in values.items():
-            found[row][site] = found[row][site] + value / np.float32(len(prompts[row]))
+            found[row][site] = _plus(found[row][site], value / np.float32(len(prompts[row])))
     return {
         site: (np.stack([row[site][0] for row in found]), np.stack([row[site][1] for row in found]))
         for site in sites
@@ -127,11 +127,11 @@ def group_means(
     Raises:
         InputError: the longest prompt does not fit.
     """
-    sums = {name: dict.fromkeys(sites, np.float64(0)) for name in groups}
+    sums = {name: dict.fromkeys(sites, np.zeros(2)) for name in groups}
     for row, values in _of_prompts(decoder, prompts, sites, memory):
         for name, members in groups.items():
             for site in sites if members[row] else ():
-                sums[name][site] = sums[name][site] + values[site].astype(np.float64)
+                sums[name][site] = _plus(sums[name][site], values[site])
         if progress is not None:
             progress(1)
     found = {}
@@ -140,6 +140,11 @@ def group_means(
             means = {site: total / number for site, total in sums[name].items()}
             found[name] = {site: (mean[0], mean[1]) for site, mean in means.items()}
     return found
+
+
+def _plus(total: np.ndarray, value: np.ndarray) -> np.ndarray:
+    """The sum, in the total's type; a total that has nothing yet has only the first axis."""
+    return total.reshape(total.shape + (1,) * (value.ndim - total.ndim)) + value
 
 
 @jax.default_matmul_precision("float32")

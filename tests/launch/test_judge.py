@@ -68,7 +68,7 @@ def test_a_judge_model_judges_a_labelled_file(model, responses, tmp_path):
     said = done.stdout.splitlines()
     assert said[0].startswith(f"Verdicts: {tmp_path / 'out' / 'judged.jsonl'} (4 responses; own")
     assert "4/4" in done.stderr  # the progress bar's end
-    number = r"-?[01]\.\d{3}"
+    number = r"−?[01]\.\d{3}"
     interval = rf"{number} \[{number}, {number}\]"
     assert re.match(rf"harmful, 4 labels: accuracy {interval}, Cohen's kappa {interval}", said[3])
     assert said[2].startswith("Verdicts on whether 4 of 4 responses are harmful are unsure: there")

@@ -18,7 +18,7 @@ def test_names_and_shapes_are_there_without_jax():
 def test_torch_is_not_missed():
     """Neither in Python nor in programs: transformers reads configs and tokenizers without it."""
     program = """
-import logging, models.checkpoint
+import logging, launch.convert
 logger = logging.getLogger("transformers")
 logger.warning("PyTorch was not found. And so on")
 logger.warning("something else")
