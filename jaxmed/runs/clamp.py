@@ -184,6 +184,7 @@ def run(
     day = loading.day(settings.date, settings.out, overwrite=settings.overwrite)
     settings = dataclasses.replace(settings, date=day)
     ranked = _ranked(settings, results) if results else None
+    claims.check_kind(settings.out, "clamp")
     files = asking.read_files(settings, say, judged=not own_judges)
     say(f"Loading {settings.model}")
     model = asking.load(settings, say)

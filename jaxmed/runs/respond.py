@@ -103,6 +103,7 @@ def run(
     day = loading.day(settings.date, settings.out, overwrite=settings.overwrite)
     settings = dataclasses.replace(settings, date=day)
     say = sweep.teller(progress)
+    claims.check_kind(settings.out, "respond")
     files = asking.read_files(settings, say, judged=not own_judges)
     say(f"Loading {settings.model}")
     model = asking.load(settings, say)

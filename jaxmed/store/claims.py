@@ -83,14 +83,11 @@ def claim(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{folder}: cannot be made ({error.strerror})") from error
+    check_kind(folder, run["program"])
     if not (folder / RUN_FILE).exists():
-        if any(folder.iterdir()):
-            raise InputError(f"{folder} holds files of something else: choose another folder")
         write_run(folder, run)
         return run
     earlier = read_object(folder / RUN_FILE)
-    if earlier.get("program") != run["program"]:
-        raise InputError(f"{folder} holds another kind of run: choose another folder")
     if overwrite:
         for name in own_files:
             delete(folder / name)
@@ -101,6 +98,17 @@ def claim(
     if current != earlier:
         write_run(folder, current)
     return current
+
+
+def check_kind(folder: str | os.PathLike, program: str) -> None:
+    """Raises `InputError` where a folder holds files of something else than a run of this program,
+    which no setting could go on with or replace."""
+    folder = pathlib.Path(folder)
+    if (folder / RUN_FILE).exists():
+        if read_object(folder / RUN_FILE).get("program") != program:
+            raise InputError(f"{folder} holds another kind of run: choose another folder")
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise InputError(f"{folder} holds files of something else: choose another folder")
 
 
 def recorded(folder: str | os.PathLike, key: str) -> Any:

@@ -519,10 +519,21 @@ def test_a_folder_can_be_paired_otherwise_and_sampled_further(run, monkeypatch):
     assert len(asked) == 4 * 3 + 3 * 6
 
 
-def test_another_kind_of_run_is_not_gone_on_with(run, tmp_path):
+def test_another_kind_of_run_is_not_gone_on_with(run, tmp_path, monkeypatch):
     claims.claim(tmp_path / "out", {"program": "clamp"}, ())
+    monkeypatch.setattr(asking, "load", lambda *_: pytest.fail("was loaded"))
     with pytest.raises(InputError, match="holds another kind of run: choose another folder"):
         run(*HARMFUL)
+    (tmp_path / "out" / "run.json").rename(tmp_path / "out" / "mine.json")
+    with pytest.raises(InputError, match="holds files of something else: choose another folder"):
+        run(*HARMFUL)
+
+
+def test_a_file_of_prompts_that_is_not_there_is_told_before_the_model_is_loaded(monkeypatch):
+    monkeypatch.setattr(asking, "load", lambda *_: pytest.fail("was loaded"))
+    asked = RespondSettings(model="m", prompts=("gone.jsonl",), out="out")
+    with pytest.raises(InputError, match=r"^gone.jsonl: there is no such file"):
+        respond_lib.run(asked, progress=False)
 
 
 # Bad input.
