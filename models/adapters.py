@@ -9,13 +9,13 @@ read here but the config: `models.checkpoint` reads the tensors, and merges them
 """
 
 import dataclasses
-import json
 import math
 import pathlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from jaxmed.files import reading
 from models.errors import InputError
 from models.weights import Row
 
@@ -402,10 +402,4 @@ def _number(name: str, value: Any) -> float:
 
 
 def _attributes(file: pathlib.Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError(f"{file}: cannot be read ({error})") from error
-    if not isinstance(content, dict):
-        raise AdapterError(f"{file}: not a JSON object")
-    return content
+    return reading.object_in(file, AdapterError, "; download it again")

@@ -35,6 +35,7 @@ import transformers
 from flax import nnx
 from huggingface_hub.errors import StrictDataclassError
 
+from jaxmed.files import reading
 from models import adapters, cache, families, hf_config, placement, weights
 from models.config import DecoderConfig
 from models.decoder import Decoder
@@ -974,22 +975,14 @@ def _check_tokenizer(source: Source, tokenizer: transformers.PreTrainedTokenizer
     if ordinary := beyond.keys() - special:
         first = min(ordinary)
         raise CheckpointError(
-            f"{source.folder}: the tokenizer has a token {beyond[first]!r} of id {first}, but the "
-            f"model's vocabulary has {size} ({len(ordinary)} such tokens); the tokenizer is that "
-            "of another model"
+            f"{tokenizer.name_or_path}: the tokenizer has a token {beyond[first]!r} of id {first}, "
+            f"but the model's vocabulary has {size} ({len(ordinary)} such tokens); the tokenizer "
+            "is that of another model"
         )
 
 
 def _read_json(file: pathlib.Path) -> dict:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: not JSON ({error}); download it again") from error
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file}: not a JSON object")
-    return content
+    return reading.object_in(file, CheckpointError, "; download it again")
 
 
 def _cache_folder(cache_dir: str | os.PathLike | None) -> pathlib.Path:

@@ -5,11 +5,14 @@ the model computes. What differs between families is data in `models.families`.
 """
 
 import dataclasses
+import functools
 import reprlib
 from collections.abc import Collection, Mapping
 from typing import Any
 
 import transformers
+from transformers.modeling_rope_utils import RopeParameters
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from models import families
 from models.config import ACTIVATIONS, DTYPES, DecoderConfig, Rotary, check_above
@@ -329,9 +332,7 @@ def _refuse_unknown(
         usual = required.get(name, declared.get(name))
         if value != usual and (value or usual):
             way_out = (
-                f": it would be computed as for {usual!r}"
-                if name in required
-                else _may_be_ignored(name)
+                f": it would be computed as for {usual!r}" if name in required else _way_out(name)
             )
             raise ValueError(
                 f"attribute {name} = {reprlib.repr(value)} is not understood for model_type "
@@ -339,8 +340,31 @@ def _refuse_unknown(
             )
 
 
-def _may_be_ignored(name: str) -> str:
-    """The way out, where an attribute is refused for nothing but that it is unknown."""
+@functools.cache
+def _of_other_models() -> dict[str, list[str]]:
+    """The attributes that transformers' decoders declare beyond what every config has, each with
+    the model types that do. That takes a second: it is for messages."""
+    everywhere = {field.name for field in dataclasses.fields(transformers.PreTrainedConfig)}
+    found: dict[str, list[str]] = {}
+    for model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        if model_type in transformers.CONFIG_MAPPING:
+            declared = dataclasses.fields(transformers.CONFIG_MAPPING[model_type])
+            for name in {field.name for field in declared} - everywhere:
+                found.setdefault(name, []).append(model_type)
+    return found
+
+
+def _way_out(name: str) -> str:
+    """The way out, where an attribute is refused for nothing but that it is unknown: to ignore it,
+    unless there are models that compute by it."""
+    _, inside, parameter = name.partition("rope_parameters.")
+    if inside and parameter in RopeParameters.__annotations__:
+        return "; it changes what another rope_type computes: is that the one of this model?"
+    if kinds := _of_other_models().get(name):
+        return (
+            f"; it changes what models of type {', '.join(kinds[:3])} compute: is that the "
+            "model_type of this one?"
+        )
     return (
         "; where it does not change what the model computes, have it ignored: "
         f"--ignore_config={name}, or from Python ignore_config=({name!r},)"
@@ -386,7 +410,7 @@ def _rotary(parameters: Mapping, family: Family, ignored: Collection[str]) -> Ro
         if not harmless and name not in ignored:
             raise ValueError(
                 f"rope_parameters: {key} = {given[key]!r} is not understood for rope_type {kind!r} "
-                f"of model_type {family.model_type!r}{_may_be_ignored(name)}"
+                f"of model_type {family.model_type!r}{_way_out(name)}"
             )
     for key in needed.values():
         if key not in given:

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import json
 import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from jaxmed.behaviour.responses import PLAIN, Asked, Condition, Log, Response
 from jaxmed.behaviour.sampling import Sampling
 from jaxmed.data.tokens import Encoder
 from jaxmed.engine import memory
+from jaxmed.files import reading
 from models import checkpoint
 from models.decoder import Decoder
 from models.errors import InputError
@@ -67,8 +67,23 @@ class AnsweringModel:
         return checkpoint.adapter_hash(self.adapter)
 
 
+GenerationConfigs = Sequence[tuple[pathlib.Path, Mapping[str, Any]]]
+
+
+def generation_configs(folder: str | os.PathLike) -> GenerationConfigs:
+    """The files of a checkpoint that say how it generates, and what they hold: its
+    generation_config.json, and its config.json, as in older checkpoints.
+
+    Raises:
+        InputError: one holds no JSON object.
+    """
+    names = (checkpoint.GENERATION_CONFIG, "config.json")
+    files = [pathlib.Path(folder) / name for name in names]
+    return [(file, reading.object_in(file)) for file in files if file.is_file()]
+
+
 def stop_tokens(
-    folder: str | os.PathLike, tokenizer: transformers.PreTrainedTokenizerBase | None
+    configs: GenerationConfigs, tokenizer: transformers.PreTrainedTokenizerBase | None
 ) -> frozenset[int]:
     """Tokens that end a checkpoint's responses.
 
@@ -76,16 +91,16 @@ def stop_tokens(
     config.json, and the tokenizer's own end of sequence.
 
     Args:
-        folder: the checkpoint's.
+        configs: the checkpoint's `generation_configs`.
         tokenizer: its tokenizer; None if it has none.
 
     Raises:
-        InputError: a file is not JSON, or what it names are not token ids.
+        InputError: what a file names are not token ids.
     """
     found: set[Any] = set()
     if tokenizer is not None:
         found.add(tokenizer.eos_token_id)
-    for file, config in _generation_configs(folder):
+    for file, config in configs:
         named = config.get("eos_token_id")
         named = named if isinstance(named, list) else [named]
         if bad := [token for token in named if type(token) not in (int, type(None))]:
@@ -135,55 +150,37 @@ _NEEDS = {"length_penalty": "num_beams", "diversity_penalty": "num_beams"}
 _NEEDS_SAMPLING = ("min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
 
 
-def not_followed(folder: str | os.PathLike, sampling: Sampling) -> dict[str, Any]:
+def not_followed(configs: GenerationConfigs, sampling: Sampling) -> dict[str, Any]:
     """What a checkpoint's files ask of generation, and the responses here do without.
 
-    Its generation_config.json, or as in older checkpoints its config.json, may name penalties,
-    forbidden tokens, or how tokens are drawn. Here text comes of the model's own logits, as the
-    metrics do.
+    They may name penalties, forbidden tokens, or how tokens are drawn. Here text comes of the
+    model's own logits, as the metrics do.
 
     Args:
-        folder: the checkpoint's.
+        configs: the checkpoint's `generation_configs`.
         sampling: how tokens are chosen here.
 
     Returns:
-        Values by name, of those that would make other text.
-
-    Raises:
-        InputError: a file is not JSON.
+        Values by name, of those that would make other text. How tokens are drawn makes none where
+        they are not drawn, here or (`do_sample`) there.
     """
     asked: dict[str, Any] = {}
-    for _, config in reversed(_generation_configs(folder)):
+    for _, config in reversed(configs):
         asked |= config
+    both_draw = sampling.temperature > 0 and bool(asked.get("do_sample"))
     found = {
         name: asked[name]
         for name, neutral in _TEXT_CHANGING.items()
         if asked.get(name) not in neutral
         and (name not in _NEEDS or asked.get(_NEEDS[name]) not in (None, 1))
-        and (name not in _NEEDS_SAMPLING or sampling.temperature > 0)
+        and (name not in _NEEDS_SAMPLING or both_draw)
     }
-    if sampling.temperature > 0:
+    if both_draw:
         found |= {
             name: asked[name]
             for name in _SAMPLED
             if asked.get(name) not in (None, getattr(sampling, name))
         }
-    return found
-
-
-def _generation_configs(folder: str | os.PathLike) -> list[tuple[pathlib.Path, dict]]:
-    """The files of a checkpoint that say how it generates, and what they hold."""
-    found = []
-    for name in (checkpoint.GENERATION_CONFIG, "config.json"):
-        file = pathlib.Path(folder) / name
-        if file.is_file():
-            try:
-                content = json.loads(file.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise InputError(f"{file}: not a JSON object ({error})") from None
-            if not isinstance(content, dict):
-                raise InputError(f"{file}: not a JSON object")
-            found.append((file, content))
     return found
 
 

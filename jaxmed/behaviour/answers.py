@@ -53,10 +53,15 @@ class Answers:
 
     @property
     def start_alike(self) -> bool:
-        """Whether there are both, and their first tokens are the same."""
+        """Whether there are both, and they begin with the same token."""
         if self.harmful is None or self.safe is None:
             return False
-        return self.harmful.tokens[0] == self.safe.tokens[0]
+        return self.harmful.answer[0] == self.safe.answer[0]
+
+    @property
+    def came_of_thoughts(self) -> bool:
+        """Whether the model thought before it gave one of them."""
+        return any(one is not None and one.thoughts > 0 for one in (self.harmful, self.safe))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +99,7 @@ class RespondOutcome:
         folder: where it was written.
         model: folder or hub id of the model that answered.
         adapter: folder or hub id of what was merged into it; empty for nothing.
+        dtype: of its parameters in memory; empty for the default.
         ignore_config: keys of its config.json that were passed over.
         chat: whether prompts were wrapped in its chat template.
         date: the day that it was for this template; empty where it does not ask.
@@ -106,6 +112,8 @@ class RespondOutcome:
         only_think: how many responses ended within their thoughts, and so say nothing.
         templates: how many of these have the template as their safe response.
         same_start: how many of these have answers with the same first token.
+        after_thoughts: how many of these have an answer before which the model thought; the pair
+            has it without that.
         meanings: of the judges, by name.
         doubts: on how many responses a judge model gave its answers little probability.
         length_differences: of these pairs, by how many tokens a counterfactual differs from its
@@ -115,6 +123,7 @@ class RespondOutcome:
     folder: pathlib.Path
     model: str
     adapter: str
+    dtype: str
     ignore_config: tuple[str, ...]
     chat: bool
     date: str
@@ -127,6 +136,7 @@ class RespondOutcome:
     only_think: int
     templates: int
     same_start: int
+    after_thoughts: int
     meanings: dict[str, str]
     doubts: list[Doubt]
     length_differences: list[int] | None
@@ -281,9 +291,9 @@ def _prompt_field(name: str, form, token_ids: tuple[int, ...]) -> dict:
 
 
 def answer_field(name: str, response: Response, after: Written, encoder: Encoder) -> dict:
-    """The response's text; its tokens where after its prompt the text does not give these back, or
-    there is none."""
+    """The text of the answer in the response; its tokens where after its prompt the text does not
+    give these back, or there is none."""
     text = response.text
-    if text is not None and encoder.following(text, after, PAIRS) == response.tokens:
+    if text is not None and encoder.following(text, after, PAIRS) == response.answer:
         return {name: text}
-    return {tokens.ANSWERS[name]: response.tokens}
+    return {tokens.ANSWERS[name]: response.answer}

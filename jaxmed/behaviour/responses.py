@@ -21,6 +21,7 @@ from jaxmed.behaviour.judges import protocol
 from jaxmed.behaviour.judges.protocol import Exchange, Judge, Verdict
 from jaxmed.behaviour.sampling import Sampling
 from jaxmed.data import chat, prompts, splits
+from jaxmed.data.control import TextTokenizer
 from jaxmed.data.prompts import Prompt
 from jaxmed.data.sets import LABELS
 from jaxmed.data.splits import SPLITS
@@ -239,6 +240,7 @@ def generate(
     # Prompts of like length share batches. The longest come first: if the memory does not suffice,
     # that shows at once, and what is still to come takes no longer than what is done.
     todo.sort(key=lambda item: -len(asked[item[0]].tokens))
+    reader = None if tokenizer is None else TextTokenizer(tokenizer)
     for first in range(0, len(todo), _AT_ONCE):
         part = todo[first : first + _AT_ONCE]
         rows = np.array([row for row, _ in part])
@@ -254,7 +256,7 @@ def generate(
         log.append(
             {
                 Key(condition.name, asked[row].prompt.id, sample): _with_text(
-                    tokenizer, asked[row], response
+                    reader, asked[row], response
                 )
                 for (row, sample), response in zip(part, found, strict=True)
             }
@@ -263,13 +265,13 @@ def generate(
             progress(len(part))
 
 
-def _with_text(tokenizer, one: Asked, found: generation.Generated) -> Response:
+def _with_text(reader: TextTokenizer | None, one: Asked, found: generation.Generated) -> Response:
     """What was generated, and the text of the answer in it."""
-    if tokenizer is None:
+    if reader is None:
         return Response(found.tokens, None, found.stopped)
-    begins = thoughts.length(tokenizer, one.tokens, found.tokens)
-    text = tokenizer.decode(found.tokens[begins:], skip_special_tokens=True)
-    # A line or two stands between thoughts and answer.
+    begins = thoughts.length(reader, one.tokens, found.tokens)
+    text = reader.tokenizer.decode(found.tokens[begins:], skip_special_tokens=True)
+    # A token may hold the end of the white space that parts them, and more.
     return Response(found.tokens, text.lstrip() if begins else text, found.stopped, begins)
 
 

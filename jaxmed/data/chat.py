@@ -4,10 +4,12 @@ import datetime
 import functools
 import inspect
 import json
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jinja2
+import jinja2.meta
 
 from jaxmed.data.control import TextTokenizer, unquoted
 from jaxmed.files.reading import DataError
@@ -25,6 +27,14 @@ _TEMPLATE_ERRORS = (
     LookupError,
     TypeError,
     ValueError,
+)
+# What transformers' templates may have beyond Jinja's: loops that break, and marks of answers.
+_EXTENSIONS = ("jinja2.ext.loopcontrols",)
+_MARKED = re.compile(r"{%[-+]?\s*(end)?generation\s*[-+]?%}")
+# Contents as templates take them: text, or a list of parts.
+_CONTENTS: tuple[Callable[[str], Any], ...] = (
+    str,
+    lambda text: [{"type": "text", "text": text}],
 )
 _PROBE = "jaxmed asks this"  # not to be found in a template
 _INSTRUCTED = ("system", "developer")  # roles of who tells the model how to answer
@@ -57,12 +67,12 @@ class ChatTemplate:
         source = given.get("default", "") if isinstance(given, dict) else given or ""
         self.reads_date = "strftime_now" in source
         own = {*inspect.signature(text.tokenizer.apply_chat_template).parameters}
-        own |= {"messages", "strftime_now"}
-        read = _names(source)
+        own |= {"messages", "strftime_now", "raise_exception"}
+        self._read = _read_names(source)
         for name in self.args:
             if name in own - {"tools", "documents"}:
                 raise InputError(f"template_args: '{name}' is not to be given")
-            if name not in read:
+            if name not in self._read:
                 raise InputError(f"template_args: the chat template of {owner} reads no '{name}'")
         self.source = _dated(source, date) if self.reads_date else source
 
@@ -98,7 +108,7 @@ class ChatTemplate:
             )
         messages = [message | {"content": self._quoted(message)} for message in messages]
         problems = []
-        for as_content in (str, lambda text: [{"type": "text", "text": text}]):
+        for as_content in _CONTENTS:
             try:
                 rendered = self._render(messages, as_content, go_on=go_on)
                 dropped = self._dropped(messages, as_content)
@@ -130,6 +140,7 @@ class ChatTemplate:
         *,
         go_on: bool = False,
         ask: bool = True,
+        more: Mapping[str, Any] | None = None,
     ) -> str:
         given = [message | {"content": as_content(message["content"])} for message in messages]
         rendered = self.text.tokenizer.apply_chat_template(
@@ -138,7 +149,7 @@ class ChatTemplate:
             add_generation_prompt=ask and not go_on,
             continue_final_message=go_on,
             tokenize=False,
-            **self.args,
+            **self.args | dict(more or {}),
         )
         return str(rendered)  # not tokenised, it is text
 
@@ -156,13 +167,16 @@ class ChatTemplate:
     def _around(self) -> tuple[str, str]:
         """What the template writes before and behind the only message of a user, up to where the
         answer begins; nothing where it writes no such message as text."""
+        before, found, behind = self._asked({}).partition(_PROBE)
+        return (before, behind) if found else ("", "")
+
+    def _asked(self, more: Mapping[str, Any]) -> str:
+        """The only message of a user as the template writes it, up to where the answer begins, if
+        it is given some more; "" where it fails."""
         try:
-            before, _, behind = self._render([{"role": "user", "content": _PROBE}]).partition(
-                _PROBE
-            )
+            return self._render([{"role": "user", "content": _PROBE}], more=more)
         except _TEMPLATE_ERRORS:
-            return "", ""
-        return before, behind
+            return ""
 
     @functools.cached_property
     def _answered(self) -> tuple[str, str]:
@@ -208,17 +222,47 @@ class ChatTemplate:
             return before
         return behind if self.text.first_in(behind) and text.endswith(behind) else ""
 
-    @property
-    def may_think(self) -> bool:
-        """Whether it has a switch for thoughts before the answer that nobody has set."""
-        return "enable_thinking" in self.source and "enable_thinking" not in self.args
+    @functools.cached_property
+    def thinking_switch(self) -> str:
+        """What has the model think before it answers, unless it is turned off, by its name; ""
+        where nothing does, or it has been given.
+
+        It is something that the template reads, with a name that tells of thoughts, and that as
+        false has other text written: enable_thinking, thinking, reasoning_effort, ...
+        """
+        switches = sorted(name for name in self._read if re.search("think|reason", name))
+        if self.args.keys() & set(switches):
+            return ""
+        usual = self._asked({})
+        return next((name for name in switches if self._asked({name: False}) != usual), "")
 
 
-def _names(template: str) -> set[str]:
-    """The names in its statements and expressions; none where it is no template."""
+def open_thoughts(reader: TextTokenizer, text: str) -> str:
+    """The tag that will close the thoughts in which a prompt ends; "" where it ends in none.
+
+    A tag opens some if the template, or an assistant's message that the answer goes on with, begins
+    with it: behind the last control token, at the beginning of a line or the end of the prompt.
+    Elsewhere it is a word of what is said.
+
+    Args:
+        reader: the tokenizer.
+        text: of the prompt, as the template has written it.
+    """
+    begun = reader.behind_last(text, but=sum(THOUGHTS, ()))
+    for opens, closes in THOUGHTS:
+        tag = re.escape(opens)
+        _, *behind = re.split(rf"(?:^|\n)\s*{tag}|{tag}(?=\s*$)", begun)
+        if behind and closes not in behind[-1]:
+            return closes
+    return ""
+
+
+def _read_names(template: str) -> set[str]:
+    """What a template reads of what it is given, by name; nothing where it is no template."""
     try:
-        return {word for _, kind, word in jinja2.Environment().lex(template) if kind == "name"}
-    except jinja2.TemplateError:
+        parsed = jinja2.Environment(extensions=_EXTENSIONS).parse(_MARKED.sub("", template))
+        return jinja2.meta.find_undeclared_variables(parsed)
+    except (*_TEMPLATE_ERRORS, RecursionError):
         return set()
 
 

@@ -57,6 +57,12 @@ class TextTokenizer:
         found = self._pattern.match(text)
         return found[0] if found else ""
 
+    def behind_last(self, text: str, *, but: tuple[str, ...] = ()) -> str:
+        """What stands behind a text's last control token, of those that are not in `but`; all of it
+        where it has none."""
+        ends = (found.end() for found in self._pattern.finditer(text) if found[0] not in but)
+        return text[max(ends, default=0) :]
+
     def quoted(self, text: str, *, but: tuple[str, ...] = ()) -> str:
         """The text, with a mark in each control token, which `ids` then takes for text.
 
@@ -100,9 +106,10 @@ class TextTokenizer:
                 )
         return tuple(encoding.ids)
 
-    def prompt_ids(self, text: str, where: str) -> tuple[int, ...]:
-        """Token ids of a text that a model is to continue: with what the tokenizer puts before a
-        text, as a BOS, unless it is there already, and without what it puts behind one, as an EOS.
+    def prompt_ids(self, text: str, where: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Token ids of a text that a model is to continue: what the tokenizer puts before a text,
+        as a BOS, unless it is there already; and the text's own. What it puts behind a text, as an
+        EOS, is in neither.
 
         Args:
             text, where: as of `ids`.
@@ -117,7 +124,7 @@ class TextTokenizer:
         starts = range(len(whole) - len(plain) + 1)
         start = next((i for i in starts if whole[i : i + len(plain)] == plain), 0) if plain else 0
         added = whole[:start]
-        return own if own[: len(added)] == added else added + own
+        return () if own[: len(added)] == added else added, own
 
     @functools.cached_property
     def _unmarking(self) -> tokenizers.Tokenizer | None:

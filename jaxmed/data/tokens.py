@@ -6,7 +6,7 @@ import enum
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from jaxmed.data.chat import THOUGHTS, ChatTemplate, check_messages
+from jaxmed.data.chat import THOUGHTS, ChatTemplate, check_messages, open_thoughts
 from jaxmed.data.control import TextTokenizer, unquoted
 from jaxmed.files.reading import DataError
 from models.errors import InputError
@@ -57,11 +57,13 @@ class Written:
         ids: its tokens.
         text: what these are of, the chat template's text included; None where only they are known.
         gap: white space that stands before an answer unless the answer begins with some.
+        begin: how many of its tokens the tokenizer has put before the text.
     """
 
     ids: tuple[int, ...]
     text: str | None = None
     gap: str = ""
+    begin: int = 0
 
 
 class Remark(enum.StrEnum):
@@ -81,7 +83,8 @@ _TOLD = {
     Remark.QUOTED: "What the prompt says is never read as a control token",
     Remark.CONTROL: "They are used as they stand",
     Remark.THINKS: "The first token of an answer is not the first that the model generates; "
-    'template_args, mostly {"enable_thinking": false}, has it answer at once',
+    "template_args (--template_args), by the name in brackets or mostly "
+    '{"enable_thinking": false}, may have it answer at once',
 }
 
 
@@ -123,6 +126,11 @@ class Encoder:
         """Whether there is a tokenizer with a chat template."""
         return self.tokenizer is not None and bool(self.tokenizer.chat_template)
 
+    @property
+    def reads_date(self) -> bool:
+        """Whether there is a chat template that asks what day it is."""
+        return self.tokenizer is not None and self.template.reads_date
+
     def prompt(self, value, name: str, where: str) -> Written:
         """A prompt, of text or of chat messages.
 
@@ -146,7 +154,10 @@ class Encoder:
         if isinstance(value, str) and not self.chat:
             if found := self._text.first_in(value):
                 self._note(Remark.CONTROL, where, name, found)
-            return Written(self._text.prompt_ids(value, where), value)
+            if open_thoughts(self._text, value):
+                self._note(Remark.THINKS, where, name)
+            begin, own = self._text.prompt_ids(value, where)
+            return Written(begin + own, value, begin=len(begin))
         if isinstance(value, str) and (found := self.template.written_in(value)):
             raise DataError(
                 f"{where}: '{name}' has {found!r}, as if it had been through the chat template: it "
@@ -168,7 +179,7 @@ class Encoder:
             found = next(filter(None, (self._text.first_in(m["content"]) for m in messages)))
             self._note(Remark.QUOTED, where, name, found)
         if self._thoughts_follow(text, go_on):
-            self._note(Remark.THINKS, where, name)
+            self._note(Remark.THINKS, where, name, self.template.thinking_switch)
         return Written(self._text.ids(text, where), text, "" if go_on else self.template.gap)
 
     def answer(self, text, name: str, where: str, after: Written) -> tuple[int, ...]:
@@ -224,7 +235,7 @@ class Encoder:
         if after.text is None or self.tokenizer is None:
             return None
         lead = "" if not text or text[0].isspace() else after.gap
-        before = self._text.ids(after.text, where)
+        before = after.ids[after.begin :]
         both = self._text.ids(f"{after.text}{lead}{text}", where)
         # An unknown word is the same token whatever is added to it.
         is_known = not before or before[-1] != self.tokenizer.unk_token_id
@@ -298,10 +309,10 @@ class Encoder:
         return tokens[0]
 
     def _thoughts_follow(self, text: str, go_on: bool) -> bool:
-        text = text.rstrip()
-        if any(text.endswith(closes) for _, closes in THOUGHTS) or go_on:
-            return False
-        return self.template.may_think or any(text.endswith(opens) for opens, _ in THOUGHTS)
+        if open_thoughts(self._text, text):
+            return True
+        are_closed = any(text.rstrip().endswith(closes) for _, closes in THOUGHTS)
+        return bool(self.template.thinking_switch) and not (are_closed or go_on)
 
     def _note(self, remark: Remark, where: str, name: str, example: str = "") -> None:
         place = f"{where}: '{name}'" if name else where

@@ -117,7 +117,7 @@ def batching(
         raise InputError(
             f"the memory that is left, {memory / 2**30:.4f} GiB, is too little for a single unit "
             f"with {work.size} positions, {(fixed + each + _BATCHES * held) / 2**30:.4f} GiB: give "
-            "more with memory_gb, or take a larger device or shorter prompts"
+            "more with memory_gb (--memory_gb), or take a larger device or shorter prompts"
         )
     return _BATCHES, min(rows, _power_of_two(fits))
 

@@ -42,8 +42,8 @@ def free(memory_gb: float | None = None) -> int:
         if available is None:
             kind = jax.devices()[0].device_kind
             raise InputError(
-                f"memory_gb: the device, {kind}, does not say how much memory it "
-                "has; give memory_gb, all that the run may take there, weights included, in GiB"
+                f"memory_gb (--memory_gb): the device, {kind}, does not say how much memory it "
+                "has; give all that the run may take there, weights included, in GiB"
             )
         return int(DEFAULT_SHARE * available)
     used = _used()
@@ -51,8 +51,8 @@ def free(memory_gb: float | None = None) -> int:
     if left <= 0:
         told = "" if available is None else f", and {available / _GIB:.2f} GiB are free"
         raise InputError(
-            f"memory_gb={memory_gb}: model and program take {used / _GIB:.2f} GiB already, what "
-            f"is computed comes on top{told}: give more"
+            f"memory_gb={memory_gb} (--memory_gb): model and program take {used / _GIB:.2f} GiB "
+            f"already, what is computed comes on top{told}: give more"
         )
     return left if available is None else min(left, available)
 

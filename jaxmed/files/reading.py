@@ -174,6 +174,23 @@ def json_lines(path: pathlib.Path) -> Iterator[tuple[int, dict | DataError]]:
                 yield number, error
 
 
+def object_in(path: pathlib.Path, kind: type[InputError] = DataError, way_out: str = "") -> dict:
+    """The JSON object that a file holds.
+
+    Args:
+        path: the file.
+        kind: what is raised.
+        way_out: the end of the message.
+
+    Raises:
+        InputError: of that kind; the file cannot be read, or holds something else.
+    """
+    try:
+        return json_object(parse_json(utf8_bytes(path), str(path)), str(path))
+    except DataError as error:
+        raise kind(f"{error}{way_out}") from None
+
+
 def parse_json(encoded: bytes, where: str) -> Any:
     """The value of UTF-8 JSON; `DataError`, beginning with `where`, if it is not."""
     try:

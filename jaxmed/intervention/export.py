@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 
 from jaxmed.behaviour.answering import AnsweringModel
+from jaxmed.files import reading
 from jaxmed.intervention.outcomes import ClampOutcome
 from jaxmed.intervention.units import Unit, masks
 from models import checkpoint
@@ -137,7 +138,7 @@ def write(found: ClampOutcome, model: AnsweringModel, folder: str, card: str) ->
         raise RefusedError(why)
     edited = damped(model.decoder, found.units, found.run["strength"])
     before = model.folder / checkpoint.GENERATION_CONFIG
-    generation = json.loads(before.read_text(encoding="utf-8")) if before.is_file() else {}
+    generation = reading.object_in(before) if before.is_file() else {}
     if stop := found.run["stop_tokens"]:
         # A tokenizer knows one of them at most; the model was measured with all.
         generation |= {"eos_token_id": stop}

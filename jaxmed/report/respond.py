@@ -78,6 +78,7 @@ def command(found: RespondOutcome) -> str:
     words = ["python", "-m", "launch.mediate"]
     words += [f"--model={found.model}", f"--pairs={found.folder / PAIRS}", "--positions=prompt"]
     words += [f"--adapter={found.adapter}"] if found.adapter else []
+    words += [f"--dtype={found.dtype}"] if found.dtype else []
     words += [f"--ignore_config={key}" for key in found.ignore_config]
     if found.chat:
         words.append("--chat")

@@ -33,7 +33,6 @@ MAY_CHANGE = (
     "refuse_tokens",
     "tokenisation",
     "cut",
-    "ignore_config",
     "judges",
     "judges_hash",
 )
@@ -177,10 +176,11 @@ def load(settings: AnswerSettings, say: Callable[[str], None] = sweep.say) -> An
         template_args=settings.template_args,
     )
     size = loaded.decoder.config.vocab_size
-    stop = answering.stop_tokens(loaded.folder, loaded.tokenizer) | {
+    configs = answering.generation_configs(loaded.folder)
+    stop = answering.stop_tokens(configs, loaded.tokenizer) | {
         encoder.single_token(text, size, where="--stop_tokens") for text in settings.stop_tokens
     }
-    not_followed = answering.not_followed(loaded.folder, settings.sampling)
+    not_followed = answering.not_followed(configs, settings.sampling)
     if not_followed:
         asked = ", ".join(f"{name}={json.dumps(value)}" for name, value in not_followed.items())
         say(

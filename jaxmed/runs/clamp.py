@@ -180,9 +180,9 @@ def run(
     check(settings)
     results = _opened(settings)
     say = sweep.teller(progress)
-    settings = asked_alike(settings, results.run if results else None, say)
-    day = loading.day(settings.date, settings.out, overwrite=settings.overwrite)
-    settings = dataclasses.replace(settings, date=day)
+    if results:
+        settings = asked_alike(settings, results.run)
+    settings = loading.settled(settings)
     ranked = _ranked(settings, results) if results else None
     claims.check_kind(settings.out, "clamp")
     files = asking.read_files(settings, say, judged=not own_judges)
@@ -190,19 +190,22 @@ def run(
     model = asking.load(settings, say)
     if results:
         _check_weights(settings, results, model)
+        for line in asked_otherwise(settings, results.run, reads_date=model.encoder.reads_date):
+            say(line)
     chosen = ranked or units.named(settings.units, model.decoder.config)
     asked = asking.as_asked(settings, files, model, say)
     tested, reference = _splits(settings, asked)
     if results:
         tested = _held_out(settings, tested, results, say)
+    sources = {}
     if settings.edit == "source":
-        tested = _with_counterfactuals(settings, model, tested, say)
+        sources = _sources(settings, model, tested, say)
+        tested = [one for one in tested if one.prompt.id in sources]
     if settings.most_prompts:
         tested = responses.drawn(tested, settings.most_prompts, settings.seed)
-    sources = _sources(settings, model, tested) if settings.edit == "source" else []
     random = settings.random if all(unit.index is not None for unit in chosen) else 0
     _check_numbers(settings, asked, tested, reference, random=random > 0)
-    judges = list(own_judges) or asking.read_judges(settings, model, asked)
+    judges = list(own_judges) or asking.read_judges(settings, model, [*tested, *reference])
     _check_judges(settings, judges)
     for line in model.encoder.told:
         say(line)
@@ -226,7 +229,7 @@ def run(
             reference,
             edit=settings.edit,
             random=random,
-            sources=sources,
+            sources=[sources[one.prompt.id] for one in tested] if sources else [],
             file=folder / CONTROLS,
             most=settings.most_prompts,
         )
@@ -363,29 +366,33 @@ def _opened(settings: ClampSettings) -> Results | None:
     return results
 
 
-def asked_alike(
-    settings: ClampSettings, run: dict | None, say: Callable[[str], None]
-) -> ClampSettings:
+def asked_alike(settings: ClampSettings, run: dict) -> ClampSettings:
     """The settings, with the chat template's date and arguments of the run that ranks the units
-    where they say none themselves; what they say otherwise is told.
+    where they say none themselves.
 
     Args:
         settings: how prompts are asked here.
-        run: `run.json` of that run, which says how they were asked there; None if there is none.
-        say: told of what differs.
+        run: `run.json` of that run, which says how they were asked there.
     """
-    if run is None:
-        return settings
-    for name in ("chat", "date", "template_args"):
-        there, here = run[name], getattr(settings, name)
-        if name != "chat" and not here:
-            settings = dataclasses.replace(settings, **{name: there})
-        elif here != there:
-            say(
-                f"--{name}={here}: {settings.results} chose the units by other prompts, with "
-                f"--{name}={there}"
-            )
-    return settings
+    unsaid = [name for name in ("date", "template_args") if not getattr(settings, name)]
+    return dataclasses.replace(settings, **{name: run[name] for name in unsaid})
+
+
+def asked_otherwise(settings: ClampSettings, run: dict, *, reads_date: bool) -> list[str]:
+    """What makes the prompts other ones than those that the units were chosen by.
+
+    Args:
+        settings: how prompts are asked here, settled.
+        run: `run.json` of the run that ranks the units.
+        reads_date: whether the chat template asks what day it is.
+    """
+    names = ("chat", *(["date"] if reads_date else []), "template_args")
+    return [
+        f"--{name}={here}: {settings.results} chose the units by other prompts, with "
+        f"--{name}={there}"
+        for name in names
+        if (here := getattr(settings, name)) != (there := run[name])
+    ]
 
 
 def _check_weights(settings: ClampSettings, results: Results, model: AnsweringModel) -> None:
@@ -476,44 +483,30 @@ def _check_numbers(
 
 
 def _sources(
-    settings: ClampSettings, model: AnsweringModel, tested: Sequence[Asked]
-) -> list[tuple[tuple[int, ...], ...]]:
-    """The tokens of each prompt's counterfactuals.
-
-    Raises:
-        DataError: one has none, or one that the model cannot get.
-    """
-    found = []
-    for one in tested:
-        several = prompts.all_counterfactual_tokens(one.prompt, model.encoder)
-        for tokens in several:
-            where = f"{one.prompt.where}: a counterfactual of prompt '{one.prompt.id}'"
-            asking.check_tokens(where, tokens, settings, model)
-        found.append(several)
-    return found
-
-
-def _with_counterfactuals(
     settings: ClampSettings,
     model: AnsweringModel,
     tested: Sequence[Asked],
     say: Callable[[str], None],
-) -> list[Asked]:
-    """The prompts that have counterfactuals.
+) -> dict[str, tuple[tuple[int, ...], ...]]:
+    """The tokens of each prompt's counterfactuals, by its id; of prompts without those that are to
+    be left out, nothing.
 
     Raises:
-        DataError: one has none that can be used, and is not to be left out.
+        DataError: one has none, or one that the model cannot get, and is not to be left out.
     """
-    kept, skipped = [], Skipped("prompts", settings.skip_bad_prompts, say)
+    found, skipped = {}, Skipped("prompts", settings.skip_bad_prompts, say)
     for one in tested:
         try:
-            _sources(settings, model, [one])
-            kept.append(one)
+            several = prompts.all_counterfactual_tokens(one.prompt, model.encoder)
+            for tokens in several:
+                where = f"{one.prompt.where}: a counterfactual of prompt '{one.prompt.id}'"
+                asking.check_tokens(where, tokens, settings, model)
+            found[one.prompt.id] = several
         except DataError as error:
             if skipped.on_bad is None:
                 raise DataError(f"--edit=source: {error}{skipped.way_out}") from None
             skipped.on_bad(error)
-    return kept
+    return found
 
 
 def _held_out(

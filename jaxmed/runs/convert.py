@@ -1,11 +1,12 @@
 """A checkpoint converted once, so that it loads fast from then on; and written back."""
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
 import pathlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -61,8 +62,10 @@ class ConvertSettings:
     )
     ignore_config: tuple[str, ...] = like(MediateSettings, "ignore_config")
     verify: bool = setting(
-        help="Compare logits of a random prompt with transformers' own, in float32; needs torch. "
-        f"The prompt is longer than a sliding window of up to {MOST_TOKENS} tokens.",
+        help="Compare logits of a random prompt, in float32, with those of transformers' own model "
+        "(peft's, with --adapter) of what is converted; of the export, where --out asks for one. "
+        "Needs torch. The prompt is longer than a sliding window of up to "
+        f"{MOST_TOKENS} tokens.",
         default=False,
     )
 
@@ -84,21 +87,17 @@ def run(settings: ConvertSettings, say: Callable[[str], None] = sweep.tell) -> N
     adapter = checkpoint.resolve_adapter(settings.adapter)
     cache_dir = pathlib.Path(settings.cache_dir or cache.default_folder())
     out = pathlib.Path(settings.out) if settings.out else None
-    if settings.gguf:
-        assert out is not None, "checked above"
-        say(_unpacked(pathlib.Path(settings.gguf), adapter, cache_dir, out, settings))
-        folder, adapter = out, None  # merged
-    else:
-        folder = checkpoint.resolve(str(settings.model))
-    examine = functools.partial(
-        Source.examine, folder, adapter=adapter, ignore_config=settings.ignore_config
-    )
-    if not settings.gguf:
-        _convert(examine(), settings, cache_dir, say)
+    with _folder(settings) as folder:
+        examine = functools.partial(
+            Source.examine, folder, adapter=adapter, ignore_config=settings.ignore_config
+        )
+        if not settings.gguf:
+            _convert(examine(), settings, cache_dir, say)
         if out:
             say(_exported(examine(settings.dtype), cache_dir, out))
-    if settings.verify:
-        say(_verified(examine("float32"), cache_dir))
+        if settings.verify:
+            made = Source.examine(out, "float32") if out else examine("float32")
+            say(_verified(made, examine(), cache_dir))
 
 
 def _check(settings: ConvertSettings) -> None:
@@ -116,9 +115,7 @@ def _check(settings: ConvertSettings) -> None:
         raise InputError("--dtype is the type of what --out writes; give --out, or leave it out")
     if settings.out:
         checkpoint.check_free(pathlib.Path(settings.out))
-    # Of a GGUF file what is compared is the checkpoint that it became.
-    with_peft = settings.adapter and not settings.gguf
-    needed = ["torch==2.13.0", *(["peft"] if with_peft else [])]
+    needed = ["torch==2.13.0", *(["peft"] if settings.adapter else [])]
     if settings.verify and not all(
         importlib.util.find_spec(package.partition("=")[0]) for package in needed
     ):
@@ -157,22 +154,19 @@ def _described(entry: cache.Entry) -> str:
     return f"{entry.folder} ({entry.size / 1e9:.3g} GB, {entry.about['dtype']})"
 
 
-def _unpacked(
-    file: pathlib.Path,
-    adapter: pathlib.Path | None,
-    cache_dir: pathlib.Path,
-    out: pathlib.Path,
-    settings: ConvertSettings,
-) -> str:
-    """Writes the model of a GGUF file in Hugging Face's format, and says so."""
+@contextlib.contextmanager
+def _folder(settings: ConvertSettings) -> Iterator[pathlib.Path]:
+    """The folder of what is converted; of a GGUF file one that is there only meanwhile."""
+    if not settings.gguf:
+        yield checkpoint.resolve(str(settings.model))
+        return
+    out = pathlib.Path(str(settings.out))
     out.parent.mkdir(parents=True, exist_ok=True)
-    # Beside it, where there is room for weights. What transformers writes is exported as any other
-    # checkpoint is: only then is it known that it can be used.
+    # Beside the export, where there is room for weights. What transformers writes is exported as
+    # any other checkpoint is: only then is it known that it can be used.
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.gguf-", dir=out.parent) as made:
-        folder = pathlib.Path(made)
-        gguf_files.unpack(file, folder)
-        source = Source.examine(folder, settings.dtype, adapter, settings.ignore_config)
-        return _exported(source, cache_dir, out)
+        gguf_files.unpack(pathlib.Path(settings.gguf), pathlib.Path(made))
+        yield pathlib.Path(made)
 
 
 def _exported(source: Source, cache_dir: pathlib.Path, out: pathlib.Path) -> str:
@@ -189,19 +183,25 @@ def _exported(source: Source, cache_dir: pathlib.Path, out: pathlib.Path) -> str
     )
 
 
-def _verified(source: Source, cache_dir: pathlib.Path) -> str:
-    """Compares a source in float32 with transformers, and says how near they are.
+def _verified(made: Source, given: Source, cache_dir: pathlib.Path) -> str:
+    """Compares what was made, in float32, with transformers' model of what was given, and says how
+    near they are.
+
+    Args:
+        made: the export, or where there is none what was given, as it is loaded here.
+        given: what it was made of.
+        cache_dir: where converted weights are kept.
 
     Raises:
         CheckpointError: the logits differ by more than rounding.
     """
-    config = source.config
+    config = made.config
     beyond = FEWEST_TOKENS + min(filter(None, config.windows), default=0)
     length = min(beyond if beyond <= MOST_TOKENS else FEWEST_TOKENS, config.max_positions)
     prompt = np.random.default_rng(0).integers(0, config.vocab_size, length)
-    theirs = _transformers_logits(source, prompt)
+    theirs = _transformers_logits(given, config.dtype, prompt)
     with jax.default_matmul_precision("highest"):
-        ours = np.asarray(source.load(cache_dir=cache_dir)(jnp.asarray(prompt))[0])
+        ours = np.asarray(made.load(cache_dir=cache_dir)(jnp.asarray(prompt))[0])
     largest = np.abs(theirs).max()
     distance = np.abs(ours - theirs).max() / largest
     said = (
@@ -211,15 +211,15 @@ def _verified(source: Source, cache_dir: pathlib.Path) -> str:
     # Written so that NaN fails.
     if not distance <= TOLERANCE:
         raise CheckpointError(
-            f"{source.folder}: {said}; rounding rarely explains more than {TOLERANCE:.0e}. Please "
+            f"{made.folder}: {said}; rounding rarely explains more than {TOLERANCE:.0e}. Please "
             "report it: this model seems not to be computed as transformers computes it"
         )
     return f"Verified: {said}."
 
 
-def _transformers_logits(source: Source, prompt: np.ndarray) -> np.ndarray:
+def _transformers_logits(source: Source, dtype: str, prompt: np.ndarray) -> np.ndarray:
     """Logits of transformers' own model, with peft's merge of an adapter, [position, token], in
-    float32."""
+    float32; of weights that are rounded to a type, as they are kept."""
     import torch  # Here, because nothing else needs it.  # pyright: ignore[reportMissingImports]
 
     model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -234,4 +234,6 @@ def _transformers_logits(source: Source, prompt: np.ndarray) -> np.ndarray:
 
         model = peft.PeftModel.from_pretrained(model, source.adapter).merge_and_unload()
     with torch.inference_mode():
+        for weight in model.parameters():
+            weight.copy_(weight.to(getattr(torch, dtype)))
         return model.eval()(torch.from_numpy(prompt)[None]).logits[0].numpy()

@@ -29,7 +29,6 @@ _MAY_CHANGE = (
     "responses",
     "threshold",
     "cut",
-    "ignore_config",
 )
 _AT_ONCE = 64  # responses that are judged before their verdicts are kept
 

@@ -61,19 +61,52 @@ def load(model: str, adapter: str, dtype: str, ignore_config: Collection[str]) -
     return Loaded(folder, merged, decoder, tokenizer)
 
 
-def day(given: str, out: str, *, overwrite: bool) -> str:
-    """The day that it is for chat templates, as 2026-01-31.
+@typing.runtime_checkable
+class AskedOfTemplates(typing.Protocol):
+    """Settings that say what chat templates are given, and the folder of the run."""
 
-    Args:
-        given: it, or "".
-        out: folder of the run, whose day is kept where it is gone on with.
-        overwrite: begin again, today.
+    __dataclass_fields__: typing.ClassVar[dict[str, typing.Any]]
+
+    @property
+    def date(self) -> str:
+        """The day, as 2026-01-31, or ""."""
+        ...
+
+    @property
+    def template_args(self) -> str:
+        """A JSON object, or ""."""
+        ...
+
+    @property
+    def out(self) -> str:
+        """Folder of the run."""
+        ...
+
+    @property
+    def overwrite(self) -> bool:
+        """Whether a run that is there is begun again."""
+        ...
+
+
+Settings = typing.TypeVar("Settings", bound=AskedOfTemplates)
+
+
+def settled(settings: Settings) -> Settings:
+    """The settings, with what chat templates are given as `run.json` records it.
+
+    The day is the one that is given, else the one of the run that is gone on with, else today.
+    Arguments that mean the same are written alike.
 
     Raises:
-        InputError: the folder's `run.json` is damaged.
+        InputError: as `template_settings`, or the folder's `run.json` is damaged.
     """
-    earlier = None if overwrite else claims.recorded(out, "date")
-    return given or earlier or datetime.date.today().isoformat()
+    _, args = template_settings(settings.date, settings.template_args)
+    earlier = None if settings.overwrite else claims.recorded(settings.out, "date")
+    return dataclasses.replace(
+        settings,
+        date=settings.date or earlier or datetime.date.today().isoformat(),
+        template_args=json.dumps(args, sort_keys=True, ensure_ascii=False) if args else "",
+    )
 
 
 def template_settings(date: str, template_args: str) -> tuple[datetime.date | None, dict]:

@@ -279,8 +279,7 @@ def measure(settings: MediateSettings, *, progress: bool = True) -> tuple[Result
     """
     began = time.time()
     check(settings)
-    day = loading.day(settings.date, settings.out, overwrite=settings.overwrite)
-    settings = dataclasses.replace(settings, date=day)
+    settings = loading.settled(settings)
     say = sweep.teller(progress)
     _check_files(settings)
     say(f"Loading {settings.model}")
@@ -296,16 +295,23 @@ def measure(settings: MediateSettings, *, progress: bool = True) -> tuple[Result
     )
     skipped = Skipped("pairs", settings.skip_bad_pairs, say)
     pairs = _read_pairs(settings, encoder, skipped, say)
-    question = Question(
-        _metric(settings, decoder, encoder, pairs),
-        Positions(settings.positions),
-        Align(settings.align),
-        settings.group_size,
-        directions_lib.read(settings.directions, decoder.config) if settings.directions else None,
+    directions = (
+        directions_lib.read(settings.directions, decoder.config) if settings.directions else None
     )
-    pairs = _usable(settings, decoder, pairs, question, skipped, say)
+
+    def ask(of: list[Pair]) -> Question:
+        return Question(
+            _metric(settings, decoder, encoder, of),
+            Positions(settings.positions),
+            Align(settings.align),
+            settings.group_size,
+            directions,
+        )
+
+    pairs = _usable(settings, decoder, pairs, ask, skipped, say)
     if settings.most_pairs:
         pairs = _drawn(pairs, settings.most_pairs, say)
+    question = ask(pairs)
     for line in encoder.told:
         say(line)
     if pairs[0].prompt_text is not None and not pairs[0].is_chat and encoder.has_template:
@@ -405,15 +411,15 @@ def _usable(
     settings: MediateSettings,
     decoder: Decoder,
     pairs: list[Pair],
-    question: Question,
+    ask: Callable[[list[Pair]], Question],
     skipped: Skipped,
     say: Callable[[str], None],
 ) -> list[Pair]:
-    """The pairs that the question can be asked of."""
+    """The pairs of which each can be asked the question that `ask` makes of it."""
     usable = []
     for pair in pairs:
         try:
-            check_pair(decoder.config, pair, question, settings.granularities)
+            check_pair(decoder.config, pair, ask([pair]), settings.granularities)
             usable.append(pair)
         except DataError as error:
             skipped.add(error)

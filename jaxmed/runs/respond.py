@@ -100,8 +100,7 @@ def run(
             responses, which are kept.
     """
     check(settings)
-    day = loading.day(settings.date, settings.out, overwrite=settings.overwrite)
-    settings = dataclasses.replace(settings, date=day)
+    settings = loading.settled(settings)
     say = sweep.teller(progress)
     claims.check_kind(settings.out, "respond")
     files = asking.read_files(settings, say, judged=not own_judges)
@@ -112,16 +111,16 @@ def run(
     if settings.most_prompts:  # all others may still be counterfactuals of those that are drawn
         prompts = responses.drawn(asked, settings.most_prompts, settings.seed, ["harmful"])
     pairs = find_pairs(settings, model, prompts, say)
-    judges = list(own_judges) or asking.read_judges(settings, model, asked)
     templates = _templates(settings, model, responses.of_split(prompts, label="harmful"))
-    for line in model.encoder.told:
-        say(line)
-    folder = pathlib.Path(settings.out)
-    described = asking.described(settings, "respond", model, asked, judges)
     if settings.counterfactual != "given":
         prompts = _needed(prompts, pairs, say)
     if settings.most_prompts:
         prompts = responses.drawn(prompts, settings.most_prompts, settings.seed)
+    judges = list(own_judges) or asking.read_judges(settings, model, prompts)
+    for line in model.encoder.told:
+        say(line)
+    folder = pathlib.Path(settings.out)
+    described = asking.described(settings, "respond", model, asked, judges)
     claims.claim(folder, described, _OWN_FILES, settings.overwrite, _MAY_CHANGE)
     answered = responses.response_log(folder)
     verdicts = responses.verdict_log(folder, described["judges_hash"])
@@ -162,9 +161,10 @@ def run(
         folder=folder,
         model=settings.model,
         adapter=settings.adapter,
+        dtype=settings.dtype,
         ignore_config=settings.ignore_config,
         chat=settings.chat,
-        date=settings.date if _is_asked_for_the_day(model) else "",
+        date=settings.date if model.encoder.reads_date else "",
         template_args=settings.template_args,
         samples=settings.samples,
         max_tokens=settings.max_tokens,
@@ -174,6 +174,7 @@ def run(
         only_think=sum(answered.values[key].only_thinks for key in wanted),
         templates=sum(seen[pair.base].safe is None for pair in made),
         same_start=sum(complete[pair.base].start_alike for pair in made),
+        after_thoughts=sum(complete[pair.base].came_of_thoughts for pair in made),
         meanings={judge.name: judge.meaning for judge in judges},
         doubts=doubts,
         length_differences=(
@@ -322,10 +323,6 @@ def _templates(
             raise InputError("--safe_template: has no tokens")
         found[one.prompt.id] = Response(tokens, settings.safe_template, True)
     return found
-
-
-def _is_asked_for_the_day(model: AnsweringModel) -> bool:
-    return model.encoder.has_template and model.encoder.template.reads_date
 
 
 def _why_no_pair(

@@ -2,12 +2,14 @@
 
 import importlib.util
 import json
+import shutil
 
 import numpy as np
 import pytest
 import safetensors.numpy
 
 import models
+from jaxmed.runs import convert
 from models import checkpoint, gguf_files
 from models.checkpoint import Source
 from tests import lora, tiny, words
@@ -80,10 +82,10 @@ def test_converts_and_exports(folder):
 
 def test_ignores_a_key_of_config_json(folder):
     config = folder / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"logit_scale": 0.5}))
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"trained_in": 0.5}))
     ran = call(folder)
-    assert ran.returncode == 1 and "--ignore_config=logit_scale" in ran.stderr
-    ran = call(folder, "--ignore_config=logit_scale", f"--out={folder.parent / 'out'}")
+    assert ran.returncode == 1 and "--ignore_config=trained_in" in ran.stderr
+    ran = call(folder, "--ignore_config=trained_in", f"--out={folder.parent / 'out'}")
     assert ran.returncode == 0, ran.stderr
     assert models.load(folder.parent / "out")
 
@@ -135,6 +137,65 @@ def test_verify_with_an_adapter(folder, adapter):
     """Against peft's own merge."""
     pytest.importorskip("peft", reason="parity tests need peft: make parity")
     ran = call(folder, f"--adapter={adapter}", "--verify")
+    assert ran.returncode == 0, ran.stderr
+    assert "Verified: logits of a random prompt of 64 tokens differ from" in ran.stdout
+
+
+@pytest.fixture
+def gguf(folder, monkeypatch):
+    """A file that stands for a GGUF file of the model in `folder`."""
+    file = folder.parent / "model.gguf"
+    file.write_bytes(b"GGUF")
+    monkeypatch.setattr(gguf_files, "check_installed", lambda: None)
+    monkeypatch.setattr(
+        gguf_files, "unpack", lambda file, made: shutil.copytree(folder, made, dirs_exist_ok=True)
+    )
+    return file
+
+
+@pytest.mark.parametrize("spoiled", [False, True])
+@pytest.mark.parametrize("source", ["model", "gguf"])
+def test_what_is_verified_is_the_export(
+    source, spoiled, folder, gguf, adapter, tmp_path, monkeypatch
+):
+    """Against what it was made of, and not against itself. (Here all is computed by jaxmed.)"""
+
+    def theirs(given, dtype, prompt):
+        assert (given.adapter, dtype) == (adapter, "float32")
+        return np.asarray(given.load(cache_dir=tmp_path / "none")(prompt)[0])
+
+    save = checkpoint.save
+
+    def save_spoiled(decoder, *args, **options):
+        kernel = decoder.blocks.mlp.up.kernel
+        kernel[...] = kernel[...] * 1.5
+        save(decoder, *args, **options)
+
+    monkeypatch.setattr(convert, "_transformers_logits", theirs)
+    monkeypatch.setattr(convert.importlib.util, "find_spec", lambda name: name)
+    if spoiled:
+        monkeypatch.setattr(checkpoint, "save", save_spoiled)
+    given = f"--gguf={gguf}" if source == "gguf" else f"--model={folder}"
+    out, cache_dir = tmp_path / "out", tmp_path / "cache"
+    flags = [given, f"--adapter={adapter}", f"--out={out}", f"--cache_dir={cache_dir}"]
+    ran = process.call("convert", *flags, "--verify")
+    if spoiled:
+        assert ran.returncode == 1
+        assert f"{out}: logits of a random prompt" in ran.stderr and "please" in ran.stderr.lower()
+    else:
+        assert ran.returncode == 0, ran.stderr
+        assert "Verified: logits of a random prompt" in ran.stdout
+    assert not list(tmp_path.glob(".out.gguf-*"))
+
+
+@needs_torch
+@pytest.mark.parity
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_verify_an_export_with_an_adapter(folder, gguf, adapter, dtype, tmp_path):
+    """Of a type that rounds the sum too: transformers' is rounded alike."""
+    pytest.importorskip("peft", reason="parity tests need peft: make parity")
+    flags = [f"--gguf={gguf}", f"--adapter={adapter}", f"--out={tmp_path / 'out'}"]
+    ran = process.call("convert", *flags, f"--dtype={dtype}", "--verify")
     assert ran.returncode == 0, ran.stderr
     assert "Verified: logits of a random prompt of 64 tokens differ from" in ran.stdout
 

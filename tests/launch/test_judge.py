@@ -112,6 +112,13 @@ def test_phrases_agree_on_refusals_alone(responses, tmp_path):
     assert [row["judge_refused"] for row in read(tmp_path / "out")[0]] == [1, 0, 0, 0]
 
 
+def test_ignored_keys_of_config_json_stay(responses, tmp_path):
+    flags = ["--judge=phrases", responses(*ROWS), f"--out={tmp_path / 'out'}"]
+    assert run(*flags).returncode == 0
+    ran = run(*flags, "--ignore_config=trained_in")
+    assert ran.returncode == 1 and "other settings: --ignore_config was []" in ran.stderr
+
+
 def test_tokens_without_labels(responses, tmp_path):
     rows = [{"prompt_ids": [1, 2], "response_ids": ids} for ids in ([6, 9], [7], [])]
     flags = [

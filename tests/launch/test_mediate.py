@@ -229,7 +229,7 @@ BAD_FLAGS = {
     ),
     "screen of too many": ({"screen": 99}, "Error: --screen=99: the model has 24 neurons"),
     "memory": ({"memory_gb": "nan"}, "Error: --memory_gb=nan: must be a number, and at least"),
-    "too little memory": ({"memory_gb": 0.01}, "Error: memory_gb=0.01: model and program take"),
+    "too little memory": ({"memory_gb": 0.01}, "Error: memory_gb=0.01 (--memory_gb): model"),
     "joint set of groups": ({"joint_size": 2, "group_size": 2}, "Error: --joint_size needs"),
     "model": ({"model": "/no/such/folder"}, "Error: /no/such/folder: no such folder"),
     "pairs": ({"pairs": "/no/such.jsonl"}, "Error: /no/such.jsonl: there is no such file"),

@@ -17,7 +17,7 @@ import models
 from models import checkpoint
 from models.config import Rotary
 from models.errors import InputError
-from tests import tiny, words
+from tests import lora, tiny, words
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -190,6 +190,19 @@ def test_tokenizer_with_special_tokens_beyond_the_vocabulary(tmp_path):
 def test_tokenizer_of_another_model(tmp_path):
     message = refusal(with_tokens(tmp_path / "model", 63, special=["<image>"]))
     says(message, tmp_path / "model", "'word61' of id 61", "has 61 (2 such tokens)")
+
+
+def test_an_adapters_tokenizer_is_named_where_it_does_not_fit(tmp_path):
+    folder, adapter = tmp_path / "model", tmp_path / "adapter"
+    tiny.save(folder)
+    module = "model.layers.0.mlp.up_proj"
+    options = {"target_modules": ["up_proj"], "layers_to_transform": [0]}
+    lora.write(adapter, lora.random_lora(folder, [module]), **options)
+    with_tokens(tmp_path / "other", 63, special=["<image>"])
+    for file in (tmp_path / "other").glob("tokenizer*"):
+        shutil.copy(file, adapter)
+    message = refusal(folder, adapter=adapter)
+    assert message.startswith(f"{adapter}: the tokenizer has a token 'word61' of id 61")
 
 
 def test_tied_checkpoint_may_store_the_unembedding(tmp_path):
@@ -372,9 +385,9 @@ def test_config_refused(folder, attributes, message):
 
 
 def test_unknown_attribute_is_ignored_by_name(folder):
-    reconfigure(folder, logit_scale=0.5)
-    says(refusal(folder), folder / "config.json", "logit_scale", "ignore_config=('logit_scale',)")
-    loaded, _ = models.load(folder, ignore_config=["logit_scale"])
+    reconfigure(folder, trained_in=0.5)
+    says(refusal(folder), folder / "config.json", "trained_in", "ignore_config=('trained_in',)")
+    loaded, _ = models.load(folder, ignore_config=["trained_in"])
     assert_equal(loaded, tiny.decoder())
     says(refusal(folder, ignore_config=["head_dim"]), "ignore_config: head_dim cannot be ignored")
 

@@ -352,13 +352,32 @@ def test_what_agrees_is_accepted(family, attributes):
 
 
 def test_an_unknown_attribute_may_be_ignored():
-    said = "--ignore_config=logit_scale, or from Python ignore_config=.'logit_scale',."
+    said = "--ignore_config=trained_in, or from Python ignore_config=.'trained_in',."
     with pytest.raises(ValueError, match=said):
-        read(logit_scale=0.5)
-    assert read(logit_scale=0.5, ignored=["logit_scale"]) == read()
-    assert read(ignored=["logit_scale"]) == read()
+        read(trained_in=0.5)
+    assert read(trained_in=0.5, ignored=["trained_in"]) == read()
+    assert read(ignored=["trained_in"]) == read()
     with pytest.raises(ValueError, match="attribute residual_scale = 2 is not understood"):
-        read(logit_scale=0.5, residual_scale=2, ignored=["logit_scale"])
+        read(trained_in=0.5, residual_scale=2, ignored=["trained_in"])
+
+
+@pytest.mark.parametrize(
+    ("attributes", "said"),
+    [
+        ({"logit_scale": 0.5}, "it changes what models of type cohere"),
+        ({"attention_multiplier": 0.5}, "it changes what models of type granite"),
+        ({"clip_qkv": 8.0}, "it changes what models of type olmo"),
+        ({"final_logit_softcapping": 30.0}, "it changes what models of type .*gemma2"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0, "mscale": 2.0}},
+            "mscale = 2.0 .* changes what another rope_type computes",
+        ),
+    ],
+)
+def test_what_other_models_compute_by_is_not_to_be_ignored(attributes, said):
+    with pytest.raises(ValueError, match=said) as caught:
+        read(**attributes)
+    assert "ignore_config" not in str(caught.value)
 
 
 def test_an_unknown_rotary_parameter_may_be_ignored():

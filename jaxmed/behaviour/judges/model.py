@@ -212,7 +212,7 @@ class JudgeModel:
             raise InputError(
                 f"{exchange.where}: has {length} tokens as judge '{self.name}' reads it, and "
                 f"{self.checkpoint} has room for {most}; shorten it, or have the responses' ends "
-                "cut off (cut)"
+                "cut off: cut (--cut)"
             )
 
         response = text_of(exchange, "response", f"judge '{self.name}'")
@@ -235,7 +235,8 @@ class JudgeModel:
         where = f"judge '{self.name}'"
         if self.template.messages:
             return self._text.ids(text, where)
-        return self._text.prompt_ids(text, where)
+        begin, own = self._text.prompt_ids(text, where)
+        return begin + own
 
     def _render(self, exchange: Exchange) -> str:
         """What the model reads of an exchange, before the first question; control tokens in what

@@ -45,23 +45,31 @@ def answer(model, texts, condition, folder, **options):
     )
 
 
+def stop_tokens(folder, tokenizer):
+    return answering.stop_tokens(answering.generation_configs(folder), tokenizer)
+
+
+def not_followed(folder, sampling):
+    return answering.not_followed(answering.generation_configs(folder), sampling)
+
+
 def test_stop_tokens_are_of_all_files(tmp_path):
     tokenizer = words.tokenizer()
     tokenizer.eos_token = "[END]"  # token 3
-    assert answering.stop_tokens(tmp_path, None) == frozenset()
-    assert answering.stop_tokens(tmp_path, tokenizer) == {3}
+    assert stop_tokens(tmp_path, None) == frozenset()
+    assert stop_tokens(tmp_path, tokenizer) == {3}
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 5}))
-    assert answering.stop_tokens(tmp_path, None) == {5}
+    assert stop_tokens(tmp_path, None) == {5}
     for named, tokens in (([7, 9], {3, 5, 7, 9}), (7, {3, 5, 7}), (None, {3, 5})):
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
-        assert answering.stop_tokens(tmp_path, tokenizer) == tokens
-    for text, message in (("{", "not a JSON object"), ("[]", "not a JSON object")):
+        assert stop_tokens(tmp_path, tokenizer) == tokens
+    for text, message in (("{", "not JSON"), ("[]", "expected a JSON object, found list")):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(InputError, match=f"config.json: {message}"):
-            answering.stop_tokens(tmp_path, None)
+            stop_tokens(tmp_path, None)
     (tmp_path / "config.json").write_text('{"eos_token_id": "</s>"}')
     with pytest.raises(InputError, match="eos_token_id is '</s>'"):
-        answering.stop_tokens(tmp_path, None)
+        stop_tokens(tmp_path, None)
 
 
 def test_the_budget_is_what_the_judges_leave(model, monkeypatch):
@@ -108,6 +116,7 @@ def test_a_bar_counts_what_was_there_as_done_before(model, tmp_path, monkeypatch
 
 NEUTRAL = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "bad_words_ids": None}
 NEUTRAL |= {"num_beams": 1, "length_penalty": 2.0, "min_p": 0.1, "do_sample": True}
+DRAWN = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20}
 NEUTRAL |= {"temperature": 0.6, "top_p": 0.9, "eos_token_id": [1], "max_length": 20}
 
 
@@ -126,23 +135,26 @@ NEUTRAL |= {"temperature": 0.6, "top_p": 0.9, "eos_token_id": [1], "max_length":
             Sampling(4),
             {"num_beams": 4, "length_penalty": 2.0},
         ),
-        ({"min_p": 0.1, "temperature": 0.7}, Sampling(4, 0.7), {"min_p": 0.1}),
         (
-            {"temperature": 0.6, "top_p": 0.9, "top_k": 20},
-            Sampling(4, 1.0, 0.9),
-            {"temperature": 0.6, "top_k": 20},
+            {"do_sample": True, "min_p": 0.1, "temperature": 0.7},
+            Sampling(4, 0.7),
+            {"min_p": 0.1},
         ),
+        (DRAWN, Sampling(4, 1.0, 0.9), {"temperature": 0.6, "top_k": 20}),
+        # What says how tokens are drawn says nothing where they are not drawn.
+        (DRAWN | {"do_sample": False, "min_p": 0.1}, Sampling(4, 1.0), {}),
+        (DRAWN | {"do_sample": None, "typical_p": 0.5}, Sampling(4, 1.0), {}),
     ],
 )
 def test_what_a_checkpoint_asks_of_generation_and_is_not_done(given, sampling, found, tmp_path):
-    assert answering.not_followed(tmp_path, sampling) == {}
+    assert not_followed(tmp_path, sampling) == {}
     for name in ("generation_config.json", "config.json"):
         (tmp_path / name).write_text(json.dumps(given))
-        assert answering.not_followed(tmp_path, sampling) == found
+        assert not_followed(tmp_path, sampling) == found
         (tmp_path / name).write_text("{}")
     (tmp_path / "config.json").write_text(json.dumps({"repetition_penalty": 1.5}))
     (tmp_path / "generation_config.json").write_text(json.dumps({"repetition_penalty": 1.0}))
-    assert answering.not_followed(tmp_path, sampling) == {}
+    assert not_followed(tmp_path, sampling) == {}
     (tmp_path / "config.json").write_text("[")
-    with pytest.raises(InputError, match="config.json: not a JSON object"):
-        answering.not_followed(tmp_path, sampling)
+    with pytest.raises(InputError, match="config.json: not JSON"):
+        not_followed(tmp_path, sampling)

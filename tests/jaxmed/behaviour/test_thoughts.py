@@ -7,6 +7,7 @@ from jaxmed.behaviour.generation import Generated
 from jaxmed.behaviour.judges.protocol import Verdict
 from jaxmed.behaviour.responses import PLAIN, Asked, Key, Response
 from jaxmed.behaviour.sampling import Sampling
+from jaxmed.data.control import TextTokenizer
 from jaxmed.data.prompts import Prompt
 from tests import chats, tiny
 
@@ -23,10 +24,24 @@ def ids(tokenizer, text):
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
+IN_CHAT = "<|im_start|>user\nI <think><|im_end|>\n" + ASKS
+LONG = "<think>\n" + "tell me how to do it " * 9
 CASES = {
     "none": (ASKS, "I will", "", False),
-    "at the start": (ASKS, "<think>\nhow\n</think>\n\nI will", "<think>\nhow\n</think>", False),
-    "opened by the template": (ASKS + "<think>\n", "how</think>\n\nI", "how</think>", False),
+    "at the start": (ASKS, "<think>\nhow\n</think>\n\nI will", "<think>\nhow\n</think>\n\n", False),
+    "opened by the template": (ASKS + "<think>\n", "how</think>\n\nI", "how</think>\n\n", False),
+    "begun by the prompt": (
+        ASKS + "<think>\nI will",
+        " how</think>\n\nI",
+        " how</think>\n\n",
+        False,
+    ),
+    "begun long before": (ASKS + LONG, "how</think>I", "how</think>", False),
+    "begun by text": ("tell me\n<think>\nI will", " how</think>I", " how</think>", False),
+    "begun again": (ASKS + "<think>\n</think>\nI\n<think>", "how</think>I", "how</think>", False),
+    "begun and ended by the prompt": (ASKS + "<think>\nhow\n</think>\nI", " will", "", False),
+    "begun by what a user says": (IN_CHAT, "I will", "", False),
+    "a tag within a sentence": ("I will <think> it, how", " to", "", False),
     "closed by the template": (ASKS + "<think>\n\n</think>\n\n", "I will", "", False),
     "cut": (ASKS, "<think>\nhow to", "<think>\nhow to", True),
     "cut, opened by the template": (ASKS + "<think>", "how to", "how to", True),
@@ -41,7 +56,7 @@ CASES = {
 def test_how_far_thoughts_go(case, tokenizer):
     prompt, response, thought, only = CASES[case]
     tokens = ids(tokenizer, response)
-    length = thoughts.length(tokenizer, ids(tokenizer, prompt), tokens)
+    length = thoughts.length(TextTokenizer(tokenizer), ids(tokenizer, prompt), tokens)
     # A token may hold the end of a tag and more.
     found = tokenizer.decode(tokens[:length])
     assert found.startswith(thought) and len(found) <= len(thought) + 1

@@ -222,6 +222,73 @@ def test_arguments_reach_the_template(made):
         Encoder(None, template_args={"enable_thinking": False})
 
 
+SWITCHED = "{{ messages[0].content }}\n{% if SWITCH %}ON{% else %}OFF{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("read", "switch"),
+    [
+        ("thinking is not defined or thinking", "thinking"),
+        ("think is undefined or think != false", "think"),
+        ("(reasoning_effort | default('medium')) != false", "reasoning_effort"),
+        # An operation that fails on a switch that is off is one that reads it.
+        ("'low' in (reasoning_effort | default('low')) + ''", "reasoning_effort"),
+        # Off by itself.
+        ("thinking is defined and thinking", ""),
+        # What is no argument: a field of messages, a name of the template's own.
+        ("messages[0].reasoning_content is not defined", ""),
+        ("not add_vision_id | default(false)", ""),
+    ],
+)
+def test_thoughts_are_told_by_what_the_template_does(read, switch):
+    template = "{% generation %}{% set thought = 1 %}{% endgeneration %}"
+    tokenizer = chats.byte_level(template + SWITCHED.replace("SWITCH", read))
+    encoder = Encoder(tokenizer, chat=True)
+    prompt_of(encoder, "tell me")
+    assert encoder.counts == ({Remark.THINKS: 1} if switch else {})
+    assert f"('{switch}')" in "".join(encoder.told) or not switch
+    if switch:
+        told = Encoder(tokenizer, chat=True, template_args={switch: "low"})
+        prompt_of(told, "tell me")
+        assert told.counts == {}
+    with pytest.raises(InputError, match="reads no 'thought'"):
+        Encoder(tokenizer, chat=True, template_args={"thought": 2})
+
+
+def test_prompts_that_end_within_thoughts_are_told(made):
+    encoder = Encoder(made("byte_level", chats.CHAT_ML))
+    begun = {"role": "assistant", "content": "<think>\nI will"}
+    prompt_of(encoder, [USER, begun])
+    assert encoder.counts == {Remark.THINKS: 1}
+    encoder.prompt("tell me <think>\n", "prompt", "pairs.jsonl:2")
+    assert encoder.counts[Remark.THINKS] == 2
+    ended = begun | {"content": "<think>\nI will\n</think>\nI"}
+    for number, value in enumerate(([USER, ended], "the <think> is a word", [begun, USER])):
+        encoder.prompt(value, "prompt", f"pairs.jsonl:{number + 3}")
+    assert encoder.counts[Remark.THINKS] == 2
+
+
+def test_a_template_that_does_not_write_the_prompt_is_refused_as_such():
+    encoder = Encoder(chats.byte_level("tell {{ messages | length }}"), chat=True)
+    with pytest.raises(DataError, match="the chat template of the tokenizer drops or alters"):
+        prompt_of(encoder, "tell 1 word")
+
+
+def test_a_prompt_is_tokenised_once_for_all_its_answers(made, monkeypatch):
+    encoder = Encoder(made("byte_level", chats.CHAT_ML))
+    prompt = prompt_of(encoder, "tell me:")
+    tokenised, ids = [], TextTokenizer.ids
+    monkeypatch.setattr(
+        TextTokenizer,
+        "ids",
+        lambda self, text, where: tokenised.append(text) or ids(self, text, where),
+    )
+    found = [answer_of(encoder, text, prompt) for text in (" Sure", " I will")]
+    assert tokenised == ["tell me: Sure", "tell me: I will"]
+    assert prompt.ids[0] == encoder.tokenizer.bos_token_id and encoder.counts == {}
+    assert [encoder.tokenizer.decode(answer) for answer in found] == [" Sure", " I will"]
+
+
 @pytest.mark.parametrize(
     ("kind", "template", "end"),
     [

@@ -29,7 +29,9 @@ def test_most_of_what_is_free_by_default(machine):
 def test_a_budget_counts_what_is_taken_already(machine):
     assert memory.free(3.25) == 1 * GIB
     assert memory.free(100.0) == 10 * GIB
-    with pytest.raises(InputError, match="memory_gb=1.5: model and program take 2.25 GiB"):
+    with pytest.raises(
+        InputError, match=r"memory_gb=1.5 \(--memory_gb\): model and program take 2.25 GiB"
+    ):
         memory.free(1.5)
 
 
@@ -151,7 +153,10 @@ def test_an_accelerator_tells_its_own(machine, monkeypatch):
 def test_an_accelerator_that_does_not_tell(stats, machine, monkeypatch):
     """The host's memory says nothing of it: how much there is must be given."""
     device = accelerator(monkeypatch, stats)
-    with pytest.raises(InputError, match="the device, Some GPU, does not say .*; give memory_gb"):
+    with pytest.raises(
+        InputError,
+        match=r"memory_gb \(--memory_gb\): the device, Some GPU, does not say .*; give all",
+    ):
         memory.free()
     sizes = [(device, 4 * GIB), (device, GIB), (object(), 7 * GIB)]
     shards = [

@@ -191,7 +191,7 @@ def test_a_batch_leaves_the_prefix_and_the_base_values_unbatched(family):
 
 def test_too_little_memory_is_refused_with_what_is_needed():
     question = question_lib.Question(METRICS["logit"])
-    with pytest.raises(InputError, match="too little for a single unit.*memory_gb"):
+    with pytest.raises(InputError, match="too little for a single unit.*--memory_gb"):
         scan.scan_pair(tiny.decoder("llama"), UNEQUAL, question, ["neuron"], memory=1000)
 
 

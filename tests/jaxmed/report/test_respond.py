@@ -27,7 +27,7 @@ def outcome(harm=True, refusal=True, pairs=(3, 1, 2), **fields):
         for place in range(9)
     ]
     asked = {"folder": pathlib.Path("out/my run"), "model": "org/model", "chat": False}
-    asked |= {"adapter": "", "ignore_config": ()}
+    asked |= {"adapter": "", "dtype": "", "ignore_config": (), "after_thoughts": 0}
     asked |= {"date": "", "template_args": "", "only_think": 0}
     asked |= {"samples": 8, "max_tokens": 128, "templates": 0, "same_start": 0}
     asked |= {"unpaired": Unpaired(0, 0, 0, 9), "doubts": [], "length_differences": None}
@@ -56,6 +56,7 @@ def test_rates_are_means_over_prompts_of_what_a_judge_says():
         ({"pairs": (0, 2, 1)}, "--split=B"),
         ({"chat": True}, "--chat"),
         ({"adapter": "org/lora"}, "--adapter=org/lora"),
+        ({"dtype": "bfloat16"}, "--dtype=bfloat16"),
         ({"ignore_config": ("a", "b")}, "--ignore_config=b"),
         ({"date": "2026-01-31"}, "--date=2026-01-31"),
         ({"template_args": '{"a":1}'}, """'--template_args={"a":1}'"""),
@@ -79,7 +80,7 @@ def test_all_that_can_be_said_of_pairs():
         outcome(unpaired=Unpaired(2, 38, 1, 43)),
         outcome(unpaired=Unpaired(2, 0, 0, 9)),
         outcome(harm=False, refusal=False, pairs=(0, 1, 2), templates=2, same_start=3, chat=True),
-        outcome(pairs=(0, 0, 1), only_think=4),
+        outcome(pairs=(0, 0, 1), only_think=4, after_thoughts=2),
         outcome(
             harm=False,
             doubts=[Doubt("harmful", 144, 0, 144)],

@@ -11,6 +11,7 @@ from jaxmed.behaviour.answering import AnsweringModel
 from jaxmed.behaviour.judges.rules import FirstTokens, RefusalPhrases
 from jaxmed.behaviour.sampling import Sampling
 from jaxmed.data.tokens import Encoder
+from jaxmed.files import reading
 from jaxmed.files.reading import DataError
 from jaxmed.runs import asking, loading, sweep
 from jaxmed.runs.asking import AnswerSettings
@@ -312,11 +313,18 @@ def checkpoint_folder(tmp_path):
     return make
 
 
-def test_what_is_asked_of_generation_and_not_done_is_told_and_recorded(checkpoint_folder):
+def test_what_is_asked_of_generation_and_not_done_is_told_and_recorded(
+    checkpoint_folder, monkeypatch
+):
     tokenizer = chats.byte_level(chats.CHAT_ML)
     folder, said = checkpoint_folder(tokenizer, {"repetition_penalty": 1.3}), []
     asked = dataclasses.replace(settings(judge=("phrases",)), model=str(folder))
+    read, object_in = [], reading.object_in
+    monkeypatch.setattr(
+        reading, "object_in", lambda path, *rest: read.append(path.name) or object_in(path, *rest)
+    )
     model = asking.load(asked, said.append)
+    assert read.count("generation_config.json") == 1
     assert said == [
         f"{folder} asks for generation with repetition_penalty=1.3; responses here do without: "
         "they are of the model's own logits, as the flags say",

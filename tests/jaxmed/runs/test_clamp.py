@@ -19,7 +19,7 @@ from jaxmed.data.tokens import Encoder
 from jaxmed.intervention import export, outcomes
 from jaxmed.intervention.export import Criterion
 from jaxmed.question import effects
-from jaxmed.runs import asking, clamp
+from jaxmed.runs import asking, clamp, loading
 from jaxmed.runs.clamp import ClampSettings
 from jaxmed.store import results
 from jaxmed.validation import truth
@@ -226,7 +226,7 @@ def test_an_exported_checkpoint_answers_as_the_held_model(detectors):
     plain, _ = models.load(asked.model)
     given = [one for one in prompts.read(asked.prompts[0]) if one.split == "C"]
     tokens = [prompts.tokens_of(one, Encoder(tokenizer)) for one in given]
-    stop = answering.stop_tokens(asked.export, None)
+    stop = answering.stop_tokens(answering.generation_configs(asked.export), None)
     assert sorted(stop) == found.run["stop_tokens"]
     edited = generation.generate(decoder, tokens, stop=stop, sampling=asked.sampling)
     held = responses.response_log(found.folder).values
@@ -625,7 +625,10 @@ def test_each_prompt_may_be_held_at_its_counterfactual(organism, units, tmp_path
     file = tmp_path / "prompts.jsonl"
     file.write_text("\n".join(map(json.dumps, lines)))
     asked = dataclasses.replace(asked, prompts=(str(file),), skip_bad_prompts=True)
-    found = clamp.run(asked, progress=False)
+    few = dataclasses.replace(asked, most_prompts=outcomes.LEAST_PROMPTS)
+    first = clamp.run(few, progress=False)
+    found = clamp.run(asked, progress=False)  # goes on with more
+    assert found.run["sources_hash"] == first.run["sources_hash"]
     assert lines[2]["id"] not in {
         key.prompt for key in responses.response_log(found.folder).values if key.sample == 0
     }
@@ -639,18 +642,36 @@ def test_each_prompt_may_be_held_at_its_counterfactual(organism, units, tmp_path
             assert {letter, letters["plain"][prompt]} == {"C", "R"}
         else:
             assert letter == "C"
+    lines[5]["counterfactual"] = lines[6]["counterfactual"]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(InputError, match="but not of the same counterfactuals"):
+        clamp.run(asked, progress=False)
 
 
 def test_prompts_are_asked_as_the_run_that_chose_the_units_asked_them():
     run = {"chat": True, "date": "2026-01-31", "template_args": '{"a": 1}'}
-    asked, said = ClampSettings(model="m", out="o", prompts=("p",), results="r", chat=True), []
-    found = clamp.asked_alike(asked, run, said.append)
-    assert (found.date, found.template_args) == ("2026-01-31", '{"a": 1}') and said == []
-    otherwise = dataclasses.replace(asked, chat=False, date="2026-02-01", template_args="{}")
-    assert clamp.asked_alike(otherwise, run, said.append) == otherwise
-    assert said == [
+    asked = ClampSettings(model="m", out="o", prompts=("p",), results="r", chat=True)
+    found = clamp.asked_alike(asked, run)
+    assert (found.date, found.template_args) == ("2026-01-31", '{"a": 1}')
+    assert clamp.asked_otherwise(found, run, reads_date=True) == []
+    otherwise = dataclasses.replace(asked, chat=False, date="2026-02-01", template_args='{"a": 2}')
+    assert clamp.asked_alike(otherwise, run) == otherwise
+    said = [
         "--chat=False: r chose the units by other prompts, with --chat=True",
         "--date=2026-02-01: r chose the units by other prompts, with --date=2026-01-31",
-        '--template_args={}: r chose the units by other prompts, with --template_args={"a": 1}',
+        '--template_args={"a": 2}: r chose the units by other prompts, with --template_args='
+        '{"a": 1}',
     ]
-    assert clamp.asked_alike(asked, None, said.append) == asked
+    assert clamp.asked_otherwise(otherwise, run, reads_date=True) == said
+    # A day that no template asks for is none of the prompts'.
+    assert clamp.asked_otherwise(otherwise, run, reads_date=False) == [said[0], said[2]]
+
+
+def test_arguments_are_compared_by_what_they_mean(tmp_path):
+    run = {"chat": False, "date": "2026-01-31", "template_args": '{"a": 1, "b": false}'}
+    asked = ClampSettings(model="m", out=str(tmp_path), prompts=("p",), results="r")
+    same = dataclasses.replace(asked, template_args='{ "b":false,"a" : 1 }')
+    settled = loading.settled(clamp.asked_alike(same, run))
+    assert settled.template_args == run["template_args"]
+    assert clamp.asked_otherwise(settled, run, reads_date=True) == []
+    assert loading.settled(dataclasses.replace(asked, template_args="{}")).template_args == ""

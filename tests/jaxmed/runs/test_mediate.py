@@ -414,12 +414,12 @@ def test_other_pairs_under_the_same_name_are_refused(change, asked, copied, tmp_
 def test_an_ignored_key_of_config_json_is_recorded(asked, finished, tmp_path):
     shutil.copytree(asked.model, tmp_path / "model")
     config = tmp_path / "model" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"logit_scale": 0.5}))
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"trained_in": 0.5}))
     other = to(asked, tmp_path, model=str(tmp_path / "model"), granularity=("layer",))
-    with pytest.raises(InputError, match="config.json: .* --ignore_config=logit_scale"):
+    with pytest.raises(InputError, match="config.json: .* --ignore_config=trained_in"):
         mediate.run(other)
-    found = mediate.run(dataclasses.replace(other, ignore_config=("logit_scale",)))
-    assert described(found.folder)["ignore_config"] == ["logit_scale"]
+    found = mediate.run(dataclasses.replace(other, ignore_config=("trained_in",)))
+    assert described(found.folder)["ignore_config"] == ["trained_in"]
     assert described(finished.folder)["ignore_config"] == []
 
 
@@ -599,7 +599,7 @@ def test_a_folder_that_cannot_be_the_results_is_refused(out, asked, scans, tmp_p
         ({"screen": 25}, "--screen=25: the model has 24 neurons"),
         ({"screen": 9, "group_size": 3}, "--screen=9: the model has 8 groups of neurons"),
         ({"joint_size": 25}, "--joint_size=25: the model has 24 neurons"),
-        ({"memory_gb": 0.001}, "memory_gb=0.001: model and program take"),
+        ({"memory_gb": 0.001}, "memory_gb=0.001 (--memory_gb): model and program take"),
     ],
 )
 def test_settings_that_the_model_does_not_allow_are_refused_before_anything_is_written(
@@ -928,6 +928,35 @@ def test_first_tokens_may_be_given_as_ids_or_as_words(text_model, tmp_path):
         )
         found.append(mediate.run(settings))
     assert_same_arrays(found[1].folder, found[0].folder)
+
+
+def test_first_tokens_are_alike_after_the_pairs_that_are_kept(tmp_path, capsys):
+    tokenizer = chats.sentencepiece(chats.CHAT_ML)
+    decoder = tiny.decoder(**SHAPE | {"vocab_size": 700})
+    checkpoint.save(decoder, tmp_path / "model", tokenizer=tokenizer)
+    kept = {
+        "id": "kept",
+        "prompt": "tell me\n",
+        "counterfactual": "tell it\n",
+        "safe_response": "I",
+    }
+    # "Sure" is another token there; there is no safe answer, so that it is left out.
+    bad = {"id": "bad", "prompt": "tell me </s>", "counterfactual": "tell it </s>"}
+    asked = MediateSettings(
+        str(tmp_path / "model"),
+        str(write(tmp_path / "pairs.jsonl", kept, bad)),
+        str(tmp_path / "out"),
+        ("layer",),
+        harmful_tokens=("Sure",),
+        skip_bad_pairs=True,
+    )
+    found = mediate.run(asked)
+    sure = tokenizer.convert_tokens_to_ids("Sure")
+    assert (found.pair_ids, found.run["skipped"]) == (("kept",), 1)
+    assert f"[{sure}]" in found.run["meaning"] and "no safe" in capsys.readouterr().err
+    write(tmp_path / "pairs.jsonl", kept, bad | {"safe_response": "I"})
+    with pytest.raises(InputError, match="--harmful_tokens=Sure: begins with another token after"):
+        mediate.run(to(asked, tmp_path / "other"))
 
 
 def test_first_tokens_as_words_need_a_tokenizer(asked, tmp_path):

@@ -9,13 +9,14 @@ import pytest
 
 import models
 from jaxmed.behaviour import answers as answers_of
-from jaxmed.behaviour import generation, responses
+from jaxmed.behaviour import generation, responses, thoughts
 from jaxmed.behaviour.answers import Answers, Unpaired
 from jaxmed.behaviour.generation import Generated
 from jaxmed.behaviour.judges.protocol import Doubt, Verdict
 from jaxmed.behaviour.responses import Key, Response
 from jaxmed.data import pairs as pairs_lib
 from jaxmed.data import splits as splits_lib
+from jaxmed.data.control import TextTokenizer
 from jaxmed.data.tokens import Encoder
 from jaxmed.question import metrics
 from jaxmed.question import question as question_lib
@@ -27,7 +28,7 @@ from jaxmed.runs.respond import RespondSettings
 from jaxmed.store import claims
 from models import checkpoint
 from models.errors import InputError
-from tests import tiny, words
+from tests import chats, tiny, words
 
 VOCABULARY = len(words.WORDS)
 SHAPE = {"num_layers": 2, "hidden_size": 16, "intermediate_size": 12, "head_dim": 4}
@@ -250,6 +251,26 @@ def test_text_that_loses_tokens_is_written_as_tokens(tmp_path):
     lost = Response(words.ids("[BOS] no"), "no", True)
     assert answers_of.answer_field(field, kept, after, encoder) == {field: "no why"}
     assert answers_of.answer_field(field, lost, after, encoder) == {"safe_ids": lost.tokens}
+
+
+def test_pairs_have_answers_without_thoughts(tmp_path):
+    """As judges read them; and not what both begin with, the tag."""
+    tokenizer = chats.byte_level(chats.THINKING)
+    encoder, field = Encoder(tokenizer, chat=True), "harmful_response"
+    after = encoder.prompt("tell me", "prompt", "file")
+    thought, said = (
+        tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+        for text in ("<think>\nwhy\n</think>\n\n", "Sure, I will")
+    )
+    begins = thoughts.length(TextTokenizer(tokenizer), after.ids, thought + said)
+    response = Response(thought + said, "Sure, I will", True, begins)
+    assert answers_of.answer_field(field, response, after, encoder) == {field: "Sure, I will"}
+    altered = dataclasses.replace(response, text="Sure")
+    assert answers_of.answer_field(field, altered, after, encoder) == {"harmful_ids": said}
+    safe = Response(thought + (7, 8), "no", True, begins)
+    both = Answers(harmful=response, safe=safe)
+    assert both.came_of_thoughts and not both.start_alike
+    assert not Answers(None, Response(said, "no", True)).came_of_thoughts
 
 
 # Which responses count.
@@ -536,6 +557,14 @@ def test_a_file_of_prompts_that_is_not_there_is_told_before_the_model_is_loaded(
         respond_lib.run(asked, progress=False)
 
 
+def test_ignored_keys_of_config_json_stay(run):
+    """One rule for all programs: of what was loaded otherwise nobody says that it is the same."""
+    row = {"id": "h", "prompt": "tell me how", "label": "harmful", "counterfactual": "why"}
+    run(row, model="text")
+    with pytest.raises(InputError, match=r"ignore_config was \[\], is now \[.trained_in.\]"):
+        run(row, model="text", ignore_config=("trained_in",))
+
+
 # Bad input.
 
 
@@ -627,7 +656,7 @@ BAD = {
     "a count of given ones": (HARMFUL, {"count": 2}, "--count needs --counterfactual=matched or"),
     "no count": (HARMFUL, {"count": 0}, "--count=0: must be a number, and at least 1"),
     "no threshold": (HARMFUL, {"threshold": 1.5}, "--threshold=1.5: must be a number, and at most"),
-    "no memory": (HARMFUL, {"memory_gb": 0.01}, "memory_gb=0.01: model and program take"),
+    "no memory": (HARMFUL, {"memory_gb": 0.01}, "memory_gb=0.01 (--memory_gb): model"),
     "no model": (HARMFUL, {"model": "none"}, "/nowhere: no such folder"),
 }  # fmt: skip
 
