@@ -12,6 +12,8 @@ package imports this face; it only gathers what a user needs.
 import importlib
 from typing import TYPE_CHECKING
 
+import models  # noqa: F401 (before transformers, whose word on torch it takes back)
+
 if TYPE_CHECKING:
     from jaxmed.analysis.findings import Findings, open_run
     from jaxmed.data.pairs import Pair

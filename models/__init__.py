@@ -4,6 +4,7 @@ Names are loaded when they are first asked for: `import models` alone loads no J
 """
 
 import importlib
+import logging
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -12,6 +13,11 @@ if TYPE_CHECKING:
     from models.decoder import Decoder
     from models.edits import Edit
     from models.sites import Site
+
+# transformers serves configs and tokenizers here: where torch is not found, it is not missing.
+logging.getLogger("transformers").addFilter(
+    lambda record: not record.getMessage().startswith("PyTorch was not found")
+)
 
 _HOMES = {
     "Decoder": "models.decoder",

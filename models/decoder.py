@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
@@ -332,11 +333,12 @@ class Decoder(nnx.Module):
             for is not computed for its own sake, and not kept.
 
         Raises:
+            TypeError: the tokens are text, or something else than token ids.
             ValueError: a token id, a position, a site or an edit's layer does not exist, a mask
                 has another length, or there are more tokens than positions
                 (what is being traced by `jax.jit` or `jax.vmap` is not checked for its values).
         """
-        tokens = jnp.asarray(tokens)
+        tokens = _token_ids(tokens)
         edits = edits or []
         sites = KEPT if sites is None else tuple(sites)
         if valid is None:
@@ -412,6 +414,26 @@ class Decoder(nnx.Module):
             kept |= {"embedding": embedding}
         x = x if positions is None else jnp.take(x, positions, axis=0, mode="clip")
         return self.unembed(x), Trace(positions=at.positions, valid=valid, **kept)
+
+
+def _token_ids(given) -> AnyArray:
+    """What a user gives as tokens, as an array of whole numbers.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    kind = type(given).__name__
+    if not isinstance(given, jax.Array):
+        try:
+            given = np.asarray(given)
+        except ValueError:
+            raise TypeError("tokens: rows of a batch must be of one length, [B, T]") from None
+    if not jnp.issubdtype(given.dtype, jnp.integer):
+        raise TypeError(
+            f"tokens: these are {kind} ({given.dtype}), and a decoder takes token ids, whole "
+            "numbers [T] or [B, T]; tokenizer(text)['input_ids'] makes them of text"
+        )
+    return jnp.asarray(given)
 
 
 @jax.custom_jvp

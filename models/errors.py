@@ -1,6 +1,7 @@
 """What is raised when the user's input cannot be used."""
 
 import contextlib
+import re
 from collections.abc import Iterator
 
 
@@ -8,8 +9,12 @@ class InputError(ValueError):
     """Something that the user gave cannot be used.
 
     The message names the file and line, the tensor, the attribute or the flag, and the way out:
-    programs print it alone, without a traceback.
+    programs print it alone, without a traceback. It is one line, though a library whose message it
+    quotes may have written several.
     """
+
+    def __init__(self, message: str):
+        super().__init__(re.sub(r"\s*\n\s*", " ", message.strip()))
 
 
 @contextlib.contextmanager

@@ -68,6 +68,7 @@ def sizes(
     sequences: Sequence[Sequence[int]],
     *,
     room: int = 0,
+    kept: int = 0,
     runs: int = 1,
     weights: int = 0,
     memory: int | None = None,
@@ -78,6 +79,7 @@ def sizes(
     Args:
         decoder, holds, sequences: what is run.
         room: slots of the cache for generated tokens.
+        kept: numbers that are kept of every position.
         runs: how many there are of each sequence.
         weights: bytes of weights that are there a second time.
         memory: bytes; `memory.free()` by default.
@@ -101,7 +103,7 @@ def sizes(
             platform=jax.default_backend(),
             runs=runs,
             room=room,
-            held=sum(hold.shift[0].size for hold in holds if hold.of_each_prompt),
+            held=kept * length + sum(hold.shift[0].size for hold in holds if hold.of_each_prompt),
         )
         for length in lengths
     }

@@ -77,7 +77,8 @@ def read(
 ) -> list[Pair]:
     """Reads pairs from a JSONL file, one object a line.
 
-    What there is to tell of their tokens is told as warnings: see `tokens.Remark`.
+    What there is to tell of their tokens is told as warnings (see `tokens.Remark`), and so are
+    fields that look misspelt.
 
     Args:
         path: the file.
@@ -89,8 +90,9 @@ def read(
         DataError: a line that is no JSON object, lacks a field or has a bad one, with its number.
     """
     encoder = Encoder(tokenizer, chat=chat, date=date, template_args=template_args)
-    pairs = read_encoded(path, encoder, on_bad=on_bad)
-    for line in encoder.told:
+    told: list[str] = []
+    pairs = read_encoded(path, encoder, on_bad=on_bad, say=told.append)
+    for line in (*told, *encoder.told):
         warnings.warn(line, stacklevel=2)
     return pairs
 
@@ -100,16 +102,28 @@ def read_encoded(
     encoder: Encoder,
     *,
     on_bad: Callable[[DataError], None] | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> list[Pair]:
-    """Reads pairs as `read` does, with what the encoder has to tell of them left to it."""
+    """Reads pairs as `read` does, with what the encoder has to tell of them left to it; `say` is
+    told of fields that look misspelt."""
     path = reading.existing_file(path)
     return reading.collect(
         path,
         reading.json_lines(path),
         lambda fields, place, where: _pair(fields, where, encoder),
         what="pairs",
+        known=_FIELDS,
         on_bad=on_bad,
+        say=say,
     )
+
+
+# What a line may have, each text with what may stand in its place.
+_FIELDS = (
+    *(PROMPTS | ANSWERS).items(),
+    *((name,) for name in ("id", "base", "label", "category", "source", "split")),
+    *((name,) for name in ("prompt_span", "counterfactual_span")),
+)
 
 
 def _pair(fields: dict, where: str, encoder: Encoder) -> Pair:

@@ -68,6 +68,11 @@ class Prompt:
 
 
 _TEXTS = ("category", "source", "match")
+# What a row of jaxmed's own form may have, each text with what may stand in its place.
+_FIELDS = (
+    *(tokens.PROMPTS | tokens.ANSWERS).items(),
+    *((name,) for name in ("id", "label", "context", "split", *_TEXTS)),
+)
 
 
 def read(
@@ -76,6 +81,7 @@ def read(
     label: str | None = None,
     source: str | None = None,
     on_bad: Callable[[DataError], None] | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> list[Prompt]:
     """Reads a set of prompts, which is recognised by its columns.
 
@@ -101,6 +107,7 @@ def read(
             default (benign).
         source: a name for the set, instead of its own, that ids begin with.
         on_bad: told of a bad row, which is then left out; by default a bad row is an error.
+        say: told of fields of jaxmed's own form that look misspelt.
 
     Raises:
         DataError: a bad row, with its line (in parquet its row); a file that cannot be read, or
@@ -130,7 +137,8 @@ def read(
             row["id"] = f"{source}-{row.get('id', place)}"
         return _prompt({"id": place} | row, label, source, where, by_text=known is not None)
 
-    return reading.collect(path, rows, make, what="prompts", on_bad=on_bad)
+    fields = () if known else _FIELDS
+    return reading.collect(path, rows, make, what="prompts", known=fields, on_bad=on_bad, say=say)
 
 
 def write(path: str | os.PathLike, prompts: list[Prompt]) -> None:

@@ -212,7 +212,7 @@ def rows_at_once(
         platform: JAX's name of the kind of device.
         runs: how many runs there are of each row, one beside the other.
         room: slots of each run's cache for generated tokens.
-        held: numbers of each row's own interventions.
+        held: numbers of each row's own interventions, and those that are kept of its run.
 
     Raises:
         InputError: not even one row fits.

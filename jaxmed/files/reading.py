@@ -1,6 +1,8 @@
 """Reading a user's file: what is wrong with it is told by file and line."""
 
 import codecs
+import difflib
+import functools
 import json
 import os
 import pathlib
@@ -85,7 +87,9 @@ def collect(
     make: Callable[[dict, int, str], Made],
     *,
     what: str,
+    known: Iterable[tuple[str, ...]] = (),
     on_bad: Callable[[DataError], None] | None,
+    say: Callable[[str], None] | None = None,
 ) -> list[Made]:
     """Makes an object with an `id` of every row of a file.
 
@@ -96,20 +100,33 @@ def collect(
         make: called with the fields, the row's place in the file, from 1, and "file:line"; makes
             the object or raises.
         what: name of what is made, for messages.
+        known: the names of fields that `make` reads, those together of which a row has one.
         on_bad: told of a bad row, which is then left out; by default a bad row is an error.
+        say: told of fields that are not read, and whose names are like those of others that are.
 
     Raises:
         DataError: a bad row, an id that was used before, or nothing is left.
     """
     made: list[Made] = []
     used: dict[str, str] = {}
+    unread: dict[tuple[str, str], list[str]] = {}
+    known = tuple(known)
     for place, (number, fields) in enumerate(rows, start=1):
         where = f"{path}:{number}"
         try:
             if isinstance(fields, DataError):
                 raise fields
             fields = {name: value for name, value in fields.items() if value is not None}
-            one = make(fields, place, where)
+            misspelt = _misspelt(tuple(fields), known)
+            for both in misspelt.items():
+                unread.setdefault(both, []).append(where)
+            try:
+                one = make(fields, place, where)
+            except DataError as error:
+                if not misspelt:
+                    raise
+                asked = ", ".join(map(_did_you_mean, misspelt.items()))
+                raise DataError(f"{error}; {asked}") from None
             if one.id in used:
                 raise DataError(f"{where}: id '{one.id}' was used before, by {used[one.id]}")
         except DataError as error:
@@ -121,7 +138,29 @@ def collect(
         made.append(one)
     if not made:
         raise DataError(f"{path}: holds no {what}")
+    if say is not None:
+        for both, places in unread.items():
+            say(f"{places[0]}: {_did_you_mean(both)} (in {len(places)} of its lines)")
     return made
+
+
+@functools.lru_cache(maxsize=256)  # the rows of a file have mostly the same
+def _misspelt(names: tuple[str, ...], known: tuple[tuple[str, ...], ...]) -> dict[str, str]:
+    """Of names that are not known, those that are like a known one in whose place nothing is
+    given, and that one."""
+    read = {name for together in known for name in together}
+    free = [name for together in known if not set(together) & set(names) for name in together]
+    found = {}
+    for name in names:
+        if isinstance(name, str) and name not in read and len(name) > 3:
+            for meant in difflib.get_close_matches(name.lower(), free, n=1, cutoff=0.8):
+                found[name] = meant
+    return found
+
+
+def _did_you_mean(both: tuple[str, str]) -> str:
+    name, meant = both
+    return f"its field '{name}' is not read: did you mean '{meant}'?"
 
 
 def json_lines(path: pathlib.Path) -> Iterator[tuple[int, dict | DataError]]:

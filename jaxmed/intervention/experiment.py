@@ -46,6 +46,22 @@ EDITS = ("refused", "benign", "zero", "source")  # what units are held at; see `
 REFERENCE_PROMPTS = 256  # at most, of each group that activations are averaged over
 
 
+class TooFewRefusedError(InputError):
+    """Units cannot be held at their mean over refused prompts.
+
+    Attributes:
+        harmful: prompts that might have been refused.
+        refused: those that were.
+    """
+
+    def __init__(self, harmful: int, refused: int):
+        super().__init__(
+            f"edit='refused': of {harmful} harmful prompts the plain model refuses {refused}, and "
+            f"their mean needs {LEAST_PROMPTS}"
+        )
+        self.harmful, self.refused = harmful, refused
+
+
 def conditions(
     chosen: Sequence[Unit],
     draws: Sequence[Sequence[Unit]],
@@ -141,6 +157,7 @@ class Experiment:
         random: int,
         sources: Sequence[Sequence[Sequence[int]]],
         file: pathlib.Path,
+        most: int = 0,
     ) -> tuple[Values, dict]:
         """What every site is held at, and what the units are compared with.
 
@@ -157,17 +174,22 @@ class Experiment:
             random: draws of random units.
             sources: for "source", the tokens of each tested prompt's counterfactuals.
             file: where the controls are kept (JSON). Those of an earlier run stay.
+            most: reference prompts of a label that are used at most, where that is fewer than
+                `REFERENCE_PROMPTS`; 0 for these.
 
         Returns:
             The values; and the controls, as `ClampOutcome` has them.
 
         Raises:
-            InputError: too few reference prompts are refused.
+            TooFewRefusedError: too few reference prompts are refused.
         """
         modules = units.modules_of(chosen)
         sites = sorted({unit.site for unit in (*chosen, *modules)})
         controls = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        groups = self._groups(reference, controls.get("groups", {}), edit, random)
+        most = min(most or REFERENCE_PROMPTS, REFERENCE_PROMPTS)
+        groups = self._groups(reference, controls.get("groups", {}), edit, random, most)
+        if edit == "refused" and len(groups["refused"]) < LEAST_PROMPTS:
+            raise TooFewRefusedError(len(groups["harmful"]), len(groups["refused"]))
         controls["groups"] = groups
         by_id = {one.prompt.id: one for one in reference}
         names = list(dict.fromkeys(itertools.chain(*groups.values())))
@@ -176,25 +198,37 @@ class Experiment:
             for group, own in groups.items()
         }
         tokens = [by_id[name].tokens for name in names]
-        measured = tqdm.tqdm(
-            tokens, desc="values of units", unit="prompt", disable=not self.progress
-        )
-        means = values.group_means(self.model.decoder, measured, members, sites)
+        with tqdm.tqdm(
+            total=len(tokens), desc="values of units", unit="prompt", disable=not self.progress
+        ) as bar:
+            means = values.group_means(
+                self.model.decoder,
+                tokens,
+                members,
+                sites,
+                memory=self.model.budget,
+                progress=bar.update,
+            )
         controls |= self._matched(chosen, means, controls, random)
         text = json.dumps(controls, indent=2) + "\n"
         atomic.replace_file(file, lambda path: path.write_text(text, encoding="utf-8"))
-        at = self._values(edit, means, groups, sites, sources)
+        at = self._values(edit, means, sites, sources)
         return at, controls | {"draws": controls["draws"][:random]}
 
     def _groups(
-        self, reference: Sequence[Asked], kept: Mapping[str, list[str]], edit: str, random: int
+        self,
+        reference: Sequence[Asked],
+        kept: Mapping[str, list[str]],
+        edit: str,
+        random: int,
+        most: int,
     ) -> dict[str, list[str]]:
         """The ids of the prompts that activations are averaged over. Those of an earlier run stay:
         what was answered with units held at their means must not be mixed with other means, though
         other judges or more samples may find others refused."""
         if not (edit in ("refused", "benign") or random):
             return dict(kept)
-        drawn = responses.drawn(reference, REFERENCE_PROMPTS, self.seed)
+        drawn = responses.drawn(reference, most, self.seed)
         groups = {
             label: [one.prompt.id for one in responses.of_split(drawn, label=label)]
             for label in ("harmful", "benign")
@@ -240,7 +274,6 @@ class Experiment:
         self,
         edit: str,
         means: Mapping[str, Values],
-        groups: Mapping[str, Sequence[str]],
         sites: Sequence[Site],
         sources: Sequence[Sequence[Sequence[int]]],
     ) -> Values:
@@ -249,14 +282,7 @@ class Experiment:
         if edit == "zero":
             return values.zero(sites, decoder.config)
         if edit == "source":
-            return values.activations(decoder, sources, sites)
-        if len(groups[edit]) < LEAST_PROMPTS:
-            raise InputError(
-                f"units cannot be held at edit '{edit}': of {len(groups['harmful'])} harmful "
-                "prompts that it could be measured on the plain model refuses "
-                f"{len(groups['refused'])}, and their mean needs {LEAST_PROMPTS}; give more "
-                "prompts or choose another edit"
-            )
+            return values.activations(decoder, sources, sites, memory=self.model.budget)
         return means[edit]
 
     def measure(

@@ -1,14 +1,14 @@
 """What units are held at, and where."""
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxmed.engine import capture
+from jaxmed.behaviour import batches
 from jaxmed.intervention.units import Unit, masks
 from models.config import DecoderConfig
 from models.decoder import Decoder
@@ -72,7 +72,11 @@ def zero(sites: Sequence[Site], config: DecoderConfig) -> Values:
 
 
 def activations(
-    decoder: Decoder, prompts: Sequence[Sequence[Sequence[int]]], sites: Sequence[Site]
+    decoder: Decoder,
+    prompts: Sequence[Sequence[Sequence[int]]],
+    sites: Sequence[Site],
+    *,
+    memory: int | None = None,
 ) -> Values:
     """Values of sites, [B, L, ...]: the mean over positions before a prompt's last, and its last's.
 
@@ -83,22 +87,32 @@ def activations(
         prompts: token ids of the prompts, one or several in a row of the result, which has their
             mean.
         sites: which.
+        memory: bytes; `memory.free()` by default.
+
+    Raises:
+        InputError: the longest prompt does not fit.
     """
-    found = {site: ([], []) for site in sites}
-    for several in prompts:
-        values = [_of_prompt(decoder, tokens, sites) for tokens in several]
-        for site in sites:
-            for place, kept in enumerate(found[site]):
-                value = np.mean([each[site][place] for each in values], axis=0)
-                kept.append(value.astype(np.float32))
-    return {site: (np.stack(before), np.stack(last)) for site, (before, last) in found.items()}
+    rows = [row for row, several in enumerate(prompts) for _ in several]
+    tokens = [one for several in prompts for one in several]
+    found = [dict.fromkeys(sites, np.zeros(2, np.float32)) for _ in prompts]
+    for place, values in _of_prompts(decoder, tokens, sites, memory):
+        row = rows[place]
+        for site, value in values.items():
+            found[row][site] = _plus(found[row][site], value / np.float32(len(prompts[row])))
+    return {
+        site: (np.stack([row[site][0] for row in found]), np.stack([row[site][1] for row in found]))
+        for site in sites
+    }
 
 
 def group_means(
     decoder: Decoder,
-    prompts: Iterable[Sequence[int]],
+    prompts: Sequence[Sequence[int]],
     groups: Mapping[str, Bool[np.ndarray, "B"]],
     sites: Sequence[Site],
+    *,
+    memory: int | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> dict[str, Values]:
     """Means over groups of prompts, of what `activations` gives; each prompt is run once.
 
@@ -107,48 +121,77 @@ def group_means(
         prompts: token ids.
         groups: which prompts are in each; one without any has no mean.
         sites: which.
+        memory: bytes; `memory.free()` by default.
+        progress: told how many more prompts were run.
+
+    Raises:
+        InputError: the longest prompt does not fit.
     """
-    sums = {name: {site: [0.0, 0.0] for site in sites} for name in groups}
-    for row, tokens in enumerate(prompts):
-        values = _of_prompt(decoder, tokens, sites)
+    sums = {name: dict.fromkeys(sites, np.zeros(2)) for name in groups}
+    for row, values in _of_prompts(decoder, prompts, sites, memory):
         for name, members in groups.items():
             for site in sites if members[row] else ():
-                for place in range(2):
-                    sums[name][site][place] = sums[name][site][place] + values[site][place]
+                sums[name][site] = _plus(sums[name][site], values[site])
+        if progress is not None:
+            progress(1)
     found = {}
     for name, members in groups.items():
         if number := members.sum():
-            found[name] = {
-                site: (before / number, last / number)
-                for site, (before, last) in sums[name].items()
-            }
+            means = {site: total / number for site, total in sums[name].items()}
+            found[name] = {site: (mean[0], mean[1]) for site, mean in means.items()}
     return found
 
 
+def _plus(total: np.ndarray, value: np.ndarray) -> np.ndarray:
+    """The sum, in the total's type; a total that has nothing yet has only the first axis."""
+    return total.reshape(total.shape + (1,) * (value.ndim - total.ndim)) + value
+
+
 @jax.default_matmul_precision("float32")
-def _of_prompt(
-    decoder: Decoder, tokens: Sequence[int], sites: Sequence[Site]
-) -> dict[Site, Float[np.ndarray, "2 L ..."]]:
-    """A prompt's values: the mean before its last position, and its last's."""
-    padded, valid = capture.pad(tuple(tokens))
-    index = np.arange(len(padded))
-    before, last = valid & (index < len(tokens) - 1), index == len(tokens) - 1
-    weights = np.stack([before if before.any() else last, last]).astype(np.float32)
-    weights /= weights.sum(axis=1, keepdims=True)
-    means = _means(decoder, padded, valid, weights, tuple(sites))
-    return {site: np.asarray(mean, np.float64) for site, mean in means.items()}
+def _of_prompts(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    sites: Sequence[Site],
+    memory: int | None,
+) -> Iterator[tuple[int, dict[Site, Float[np.ndarray, "2 L ..."]]]]:
+    """The place of each prompt, and its values: the mean before its last position, and its last's.
+
+    Prompts of like length are run together.
+    """
+    kept = decoder.config.num_layers * sum(_width(decoder.config, site) for site in sites)
+    rows = batches.sizes(decoder, (), prompts, kept=kept, memory=memory)
+    for length, members in batches.by_length(prompts, rows.__getitem__):
+        # Whole batches alone, so that a length is compiled once.
+        filled = members + members[:1] * (rows[length] - len(members))
+        ends = np.array([len(prompts[member]) for member in filled])[:, None]
+        positions = np.arange(length)
+        before, last = positions < ends - 1, positions == ends - 1
+        weights = np.stack([np.where(ends > 1, before, last), last], axis=1).astype(np.float32)
+        weights /= weights.sum(axis=2, keepdims=True)
+        tokens = batches.padded([prompts[member] for member in filled], length)
+        means = _means(decoder, tokens, positions < ends, weights, tuple(sites))
+        means = {site: np.asarray(mean, np.float32) for site, mean in means.items()}
+        for row, member in enumerate(members):
+            yield member, {site: mean[row] for site, mean in means.items()}
+
+
+def _width(config: DecoderConfig, site: Site) -> int:
+    """Numbers of a site at one position of a layer."""
+    own = {Site.HEAD: config.num_heads * config.head_dim, Site.NEURON: config.intermediate_size}
+    return own.get(site, config.hidden_size)
 
 
 @functools.partial(jax.jit, static_argnames="sites")
 def _means(
     decoder: Decoder,
-    tokens: Int[Array, "N"],
-    valid: Bool[Array, "N"],
-    weights: Float[Array, "W N"],
+    tokens: Int[Array, "B N"],
+    valid: Bool[Array, "B N"],
+    weights: Float[Array, "B W N"],
     sites: tuple[Site, ...],
-) -> dict[Site, Float[Array, "W L ..."]]:
-    """Weighted sums over positions of sites' values in a plain run, for each row of weights."""
+) -> dict[Site, Float[Array, "B W L ..."]]:
+    """Weighted sums over positions of sites' values in plain runs, for each row of weights."""
     trace = decoder(tokens, valid=valid, positions=(), sites=sites)[1]
     return {
-        site: jnp.einsum("wn,ln...->wl...", weights, getattr(trace, site.value)) for site in sites
+        site: jnp.einsum("bwn,bln...->bwl...", weights, getattr(trace, site.value))
+        for site in sites
     }

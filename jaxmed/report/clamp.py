@@ -149,6 +149,21 @@ class ResponsesChanged:
 
 
 @dataclasses.dataclass(frozen=True)
+class WritesOtherwise:
+    """The model no longer writes as before, so that rates of what it says tell little.
+
+    Attributes:
+        times: the ratio of perplexities after and before; None where it is not shown to rise beyond
+            its margin.
+        worse: which of "repetition" and "unfinished" rise in answers to benign prompts.
+    """
+
+    sentence: ClassVar[str] = "writes_otherwise"
+    times: float | None
+    worse: Sequence[str]
+
+
+@dataclasses.dataclass(frozen=True)
 class CutResponses:
     """Of so many responses a judge read only the beginning."""
 
@@ -346,7 +361,11 @@ def write(found: ClampOutcome, texts: list[dict]) -> pathlib.Path:
 def closing_lines(found: ClampOutcome) -> list[str]:
     """What the program prints at its end: where the results are, and what was measured."""
     return rendering.lines(
-        "clamp.txt.j2", folder=found.folder, answers=answers(found), controls=controls(found)
+        "clamp.txt.j2",
+        folder=found.folder,
+        answers=answers(found),
+        controls=controls(found),
+        export=found.run["export"],
     )
 
 
@@ -367,7 +386,8 @@ def answers(found: ClampOutcome) -> list:
     if verdict_on.get(_COMPLIANCE) is Move.FALLS:
         too = verdict_on.get(_HARM) is Move.FALLS or verdict_on.get(_REFUSAL) is Move.RISES
         verdicts.append(NotSpecific(too))
-    verdicts += _on_benign_text(table) + _responses_changed(table)
+    on_text = _on_benign_text(table) + _responses_changed(table)
+    verdicts += on_text + _writes_otherwise(on_text, found.run["perplexity_margin"])
     if found.cuts:
         verdicts.append(CutResponses(found.cuts))
     verdicts += [Doubted(doubt) for doubt in found.doubts if doubt.none or doubt.unsure]
@@ -539,6 +559,29 @@ def _responses_changed(table: _Table) -> list[ResponsesChanged]:
             if row is not None and _move(row, "change").is_shown:
                 found.append(ResponsesChanged(label, measure, _change(row)))
     return found
+
+
+def _writes_otherwise(on_text: Sequence, margin: float) -> list[WritesOtherwise]:
+    """Whether the verdicts on text show that the model is broken: nothing where they do not.
+
+    Of perplexity the whole interval is beyond the margin. What answers to harmful prompts are like
+    does not count: one that complies may well be longer.
+    """
+    times = [
+        each.times.value
+        for each in on_text
+        if isinstance(each, Perplexity)
+        and each.verdict is Move.RISES
+        and each.times.low > 1 + margin
+    ]
+    worse = [
+        each.measure
+        for each in on_text
+        if isinstance(each, ResponsesChanged)
+        and each.label == "benign"
+        and each.change.verdict is Move.RISES
+    ]
+    return [WritesOtherwise(times[0] if times else None, worse)] if times or worse else []
 
 
 def _likeness(found: ClampOutcome) -> list[Likeness]:

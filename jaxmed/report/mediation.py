@@ -188,6 +188,11 @@ class ScreenVerdict:
         """How many there are."""
         return self.candidates + self.sampled + self.uncomputed
 
+    @property
+    def leaves_much_open(self) -> bool:
+        """Whether as many may be missing as half of those that were asked for."""
+        return 2 * self.bound >= self.wanted
+
 
 @dataclasses.dataclass(frozen=True)
 class RankingScore:

@@ -47,6 +47,18 @@ def number(value: Number) -> str:
     return fixed(value, decimals(value))
 
 
+def rounded(value: Number) -> str:
+    """A number that may be very large: three digits below 10, else two, and no more than a
+    million."""
+    if math.isnan(value):
+        return "–"
+    if value >= 1e6:
+        return "over a million"
+    if value < 10:
+        return number(value)
+    return f"{round(value, 1 - math.floor(math.log10(value))):,.0f}"
+
+
 def interval(measured: Measured, decimals: int = 2) -> str:
     """The interval in brackets, with so many decimals."""
     if not measured.has_interval:

@@ -61,6 +61,7 @@ def _environment(escapes: bool) -> jinja2.Environment:
         "ordinal": numbers.ordinal,
         "percent": numbers.percent,
         "q_value": numbers.q_value,
+        "rounded": numbers.rounded,
         "signed": numbers.signed,
         "whole": numbers.whole,
         "with_interval": numbers.with_interval,

@@ -225,13 +225,54 @@ def _shortened(text: str) -> str:
     return text if len(text) <= 200 else text[:197] + "..."
 
 
-def read_prompts(
-    settings: AnswerSettings, model: AnsweringModel, say: Callable[[str], None] = sweep.say
+@dataclasses.dataclass(frozen=True)
+class PromptFiles:
+    """What the files of prompts hold.
+
+    Attributes:
+        prompts: those of all files, in their order.
+        skipped: what was left out of them, and will be.
+    """
+
+    prompts: list[Prompt]
+    skipped: Skipped
+
+
+def read_files(
+    settings: AnswerSettings, say: Callable[[str], None] = sweep.say, *, judged: bool = True
+) -> PromptFiles:
+    """Reads all that needs no model, so that what is wrong with it is told before one is loaded.
+
+    Args:
+        settings: which files, and what is done with bad prompts.
+        say: told of what is skipped.
+        judged: whether the judges that the settings name are used.
+
+    Raises:
+        InputError: a file or prompt cannot be used (or is left out, where that is asked); there is
+            no judge of a name, or its text is missing or not to be used.
+    """
+    if judged:
+        named.check(settings.judge, settings.judge_template)
+    skipped = Skipped("prompts", settings.skip_bad_prompts, say)
+    found = []
+    for given in settings.prompts:
+        source, label, path = _described_file(given)
+        found += prompts_lib.read(path, label=label, source=source, on_bad=skipped.on_bad, say=say)
+    return PromptFiles(found, skipped)
+
+
+def as_asked(
+    settings: AnswerSettings,
+    files: PromptFiles,
+    model: AnsweringModel,
+    say: Callable[[str], None] = sweep.say,
 ) -> list[Asked]:
     """The prompts of all files, as the model gets them.
 
     Args:
-        settings: which files, and what is done with bad prompts.
+        settings: what responses are to be like, and who judges them.
+        files: the prompts, and what is done with bad ones.
         model: gets the prompts.
         say: told of what is skipped, and if a chat template is not used.
 
@@ -240,45 +281,43 @@ def read_prompts(
         counterfactuals of all.
 
     Raises:
-        InputError: a file or prompt cannot be used (or is left out, where that is asked), ids are
-            used twice, or prompts that are the same have different labels.
+        InputError: a prompt cannot be used (or is left out, where that is asked), ids are used
+            twice, or prompts that are the same have different labels.
     """
-    skipped = Skipped("prompts", settings.skip_bad_prompts, say)
+    skipped = files.skipped
     reads_text = any(
         named.name_and_checkpoint(given)[0] not in named.WITHOUT_MODEL for given in settings.judge
     )
-    found, again, files, seen = [], [], {}, {}
-    for given in settings.prompts:
-        source, label, path = _described_file(given)
-        for prompt in prompts_lib.read(path, label=label, source=source, on_bad=skipped.on_bad):
-            try:
-                if prompt.id in files:
-                    raise DataError(
-                        f"{prompt.where}: id '{prompt.id}' was used before, by "
-                        f"{files[prompt.id]}; give one of them another id, or one of the files a "
-                        "name that goes before its own: --prompts=NAME:LABEL=FILE"
-                    )
-                tokens = prompts_lib.tokens_of(prompt, model.encoder)
-                check_tokens(f"{prompt.where}: prompt '{prompt.id}'", tokens, settings, model)
-                if reads_text or prompt.prompt is not None:
-                    prompts_lib.text(prompt)
-                one = Asked(prompt, tokens)
-                earlier = next((seen[name] for name in one.fingerprints if name in seen), None)
-                if earlier is not None and found[earlier].prompt.label != prompt.label:
-                    raise DataError(
-                        f"{prompt.where}: prompt '{prompt.id}' is {prompt.label}, and the same "
-                        f"prompt is {found[earlier].prompt.label} at {found[earlier].prompt.where}"
-                    )
-            except DataError as error:
-                skipped.add(error)
-                continue
-            files[prompt.id] = prompt.where
-            if earlier is not None:
-                again.append(one)
-                found[earlier] = _with_counterfactuals_of(found[earlier], prompt)
-                continue
-            seen |= dict.fromkeys(one.fingerprints, len(found))
-            found.append(one)
+    found, again, places, seen = [], [], {}, {}
+    for prompt in files.prompts:
+        try:
+            if prompt.id in places:
+                raise DataError(
+                    f"{prompt.where}: id '{prompt.id}' was used before, by "
+                    f"{places[prompt.id]}; give one of them another id, or one of the files a "
+                    "name that goes before its own: --prompts=NAME:LABEL=FILE"
+                )
+            tokens = prompts_lib.tokens_of(prompt, model.encoder)
+            check_tokens(f"{prompt.where}: prompt '{prompt.id}'", tokens, settings, model)
+            if reads_text or prompt.prompt is not None:
+                prompts_lib.text(prompt)
+            one = Asked(prompt, tokens)
+            earlier = next((seen[name] for name in one.fingerprints if name in seen), None)
+            if earlier is not None and found[earlier].prompt.label != prompt.label:
+                raise DataError(
+                    f"{prompt.where}: prompt '{prompt.id}' is {prompt.label}, and the same "
+                    f"prompt is {found[earlier].prompt.label} at {found[earlier].prompt.where}"
+                )
+        except DataError as error:
+            skipped.add(error)
+            continue
+        places[prompt.id] = prompt.where
+        if earlier is not None:
+            again.append(one)
+            found[earlier] = _with_counterfactuals_of(found[earlier], prompt)
+            continue
+        seen |= dict.fromkeys(one.fingerprints, len(found))
+        found.append(one)
     if again:
         say(
             f"{len(again)} prompts are the same as others before them and are left out, the first "

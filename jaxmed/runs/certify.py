@@ -242,14 +242,17 @@ def _method(settings: MediateSettings) -> dict:
 def _write_method(file: pathlib.Path, method: dict, overwrite: bool) -> None:
     """Notes by which settings the folder's scores are made; one folder has those of one method."""
     if (earlier := _read_object(file)) and not overwrite:
-        for part, values in method.items():
-            for name, value in values.items():
-                before = earlier.get(part, {}).get(name)
-                if before != value:
-                    raise InputError(
-                        f"{file.parent} holds scores of another setting: {name} was {before}, is "
-                        f"now {value}: choose another --out, or --overwrite"
-                    )
+        changed = [
+            f"{'--' if part == 'settings' else ''}{name} was {before}, is now {value}"
+            for part, values in method.items()
+            for name, value in values.items()
+            if (before := earlier.get(part, {}).get(name)) != value
+        ]
+        if changed:
+            raise InputError(
+                f"{file.parent} holds scores of other settings: {'; '.join(changed)}: choose "
+                "another --out, or --overwrite"
+            )
     content = json.dumps(method, indent=2) + "\n"
     atomic.replace_file(file, lambda path: path.write_text(content, encoding="utf-8"))
 

@@ -25,13 +25,18 @@ from jaxmed.data.splits import SPLITS
 from jaxmed.files import atomic
 from jaxmed.files.reading import DataError
 from jaxmed.intervention import experiment, export, outcomes, units, values
-from jaxmed.intervention.experiment import EDITS, Experiment
+from jaxmed.intervention.experiment import (
+    EDITS,
+    REFERENCE_PROMPTS,
+    Experiment,
+    TooFewRefusedError,
+)
 from jaxmed.intervention.outcomes import CONTROLS, LEAST_PROMPTS, TABLE, ClampOutcome
 from jaxmed.intervention.units import Unit
 from jaxmed.report import clamp, model_card
 from jaxmed.runs import asking, loading, sweep
 from jaxmed.runs.asking import AnswerSettings
-from jaxmed.runs.settings import setting
+from jaxmed.runs.settings import like, setting
 from jaxmed.runs.skipping import Skipped
 from jaxmed.store import claims
 from jaxmed.store.results import Results
@@ -59,6 +64,13 @@ _MAY_CHANGE = (
 class ClampSettings(AnswerSettings):
     """What is held, how, and what it is compared with."""
 
+    most_prompts: int = like(
+        AnswerSettings,
+        "most_prompts",
+        help="Prompts of a label that are tested at most, and of those of the other splits that "
+        "what units are held at is measured on, drawn by hash; 0 for all that are tested, and "
+        f"{REFERENCE_PROMPTS} of the others.",
+    )
     results: str = setting(
         help="Folder of a run of launch.mediate, which ranks the units that are held.",
         default="",
@@ -171,14 +183,17 @@ def run(
     if results:
         settings = asked_alike(settings, results.run)
     settings = loading.settled(settings)
+    ranked = _ranked(settings, results) if results else None
+    claims.check_kind(settings.out, "clamp")
+    files = asking.read_files(settings, say, judged=not own_judges)
     say(f"Loading {settings.model}")
     model = asking.load(settings, say)
     if results:
         _check_weights(settings, results, model)
         for line in asked_otherwise(settings, results.run, reads_date=model.encoder.reads_date):
             say(line)
-    chosen = chosen_units(settings, model, results)
-    asked = asking.read_prompts(settings, model, say)
+    chosen = ranked or units.named(settings.units, model.decoder.config)
+    asked = asking.as_asked(settings, files, model, say)
     tested, reference = _splits(settings, asked)
     if results:
         tested = _held_out(settings, tested, results, say)
@@ -208,14 +223,18 @@ def run(
         seed=settings.seed,
         progress=progress,
     )
-    at, controls = made.prepare(
-        chosen,
-        reference,
-        edit=settings.edit,
-        random=random,
-        sources=[sources[one.prompt.id] for one in tested] if sources else [],
-        file=folder / CONTROLS,
-    )
+    try:
+        at, controls = made.prepare(
+            chosen,
+            reference,
+            edit=settings.edit,
+            random=random,
+            sources=[sources[one.prompt.id] for one in tested] if sources else [],
+            file=folder / CONTROLS,
+            most=settings.most_prompts,
+        )
+    except TooFewRefusedError as error:
+        raise InputError(_too_few_refused(settings, error)) from None
     config = model.decoder.config
     held = experiment.conditions(
         chosen,
@@ -391,13 +410,31 @@ def _check_weights(settings: ClampSettings, results: Results, model: AnsweringMo
         )
 
 
-def chosen_units(
-    settings: ClampSettings, model: AnsweringModel, results: Results | None
-) -> list[Unit]:
-    """The units to be held, the strongest first."""
-    if results is None:
-        return units.named(settings.units, model.decoder.config)
-    return units.strongest(results, settings.granularity, settings.by, settings.top)
+def _ranked(settings: ClampSettings, results: Results) -> list[Unit]:
+    """The units to be held, the strongest first.
+
+    Raises:
+        InputError: the run does not rank so many of that kind.
+    """
+    try:
+        return units.strongest(results, settings.granularity, settings.by, settings.top)
+    except InputError as error:
+        raise InputError(f"--results={settings.results}: {error}") from None
+
+
+def _too_few_refused(settings: ClampSettings, error: TooFewRefusedError) -> str:
+    """Why units cannot be held at --edit=refused, and what can be done."""
+    ways = [f"give more harmful --prompts of other splits than {settings.split}"]
+    if not settings.split:
+        ways = ["give more harmful --prompts"]
+    if settings.most_prompts and error.harmful >= settings.most_prompts:
+        ways = [f"raise --most_prompts={settings.most_prompts}", *ways]
+    return (
+        f"--edit=refused: of {error.harmful} harmful prompts that values are measured on the plain "
+        f"model refuses {error.refused}, and their mean needs {LEAST_PROMPTS}: {', '.join(ways)}, "
+        "or give --edit=benign, zero or source (other prompts, and another --edit, need another "
+        "--out)"
+    )
 
 
 def _splits(settings: ClampSettings, asked: Sequence[Asked]) -> tuple[list[Asked], list[Asked]]:

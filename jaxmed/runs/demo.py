@@ -22,6 +22,7 @@ from models import organisms
 from models.organisms import Organism
 
 _CONTRAST = "unlock"
+_EDITED = "edited"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +82,18 @@ def run(settings: DemoSettings, say: Callable[[str], None] = sweep.tell) -> None
     _say_all(certificate.method_lines(outcomes.table_of(scored["rows"])), say)
     _settle(settings, organism, results, say)
     _respond(settings, organism, say)
+    _say_all(_where(settings, organism), say)
+
+
+def _where(settings: DemoSettings, organism: Organism) -> list[str]:
+    """Where that is which the other programs can be tried on."""
+    return [
+        "\nTo go on by yourself:",
+        f"Model:   {organism.folder}",
+        f"Pairs:   {truth.pairs_file(organism, _CONTRAST)} (for launch.mediate)",
+        f"Prompts: {truth.prompts_file(organism)} (for launch.respond and launch.clamp)",
+        f"Edited:  {pathlib.Path(settings.out) / _EDITED}, the model whose detectors write nothing",
+    ]
 
 
 def _planted(organism: Organism) -> int:
@@ -101,7 +114,7 @@ def _settle(
     number = _planted(organism)
     units = strongest(results, "neuron", "max", number)
     layers = [unit.layer for unit in units]
-    edited = pathlib.Path(settings.out) / "edited"
+    edited = pathlib.Path(settings.out) / _EDITED
     shutil.rmtree(edited, ignore_errors=True)  # of an earlier demo
     for what, layer, edit, export in (
         ("gates", max(layers), "refused", ""),

@@ -15,11 +15,13 @@ from scipy import stats
 from jaxmed.analysis import audit as audit_lib
 from jaxmed.analysis import joint as joint_lib
 from jaxmed.analysis import ranking, screening, statistics, summary
+from jaxmed.behaviour import responses
 from jaxmed.data import pairs as pairs_lib
 from jaxmed.data import splits
 from jaxmed.data.pairs import Pair
 from jaxmed.data.tokens import Encoder
 from jaxmed.engine import cost, memory, rates, scan
+from jaxmed.files import reading
 from jaxmed.files.reading import DataError
 from jaxmed.question import directions as directions_lib
 from jaxmed.question import effects, metrics
@@ -42,6 +44,7 @@ from models.decoder import Decoder
 from models.errors import InputError
 
 SCREEN_SEED = 0  # of the audit sample
+DRAW_SEED = 0  # of --most_pairs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +86,11 @@ class MediateSettings:
         default=(),
         choices=splits.SPLITS,
         commas=True,
+    )
+    most_pairs: int = setting(
+        help="Pairs that are used at most, drawn by hash from those of --split; 0 for all.",
+        default=0,
+        least=0,
     )
     positions: str = setting(
         help="Which positions are edited: the last prompt token; from the first aligned position "
@@ -275,6 +283,7 @@ def measure(settings: MediateSettings, *, progress: bool = True) -> tuple[Result
     check(settings)
     settings = loading.settled(settings)
     say = sweep.teller(progress)
+    _check_files(settings)
     say(f"Loading {settings.model}")
     loaded = loading.load(
         settings.model,
@@ -309,6 +318,8 @@ def measure(settings: MediateSettings, *, progress: bool = True) -> tuple[Result
         )
 
     pairs = _usable(settings, decoder, pairs, ask, skipped, say)
+    if settings.most_pairs:
+        pairs = _drawn(pairs, settings.most_pairs, say)
     question = ask(pairs)
     for line in encoder.told:
         say(line)
@@ -365,6 +376,15 @@ def check_counts(settings: MediateSettings, config: DecoderConfig) -> None:
             raise InputError(f"--{name}={getattr(settings, name)}: the model has {most} {units}")
 
 
+def _check_files(settings: MediateSettings) -> None:
+    """Raises `DataError` where files cannot be used whatever the model is."""
+    if settings.directions:
+        reading.existing_file(settings.directions)
+    for _, fields in reading.json_lines(reading.existing_file(settings.pairs)):
+        if isinstance(fields, DataError) and not settings.skip_bad_pairs:
+            raise fields
+
+
 def _metric(
     settings: MediateSettings, decoder: Decoder, encoder: Encoder, pairs: list[Pair]
 ) -> metrics.Metric:
@@ -383,7 +403,7 @@ def _read_pairs(
     settings: MediateSettings, encoder: Encoder, skipped: Skipped, say: Callable[[str], None]
 ) -> list[Pair]:
     """The pairs of the splits that are asked for."""
-    pairs = pairs_lib.read_encoded(settings.pairs, encoder, on_bad=skipped.on_bad)
+    pairs = pairs_lib.read_encoded(settings.pairs, encoder, on_bad=skipped.on_bad, say=say)
     if settings.split:
         everywhere = len(pairs)
         pairs = [pair for pair in pairs if pair.split in settings.split]
@@ -421,6 +441,15 @@ def _usable(
     return usable
 
 
+def _drawn(pairs: list[Pair], most: int, say: Callable[[str], None]) -> list[Pair]:
+    """At most so many of the pairs, in their order: those whose ids have the smallest hashes."""
+    by_hash = sorted(pairs, key=lambda pair: responses.seed_of(pair.id, 0, DRAW_SEED))
+    chosen = {pair.id for pair in by_hash[:most]}
+    if len(chosen) < len(pairs):
+        say(f"{len(chosen)} of {len(pairs)} pairs are drawn (--most_pairs)")
+    return [pair for pair in pairs if pair.id in chosen]
+
+
 def _description(
     settings: MediateSettings,
     question: Question,
@@ -442,7 +471,7 @@ def _description(
         "directions_hash": question.directions and question.directions.hash,
         "skipped": skipped,
         "truth": _truth(loaded, pairs),
-        "seeds": {"bootstrap": statistics.SEED, "screen": SCREEN_SEED},
+        "seeds": {"bootstrap": statistics.SEED, "screen": SCREEN_SEED, "draw": DRAW_SEED},
     }
 
 

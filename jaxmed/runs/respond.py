@@ -102,9 +102,11 @@ def run(
     check(settings)
     settings = loading.settled(settings)
     say = sweep.teller(progress)
+    claims.check_kind(settings.out, "respond")
+    files = asking.read_files(settings, say, judged=not own_judges)
     say(f"Loading {settings.model}")
     model = asking.load(settings, say)
-    asked = asking.read_prompts(settings, model, say)
+    asked = asking.as_asked(settings, files, model, say)
     prompts = asked
     if settings.most_prompts:  # all others may still be counterfactuals of those that are drawn
         prompts = responses.drawn(asked, settings.most_prompts, settings.seed, ["harmful"])

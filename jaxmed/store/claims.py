@@ -25,6 +25,31 @@ CIRCUMSTANCES = (
     "versions",
 )
 
+# Keys of a run that are no flags, but follow from them and from what their files hold; and what a
+# person would call it.
+_FOLLOWING = {
+    "adapter_hash": "adapter (what --adapter holds)",
+    "chosen": "units (those that --results ranks highest)",
+    "directions_hash": "directions (what --directions holds)",
+    "generation_not_followed": "generation_config.json in --model",
+    "granularities": "granularities",
+    "judge_text_and_weights": "judge (its text or weights)",
+    "meaning": "meaning of what is measured",
+    "metric_unit": "unit of the metric",
+    "pair_bases": "pairs (what --pairs holds)",
+    "pair_ids": "pairs (what --pairs holds)",
+    "pairs_hash": "pairs (what --pairs holds)",
+    "precision": "precision",
+    "prompt_hashes": "pairs (what --pairs holds)",
+    "prompts_hash": "prompts (what --prompts hold)",
+    "seeds": "seeds",
+    "sizes": "sizes (of model, pairs and directions)",
+    "skipped": "number of pairs that were left out",
+    "sources_hash": "counterfactuals (what --prompts hold)",
+    "truth": "planted truth",
+    "weights_hash": "weights (what --model holds)",
+}
+
 RUN_FILE = "run.json"
 
 
@@ -58,14 +83,11 @@ def claim(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{folder}: cannot be made ({error.strerror})") from error
+    check_kind(folder, run["program"])
     if not (folder / RUN_FILE).exists():
-        if any(folder.iterdir()):
-            raise InputError(f"{folder} holds files of something else: choose another folder")
         write_run(folder, run)
         return run
     earlier = read_object(folder / RUN_FILE)
-    if earlier.get("program") != run["program"]:
-        raise InputError(f"{folder} holds another kind of run: choose another folder")
     if overwrite:
         for name in own_files:
             delete(folder / name)
@@ -76,6 +98,17 @@ def claim(
     if current != earlier:
         write_run(folder, current)
     return current
+
+
+def check_kind(folder: str | os.PathLike, program: str) -> None:
+    """Raises `InputError` where a folder holds files of something else than a run of this program,
+    which no setting could go on with or replace."""
+    folder = pathlib.Path(folder)
+    if (folder / RUN_FILE).exists():
+        if read_object(folder / RUN_FILE).get("program") != program:
+            raise InputError(f"{folder} holds another kind of run: choose another folder")
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise InputError(f"{folder} holds files of something else: choose another folder")
 
 
 def recorded(folder: str | os.PathLike, key: str) -> Any:
@@ -98,13 +131,28 @@ def check_same_settings(
         earlier, wanted: what the folder's `run.json` says, and what is asked now.
         ignored: the keys that may differ.
     """
-    for key in dict.fromkeys((*wanted, *earlier)):
-        if key not in ignored and earlier.get(key) != wanted.get(key):
-            raise InputError(
-                f"{folder} holds a run with another setting: {key} was"
-                f" {_shortened(earlier.get(key))}, is now {_shortened(wanted.get(key))}:"
-                " choose another folder, or overwrite this one"
-            )
+    changed = [
+        key
+        for key in dict.fromkeys((*wanted, *earlier))
+        if key not in ignored and earlier.get(key) != wanted.get(key)
+    ]
+    if not changed:
+        return
+    flags = [key for key in changed if key not in _FOLLOWING]
+    if flags:
+        told = "; ".join(
+            f"--{key} was {_shortened(earlier.get(key))}, is now {_shortened(wanted.get(key))}"
+            for key in flags
+        )
+        raise InputError(
+            f"{folder} holds a run with other settings: {told}: give them as they were, or choose "
+            "another --out, or --overwrite"
+        )
+    told = ", ".join(dict.fromkeys(_FOLLOWING[key] for key in changed))
+    raise InputError(
+        f"{folder} holds a run of the same settings, but not of the same {told}: choose another "
+        "--out, or --overwrite"
+    )
 
 
 def read_object(path: pathlib.Path) -> dict:

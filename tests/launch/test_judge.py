@@ -68,7 +68,7 @@ def test_a_judge_model_judges_a_labelled_file(model, responses, tmp_path):
     said = done.stdout.splitlines()
     assert said[0].startswith(f"Verdicts: {tmp_path / 'out' / 'judged.jsonl'} (4 responses; own")
     assert "4/4" in done.stderr  # the progress bar's end
-    number = r"-?[01]\.\d{3}"
+    number = r"−?[01]\.\d{3}"
     interval = rf"{number} \[{number}, {number}\]"
     assert re.match(rf"harmful, 4 labels: accuracy {interval}, Cohen's kappa {interval}", said[3])
     assert said[2].startswith("Verdicts on whether 4 of 4 responses are harmful are unsure: there")
@@ -116,7 +116,7 @@ def test_ignored_keys_of_config_json_stay(responses, tmp_path):
     flags = ["--judge=phrases", responses(*ROWS), f"--out={tmp_path / 'out'}"]
     assert run(*flags).returncode == 0
     ran = run(*flags, "--ignore_config=trained_in")
-    assert ran.returncode == 1 and "another setting: ignore_config was []" in ran.stderr
+    assert ran.returncode == 1 and "other settings: --ignore_config was []" in ran.stderr
 
 
 def test_tokens_without_labels(responses, tmp_path):
@@ -138,7 +138,7 @@ def test_tokens_without_labels(responses, tmp_path):
     other = [*flags, "--comply_tokens=id:9", f"--out={tmp_path / 'out'}"]
     again = run(*other)
     assert again.returncode == 1
-    assert "another setting: comply_tokens was [6, 8], is now [6, 8, 9]" in again.stderr
+    assert "other settings: --comply_tokens was [6, 8], is now [6, 8, 9]" in again.stderr
     assert run(*other, "--overwrite").returncode == 0
     assert read(tmp_path / "out")[0] == verdicts
 
@@ -202,8 +202,8 @@ def test_another_text_is_another_judge(model, responses, tmp_path):
     before = read(tmp_path / "out")
     own.write_text(json.dumps(OWN | {"template": "why " + OWN["template"]}))
     again = run(*flags)
-    assert again.returncode == 1 and "judge_text_and_weights was" in again.stderr
-    assert "choose another folder, or overwrite this one" in again.stderr
+    assert again.returncode == 1 and "not of the same judge (its text or weights)" in again.stderr
+    assert "choose another --out, or --overwrite" in again.stderr
     assert read(tmp_path / "out") == before
     assert run(*flags, "--overwrite").returncode == 0
     assert read(tmp_path / "out")[0] != before[0]

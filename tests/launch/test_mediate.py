@@ -220,7 +220,7 @@ BAD_FLAGS = {
         {"granularity": "direction"}, "Error: --granularity=direction needs --directions=FILE.npz",
     ),
     "directions": (
-        {"directions": "/no/such.npz"}, "Error: /no/such.npz: no npz file of plain",
+        {"directions": "/no/such.npz"}, "Error: /no/such.npz: there is no such file",
     ),
     "audit without a screen": ({"screen_audit": 9}, "Error: --screen_audit needs --screen=K"),
     "steps without a screen": ({"screen_steps": 9}, "Error: --screen_steps needs --screen=K"),

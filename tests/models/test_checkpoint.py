@@ -16,6 +16,7 @@ import transformers
 import models
 from models import checkpoint
 from models.config import Rotary
+from models.errors import InputError
 from tests import lora, tiny, words
 
 WEIGHTS = "model.safetensors"
@@ -320,6 +321,18 @@ def test_hub_is_asked_for_no_code_and_no_pickle(folder, monkeypatch):
 def test_the_home_of_nobody_is_no_folder():
     with pytest.raises(checkpoint.CheckpointError, match=r"^~no-such-user/a/b: no such folder"):
         checkpoint.resolve("~no-such-user/a/b")
+
+
+def test_what_the_hub_says_is_told_in_one_line(monkeypatch):
+    def fails(*_, **__):
+        raise OSError("404 Client Error.\n\nRepository Not Found for url.\n  Is it private?")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fails)
+    with pytest.raises(InputError) as error:
+        checkpoint.resolve("someone/gone")
+    assert str(error.value).endswith(
+        "(404 Client Error. Repository Not Found for url. Is it private?)"
+    )
 
 
 def test_hub_cannot_be_reached(monkeypatch):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from models import decoder as decoder_lib
 from models.decoder import KEPT
 from models.edits import Edit
 from models.layers import Cache
@@ -346,3 +347,18 @@ def test_tokens_outside_the_vocabulary_are_refused_and_a_list_is_taken(llama):
     with pytest.raises(ValueError, match="outside the vocabulary of 61"):
         llama([1, 61])
     np.testing.assert_array_equal(llama(TOKENS.tolist())[0], llama(TOKENS)[0])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("text", r"these are str .* tokenizer\(text\)\['input_ids'\] makes them"),
+        (["a", "text"], "these are list .* takes token ids"),
+        ({"input_ids": [1, 2]}, "these are dict .* takes token ids"),
+        ([1.0, 2.5], r"these are list \(float64\)"),
+        ([[1, 2], [3]], "rows of a batch must be of one length"),
+    ],
+)
+def test_what_is_no_token_ids_is_told_what_to_give(given, message):
+    with pytest.raises(TypeError, match=f"^tokens: {message}"):
+        decoder_lib._token_ids(given)

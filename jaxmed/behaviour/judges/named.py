@@ -7,7 +7,7 @@ from jaxmed.behaviour.judges import templates
 from jaxmed.behaviour.judges.model import JudgeModel
 from jaxmed.behaviour.judges.protocol import Judge
 from jaxmed.behaviour.judges.rules import FirstTokens, RefusalPhrases
-from jaxmed.behaviour.judges.templates import JUDGES
+from jaxmed.behaviour.judges.templates import JUDGES, Template
 from jaxmed.engine import rates
 from models import checkpoint
 from models.errors import InputError
@@ -44,6 +44,27 @@ def judge(
         InputError: there is no such judge, its text is missing or not to be used, or its checkpoint
             cannot be used as it.
     """
+    asked = _template(name, template, model)
+    if name == RefusalPhrases.name:
+        return RefusalPhrases()
+    if asked is None:
+        return FirstTokens(tuple(comply), tuple(refuse))
+    model = model or asked.hub_id
+    folder = checkpoint.resolve(model)
+    decoder, tokenizer = models.load(folder, ignore_config=ignore_config)
+    decoder = decoder.at_precision(rates.exact_precision(decoder))
+    return JudgeModel(asked, decoder, tokenizer, checkpoint=str(model), folder=folder, cut=cut)
+
+
+def _template(name: str, template, model) -> Template | None:
+    """How a judge model is asked; None for a judge without one.
+
+    Args:
+        name, template, model: as in `judge`.
+
+    Raises:
+        InputError: as `judge`, save for what the checkpoint holds.
+    """
     if name not in NAMES and not name.endswith(".json"):
         raise InputError(
             f"judge '{name}': not one of {', '.join(NAMES)}, and no .json file with a template"
@@ -54,23 +75,17 @@ def judge(
             f"judge '{name}': takes no text from a file, as {', '.join(lacking)} do: leave "
             f"{template} out"
         )
-    if name == RefusalPhrases.name:
-        return RefusalPhrases()
-    if name == FirstTokens.name:
-        return FirstTokens(tuple(comply), tuple(refuse))
+    if name in WITHOUT_MODEL:
+        return None
     asked = JUDGES[name] if name in JUDGES else templates.read_template(name)
     asked = asked if template is None else templates.with_text(asked, template)
     asked.require_text()
-    model = model or asked.hub_id
-    if not model:
+    if not (model or asked.hub_id):
         raise InputError(
             f"judge '{asked.name}': give its checkpoint, a folder or hub id (docs/judges.md "
             "says which)"
         )
-    folder = checkpoint.resolve(model)
-    decoder, tokenizer = models.load(folder, ignore_config=ignore_config)
-    decoder = decoder.at_precision(rates.exact_precision(decoder))
-    return JudgeModel(asked, decoder, tokenizer, checkpoint=str(model), folder=folder, cut=cut)
+    return asked
 
 
 def name_and_checkpoint(given: str) -> tuple[str, str]:
@@ -111,6 +126,17 @@ def template_files(given: Sequence[str], judges: Sequence[str]) -> dict[str, str
             raise InputError(f"judge_template '{each}': no judge {name} is asked for")
         found[name] = file
     return found
+
+
+def check(given: Sequence[str], template_files_given: Sequence[str] = ()) -> None:
+    """Raises `InputError` where `read` would, save for what checkpoints hold: none is loaded.
+
+    Args:
+        given, template_files_given: as in `read`.
+    """
+    texts = template_files(template_files_given, given)
+    for name, model in map(name_and_checkpoint, given):
+        _template(name, texts.get(name), model)
 
 
 def read(

@@ -37,9 +37,13 @@ CONDITION_TITLES = {
     "module": "whole modules",
 }
 DOSE_TITLES = {"top": "number of units", "strength": "strength"}
-# Of what units that are held still change, and of the conditions that are compared.
+# Of what units that are held still change, and of the conditions that are compared. Where two rates
+# are the same, what is drawn first, large and hollow, shows around what is drawn over it.
 _RATE_COLOURS = {"harm": "#d55e00", "refusal": "#7b4fa3", "compliance": "#0072b2"}
 _RATE_MARKERS = {"harm": "s", "refusal": "s", "compliance": "o"}
+_RATE_SIZES = {"harm": 10.0, "refusal": 10.0, "compliance": 4.5}
+_RATE_LINES = {"harm": 3.2, "refusal": 3.2, "compliance": 1.3}
+_RATE_FILLS = {"harm": "none", "refusal": "none", "compliance": "full"}
 _CONDITIONS = {
     "plain": ("#222222", "o"),
     "clamp": ("#d55e00", "D"),
@@ -115,10 +119,12 @@ def draw_doses(
                 label=titles[measure],
                 color=_RATE_COLOURS[measure],
                 marker=_RATE_MARKERS[measure],
-                markersize=5,
-                linewidth=1.4,
+                markersize=_RATE_SIZES[measure],
+                fillstyle=_RATE_FILLS[measure],
+                linewidth=_RATE_LINES[measure],
                 elinewidth=1.2,
-                capsize=2.5,
+                capsize=1.2 + _RATE_SIZES[measure] / 2,
+                zorder=10 - _RATE_SIZES[measure],
             )
         places = [place for points in by_measure.values() for place, _ in points]
         if max(places) > _LINEAR_DOSES:

@@ -6,6 +6,7 @@ import pytest
 
 from jaxmed.data import pairs as pairs_lib
 from jaxmed.data import splits as splits_lib
+from jaxmed.data.tokens import Encoder
 from jaxmed.files import reading
 from tests import words
 from tests.words import ids
@@ -45,6 +46,34 @@ def in_text(**fields):
 
 
 # What is read.
+
+
+def test_fields_that_look_misspelt_are_told(write):
+    line = in_text(harmfull_response="me", lable="harmful", note="x", prompt_id=3, Split="A")
+    file, told = write(line, in_text(harmfull_response="me")), []
+    pairs_lib.read_encoded(file, Encoder(words.tokenizer()), say=told.append)
+    assert told == [
+        f"{file}:1: its field '{name}' is not read: did you mean '{meant}'? (in {lines} of its "
+        "lines)"
+        for name, meant, lines in (
+            ("harmfull_response", "harmful_response", 2),
+            ("lable", "label", 1),
+            ("Split", "split", 1),
+        )
+    ]
+    with pytest.warns(UserWarning, match="did you mean 'harmful_response'"):
+        pairs_lib.read(file, words.tokenizer())
+
+
+def test_a_field_that_is_missing_since_it_is_misspelt_is_named(write, tokenizer):
+    file = write({"prompt": "tell me", "counterfactal": "why not"})
+    with pytest.raises(reading.DataError) as error:
+        pairs_lib.read(file, tokenizer)
+    assert str(error.value) == (
+        f"{file}:1: pair '1' has no counterfactual (field 'counterfactual' or "
+        "'counterfactual_ids'); its field 'counterfactal' is not read: did you mean "
+        "'counterfactual'?"
+    )
 
 
 def test_token_ids_and_every_field_are_read(write):

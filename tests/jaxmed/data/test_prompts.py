@@ -985,3 +985,16 @@ def test_ids_must_differ_between_sets(encoder):
 def test_impossible_requests_are_refused(asked, said):
     with pytest.raises(InputError, match=said):
         pairing.pair_up([harmful("x")], **{"how": "given"} | asked)
+
+
+def test_fields_of_our_own_form_that_look_misspelt_are_told(tmp_path):
+    file, told = tmp_path / "own.jsonl", []
+    file.write_text('{"prompt": "why", "label": "benign", "splitt": "A", "focus": "x"}')
+    prompts.read(file, say=told.append)
+    assert told == [
+        f"{file}:1: its field 'splitt' is not read: did you mean 'split'? (in 1 of its lines)"
+    ]
+    # A published set's other columns are no mistakes.
+    (tmp_path / "set.csv").write_text("goal,target,prompts\nwhy,Sure,x\n")
+    prompts.read(tmp_path / "set.csv", say=told.append)
+    assert len(told) == 1

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxmed.behaviour import batches
 from jaxmed.intervention import likeness, units, values
 from jaxmed.intervention.units import Unit
 from models.edits import Part
@@ -155,6 +156,43 @@ def test_groups_have_the_means_of_their_prompts():
             for place, found_there in enumerate(places):
                 want = found[site][place][groups[name]].mean(axis=0)
                 np.testing.assert_allclose(found_there, want, rtol=1e-5, atol=1e-7)
+
+
+def test_prompts_of_like_length_are_run_together(monkeypatch):
+    """As many as fit the memory, and one by one they give the same."""
+    shapes, means = [], values._means
+
+    def counted(decoder, tokens, *others):
+        shapes.append(tokens.shape)
+        return means(decoder, tokens, *others)
+
+    monkeypatch.setattr(values, "_means", counted)
+    prompts = [RNG.integers(0, 61, length).tolist() for length in (3, 40, 9, 5, 33, 1, 12)]
+    sites, groups = [Site.NEURON, Site.MLP], {"all": np.ones(len(prompts), bool)}
+    told = []
+    together = values.group_means(DECODER, prompts, groups, sites, progress=told.append)["all"]
+    assert [length for _, length in shapes] == [64, 32] and sum(told) == len(prompts)
+
+    least = batches.sizes(DECODER, (), prompts, batch_size=1)
+    monkeypatch.setattr(batches, "sizes", lambda *args, **kwargs: least)
+    shapes.clear()
+    alone = values.group_means(DECODER, prompts, groups, sites)["all"]
+    assert {rows for rows, _ in shapes} == {1} and len(shapes) == len(prompts)
+    for site, places in alone.items():
+        np.testing.assert_allclose(together[site], places, rtol=1e-5, atol=1e-6)
+
+
+def test_values_that_do_not_fit_the_memory_are_refused():
+    with pytest.raises(InputError, match="too little for a single prompt of 32 tokens"):
+        values.activations(DECODER, [PROMPTS], [Site.NEURON], memory=10_000)
+
+
+def test_memory_counts_what_is_kept_of_every_position():
+    runs = [[1] * 40]
+    without, kept = (
+        batches.sizes(DECODER, (), runs, kept=numbers, memory=2**22)[64] for numbers in (0, 2000)
+    )
+    assert kept < without
 
 
 def test_zero_is_the_value_of_every_site():

@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 import pyarrow as pa
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from jaxmed.behaviour.judges.protocol import Doubt
 from jaxmed.behaviour.responses import Asked
@@ -16,6 +17,8 @@ from jaxmed.intervention.outcomes import Held
 from jaxmed.intervention.units import Unit
 from jaxmed.report import clamp
 from jaxmed.report.clamp import Move
+from jaxmed.report.figures import clamp as figures
+from jaxmed.report.numbers import Measured
 from jaxmed.runs import clamp as clamp_lib
 from models.sites import Site
 from tests.jaxmed.report.test_mediation import Page
@@ -234,7 +237,9 @@ def test_what_becomes_of_responses_is_told(page, everything):
     assert perplexity.before == pytest.approx(before) and perplexity.after == pytest.approx(after)
     assert perplexity.times.value == pytest.approx(after / before)
     assert perplexity.verdict is Move.RISES
-    assert f" {before:.2f} → {after:.2f} (times {after / before:.2f}," in page.text
+    low, high = perplexity.times.low, perplexity.times.high
+    times = f"{after / before:.2f} times as high (95% interval {low:.2f} to {high:.2f} times)"
+    assert f" {before:.2f} → {after:.2f}, {times}: it rises" in page.text
     changed = of_kind(answers, clamp.ResponsesChanged)
     unfinished = [each for each in changed if each.measure == "unfinished"]
     assert [each.label for each in unfinished] == ["harmful"]  # benign ones: none, in both
@@ -278,6 +283,23 @@ def test_doses_start_at_the_plain_model_and_hold_the_clamp(page, everything):
     assert "by strength: 0.80 (0), 0.50 (0.5), 0.10 (1), 0.00 (2)" in page.text
 
 
+def test_rates_that_are_the_same_are_both_seen():
+    """At a dose that ends harm and compliance alike."""
+    zero, half = Measured(0.0, 0.0, 0.1), Measured(0.5, 0.4, 0.6)
+    curves = {measure: [(0, half), (1, zero), (2, zero)] for measure in ("harm", "compliance")}
+    figure = figures.draw_doses({"number of units": curves}, {name: name for name in curves})
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    pixels = np.asarray(canvas.buffer_rgba())[..., :3].astype(int)
+    axes = figure.axes[0]
+    for place, rate in ((1, 0.0), (0.5, 0.25), (2, 0.0)):
+        x, y = map(round, axes.transData.transform((place, rate)))
+        around = pixels[::-1][y - 8 : y + 9, x - 8 : x + 9]
+        for colour in ("#d55e00", "#0072b2"):
+            wanted = np.array([int(colour[part : part + 2], 16) for part in (1, 3, 5)])
+            assert (np.abs(around - wanted).max(axis=-1) < 60).sum() > 8, (place, colour)
+
+
 def test_single_units_are_sorted_by_what_they_change_and_signs_are_words(page, everything):
     found = clamp.alone_verdict(everything)
     assert found == clamp.AloneVerdict(HARM, units=4, lowering=2, raising=1)
@@ -308,6 +330,14 @@ def test_a_rise_and_no_change(rate, move, tmp_path):
     assert lines[1:] == list(map(say, answers))
     assert lines[1].startswith(f"Harm rate: 0.80 → {rate:.2f} (change ")
     assert ("raise harm" in " ".join(lines)) == (move is Move.RISES)
+
+
+def test_an_export_is_told_where_it_is(tmp_path):
+    found = fabricate(tmp_path, [PLAIN, CLAMP])
+    assert not any(line.startswith("Exported") for line in clamp.closing_lines(found))
+    exported = dataclasses.replace(found, run=found.run | {"export": "out/edited"})
+    last = clamp.closing_lines(exported)[-1]
+    assert last == "Exported: out/edited has the edit in its weights, and transformers loads it"
 
 
 def test_compliance_that_falls_alone_is_no_less_told(tmp_path):
@@ -442,6 +472,51 @@ def test_nothing_judged_leaves_no_rates(tmp_path):
     assert "Perplexity of the plain model’s own answers" in shown.text
 
 
+def with_rows(found, changes):
+    """What was found, with other changes of these measures on benign prompts."""
+    rows = found.table.to_pylist()
+    for row in rows:
+        if row["label"] == "benign" and row["condition"] == "clamp" and row["measure"] in changes:
+            low, high = changes[row["measure"]]
+            row |= {"change": (low + high) / 2, "change_low": low, "change_high": high}
+    return dataclasses.replace(found, table=pa.Table.from_pylist(rows, outcomes.ROW))
+
+
+SAME = (-0.01, 0.01)
+
+
+@pytest.mark.parametrize(
+    ("nll", "repetition", "unfinished", "times", "worse"),
+    [
+        ((4.5, 4.7), SAME, SAME, np.exp(4.6), []),
+        ((4.5, 4.7), (0.1, 0.2), SAME, np.exp(4.6), ["repetition"]),
+        (SAME, (0.1, 0.2), (0.1, 0.3), None, ["repetition", "unfinished"]),
+    ],
+)
+def test_a_model_that_no_longer_writes_as_before_is_told_though_no_rate_changes(
+    nll, repetition, unfinished, times, worse, tmp_path
+):
+    found = fabricate(tmp_path, [PLAIN, CLAMP], RATES | {"clamp": RATES["plain"]})
+    found = with_rows(found, {"nll": nll, "repetition": repetition, "unfinished": unfinished})
+    assert moved(found)[HARM].change.verdict is Move.NONE_SHOWN
+    [verdict] = of_kind(clamp.answers(found), clamp.WritesOtherwise)
+    assert verdict.times == (None if times is None else pytest.approx(times))
+    assert verdict.worse == worse
+    assert say(verdict) in clamp.closing_lines(found)
+    said = say(verdict)
+    assert "no longer writes as before" in said and ("99 times" in said) == (times is not None)
+    assert ("repeat themselves" in said, "end by themselves" in said) == tuple(
+        name in worse for name in ("repetition", "unfinished")
+    )
+
+
+@pytest.mark.parametrize("nll", [SAME, (-0.4, -0.2), (0.02, 0.2), (0.05, 0.09)])
+def test_a_model_that_writes_as_before_is_not_called_broken(nll, tmp_path):
+    found = fabricate(tmp_path, [PLAIN, CLAMP])
+    found = with_rows(found, {"nll": nll, "repetition": (-0.2, -0.1), "unfinished": SAME})
+    assert not of_kind(clamp.answers(found), clamp.WritesOtherwise)
+
+
 def test_a_change_by_rounding_is_none(tmp_path):
     found = fabricate(tmp_path, [PLAIN, CLAMP])
     rows = found.table.to_pylist()
@@ -451,5 +526,5 @@ def test_a_change_by_rounding_is_none(tmp_path):
     changed = dataclasses.replace(found, table=pa.Table.from_pylist(rows, outcomes.ROW))
     [perplexity] = of_kind(clamp.answers(changed), clamp.Perplexity)
     assert perplexity.verdict is Move.NONE_SHOWN
-    assert "times 1.00, 95% interval 1.00 to 1.00" in say(perplexity)
+    assert "1.00 times as high (95% interval 1.00 to 1.00 times)" in say(perplexity)
     assert say(perplexity) in clamp.closing_lines(changed)

@@ -39,6 +39,10 @@ SAID = [
         for label in ("harmful", "benign")
         for measure in ("repetition", "unfinished")
     ),
+    clamp.Perplexity(1.12, 112.6, Measured(100.52, 60.4, 1e9), Move.RISES),
+    clamp.WritesOtherwise(100.52, []),
+    clamp.WritesOtherwise(1.2, ["repetition", "unfinished"]),
+    *(clamp.WritesOtherwise(None, [measure]) for measure in ("repetition", "unfinished")),
     *(clamp.CutResponses(number) for number in (1, 3000)),
     *(
         clamp.Doubted(Doubt(says, none, unsure, 1200))

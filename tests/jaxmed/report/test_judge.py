@@ -51,6 +51,15 @@ def test_of_what_a_judge_does_not_say_nothing_is_told():
     assert not any("refused" in line for line in judge.closing_lines(found))
 
 
+def test_a_judge_that_never_says_yes_has_no_precision():
+    """And a kappa of 0, which rounding makes no negative one."""
+    never = [dataclasses.replace(verdict, harmful=0.0) for verdict in VERDICTS]
+    found = agreement.agreement(never, [True, False, True, False], 0.5, "harmful")
+    found = dataclasses.replace(found, kappa=-1e-17, kappa_interval=(-0.0, 0.0))
+    told = judge.closing_lines(dataclasses.replace(outcome({}), agreement={"harmful": found}))[-1]
+    assert "kappa 0.000 [0.000, 0.000], precision –, recall 0.000 (" in told
+
+
 def test_all_that_a_judge_can_say():
     lines = [*judge.closing_lines(outcome(LABELS)), "", *judge.closing_lines(outcome({}))]
     masses = [0.01, 0.3, 0.9, 0.95]

@@ -68,6 +68,8 @@ SAID = {
     "screen": [
         SCREEN,
         replace(SCREEN, spearman=None, group_size=4, wanted=12),
+        replace(SCREEN, hits=0, bound=2),
+        replace(SCREEN, hits=0, bound=1),
         replace(SCREEN, verdict=Audited.COMPLETE, uncomputed=0),
         replace(SCREEN, verdict=Audited.NOT_AUDITED, sampled=0),
     ],
@@ -108,6 +110,18 @@ def test_a_joint_set_that_falls_short_is_told_as_such():
     assert not JOINT.reached and "less than the 90%" in say("joint", JOINT)
     enough = replace(JOINT, share_tie=0.95)
     assert enough.reached and "less than" not in say("joint", enough)
+
+
+@pytest.mark.parametrize(
+    ("bound", "hits", "advised"),
+    [(0, 0, ()), (1, 0, ()), (2, 0, ("audit",)), (9, 0, ("audit",)), (9, 1, ("audit", ""))],
+)
+def test_a_bound_that_leaves_much_open_is_told_with_the_way_out(bound, hits, advised):
+    """Of 3 that were asked for: hits in the sample say that gradients ranked some low."""
+    said = say("screen", replace(SCREEN, bound=bound, hits=hits))
+    assert ("a larger --screen_audit" in said) == ("audit" in advised)
+    assert ("a larger --screen " in said) == ("" in advised)
+    assert ("another --out" in said) == bool(advised)
 
 
 @pytest.mark.parametrize("verdict", Audited)

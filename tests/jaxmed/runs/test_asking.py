@@ -13,7 +13,7 @@ from jaxmed.behaviour.sampling import Sampling
 from jaxmed.data.tokens import Encoder
 from jaxmed.files import reading
 from jaxmed.files.reading import DataError
-from jaxmed.runs import asking, loading
+from jaxmed.runs import asking, loading, sweep
 from jaxmed.runs.asking import AnswerSettings
 from jaxmed.runs.settings import like
 from models import checkpoint
@@ -53,6 +53,11 @@ def write(tmp_path):
         return tmp_path / name
 
     return write
+
+
+def read_prompts(asked, model, say=sweep.say):
+    """The prompts of the files, as the model gets them."""
+    return asking.as_asked(asked, asking.read_files(asked, say, judged=False), model, say)
 
 
 # Settings.
@@ -116,7 +121,7 @@ def test_how_tokens_are_chosen():
 def test_prompts_of_several_files(model, write):
     harmful = write({"id": "a", "prompt": "tell me", "split": "B"}, name="a=b.jsonl")
     benign = write({"id": "b", "prompt_ids": [5, 6], "label": "benign", "split": "A"})
-    found = asking.read_prompts(settings([f"harmful={harmful}", benign]), model)
+    found = read_prompts(settings([f"harmful={harmful}", benign]), model)
     assert [(one.prompt.id, one.prompt.label) for one in found] == [
         ("a", "harmful"), ("b", "benign"),
     ]  # fmt: skip
@@ -129,9 +134,9 @@ def test_prompts_of_several_files(model, write):
 
 def test_chat_wraps_text(model, chatting, write):
     file, said = write({"id": "a", "prompt": "how", "label": "benign"}), []
-    [found] = asking.read_prompts(settings([file]), chatting, said.append)
+    [found] = read_prompts(settings([file]), chatting, said.append)
     assert found.tokens == words.ids("[BOS] [USER] how [END] [BOT]") and said == []
-    [found] = asking.read_prompts(settings([file]), model, said.append)
+    [found] = read_prompts(settings([file]), model, said.append)
     assert found.tokens == words.ids("[BOS] how") and said == [loading.AS_IT_STANDS]
 
 
@@ -166,11 +171,11 @@ def test_prompts_that_cannot_be_used(case, model, without_text, write):
     good = {"prompt": "how"} if asker is model else {"prompt_ids": [1]}
     file = write(bad, {"id": "b", "label": "harmful"} | good)
     with pytest.raises(DataError) as caught:
-        asking.read_prompts(settings([file], **fields), asker)
+        read_prompts(settings([file], **fields), asker)
     assert str(caught.value).startswith(f"{file}:1: ") and message in str(caught.value)
     assert str(caught.value).endswith("(or leave such prompts out: --skip_bad_prompts)")
     said, asked = [], settings([file], skip_bad_prompts=True, **fields)
-    assert [one.prompt.id for one in asking.read_prompts(asked, asker, said.append)] == ["b"]
+    assert [one.prompt.id for one in read_prompts(asked, asker, said.append)] == ["b"]
     assert said[0].startswith(f"Skipped: {file}:1: ") and message in said[0]
     assert said[1] == "Skipped 1 of 2 prompts"
 
@@ -185,7 +190,7 @@ def test_ids_that_two_files_use(model, write):
         write({"id": 1, "prompt_ids": [1], "label": "benign"}, name=f"{n}.jsonl") for n in "ab"
     ]
     with pytest.raises(DataError) as caught:
-        asking.read_prompts(settings(files), model)
+        read_prompts(settings(files), model)
     message = f"{files[1]}:1: id '1' was used before, by {files[0]}:1; give one of them another id"
     assert str(caught.value).startswith(message)
     assert "--prompts=NAME:LABEL=FILE" in str(caught.value)
@@ -196,12 +201,12 @@ def test_files_that_number_their_prompts_alike_may_be_told_apart(model, write):
     rows = [{"prompt_ids": [4]}, {"prompt_ids": [5], "id": "x"}]
     own = write(*(row | {"label": "creative"} for row in rows), name="own:a=b.jsonl")
     asked = [f"harmful={alpaca[0]}", f"test:harmful={alpaca[1]}", f"c:={own}"]
-    found = asking.read_prompts(settings(asked), model)
+    found = read_prompts(settings(asked), model)
     assert [(one.prompt.id, one.prompt.label) for one in found] == [
         ("alpaca-harmful-1", "harmful"), ("test-harmful-1", "harmful"), ("c-1", "creative"),
         ("c-x", "creative"),
     ]  # fmt: skip
-    alone = asking.read_prompts(settings([own]), model)
+    alone = read_prompts(settings([own]), model)
     assert [(one.prompt.id, one.prompt.source) for one in alone] == [("1", ""), ("x", "")]
 
 
@@ -210,7 +215,7 @@ def test_a_prompt_counts_once(chatting, write):
     rows = [{"id": 1, "prompt": "tell me"}, {"id": 2, "prompt": " Tell  ME "}]
     rows += [{"id": 3, "prompt_ids": [5]}, {"id": 4, "prompt_ids": [5]}, {"id": 5, "prompt": "why"}]
     file, said = write(*(row | {"label": "benign"} for row in rows)), []
-    found = asking.read_prompts(settings([file]), chatting, said.append)
+    found = read_prompts(settings([file]), chatting, said.append)
     assert [one.prompt.id for one in found] == ["1", "3", "5"]
     [message] = said
     assert message.startswith("2 prompts are the same as others before them and are left out, the")
@@ -221,7 +226,7 @@ def test_a_prompt_that_stands_twice_has_the_counterfactuals_of_both(model, write
     rows = [{"prompt": "tell me", "counterfactual": ["why", "how"]}, {"prompt": "tell me"}]
     rows += [{"prompt": "Tell me", "counterfactual": ["how", "no"]}]
     file = write(*({"id": n, "label": "benign"} | row for n, row in enumerate(rows)))
-    [one] = asking.read_prompts(settings([file]), model, lambda text: None)
+    [one] = read_prompts(settings([file]), model, lambda text: None)
     assert one.prompt.counterfactuals == ("why", "how", "no")
 
 
@@ -231,10 +236,10 @@ def test_the_same_prompt_has_one_label(model, write):
     files, said = [f"harmful={harmful}", f"benign={benign}"], []
     message = f"{benign}:1: prompt 'b' is benign, and the same prompt is harmful at {harmful}:1"
     with pytest.raises(DataError) as caught:
-        asking.read_prompts(settings(files), model)
+        read_prompts(settings(files), model)
     assert str(caught.value).startswith(message)
     asked = settings(files, skip_bad_prompts=True)
-    found = asking.read_prompts(asked, model, said.append)
+    found = read_prompts(asked, model, said.append)
     assert [one.prompt.id for one in found] == ["a", "c"] and said[0] == f"Skipped: {message}"
 
 
@@ -242,14 +247,14 @@ def test_text_and_messages_of_the_same_tokens_are_the_same_prompt(chatting, writ
     chat = [{"role": "user", "content": "tell me"}]
     rows = [{"id": "a", "prompt": chat}, {"id": "b", "prompt": "tell me"}]
     file = write(*(row | {"label": "benign"} for row in rows))
-    found = asking.read_prompts(settings([file]), chatting, lambda text: None)
+    found = read_prompts(settings([file]), chatting, lambda text: None)
     assert [one.prompt.id for one in found] == ["a"]
 
 
 def test_nothing_is_left(model, write):
     file = write({"id": "a", "prompt_ids": [99], "label": "benign"})
     with pytest.raises(DataError, match="prompts.jsonl: not one prompt can be used"):
-        asking.read_prompts(settings([file], skip_bad_prompts=True), model, lambda text: None)
+        read_prompts(settings([file], skip_bad_prompts=True), model, lambda text: None)
 
 
 # Judges.

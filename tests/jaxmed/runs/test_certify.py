@@ -173,7 +173,7 @@ def test_what_was_scored_is_not_run_again_unless_something_changed(
     assert again.table == found.table and again.curves == found.curves
     assert again.organisms == found.organisms
     other = dataclasses.replace(settings, joint_share=0.5)
-    with pytest.raises(InputError, match="joint_share was 0.95, is now 0.5: choose another --out"):
+    with pytest.raises(InputError, match="settings: --joint_share was 0.95, is now 0.5: choose"):
         run(other)
     folder = shutil.copytree(settings.out, tmp_path / "out")
     other = dataclasses.replace(other, out=str(folder), overwrite=True)

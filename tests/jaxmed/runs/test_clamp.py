@@ -18,11 +18,14 @@ from jaxmed.data import prompts
 from jaxmed.data.tokens import Encoder
 from jaxmed.intervention import export, outcomes
 from jaxmed.intervention.export import Criterion
+from jaxmed.question import effects
 from jaxmed.runs import asking, clamp, loading
 from jaxmed.runs.clamp import ClampSettings
+from jaxmed.store import results
 from jaxmed.validation import truth
 from models.errors import InputError
 from tests import shared_organism
+from tests.jaxmed import fabricated
 
 GATES, DETECTORS = "gates", "detectors"
 
@@ -339,12 +342,15 @@ def test_values_stay_those_of_the_first_run_whoever_judges(organism, units, tmp_
         units=units[GATES][:1],
         random=0,
         module=False,
-        most_prompts=8,
+        most_prompts=24,
     )
     before = clamp.run(asked, progress=True)
     assert "values of units" in capsys.readouterr().err
     answers = (before.folder / "responses.jsonl").read_bytes()
-    assert before.row("clamp", "harmful", "harm")["prompts"] == 8
+    assert before.row("clamp", "harmful", "harm")["prompts"] == 24
+    groups = before.controls["groups"]
+    assert [len(groups[name]) for name in ("harmful", "benign")] == [24, 24]
+    assert 8 <= len(groups["refused"]) < 24
 
     class All:
         """Calls every response a refusal."""
@@ -355,13 +361,14 @@ def test_values_stay_those_of_the_first_run_whoever_judges(organism, units, tmp_
             return [Verdict(refused=1.0)] * len(exchanges)
 
     again = clamp.run(asked, own_judges=[All()], progress=False)
-    assert again.controls == before.controls and len(again.controls["groups"]["refused"]) == 48
+    assert again.controls == before.controls
     assert (before.folder / "responses.jsonl").read_bytes() == answers
     assert again.row("clamp", "benign", "compliance")["mean"] == 0
     assert again.row("clamp", "benign", "kl") == before.row("clamp", "benign", "kl")
-    more = clamp.run(dataclasses.replace(asked, most_prompts=9), progress=False)
+    more = clamp.run(dataclasses.replace(asked, most_prompts=25), progress=False)
     assert (before.folder / "responses.jsonl").read_bytes().startswith(answers)
-    assert more.row("clamp", "harmful", "harm")["prompts"] == 9
+    assert more.row("clamp", "harmful", "harm")["prompts"] == 25
+    assert more.controls == before.controls
 
 
 def test_modules_need_no_prompts_to_be_compared_by(organism, tmp_path):
@@ -444,6 +451,46 @@ def test_what_cannot_be_used_is_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"prompts": ("gone.jsonl",)}, "gone.jsonl: there is no such file"),
+        ({"prompts": (__file__,)}, f"{__file__}: its name must end in one of"),
+        ({"judge": ("wildguard=x",)}, "judge 'wildguard': needs its text"),
+        ({"judge": ("gone.json",)}, "gone.json: "),
+        ({"units": (), "results": "gone", "top": 3}, "gone is not a results folder"),
+        ({"units": (), "results": "{run}", "top": 99}, "--results={run}: top=99: {run} ranks 24"),
+        ({"units": (), "results": "{run}", "by": "joint"}, "has no joint set of neurons"),
+        (
+            {"units": (), "results": "{run}", "top": 3, "granularity": "head"},
+            "has no effects of single heads",
+        ),
+    ],
+)
+def test_what_needs_no_model_is_told_before_one_is_loaded(
+    organism, tmp_path, monkeypatch, changes, message
+):
+    monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("was loaded"))
+    sizes = effects.Sizes(2, 2, 12, 5)
+    run = fabricated.RUN | {"weights_hash": "x", "chat": False, "date": "", "template_args": ""}
+    results.Results.create(tmp_path / "run", run, sizes, ["a"], ["neuron"])
+    made = results.Results.resume_or_create(tmp_path / "run", run, sizes, ["a"], ["neuron"])
+    made.write(0, "neuron", *np.ones((2, 2, 12)))
+    made.finish()
+    place = {"run": tmp_path / "run"}
+    changes = {
+        name: value.format(**place) if isinstance(value, str) else value
+        for name, value in changes.items()
+    }
+    if "judge" in changes:
+        changes |= {"comply_tokens": (), "refuse_tokens": ()}
+    asked = settings(organism, tmp_path / "out", **{"units": ("mlp:1",)} | changes)
+    with pytest.raises(InputError) as error:
+        clamp.run(asked, progress=False)
+    assert message.format(**place) in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_edit_that_no_weights_hold_is_not_to_be_exported(tmp_path):
     asked = ClampSettings(
         "model",
@@ -488,7 +535,17 @@ def test_prompts_that_are_too_few_or_of_one_kind_are_refused(organism, units, tm
     complied = [
         line for line in lines if " J " in json.loads(line)["prompt"] or '"label": "benign"' in line
     ]
-    refused(complied, "the plain model refuses 0, and their mean needs 8")
+    refused(
+        complied,
+        "--edit=refused: of 48 harmful prompts that values are measured on the plain model refuses "
+        "0, and their mean needs 8: give more harmful --prompts of other splits than C, or give "
+        "--edit=benign, zero or source",
+    )
+    refused(
+        lines,
+        "of 8 harmful prompts that values are measured on the plain model refuses",
+        most_prompts=8,
+    )
     tested = [line for line in lines if '"split": "C"' in line]
     missing = "--split=C: 0 harmful prompts are in the other splits, where it is measured "
     refused(tested, missing + "which units are like these (--random=3)", edit="zero")
@@ -533,7 +590,7 @@ def test_units_of_a_run_that_saw_the_tested_prompts_are_refused(organism, tmp_pa
     assert not {line["id"] for line in keyed} & set(seen.pair_ids)
     with pytest.raises(InputError, match=r"of 120 prompts, as 'harmful-002' \(.*\), are among"):
         clamp.run(asked, progress=False)
-    tested = asking.read_prompts(asked, asking.load(asked))
+    tested = asking.as_asked(asked, asking.read_files(asked), asking.load(asked))
     said, skips = [], dataclasses.replace(asked, skip_bad_prompts=True)
     kept = clamp._held_out(skips, tested, seen, said.append)
     assert len(tested) - len(kept) == 6 and said[0].startswith("Skipped: --split=C: 6 of ")
@@ -587,7 +644,7 @@ def test_each_prompt_may_be_held_at_its_counterfactual(organism, units, tmp_path
             assert letter == "C"
     lines[5]["counterfactual"] = lines[6]["counterfactual"]
     file.write_text("\n".join(map(json.dumps, lines)))
-    with pytest.raises(InputError, match="with another setting: sources_hash was"):
+    with pytest.raises(InputError, match="but not of the same counterfactuals"):
         clamp.run(asked, progress=False)
 
 

@@ -196,6 +196,23 @@ def test_pairs_of_the_asked_splits_alone_are_used(asked, tmp_path, capsys):
         mediate.run(dataclasses.replace(some, split=("B",)))
 
 
+def test_so_many_pairs_are_drawn_and_another_number_is_another_run(asked, tmp_path, capsys):
+    lines = [PAIRS[0] | {"id": str(number)} for number in range(9)]
+    file = str(write(tmp_path / "pairs.jsonl", *lines))
+    some = to(asked, tmp_path, pairs=file, granularity=("layer",), most_pairs=4)
+    found = mediate.measure(some)[0]
+    assert found.run["most_pairs"] == len(found.pair_ids) == 4
+    assert "4 of 9 pairs are drawn (--most_pairs)" in capsys.readouterr().err
+    # Not the first, and in the file's order; fewer are among more.
+    assert found.pair_ids != ("0", "1", "2", "3") and sorted(found.pair_ids) == list(found.pair_ids)
+    more = mediate.measure(dataclasses.replace(some, out=str(tmp_path / "more"), most_pairs=5))[0]
+    assert set(found.pair_ids) < set(more.pair_ids)
+    with pytest.raises(InputError, match="other settings: --most_pairs was 4, is now 5: give them"):
+        mediate.measure(dataclasses.replace(some, most_pairs=5))
+    all_of_them = dataclasses.replace(some, out=str(tmp_path / "all"), most_pairs=9)
+    assert len(mediate.measure(all_of_them)[0].pair_ids) == 9
+
+
 def test_run_json_says_what_was_asked_and_how_it_was_computed(asked, finished):
     run = described(finished.folder)
     flags = json.loads(json.dumps(dataclasses.asdict(asked)))
@@ -208,7 +225,7 @@ def test_run_json_says_what_was_asked_and_how_it_was_computed(asked, finished):
     assert run["precision"] == run["matmul_precision"] == "float32"
     assert run["versions"]["jax"] == jax.__version__
     assert run["weights_hash"] == checkpoint.weights_hash(checkpoint.resolve(asked.model))
-    assert run["seeds"] == {"bootstrap": 0, "screen": 0}
+    assert run["seeds"] == {"bootstrap": 0, "screen": 0, "draw": 0}
 
 
 def test_a_summary_has_a_row_for_every_unit_and_estimand(finished):
@@ -379,7 +396,7 @@ def test_another_setting_in_the_same_folder_is_refused_by_name(
     name, value, asked, copied, scans, tmp_path
 ):
     before = described(copied)
-    with pytest.raises(InputError, match=f"another setting: {name} was .*overwrite this one"):
+    with pytest.raises(InputError, match=f"other settings: --{name} was .*--overwrite"):
         mediate.run(to(asked, tmp_path, **{name: value}))
     assert scans == [] and described(copied) == before
 
@@ -391,7 +408,7 @@ def test_other_pairs_under_the_same_name_are_refused(change, asked, copied, tmp_
     pairs = write(tmp_path / "pairs.jsonl", PAIRS[0] | change, *PAIRS[1:])
     run = described(copied) | {"pairs": str(pairs)}
     (copied / "run.json").write_text(json.dumps(run))
-    with pytest.raises(InputError, match="another setting: pairs_hash was"):
+    with pytest.raises(InputError, match=r"not of the same pairs \(what --pairs holds\): choose"):
         mediate.run(to(asked, tmp_path, pairs=str(pairs)))
 
 
@@ -411,7 +428,7 @@ def test_other_weights_under_the_same_name_are_refused(asked, copied, tmp_path):
     tiny.save(tmp_path / "model", seed=1, **SHAPE)
     run = described(copied) | {"model": str(tmp_path / "model")}
     (copied / "run.json").write_text(json.dumps(run))
-    with pytest.raises(InputError, match="another setting: weights_hash was"):
+    with pytest.raises(InputError, match=r"not of the same weights \(what --model holds\)"):
         mediate.run(to(asked, tmp_path, model=str(tmp_path / "model")))
 
 
@@ -430,9 +447,9 @@ def test_another_adapter_under_the_same_name_is_refused(asked, model, tmp_path):
     assert described(plain.folder)["adapter_hash"] is None
     assert np.abs(plain.te - results.Results.open(settings.out).te).max() > 1e-3
     lora.write(name, tensors, lora_alpha=1, **options)
-    with pytest.raises(InputError, match="another setting: adapter_hash was"):
+    with pytest.raises(InputError, match=r"not of the same adapter \(what --adapter holds\)"):
         mediate.run(settings)
-    with pytest.raises(InputError, match="another setting: adapter was"):
+    with pytest.raises(InputError, match="other settings: --adapter was"):
         mediate.run(dataclasses.replace(settings, adapter=""))
 
 
@@ -552,6 +569,9 @@ def test_a_file_without_a_usable_pair_is_refused_though_bad_pairs_may_be_skipped
         ({"joint_pairs": 3}, "--joint_pairs needs --joint_size"),
         ({"date": "31.1.2026"}, "--date=31.1.2026: must be a day"),
         ({"template_args": "[1]"}, "--template_args=[1]: must be a JSON object"),
+        ({"pairs": "gone.jsonl"}, "gone.jsonl: there is no such file"),
+        ({"pairs": __file__}, f"{__file__}:1: not JSON"),
+        ({"directions": "gone.npz"}, "gone.npz: there is no such file"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused_before_the_model_is_loaded(
@@ -581,7 +601,6 @@ def test_a_folder_that_cannot_be_the_results_is_refused(out, asked, scans, tmp_p
         ({"screen": 9, "group_size": 3}, "--screen=9: the model has 8 groups of neurons"),
         ({"joint_size": 25}, "--joint_size=25: the model has 24 neurons"),
         ({"memory_gb": 0.001}, "memory_gb=0.001 (--memory_gb): model and program take"),
-        ({"directions": "gone.npz"}, "gone.npz: no npz file of plain arrays"),
     ],
 )
 def test_settings_that_the_model_does_not_allow_are_refused_before_anything_is_written(
@@ -656,7 +675,7 @@ def test_a_file_of_directions_adds_them_to_what_is_asked(asked, finished, vector
     np.savez(tmp_path / "other.npz", **{**other, "residual.0": -other["residual.0"]})
     path = described(run.folder) | {"directions": str(tmp_path / "other.npz")}
     (run.folder / "run.json").write_text(json.dumps(path))
-    with pytest.raises(InputError, match="another setting: directions_hash was"):
+    with pytest.raises(InputError, match="not of the same directions"):
         mediate.run(dataclasses.replace(settings, directions=str(tmp_path / "other.npz")))
 
 
@@ -746,7 +765,7 @@ def test_a_screened_run_goes_on_with_the_same_neurons(
     assert scored == ["even", "longer", "longer", "short"]  # each estimate is kept
     assert [pair for pair, _ in scans] == ["even", "longer", "longer", "short"]
     assert_same_arrays(tmp_path / "out", screened.folder)
-    with pytest.raises(InputError, match="another setting: screen was 2, is now 3"):
+    with pytest.raises(InputError, match="other settings: --screen was 2, is now 3"):
         mediate.run(dataclasses.replace(settings, screen=3))
 
 

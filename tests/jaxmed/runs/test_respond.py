@@ -374,7 +374,7 @@ def test_the_nearest_counterfactuals_are_told(ask, folders):
     ]
     asked = ask(*(row | {"split": "A"} for row in rows), counterfactual="length")
     model = asking.load(asked)
-    prompts = asking.read_prompts(asked, model)
+    prompts = asking.as_asked(asked, asking.read_files(asked), model)
 
     def said(**changes):
         told = []
@@ -532,18 +532,29 @@ def test_a_folder_can_be_paired_otherwise_and_sampled_further(run, monkeypatch):
     assert (more.folder / "responses.jsonl").read_bytes().startswith(kept)
     said = json.loads((more.folder / "run.json").read_text())
     assert (said["samples"], said["counterfactual"], said["count"]) == (6, "length", 2)
-    with pytest.raises(InputError, match="another setting: temperature was 1.0, is now 0.5"):
+    with pytest.raises(InputError, match="other settings: --temperature was 1.0, is now 0.5"):
         run(*HARMFUL, *BENIGN, temperature=0.5)
-    with pytest.raises(InputError, match="another setting: prompts_hash was"):
+    with pytest.raises(InputError, match=r"not of the same prompts \(what --prompts hold\)"):
         run(*HARMFUL)
     run(*HARMFUL, temperature=0.5, overwrite=True)
     assert len(asked) == 4 * 3 + 3 * 6
 
 
-def test_another_kind_of_run_is_not_gone_on_with(run, tmp_path):
+def test_another_kind_of_run_is_not_gone_on_with(run, tmp_path, monkeypatch):
     claims.claim(tmp_path / "out", {"program": "clamp"}, ())
+    monkeypatch.setattr(asking, "load", lambda *_: pytest.fail("was loaded"))
     with pytest.raises(InputError, match="holds another kind of run: choose another folder"):
         run(*HARMFUL)
+    (tmp_path / "out" / "run.json").rename(tmp_path / "out" / "mine.json")
+    with pytest.raises(InputError, match="holds files of something else: choose another folder"):
+        run(*HARMFUL)
+
+
+def test_a_file_of_prompts_that_is_not_there_is_told_before_the_model_is_loaded(monkeypatch):
+    monkeypatch.setattr(asking, "load", lambda *_: pytest.fail("was loaded"))
+    asked = RespondSettings(model="m", prompts=("gone.jsonl",), out="out")
+    with pytest.raises(InputError, match=r"^gone.jsonl: there is no such file"):
+        respond_lib.run(asked, progress=False)
 
 
 def test_ignored_keys_of_config_json_stay(run):
@@ -665,7 +676,7 @@ def test_bad_input_leaves_nothing_behind(case, ask, folders, tmp_path, monkeypat
 def test_prompts_without_counterfactual_can_be_left_out(ask, folders, tmp_path):
     asked = ask(*HARMFUL, ALONE | {"id": "x"}, skip_bad_prompts=True)
     said, model = [], asking.load(asked)
-    prompts = asking.read_prompts(asked, model)
+    prompts = asking.as_asked(asked, asking.read_files(asked), model)
     pairs = respond_lib.find_pairs(asked, model, prompts, said.append)
     assert [pair.base for pair in pairs] == ["h0", "h1", "h2"]
     assert said[0].endswith("prompt 'x' cannot be paired: its file gives no counterfactual")

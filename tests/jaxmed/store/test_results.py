@@ -10,6 +10,7 @@ import zarr
 from jaxmed.question import effects, sites
 from jaxmed.question.effects import Status
 from jaxmed.store import results
+from models.errors import InputError
 
 SITES = ("residual", "mlp")
 SIZES = effects.Sizes(layers=3, heads=2, neurons=5, positions=4, sites=SITES, directions=6)
@@ -197,20 +198,34 @@ def test_a_finished_run_with_measured_extras_can_be_opened_again(tmp_path):
 @pytest.mark.parametrize(
     "changes, named",
     [
-        ({"run": {**RUN, "positions": "prompt"}}, 'positions was "last", is now "prompt"'),
-        ({"run": {key: RUN[key] for key in RUN if key != "seed"}}, "seed was 1, is now null"),
-        ({"run": {**RUN, "added": 2}}, "added was null, is now 2"),
-        ({"pair_ids": ["b", "a"]}, "pair_ids was"),
-        ({"sizes": effects.Sizes(3, 2, 6, 4)}, "sizes was"),
-        ({"granularities": ["layer"]}, "granularities was"),
+        ({"run": {**RUN, "positions": "prompt"}}, '--positions was "last", is now "prompt"'),
+        ({"run": {key: RUN[key] for key in RUN if key != "seed"}}, "--seed was 1, is now null"),
+        ({"run": {**RUN, "added": 2}}, "--added was null, is now 2"),
+        ({"pair_ids": ["b", "a"]}, "not of the same pairs (what --pairs holds): choose"),
+        (
+            {"sizes": effects.Sizes(3, 2, 6, 4)},
+            "not of the same sizes (of model, pairs and directions)",
+        ),
+        ({"granularities": ["layer"]}, "not of the same granularities"),
     ],
 )
 def test_another_setting_is_named_and_nothing_is_touched(tmp_path, changes, named):
     start(tmp_path).write(0, "layer", *random_effects("layer"))
-    with pytest.raises(ValueError, match="choose another folder, or overwrite this one") as error:
+    with pytest.raises(ValueError, match="choose another --out, or --overwrite") as error:
         start(tmp_path, **changes)
     assert named in str(error.value)
     assert start(tmp_path).missing("layer") == [1]
+
+
+def test_every_other_setting_is_named_with_both_values(tmp_path):
+    """And not what only follows from them."""
+    start(tmp_path)
+    with pytest.raises(InputError) as error:
+        start(tmp_path, run={**RUN, "seed": 2, "positions": "prompt"}, pair_ids=["b", "a"])
+    assert str(error.value) == (
+        f'{tmp_path} holds a run with other settings: --positions was "last", is now "prompt"; '
+        "--seed was 1, is now 2: give them as they were, or choose another --out, or --overwrite"
+    )
 
 
 def test_overwrite_deletes_only_what_a_run_wrote(tmp_path):
