@@ -6,7 +6,10 @@ branches), `test_difference_families` (decoder blocks).
 """
 
 import functools
+import os
 import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +19,7 @@ import pytest
 from jax import lax
 from mpmath import mpf
 
+from jaxmed.engine import difference as difference_lib
 from jaxmed.question.metrics import logsumexp_last_axis
 from models.layers import inverse_rms_last_axis, softmax_last_axis
 from tests.jaxmed.engine.blocks import difference, layer_norm, log_softmax_last_axis
