@@ -160,6 +160,8 @@ def _prompts(pair):
 class Hooked:
     """Effects by the definition: a run of transformers' model in float64 with a unit replaced.
 
+    Each unit's run is one row of a batch of the same prompt, so no row is padded.
+
     Attributes:
         model: transformers' model.
         last: how many positions are patched, from the end.
@@ -190,57 +192,84 @@ class Hooked:
         return self.neurons[layer], True, (index, index + 1)
 
     @torch.inference_mode()
-    def run(self, tokens, answers, values):
-        """The logit difference at the end, and what was at each place before it was replaced.
+    def run(self, tokens, answers, rows, changes):
+        """The logit difference at the end of each row, which are all of the same prompt.
 
         Args:
             tokens: of the prompt.
             answers: the two tokens.
-            values: by place, what is put there; None to only look.
+            rows: how many.
+            changes: by place, a function that is given its activation at the last positions,
+                [row, position, column], and may write into it.
         """
-        seen = {}
 
-        def replaced(place, activation):
-            columns = slice(*place[2])
-            seen[place] = activation[0, -self.last :, columns].clone()
-            if values[place] is not None:
-                activation = activation.clone()
-                activation[0, -self.last :, columns] = values[place]
+        def changed(place, activation):
+            activation = activation.clone()
+            changes[place](activation[:, -self.last :, slice(*place[2])])
             return activation
 
         def before(place, module, inputs):
-            return (replaced(place, inputs[0]), *inputs[1:])
+            return (changed(place, inputs[0]), *inputs[1:])
 
         def after(place, module, inputs, output):
             if isinstance(output, tuple):
-                return (replaced(place, output[0]), *output[1:])
-            return replaced(place, output)
+                return (changed(place, output[0]), *output[1:])
+            return changed(place, output)
 
         hooks = [
             place[0].register_forward_pre_hook(functools.partial(before, place))
             if place[1]
             else place[0].register_forward_hook(functools.partial(after, place))
-            for place in values
+            for place in changes
         ]
-        logits = self.model(torch.tensor([tokens]), logits_to_keep=1).logits[0, -1]
+        logits = self.model(torch.tensor([tokens] * rows), logits_to_keep=1).logits[:, -1]
         for hook in hooks:
             hook.remove()
-        return float(logits[answers[0]] - logits[answers[1]]), seen
+        return (logits[:, answers[0]] - logits[:, answers[1]]).numpy()
 
-    def effects(self, base, source, answers, granularity, units):
-        """NIE and TIE of each unit, [unit, 2]."""
-        places = [self.where(granularity, unit) for unit in units]
-        y_base, of_base = self.run(base, answers, dict.fromkeys(places))
-        y_source, of_source = self.run(source, answers, dict.fromkeys(places))
-        return np.array(
-            [
-                (
-                    self.run(base, answers, {place: of_source[place]})[0] - y_base,
-                    y_source - self.run(source, answers, {place: of_base[place]})[0],
-                )
-                for place in places
-            ]
-        )
+    def plain(self, tokens, answers, places):
+        """The logit difference of a run that is left as it is, and what is at each place."""
+        seen = {}
+
+        def look(place, activation):
+            seen[place] = activation[0].clone()
+
+        looks = {place: functools.partial(look, place) for place in places}
+        return self.run(tokens, answers, 1, looks)[0], seen
+
+    def patched(self, tokens, answers, values):
+        """The logit difference of one run for each place, which alone has its values there."""
+
+        def write(row, value, activation):
+            activation[row] = value
+
+        writes = {
+            place: functools.partial(write, row, value)
+            for row, (place, value) in enumerate(values.items())
+        }
+        return self.run(tokens, answers, len(values), writes)
+
+    def effects(self, base, source, answers, chosen):
+        """NIE and TIE of each unit, [unit, 2], by granularity."""
+        places = {
+            granularity: [self.where(granularity, unit) for unit in units]
+            for granularity, units in chosen.items()
+        }
+        every = [place for some in places.values() for place in some]
+        y_base, of_base = self.plain(base, answers, every)
+        y_source, of_source = self.plain(source, answers, every)
+        return {
+            granularity: np.stack(
+                [
+                    self.patched(base, answers, {place: of_source[place] for place in some})
+                    - y_base,
+                    y_source
+                    - self.patched(source, answers, {place: of_base[place] for place in some}),
+                ],
+                axis=1,
+            )
+            for granularity, some in places.items()
+        }
 
 
 def test_effects(folder, ours):
@@ -273,8 +302,9 @@ def test_effects(folder, ours):
         decoder, [pair], tuple(chosen), positions="prompt", chosen=chosen, progress=False
     )
     hooked = Hooked(theirs(folder, "float64"), min(len(base), len(source)))
+    all_wanted = hooked.effects(base, source, answers, chosen)
     for granularity, units in chosen.items():
-        wanted = hooked.effects(base, source, answers, granularity, units)
+        wanted = all_wanted[granularity]
         index = [
             (layer, ("attention", "mlp").index(u) if isinstance(u, str) else u)
             for layer, u in units
