@@ -76,7 +76,10 @@ def unpack(file: pathlib.Path, folder: pathlib.Path) -> None:
         "trust_remote_code": False,
     }
     with failures_as(CheckpointError, str(file)):
+        config = transformers.AutoConfig.from_pretrained(**named)
+        families.get(config.model_type)
         tokenizer = transformers.AutoTokenizer.from_pretrained(**named)
+    _refuse_untold(file, config)
     if fields.get("tokenizer.ggml.model") == "gpt2":
         _split_as_told(file, fields, tokenizer)
     elif not fields["general.architecture"].startswith("gemma"):  # which transformers does right
@@ -88,10 +91,8 @@ def unpack(file: pathlib.Path, folder: pathlib.Path) -> None:
             quantization_config=transformers.GgufConfig(dequantize=True),
             output_loading_info=True,
         )
-        families.get(model.config.model_type)
     if lacking := {kind: sorted(map(str, found)) for kind, found in loading.items() if found}:
         raise CheckpointError(f"{file}: does not hold what its model needs: {lacking}")
-    _refuse_untold(file, model.config)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
