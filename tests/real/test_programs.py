@@ -54,8 +54,6 @@ def test_in_a_row(prompts, tmp_path):
         *FEW[:1],
         f"--pairs={answered}/pairs.jsonl",
         "--granularity=module,head",
-        "--metric=response_logprob_diff",
-        "--positions=prompt",
         f"--out={found}",
     )
     summary = pd.read_parquet(found / "summary.parquet")
