@@ -13,7 +13,7 @@ pytestmark = pytest.mark.real
 
 # Published sets of prompts, which lie beside a checkout or nowhere: no text of them is in it.
 SETS = process.ROOT.parent / "shared" / "data"
-# Of the harmful ones 10 are in split A and 8 in the others; an interval, and a draw of units, need 8.
+# Of the harmful ones 10 are in split A and 8 in the others: an interval needs 8, and so do draws.
 HARMFUL, BENIGN = 18, 60
 FEW = ["--chat", "--max_tokens=12"]
 
