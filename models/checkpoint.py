@@ -1041,10 +1041,14 @@ def _write_weights(decoder: Decoder, folder: pathlib.Path, max_shard_bytes: int)
         return row.join([numbers_on_host(a if row.layer is None else a[row.layer]) for a in arrays])
 
     for file, names in plan.filename_to_tensors.items():
+        # safetensors lets only the user read what it writes; others may as the umask says.
+        (folder / file).touch()
+        mode = (folder / file).stat().st_mode
         # transformers reads only files that are marked as written for torch.
         safetensors.numpy.save_file(
             {name: values(rows[name]) for name in names}, folder / file, {"format": "pt"}
         )
+        (folder / file).chmod(mode)
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         _write_json(folder / INDEX, index)

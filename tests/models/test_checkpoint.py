@@ -1,6 +1,7 @@
 """Checkpoints are read and written exactly, or refused with one message that names the fault."""
 
 import json
+import os
 import shutil
 
 import huggingface_hub
@@ -134,6 +135,19 @@ def test_sharded(tmp_path):
     checkpoint.save(decoder, tmp_path / "model", max_shard_bytes=20_000)
     assert len(list((tmp_path / "model").glob("*.safetensors"))) > 2
     assert_equal(models.load(tmp_path / "model")[0], decoder)
+
+
+def test_files_may_be_read_by_whom_the_umask_lets(tmp_path):
+    before = os.umask(0o027)
+    try:
+        checkpoint.save(
+            tiny.decoder(), tmp_path / "model", tokenizer=words.tokenizer(), max_shard_bytes=20_000
+        )
+    finally:
+        os.umask(before)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "model").iterdir()}
+    assert len([name for name in modes if name.endswith(".safetensors")]) > 1
+    assert set(modes.values()) == {0o640}, modes
 
 
 def test_save_refuses_a_folder_in_use(folder):

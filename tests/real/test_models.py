@@ -1,6 +1,8 @@
 """Published models: logits, layers, texts and effects against transformers and hooks in torch."""
 
 import functools
+from collections import Counter
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -157,8 +159,20 @@ def _prompts(pair):
     return pair.prompt_ids, pair.counterfactual_ids
 
 
+class Place(NamedTuple):
+    """What a unit computes: columns of a module's input or output, from the first to the last."""
+
+    layer: int
+    module: torch.nn.Module
+    of_input: bool
+    columns: tuple[int | None, int | None]
+
+
 class Hooked:
     """Effects by the definition: a run of transformers' model in float64 with a unit replaced.
+
+    The runs of many units are rows of one batch. All are of the same prompt, so nothing is padded;
+    and each is the plain run up to its unit's layer, so it joins the batch there.
 
     Attributes:
         model: transformers' model.
@@ -167,7 +181,7 @@ class Hooked:
 
     def __init__(self, model, last):
         self.model, self.last = model, last
-        blocks = model.base_model.layers
+        self.blocks = blocks = model.base_model.layers
         norms = hasattr(blocks[0], "post_feedforward_layernorm")
         self.heads = [block.self_attn.o_proj for block in blocks]
         self.neurons = [block.mlp.down_proj for block in blocks]
@@ -180,67 +194,96 @@ class Hooked:
         ]
 
     def where(self, granularity, unit):
-        """The module patched, whether its input is, and the columns from the first to the last."""
         layer, index = unit
         if granularity == "module":
-            return self.modules[layer][("attention", "mlp").index(index)], False, (None, None)
+            module = self.modules[layer][("attention", "mlp").index(index)]
+            return Place(layer, module, False, (None, None))
         if granularity == "head":
             size = self.model.config.head_dim
-            return self.heads[layer], True, (index * size, (index + 1) * size)
-        return self.neurons[layer], True, (index, index + 1)
+            return Place(layer, self.heads[layer], True, (index * size, (index + 1) * size))
+        return Place(layer, self.neurons[layer], True, (index, index + 1))
 
     @torch.inference_mode()
-    def run(self, tokens, answers, values):
-        """The logit difference at the end, and what was at each place before it was replaced.
+    def run(self, tokens, answers, changes, joining=()):
+        """The logit difference at the end of each row: of the plain run, and of those that join.
 
         Args:
             tokens: of the prompt.
             answers: the two tokens.
-            values: by place, what is put there; None to only look.
+            changes: by place, a function that is given what is there at the last positions,
+                [row, position, column], and may write into it.
+            joining: ascending layers; for each, a row joins before it.
         """
-        seen = {}
 
-        def replaced(place, activation):
-            columns = slice(*place[2])
-            seen[place] = activation[0, -self.last :, columns].clone()
-            if values[place] is not None:
-                activation = activation.clone()
-                activation[0, -self.last :, columns] = values[place]
+        def join(rows, block, inputs):
+            return (torch.cat([inputs[0], inputs[0][:1].expand(rows, -1, -1)]), *inputs[1:])
+
+        def changed(place, activation):
+            activation = activation.clone()
+            changes[place](activation[:, -self.last :, slice(*place.columns)])
             return activation
 
         def before(place, module, inputs):
-            return (replaced(place, inputs[0]), *inputs[1:])
+            return (changed(place, inputs[0]), *inputs[1:])
 
         def after(place, module, inputs, output):
             if isinstance(output, tuple):
-                return (replaced(place, output[0]), *output[1:])
-            return replaced(place, output)
+                return (changed(place, output[0]), *output[1:])
+            return changed(place, output)
 
         hooks = [
-            place[0].register_forward_pre_hook(functools.partial(before, place))
-            if place[1]
-            else place[0].register_forward_hook(functools.partial(after, place))
-            for place in values
+            place.module.register_forward_pre_hook(functools.partial(before, place))
+            if place.of_input
+            else place.module.register_forward_hook(functools.partial(after, place))
+            for place in changes
         ]
-        logits = self.model(torch.tensor([tokens]), logits_to_keep=1).logits[0, -1]
+        hooks += [
+            self.blocks[layer].register_forward_pre_hook(functools.partial(join, rows))
+            for layer, rows in Counter(joining).items()
+        ]
+        ran = self.model(torch.tensor([tokens]), use_cache=False, logits_to_keep=1)
         for hook in hooks:
             hook.remove()
-        return float(logits[answers[0]] - logits[answers[1]]), seen
+        first, second = ran.logits[:, -1, list(answers)].numpy().T
+        return first - second
 
-    def effects(self, base, source, answers, granularity, units):
-        """NIE and TIE of each unit, [unit, 2]."""
-        places = [self.where(granularity, unit) for unit in units]
-        y_base, of_base = self.run(base, answers, dict.fromkeys(places))
-        y_source, of_source = self.run(source, answers, dict.fromkeys(places))
-        return np.array(
-            [
-                (
-                    self.run(base, answers, {place: of_source[place]})[0] - y_base,
-                    y_source - self.run(source, answers, {place: of_base[place]})[0],
-                )
-                for place in places
-            ]
-        )
+    def seen(self, tokens, answers, places):
+        """What is at each place in the plain run."""
+        found = {}
+
+        def look(place, activation):
+            found[place] = activation[0].clone()
+
+        self.run(tokens, answers, {place: functools.partial(look, place) for place in places})
+        return found
+
+    def changes(self, tokens, answers, values):
+        """What the logit difference changes by where one place has its values, by place."""
+
+        def write(row, value, activation):
+            activation[row] = value
+
+        places = sorted(values, key=lambda place: place.layer)
+        writes = {
+            place: functools.partial(write, row, values[place])
+            for row, place in enumerate(places, start=1)
+        }
+        plain, *changed = self.run(tokens, answers, writes, [place.layer for place in places])
+        return dict(zip(places, np.array(changed) - plain, strict=True))
+
+    def effects(self, base, source, answers, chosen):
+        """NIE and TIE of each unit, [unit, 2], by granularity."""
+        places = {
+            granularity: [self.where(granularity, unit) for unit in units]
+            for granularity, units in chosen.items()
+        }
+        every = [place for some in places.values() for place in some]
+        nie = self.changes(base, answers, self.seen(source, answers, every))
+        tie = self.changes(source, answers, self.seen(base, answers, every))
+        return {
+            granularity: np.array([(nie[place], -tie[place]) for place in some])
+            for granularity, some in places.items()
+        }
 
 
 def test_effects(folder, ours):
@@ -273,8 +316,9 @@ def test_effects(folder, ours):
         decoder, [pair], tuple(chosen), positions="prompt", chosen=chosen, progress=False
     )
     hooked = Hooked(theirs(folder, "float64"), min(len(base), len(source)))
+    all_wanted = hooked.effects(base, source, answers, chosen)
     for granularity, units in chosen.items():
-        wanted = hooked.effects(base, source, answers, granularity, units)
+        wanted = all_wanted[granularity]
         index = [
             (layer, ("attention", "mlp").index(u) if isinstance(u, str) else u)
             for layer, u in units

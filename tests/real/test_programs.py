@@ -13,7 +13,8 @@ pytestmark = pytest.mark.real
 
 # Published sets of prompts, which lie beside a checkout or nowhere: no text of them is in it.
 SETS = process.ROOT.parent / "shared" / "data"
-HARMFUL, BENIGN = 9, 60
+# Of the harmful ones 10 are in split A and 8 in the others: an interval needs 8, and so do draws.
+HARMFUL, BENIGN = 18, 60
 FEW = ["--chat", "--max_tokens=12"]
 
 
@@ -54,8 +55,8 @@ def test_in_a_row(prompts, tmp_path):
         *FEW[:1],
         f"--pairs={answered}/pairs.jsonl",
         "--granularity=module,head",
-        "--metric=response_logprob_diff",
-        "--positions=prompt",
+        "--split=B,C",
+        "--skip_bad_pairs",  # answers that begin as the template does
         f"--out={found}",
     )
     summary = pd.read_parquet(found / "summary.parquet")
@@ -71,7 +72,8 @@ def test_in_a_row(prompts, tmp_path):
         "--edit=zero",
         "--random=1",
         "--nomodule",
-        "--most_prompts=2",
+        "--split=A",
+        "--most_prompts=8",
         f"--out={clamped}",
     )
     assert (clamped / "report.html").is_file()
