@@ -152,7 +152,7 @@ def stored_dtype(
         CheckpointError: naming the file that cannot be read.
     """
     _check_adapter(folder, adapter)
-    family = families.get(_read_config(folder, ignore_config).family)
+    family = families.get(read_config(folder, ignore_config).family)
     return _widest(_headers(folder, family) | _adapter_tensors(adapter))
 
 
@@ -320,7 +320,7 @@ class Source:
             CheckpointError, adapters.AdapterError: naming the file, and the tensor or attribute.
         """
         _check_adapter(folder, adapter)
-        config = _read_config(folder, ignore_config)
+        config = read_config(folder, ignore_config)
         family = families.get(config.family)
         stored, added = _headers(folder, family), _adapter_tensors(adapter)
         config = dataclasses.replace(config, dtype=_widest(stored | added))
@@ -871,7 +871,7 @@ def _widest(stored: Mapping[str, _Stored]) -> str:
     return jnp.dtype(functools.reduce(jnp.promote_types, dtypes)).name
 
 
-def _read_config(folder: pathlib.Path, ignored: Collection[str]) -> DecoderConfig:
+def read_config(folder: pathlib.Path, ignored: Collection[str]) -> DecoderConfig:
     file = folder / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{folder}: has no config.json; is it a Hugging Face checkpoint?")
