@@ -871,7 +871,16 @@ def _widest(stored: Mapping[str, _Stored]) -> str:
     return jnp.dtype(functools.reduce(jnp.promote_types, dtypes)).name
 
 
-def read_config(folder: pathlib.Path, ignored: Collection[str]) -> DecoderConfig:
+def read_config(folder: pathlib.Path, ignored: Collection[str] = ()) -> DecoderConfig:
+    """The shape of a checkpoint's model, by its config.json alone.
+
+    Args:
+        folder: of the checkpoint.
+        ignored: as `ignore_config` in `load`.
+
+    Raises:
+        CheckpointError: naming the file, and the key.
+    """
     file = folder / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{folder}: has no config.json; is it a Hugging Face checkpoint?")

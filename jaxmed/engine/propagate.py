@@ -228,7 +228,7 @@ def carry(
     """
     traits = decoder.traits
     first_stages = jnp.min(stages, axis=1)
-    changed = functools.partial(_changes, matmul_precision=matmul_precision)
+    changed = functools.partial(changes_of, matmul_precision=matmul_precision)
 
     def run_half(f, value, stage, differences):
         """What reads the stream at a stage, for the rows that have joined by then; the others
@@ -241,7 +241,8 @@ def carry(
             batch = jnp.where(joined, moved, batch)
             return jax.lax.dynamic_update_index_in_dim(differences, batch, index, axis=0)
 
-        return jax.lax.fori_loop(0, jnp.sum(first_stages <= stage), run_batch, differences)
+        with jax.named_scope(f.__name__):
+            return jax.lax.fori_loop(0, jnp.sum(first_stages <= stage), run_batch, differences)
 
     def run_layer(layer, differences):
         block = decoder.block(layer)
@@ -296,7 +297,7 @@ def read_changes(
         return read(decoder, metric, residual, reading, last_prompt)
 
     def read_batch(index, found):
-        batch = _changes(y, residual, differences[index], matmul_precision)
+        batch = changes_of(y, residual, differences[index], matmul_precision)
         return jax.lax.dynamic_update_index_in_dim(found, batch, index, axis=0)
 
     last = 2 * decoder.config.num_layers
@@ -305,7 +306,7 @@ def read_changes(
     return jax.lax.fori_loop(0, live, read_batch, nothing)
 
 
-def _changes(
+def changes_of(
     f: Callable, value: Float[Array, "S d"], changes: Float[Array, "B S d"], matmul_precision: str
 ):
     """f(value + change) - f(value) for every change of a batch; the value stays unbatched."""

@@ -1,5 +1,5 @@
-"""How fast the engine is on this machine, against its matrix products and against other ways; or
-how exact."""
+"""How fast the engine is on this machine, against its matrix products and against other ways; how
+exact; or what a compiler for TPUs expects of it."""
 
 import dataclasses
 import importlib.util
@@ -10,12 +10,14 @@ from collections.abc import Callable
 
 import models
 from jaxmed.data import pairs
+from jaxmed.engine import propagate
+from jaxmed.question.sites import GRANULARITIES
 from jaxmed.report import benchmark as tables
 from jaxmed.runs import settings as settings_lib
 from jaxmed.runs import sweep
 from jaxmed.runs.settings import setting
-from jaxmed.validation import benchmark, numerical_error, presets, truth
-from models import organisms
+from jaxmed.validation import benchmark, chips, numerical_error, presets, truth
+from models import checkpoint, organisms
 from models.errors import InputError
 
 
@@ -70,12 +72,48 @@ class BenchmarkSettings:
         default=None,
         least=1e-3,
     )
+    compile_for: tuple[str, ...] = setting(
+        help="Instead of speed: compiles all programs for one chip of each of these topologies, "
+        "as v5e:2x2,v6e:2x4, and tells the cycles that the compiler expects, and the memory. It "
+        "takes no TPU, but the tpu extra.",
+        default=(),
+        commas=True,
+    )
+    model: str | None = setting(
+        help="Folder of a checkpoint whose config.json gives the shape, for --preset.",
+        default=None,
+        needs="compile_for",
+        path=True,
+    )
+    precisions: tuple[str, ...] = setting(
+        help="Precisions of products with differences that are compiled.",
+        default=tuple(propagate.MATMUL_PRECISIONS),
+        choices=propagate.MATMUL_PRECISIONS,
+        commas=True,
+        needs="compile_for",
+    )
+    only_neurons: bool = setting(
+        help="Only the programs of a scan of neurons, which the last table is about.",
+        default=False,
+        needs="compile_for",
+    )
+    rows: int = setting(
+        help="Rows of a batch; 0 for as many as the engine takes on such a chip.",
+        default=0,
+        least=0,
+        needs="compile_for",
+    )
 
 
+_PROMPT = 64  # tokens of a prompt, where no preset says how many
 # Settings that say nothing to a mode.
 _IDLE = {
-    "accuracy": ("generate", "preset", "screen", "layers", "neurons", "rounds", "memory_gb"),
-    "generate": ("screen", "neurons", "organism"),
+    "accuracy": (
+        *("generate", "compile_for", "preset", "screen", "layers", "neurons", "rounds"),
+        "memory_gb",
+    ),
+    "generate": ("compile_for", "screen", "neurons", "organism"),
+    "compile_for": ("against", "screen", "neurons", "rounds", "organism"),
 }
 
 
@@ -94,6 +132,8 @@ def run(settings: BenchmarkSettings, say: Callable[[str], None] = sweep.tell) ->
         measured, lines = _accuracy(settings)
     elif settings.generate:
         measured, lines = _generation(settings)
+    elif settings.compile_for:
+        measured, lines = _compilation(settings)
     else:
         measured, lines = _speed(settings)
     for line in lines:
@@ -113,6 +153,8 @@ def check(settings: BenchmarkSettings) -> None:
         idle = [name for name in others if settings_lib.given(settings, name)]
         if getattr(settings, mode) and idle:
             raise InputError(f"--{idle[0]} says nothing to --{mode}")
+    if settings.model and settings_lib.given(settings, "preset"):
+        raise InputError("--preset says nothing to --model, whose config.json gives the shape")
     if settings.json and not os.access(pathlib.Path(settings.json).absolute().parent, os.W_OK):
         raise InputError(f"--json={settings.json}: its folder cannot be written")
     if settings.against and importlib.util.find_spec("torch") is None:
@@ -154,3 +196,28 @@ def _speed(settings: BenchmarkSettings) -> tuple[dict, list[str]]:
         memory_gb=settings.memory_gb,
     )
     return dataclasses.asdict(figures), tables.table(figures)
+
+
+def _compilation(settings: BenchmarkSettings) -> tuple[list[dict], list[str]]:
+    if settings.model:
+        folder = checkpoint.resolve(settings.model)
+        name, config = settings.model, checkpoint.read_config(folder)
+        tokens = _PROMPT
+    else:
+        preset = presets.PRESETS[settings.preset]
+        name, config, tokens = settings.preset, preset.config, preset.tokens
+    asked = chips.Asked(
+        model=name,
+        config=presets.with_layers(config, settings.layers),
+        tokens=tokens,
+        granularities=() if settings.only_neurons else GRANULARITIES,
+        rows=settings.rows,
+        memory_gb=settings.memory_gb,
+        whole=not settings.only_neurons,
+    )
+    figures = []
+    for topology in settings.compile_for:
+        compiler = chips.Compiler(chips.chip(topology), say=sweep.say)
+        for precision in settings.precisions:
+            figures.append(chips.measure(asked, compiler, precision))
+    return [dataclasses.asdict(each) for each in figures], tables.compiled_table(figures)

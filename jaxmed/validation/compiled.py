@@ -188,6 +188,24 @@ class Text:
                 for operation in operations:
                     yield from operation.arrays
 
+    @property
+    def product_cycles(self) -> int:
+        """Of the operations that are matrix products or have one inside."""
+        return sum(
+            operation.cycles
+            for name, operations in self.computations.items()
+            if name not in self.fused
+            for operation in operations
+            if operation.kind in _PRODUCTS or any(map(self._multiplies, operation.called()))
+        )
+
+    def _multiplies(self, computation: str) -> bool:
+        """Whether a computation, or one that it calls, has a matrix product."""
+        return any(
+            operation.kind in _PRODUCTS or any(map(self._multiplies, operation.called()))
+            for operation in self.computations.get(computation, ())
+        )
+
     @functools.cached_property
     def products(self) -> tuple["Product", ...]:
         """All matrix products."""
@@ -195,11 +213,12 @@ class Text:
         for operations in self.computations.values():
             given = {operation.name: operation for operation in operations}
             for operation in operations:
-                if operation.kind in ("convolution", "dot"):
+                if operation.kind in _PRODUCTS:
                     found.append(_product(operation, given))
         return tuple(found)
 
 
+_PRODUCTS = ("convolution", "dot")
 # They make no array.
 _RENAMES = ("bitcast", "tuple", "get-tuple-element", "parameter", "while", "constant")
 

@@ -62,11 +62,13 @@ class Program:
         function: it, of the arrays that it takes.
         arguments: their shapes and types.
         donated: places of the arguments whose memory it takes for what it gives.
+        text: what it computes: programs of equal text are the same one.
         carried: of `carry`, what it is given.
     """
 
     name: str
     what: str
+    text: str
     function: Callable
     arguments: tuple[jax.ShapeDtypeStruct, ...]
     donated: tuple[int, ...]
@@ -81,7 +83,7 @@ class Recorder:
     """
 
     def __init__(self):
-        self._found: dict[tuple, Program] = {}
+        self._found: dict[tuple[str, str], Program] = {}
 
     @property
     def programs(self) -> list[Program]:
@@ -109,12 +111,13 @@ class Recorder:
             program = Program(
                 name=name,
                 what=what,
+                text=str(inner),
                 function=jaxpr_lib.jaxpr_as_fun(inner),
                 arguments=tuple(_shape(value) for value in inner.in_avals),
                 donated=tuple(place for place, given in enumerate(donated) if given),
                 carried=carried,
             )
-            self._found.setdefault((name, str(inner)), program)
+            self._found.setdefault((name, program.text), program)
         return shapes
 
 
