@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import SingleDeviceSharding
 
 from jaxmed.engine import cost, memory, propagate
@@ -61,7 +62,8 @@ class Chip:
 def chip(topology: str) -> Chip:
     """One chip of a topology.
 
-    JAX is told to run on the CPU, so that libtpu, now that it is there, is not asked for a TPU.
+    JAX is told to run on the CPU, so that libtpu, now that it is there, is not asked for a TPU; and
+    to keep no compiled program: it could not read one for a chip that is not there.
 
     Args:
         topology: kind and shape, as v5e:2x2, v6e:2x4, v5p:2x2x1.
@@ -72,6 +74,8 @@ def chip(topology: str) -> Chip:
     if importlib.util.find_spec("libtpu") is None:
         raise InputError("to compile for a TPU takes libtpu: pip install 'jaxmed[tpu]'")
     jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # it looks once whether it is used
     for name, value in _NOT_A_TPU.items():
         os.environ.setdefault(name, value)
     try:

@@ -228,14 +228,18 @@ class Product:
     """A matrix product.
 
     Attributes:
-        operands: its two.
+        operands, result: what it multiplies, and what it gives.
         passes: products of bfloat16 operands that the matrix unit makes for it.
-        text: the line that says all of it.
     """
 
     operands: tuple[Array, ...]
+    result: Array
     passes: int
-    text: str
+
+    @property
+    def multiplications(self) -> int:
+        """Of numbers, in one pass: m k n, if no axis is one of a batch."""
+        return math.isqrt(math.prod(array.size for array in (*self.operands, self.result)))
 
 
 def _product(operation: Operation, given: Mapping[str, Operation]) -> Product:
@@ -245,7 +249,7 @@ def _product(operation: Operation, given: Mapping[str, Operation]) -> Product:
     narrow = sum(array.dtype == "bf16" for array in operands)
     with_narrow, wide = _PASSES[precision]
     passes = 1 if narrow == len(operands) else with_narrow if narrow else wide
-    return Product(operands, passes, operation.text.strip())
+    return Product(operands, operation.arrays[0], passes)
 
 
 def _computations(text: str) -> tuple[dict[str, list[Operation]], str]:
