@@ -31,12 +31,14 @@ from models.errors import InputError
 _GIB = 2**30
 # Memory of one device of a kind, in GiB, by the makers' data sheets.
 _MEMORY_GIB = {"TPU v5 lite": 16, "TPU v5": 95, "TPU v6 lite": 32}
-# libtpu asks these of the machine, and a metadata server, unless they are said.
+# libtpu asks the first of the machine, and a metadata server, unless they are said; and without the
+# last one process alone may load it.
 _NOT_A_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 # What carries differences through a block, as `propagate.carry` names it, and for people.
 _HALVES = {"attend": "attention", "feed": "MLP", "both": "block"}
