@@ -460,8 +460,9 @@ def _passes(asked: Asked, compiler: Compiler, matmul_precision: str) -> int:
     taken: the passes are as many.
     """
     config = asked.config
-    others = (config.hidden_size, config.num_heads * config.head_dim, config.intermediate_size)
-    others += (config.num_kv_heads * config.head_dim,)
+    others = [config.hidden_size]
+    others += [heads * config.head_dim for heads in (config.num_heads, config.num_kv_heads)]
+    others += [config.intermediate_size] if config.parallel else []
     taken = {size // part for size in others for part in (1, 2)}
     tokens = asked.tokens
     while True:
