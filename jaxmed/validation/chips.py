@@ -9,7 +9,7 @@ import functools
 import importlib.util
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from jaxmed.engine.plan import Work
 from jaxmed.question.metrics import LogitDifference, Term
 from jaxmed.question.question import Question
 from jaxmed.validation import presets, programs
-from jaxmed.validation.compiled import Loop, Text
+from jaxmed.validation.compiled import Text
 from jaxmed.validation.programs import Carried, Program, Recorder
 from models.config import DecoderConfig
 from models.decoder import Decoder
@@ -52,13 +52,13 @@ class Chip:
         topology: of what it is one, as v5e:2x2.
         kind: JAX's name of it.
         memory: bytes that it has; None where that is not known.
-        device: it.
+        there: it, as where arrays are.
     """
 
     topology: str
     kind: str
     memory: int | None
-    device: jax.Device = dataclasses.field(repr=False, compare=False)
+    there: SingleDeviceSharding = dataclasses.field(repr=False, compare=False)
 
 
 def chip(topology: str) -> Chip:
@@ -90,7 +90,7 @@ def chip(topology: str) -> Chip:
         ) from error
     device = found.devices[0]
     gib = _MEMORY_GIB.get(device.device_kind)
-    return Chip(topology, device.device_kind, gib and gib * _GIB, device)
+    return Chip(topology, device.device_kind, gib and gib * _GIB, SingleDeviceSharding(device))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +127,7 @@ def compile_program(program: Program, chip: Chip) -> tuple[CompiledProgram, Text
     """A program for a chip, and what its text says; no text where it does not compile."""
     began = time.perf_counter()
     try:
-        compiled = _compiled(program.function, program.name, program.arguments, chip, program.donated)
+        compiled = _compiled(program, chip)
     # The compiler's own errors (out of memory, what it cannot do) are all of one kind.
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
         seconds = time.perf_counter() - began
@@ -135,6 +135,7 @@ def compile_program(program: Program, chip: Chip) -> tuple[CompiledProgram, Text
         return CompiledProgram(program.name, program.what, seconds, error=reason), None
     seconds, text = time.perf_counter() - began, Text(compiled.as_text() or "")
     sizes = compiled.memory_analysis()
+    assert sizes is not None  # the compiler for TPUs tells them
     return (
         CompiledProgram(
             name=program.name,
@@ -149,24 +150,18 @@ def compile_program(program: Program, chip: Chip) -> tuple[CompiledProgram, Text
     )
 
 
-def _compiled(
-    function: Callable,
-    name: str,
-    arguments: Iterable[jax.ShapeDtypeStruct],
-    chip: Chip,
-    donated: tuple[int, ...] = (),
-) -> jax.stages.Compiled:
-    there = SingleDeviceSharding(chip.device)
+def _compiled(program: Program, chip: Chip) -> jax.stages.Compiled:
     placed = [
-        jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=there) for shape in arguments
+        jax.ShapeDtypeStruct(given.shape, given.dtype, sharding=chip.there)
+        for given in program.arguments
     ]
 
     def called(*arrays):
-        return function(*arrays)
+        return program.function(*arrays)
 
-    called.__name__ = name
+    called.__name__ = program.name
     with jax.default_matmul_precision("float32"):
-        traced = jax.jit(called, donate_argnums=donated).trace(*placed)
+        traced = jax.jit(called, donate_argnums=program.donated).trace(*placed)
         return traced.lower(lowering_platforms=("tpu",)).compile()
 
 
@@ -244,7 +239,8 @@ class Compiler:
         """A program compiled, and what its text says; no text where it does not compile."""
         key = program.name, program.text
         if key not in self._known:
-            found, text = self._known[key] = compile_program(program, self.chip)
+            self._known[key] = compile_program(program, self.chip)
+            found, _ = self._known[key]
             told = found.error or f"{found.seconds:.1f} s"
             self._say(f"{self.chip.topology}: {found.name} {found.what}: {told}")
         return self._known[key]
@@ -422,14 +418,13 @@ def products(matmul_precision: str) -> dict[str, Callable]:
 
 
 def of_products(asked: Asked, carried: Carried, matmul_precision: str) -> dict[str, Program]:
-    """By half of a block, the program of its products with weights alone, for a batch in a layer."""
+    """By half of a block, the program of its products with weights alone, of a batch in a layer."""
     config = asked.config
     decoder = programs.shapes_of(config)
     block = jax.eval_shape(lambda decoder: decoder.block(0), decoder)
     sizes = config.hidden_size, config.num_heads * config.head_dim, config.intermediate_size
     differences = [
-        jax.ShapeDtypeStruct((carried.rows, carried.positions, size), jnp.float32)
-        for size in sizes
+        jax.ShapeDtypeStruct((carried.rows, carried.positions, size), jnp.float32) for size in sizes
     ]
     found = {}
     for half in ("both",) if config.parallel else ("attend", "feed"):

@@ -281,9 +281,7 @@ def _operation(name: str, line: str, start: int) -> Operation:
         Array(dtype, tuple(int(size) for size in shape.split(",") if size))
         for dtype, shape in _ARRAY.findall(line[start:end])
     ]
-    return Operation(
-        name, kind, tuple(arrays), tuple(re.findall(r"%([\w.\-]+)", arguments)), line
-    )
+    return Operation(name, kind, tuple(arrays), tuple(re.findall(r"%([\w.\-]+)", arguments)), line)
 
 
 def _closed(line: str, start: int) -> int:

@@ -20,7 +20,7 @@ from jaxmed.behaviour import batches, generation, likelihood
 from jaxmed.behaviour.judges import model as judging
 from jaxmed.behaviour.sampling import Choice
 from jaxmed.data.pairs import Pair
-from jaxmed.engine import capture, cost, plan, propagate
+from jaxmed.engine import capture, plan, propagate
 from jaxmed.engine.plan import Work
 from jaxmed.question import directions as directions_lib
 from jaxmed.question.directions import Directions, SiteDirections

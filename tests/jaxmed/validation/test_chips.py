@@ -64,7 +64,8 @@ def test_all_programs_compile(family, topology):
         began = time.perf_counter()
         figures = chips.measure(asked, compiler(topology), precision)
         seconds = time.perf_counter() - began
-        print(f"\n{topology}, {family}, {precision}: {len(figures.programs)} programs, {seconds:.0f} s")
+        count = len(figures.programs)
+        print(f"\n{topology}, {family}, {precision}: {count} programs, {seconds:.0f} s")
         assert not [program for program in figures.programs if program.error]
         names = {program.name for program in figures.programs}
         assert names >= {"capture", "frame", "enter", "enter_directions", "carry", "read_changes"}
@@ -81,8 +82,9 @@ def test_all_programs_compile(family, topology):
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 @pytest.mark.parametrize("precision", propagate.MATMUL_PRECISIONS)
 def test_products_take_the_passes_of_their_precision(precision, topology):
-    """In the compiled program, and in the cycles that the compiler expects of it."""
-    width, inner, rows = 512, 2048, 512
+    """In the compiled program, and in the cycles that the compiler expects of it where the matrix
+    unit is what takes the time: v6e's is faster than the memory at this size."""
+    width, inner, rows = 256, 1024, 256
     config = tiny.config(dtype="bfloat16", hidden_size=width, intermediate_size=inner)
     asked = Asked("wide", config, tokens=20)
     carried = Carried(batches=8, rows=rows, positions=1, prefix=32)
@@ -90,6 +92,8 @@ def test_products_take_the_passes_of_their_precision(precision, topology):
     text = _text(program, topology)
     passes = sum(product.passes * product.multiplications for product in text.products)
     assert passes == PASSES[precision] * 3 * rows * width * inner
+    if topology.startswith("v6e"):
+        return
     one_pass = _text(chips.of_products(asked, carried, "bfloat16")["feed"], topology)
     assert round(text.product_cycles / one_pass.product_cycles) == PASSES[precision]
 

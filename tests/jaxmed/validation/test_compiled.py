@@ -1,54 +1,14 @@
 """What is read off a compiled program's text; how TPUs' own texts read is in `test_chips.py`."""
 
+import pathlib
+
 import pytest
 
 from jaxmed.validation.compiled import Array, Text
 
 # As the TPU compiler writes it, cut down: a loop over layers, and in it one over batches that
 # multiplies, beside one of two turns.
-TEXT = """\
-HloModule jit_carry, is_scheduled=true
-
-%fused_product (param_0: f32[16,8], param_1: bf16[8,32]) -> f32[16,32] {
-  %param_0 = f32[16,8]{1,0:T(8,128)} parameter(0)
-  %wide = f32[16,8]{1,0:T(8,128)} fusion(%param_0), kind=kLoop, calls=%renamed
-  %param_1 = bf16[8,32]{1,0:T(8,128)(2,1)} parameter(1)
-  ROOT %convolution.1 = f32[16,32]{1,0:T(8,128)} convolution(%wide, %param_1), dim_labels=bf_io->bf, operand_precision={PRECISION}
-}
-
-%renamed (param_0.1: f32[16,8]) -> f32[16,8] {
-  ROOT %bitcast.9 = f32[16,8]{1,0:T(8,128)} bitcast(%param_0.1)
-}
-
-%batch (arg.1: (s32[], f32[16,8])) -> (s32[], f32[16,8]) {
-  %arg.1 = (s32[]{:T(128)}, f32[16,8]{1,0:T(8,128)S(1)}, /*index=2*/bf16[8,32]{1,0}) parameter(0)
-  %rows = f32[16,8]{1,0:T(8,128)S(1)} get-tuple-element(%arg.1), index=1
-  %weight = bf16[8,32]{1,0} get-tuple-element(%arg.1), index=2
-  %scores = f32[16,32]{1,0} fusion(%rows, %weight), kind=kOutput, calls=%fused_product, metadata={op_name="jit(carry)/while/body/attend/while/body/dot_general" stack_frame_id=1}, backend_config={"window_config":{"estimated_cycles":"700"}}
-  %half = (f32[16,32]{1,0}, pred[16]{0}) fusion(%scores, %scores), kind=kLoop, calls=%renamed, backend_config={"window_config":{"estimated_cycles":"50"}}
-  %same = f32[32,16]{1,0} bitcast(%scores)
-  ROOT %tuple.1 = (s32[]{:T(128)}, f32[16,8]{1,0:T(8,128)S(1)}) tuple(%rows, %rows)
-}
-
-%twice (arg.2: (s32[])) -> (s32[]) {
-  %arg.2 = (s32[]) parameter(0)
-  %copy.1 = f32[4]{0} copy(%arg.2), backend_config={"window_config":{"estimated_cycles":"5"}}
-  ROOT %tuple.2 = (s32[]) tuple(%arg.2)
-}
-
-%layer (arg.3: (s32[], f32[16,8])) -> (s32[], f32[16,8]) {
-  %arg.3 = (s32[], f32[16,8]{1,0}) parameter(0)
-  %slice = bf16[8,32]{1,0} dynamic-slice(%arg.3), backend_config={"window_config":{"estimated_cycles":"100"}}
-  %while.1 = (s32[], f32[16,8]{1,0}) while(%arg.3), condition=%less, body=%batch, metadata={op_name="jit(carry)/while/body/attend/while" stack_frame_id=2}
-  ROOT %while.2 = (s32[]) while(%arg.3), condition=%less, body=%twice, metadata={op_name="jit(carry)/while/body/other/while"}, backend_config={"known_trip_count":{"n":"2"}}
-}
-
-ENTRY %main.1 (a.1: f32[16,8]) -> f32[16,8] {
-  %a.1 = f32[16,8]{1,0} parameter(0)
-  %copy.2 = f32[16,8]{1,0} copy(%a.1), backend_config={"window_config":{"estimated_cycles":"9"}}
-  ROOT %while.3 = (s32[], f32[16,8]{1,0}) while(%copy.2), condition=%less, body=%layer, metadata={op_name="jit(carry)/while"}
-}
-"""
+TEXT = (pathlib.Path(__file__).parent / "compiled.hlo").read_text()
 
 
 def text(precision: str = "highest,highest") -> Text:
@@ -91,7 +51,7 @@ def test_products_of_like_operands(dtype, precision, passes):
     both = TEXT.replace("PRECISION", precision)
     for place in ("%param_1 = bf16[8,32]", "%wide = f32[16,8]"):
         name, _, shape = place.partition(" = ")
-        both = both.replace(place, f"{name} = {dtype}{shape[shape.index('['):]}")
+        both = both.replace(place, f"{name} = {dtype}{shape[shape.index('[') :]}")
     (product,) = Text(both).products
     assert product.passes == passes
 

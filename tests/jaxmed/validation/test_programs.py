@@ -4,6 +4,7 @@ import importlib
 import pkgutil
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 import jaxmed.engine
@@ -59,7 +60,9 @@ def test_they_are_those_that_a_scan_compiles(metric, monkeypatch):
     def watched(name, function):
         def call(*arguments, **named):
             called.add((name, shapes(jax.tree.leaves((arguments, named)))))
-            return function(*arguments, **named)
+            # Only shapes matter: nothing is compiled here.
+            given = function.eval_shape(*arguments, **named)
+            return jax.tree.map(lambda of: jnp.zeros(of.shape, of.dtype), given)
 
         return call
 
