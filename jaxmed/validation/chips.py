@@ -285,29 +285,28 @@ def measure(
         InputError: the memory does not suffice, or a scan of neurons does not compile.
     """
     config, chip = asked.config, compiler.chip
-    record = recorded(asked, chip, matmul_precision)
-    compiled, texts = [], {}
-    for program in record.programs:
+    compiled, neurons = [], {}
+    for program in recorded(asked, chip, matmul_precision).programs:
         found, text = compiler(program)
         compiled.append(found)
         # A scan of neurons comes first: its programs are the first of their names.
-        texts.setdefault(program.name, (program, text, found))
-    (carry, text, found), of_enter = texts["carry"], texts["enter"][1]
-    of_read, carried = texts["read_changes"][1], carry.carried
-    if text is None or of_enter is None or of_read is None or carried is None:
-        raise InputError(f"compile_for={chip.topology}: a scan does not compile: {found.error}")
-    (layers,) = text.program.loops
+        neurons.setdefault(program.name, (program, found, text))
+    enter, carry, read = (
+        _readable(*neurons[name], chip) for name in ("enter", "carry", "read_changes")
+    )
+    carried = neurons["carry"][0].carried
+    assert carried is not None
+    (layers,), (reading,) = carry.program.loops, read.program.loops
     products = _product_cycles(asked, compiler, carried, matmul_precision)
     halves = tuple(
         Half(_HALVES[name], sum(loop.turn_cycles for loop in layers.find(name)), cycles)
         for name, cycles in products.items()
     )
-    (reading,) = of_read.program.loops
     halves_cycles = sum(half.cycles for half in halves)
     blocks = (config.num_layers - 1) / 2
     each_layer = layers.own_cycles + carried.batches * halves_cycles
-    whole_chunk = of_enter.program.turn_cycles + text.program.own_cycles + blocks * each_layer
-    whole_chunk += of_read.program.own_cycles + carried.batches * reading.turn_cycles
+    whole_chunk = enter.program.turn_cycles + carry.program.own_cycles + blocks * each_layer
+    whole_chunk += read.program.own_cycles + carried.batches * reading.turn_cycles
     return Figures(
         topology=chip.topology,
         kind=chip.kind,
@@ -319,8 +318,8 @@ def measure(
         rows=carried.rows,
         halves=halves,
         layer_cycles=layers.own_cycles,
-        chunk_cycles=text.program.own_cycles,
-        enter_cycles=of_enter.program.turn_cycles,
+        chunk_cycles=carry.program.own_cycles,
+        enter_cycles=enter.program.turn_cycles,
         read_cycles=reading.turn_cycles,
         fraction=sum(half.product_cycles for half in halves) / halves_cycles,
         cycles_per_neuron=whole_chunk / (carried.batches * carried.rows),
@@ -328,6 +327,20 @@ def measure(
         memory_bytes=max(program.bytes for program in compiled),
         programs=tuple(compiled),
     )
+
+
+def _readable(program: Program, compiled: CompiledProgram, text: Text | None, chip: Chip) -> Text:
+    """The text of a program that has to compile.
+
+    Raises:
+        InputError: it does not.
+    """
+    if text is None:
+        raise InputError(
+            f"compile_for={chip.topology}: {program.name} {program.what} does not compile: "
+            f"{compiled.error}"
+        )
+    return text
 
 
 def recorded(asked: Asked, chip: Chip, matmul_precision: str) -> Recorder:
@@ -439,12 +452,7 @@ def _product_cycles(
 ) -> dict[str, int]:
     found = {}
     for half, program in of_products(asked, carried, matmul_precision).items():
-        compiled, text = compiler(program)
-        if text is None:
-            raise InputError(
-                f"compile_for={compiler.chip.topology}: products do not compile: {compiled.error}"
-            )
-        found[half] = text.product_cycles
+        found[half] = _readable(program, *compiler(program), compiler.chip).product_cycles
     return found
 
 
@@ -470,9 +478,7 @@ def _passes(asked: Asked, compiler: Compiler, matmul_precision: str) -> int:
         if prefix and not keys & taken:
             break
         tokens = 2 * tokens
-    _, text = compiler(carry)
-    if text is None:
-        raise InputError(f"compile_for={compiler.chip.topology}: a scan does not compile")
+    text = _readable(carry, *compiler(carry), compiler.chip)
     sizes = {carry.carried.rows * span * each for each in keys}
     loops = [loop for name in ("attend", "both") for loop in text.program.find(name)]
     return sum(text.touched(loop, sizes) for loop in loops)

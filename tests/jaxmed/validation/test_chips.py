@@ -4,13 +4,15 @@ import functools
 import importlib.util
 import time
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from jaxmed.engine import propagate
 from jaxmed.question.sites import GRANULARITIES
 from jaxmed.validation import chips, presets
 from jaxmed.validation.chips import Asked
-from jaxmed.validation.programs import Carried
+from jaxmed.validation.programs import Carried, Program
 from models.errors import InputError
 from tests import tiny
 
@@ -45,6 +47,15 @@ def test_weights_that_do_not_fit_a_chip_are_refused():
     asked = Asked("llama-3.1-8b", preset.config, tokens=64, memory_gb=10)
     with pytest.raises(InputError, match="take 14.96 GiB, which leaves nothing on one chip"):
         chips.measure(asked, compiler("v5e:2x2"), "bfloat16")
+
+
+@pytest.mark.tpu
+def test_a_program_that_does_not_fit_is_told_and_not_counted():
+    large = jax.ShapeDtypeStruct((2**33,), jnp.float32)
+    program = Program("large", "", "", lambda x: x + 1, (large,), donated=())
+    compiled, text = compiler("v5e:2x2")(program)
+    assert "RESOURCE_EXHAUSTED" in compiled.error and text is None
+    assert compiled.bytes == compiled.cycles == 0
 
 
 @pytest.mark.tpu
