@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import json
 import time
 
 import jax
@@ -10,6 +11,8 @@ import pytest
 
 from jaxmed.engine import propagate
 from jaxmed.question.sites import GRANULARITIES
+from jaxmed.runs import benchmark
+from jaxmed.runs.benchmark import BenchmarkSettings
 from jaxmed.validation import chips, presets
 from jaxmed.validation.chips import Asked
 from jaxmed.validation.programs import Carried, Program
@@ -56,6 +59,29 @@ def test_a_program_that_does_not_fit_is_told_and_not_counted():
     compiled, text = compiler("v5e:2x2")(program)
     assert "RESOURCE_EXHAUSTED" in compiled.error and text is None
     assert compiled.bytes == compiled.cycles == 0
+
+
+@pytest.mark.tpu
+def test_the_program_tells_and_writes_what_it_finds_from_a_config_alone(tmp_path):
+    tiny.save(tmp_path / "model", dtype="bfloat16")
+    for file in (tmp_path / "model").glob("*.safetensors*"):
+        file.unlink()
+    told, file = [], tmp_path / "figures.json"
+    settings = BenchmarkSettings(
+        compile_for=("v5e:2x2",),
+        model=str(tmp_path / "model"),
+        precisions=("bfloat16",),
+        only_neurons=True,
+        rows=8,
+        json=str(file),
+    )
+    benchmark.run(settings, told.append)
+    (figures,) = json.loads(file.read_text())
+    assert figures["kind"] == "TPU v5 lite" and figures["matmul_precision"] == "bfloat16"
+    assert [half["name"] for half in figures["halves"]] == ["attention", "MLP"]
+    names = [program["name"] for program in figures["programs"]]
+    assert names == [line.split()[0] for line in told[2 : 2 + len(names)]]
+    assert told[-2].startswith("| v5e:2x2 | bfloat16 | 8 x 8 |")
 
 
 @pytest.mark.tpu
