@@ -285,7 +285,8 @@ def measure(
         InputError: the memory does not suffice, or a scan of neurons does not compile.
     """
     config, chip = asked.config, compiler.chip
-    compiled, neurons = [], {}
+    compiled: list[CompiledProgram] = []
+    neurons: dict[str, tuple[Program, CompiledProgram, Text | None]] = {}
     for program in recorded(asked, chip, matmul_precision).programs:
         found, text = compiler(program)
         compiled.append(found)
