@@ -302,7 +302,7 @@ class Source:
             CheckpointError, adapters.AdapterError: naming the file, and the tensor or attribute.
         """
         _check_adapter(folder, adapter)
-        config = _read_config(folder, ignore_config)
+        config = read_config(folder, ignore_config)
         family = families.get(config.family)
         stored, added = _headers(folder, family), _adapter_tensors(adapter)
         config = dataclasses.replace(config, dtype=_widest(stored | added))
@@ -853,7 +853,16 @@ def _widest(stored: Mapping[str, _Stored]) -> str:
     return jnp.dtype(functools.reduce(jnp.promote_types, dtypes)).name
 
 
-def _read_config(folder: pathlib.Path, ignored: Collection[str]) -> DecoderConfig:
+def read_config(folder: pathlib.Path, ignored: Collection[str] = ()) -> DecoderConfig:
+    """The shape of a checkpoint's model, by its config.json alone.
+
+    Args:
+        folder: of the checkpoint.
+        ignored: as `ignore_config` in `load`.
+
+    Raises:
+        CheckpointError: naming the file, and the key.
+    """
     file = folder / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{folder}: has no config.json; is it a Hugging Face checkpoint?")

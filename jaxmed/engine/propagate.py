@@ -233,12 +233,13 @@ def carry(
 
         def run_batch(index, differences):
             batch = differences[index]
-            moved = batch + _changes(decoder, f, value, batch)
+            moved = batch + changes_of(decoder, f, value, batch)
             joined = (stages[index] <= stage)[:, None, None]
             batch = jnp.where(joined, moved, batch)
             return jax.lax.dynamic_update_index_in_dim(differences, batch, index, axis=0)
 
-        return jax.lax.fori_loop(0, jnp.sum(first_stages <= stage), run_batch, differences)
+        with jax.named_scope(f.__name__):
+            return jax.lax.fori_loop(0, jnp.sum(first_stages <= stage), run_batch, differences)
 
     def run_layer(layer, differences):
         block = decoder.ready(decoder.block(layer))
@@ -291,7 +292,7 @@ def read_changes(
         return read(decoder, metric, residual, reading, last_prompt)
 
     def read_batch(index, found):
-        batch = _changes(decoder, y, residual, differences[index])
+        batch = changes_of(decoder, y, residual, differences[index])
         return jax.lax.dynamic_update_index_in_dim(found, batch, index, axis=0)
 
     last = 2 * decoder.config.num_layers
@@ -300,7 +301,7 @@ def read_changes(
     return jax.lax.fori_loop(0, live, read_batch, nothing)
 
 
-def _changes(
+def changes_of(
     decoder: Decoder, f: Callable, value: Float[Array, "S d"], changes: Float[Array, "B S d"]
 ):
     """f(value + change) - f(value) for every change of a batch; the value stays unbatched."""

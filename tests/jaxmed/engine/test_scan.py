@@ -178,7 +178,7 @@ def test_a_batch_leaves_the_prefix_and_the_base_values_unbatched(family):
 
     differences = np.ones((batch, size, 24), np.float32)
     for f, value in ((attend, frame.inputs[1]), (feed, frame.middles[1])):
-        jaxpr = jax.make_jaxpr(lambda d, f=f, v=value: propagate._changes(decoder, f, v, d))(
+        jaxpr = jax.make_jaxpr(lambda d, f=f, v=value: propagate.changes_of(decoder, f, v, d))(
             differences
         )
         for equation in jaxprs.equations(jaxpr):
