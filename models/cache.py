@@ -22,7 +22,6 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
-import jax
 import numpy as np
 import psutil
 import tensorstore as ts
@@ -137,7 +136,7 @@ def find(cache_dir: pathlib.Path, entry: str) -> Entry | None:
 def write(
     cache_dir: pathlib.Path,
     entry: str,
-    parameters: Mapping[Path, jax.Array],
+    parameters: Mapping[Path, np.ndarray],
     about: Mapping[str, object],
 ) -> Entry:
     """Writes an entry; a damaged one of that name is replaced.
@@ -209,7 +208,7 @@ def remembered_hash(
     return computed
 
 
-def _write_arrays(folder: pathlib.Path, parameters: Mapping[Path, jax.Array]) -> None:
+def _write_arrays(folder: pathlib.Path, parameters: Mapping[Path, np.ndarray]) -> None:
     import orbax.checkpoint as ocp  # Here, because only a program that writes needs it.
 
     arrays = {".".join(path): array for path, array in parameters.items()}

@@ -42,6 +42,7 @@ from models.decoder import Decoder
 from models.errors import InputError, failures_as
 from models.families.family import Family
 from models.placement import Placing
+from models.products import numbers_on_host
 from models.weights import Path, Row
 
 SINGLE_FILE = "model.safetensors"
@@ -135,26 +136,6 @@ def load(
     if tokenizer is not None:
         _check_tokenizer(source, tokenizer)
     return source.load(mesh, cache_dir), tokenizer
-
-
-def stored_dtype(
-    folder: pathlib.Path,
-    adapter: pathlib.Path | None = None,
-    ignore_config: Collection[str] = (),
-) -> str:
-    """The type in which parameters are stored, the widest if there are several.
-
-    Args:
-        folder: of the checkpoint.
-        adapter: folder of what is merged into it.
-        ignore_config: as in `load`.
-
-    Raises:
-        CheckpointError: naming the file that cannot be read.
-    """
-    _check_adapter(folder, adapter)
-    family = families.get(_read_config(folder, ignore_config).family)
-    return _widest(_headers(folder, family) | _adapter_tensors(adapter))
 
 
 def save(
@@ -321,7 +302,7 @@ class Source:
             CheckpointError, adapters.AdapterError: naming the file, and the tensor or attribute.
         """
         _check_adapter(folder, adapter)
-        config = _read_config(folder, ignore_config)
+        config = read_config(folder, ignore_config)
         family = families.get(config.family)
         stored, added = _headers(folder, family), _adapter_tensors(adapter)
         config = dataclasses.replace(config, dtype=_widest(stored | added))
@@ -378,7 +359,7 @@ class Source:
         _, parameters = _parameters(self.read())
         if self._entry_name(folder) != name:
             raise CheckpointError(f"{self.folder}: changed while it was read; run this again")
-        arrays = {path: parameter[...] for path, parameter in parameters.items()}
+        arrays = {path: numbers_on_host(kept[...]) for path, kept in parameters.items()}
         about = {"model": str(self.folder), "dtype": self.config.dtype}
         if self.adapter is not None:
             about["adapter"] = str(self.adapter)
@@ -428,7 +409,7 @@ class Source:
                 left.subtract(row.paths)
                 for path in row.paths:
                     if not left[path]:
-                        done[path] = placings.pop(path).hand_over()
+                        done[path] = placings.pop(path).hand_over(self._parameters[path].dtype)
         return self._decoder(done)
 
     def _from_cache(self, entry: cache.Entry, mesh: jax.sharding.Mesh | None) -> Decoder:
@@ -447,7 +428,7 @@ class Source:
         with _readers() as pool, _progress(label, self._parameter_bytes) as progress:
             paths = list(placings)
             for path, _ in zip(paths, pool.map(fill, paths), strict=True):
-                done[path] = placings.pop(path).hand_over()
+                done[path] = placings.pop(path).hand_over(self._parameters[path].dtype)
                 progress.update(done[path].nbytes)
         return self._decoder(done)
 
@@ -872,7 +853,16 @@ def _widest(stored: Mapping[str, _Stored]) -> str:
     return jnp.dtype(functools.reduce(jnp.promote_types, dtypes)).name
 
 
-def _read_config(folder: pathlib.Path, ignored: Collection[str]) -> DecoderConfig:
+def read_config(folder: pathlib.Path, ignored: Collection[str] = ()) -> DecoderConfig:
+    """The shape of a checkpoint's model, by its config.json alone.
+
+    Args:
+        folder: of the checkpoint.
+        ignored: as `ignore_config` in `load`.
+
+    Raises:
+        CheckpointError: naming the file, and the key.
+    """
     file = folder / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{folder}: has no config.json; is it a Hugging Face checkpoint?")
@@ -1015,7 +1005,7 @@ def _write_config(
     folder: pathlib.Path,
     tokenizer: transformers.PreTrainedTokenizerBase | None,
 ) -> None:
-    config = dataclasses.replace(decoder.config, dtype=decoder.embedding.dtype.name)
+    config = dataclasses.replace(decoder.config, dtype=decoder.dtype.name)
     # Given even when None: the defaults of transformers' classes are those of one published model.
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     token_ids = {name: getattr(tokenizer, name, None) for name in names}
@@ -1047,7 +1037,7 @@ def _write_weights(decoder: Decoder, folder: pathlib.Path, max_shard_bytes: int)
     """Writes the weights shard by shard; no more than one shard is held on the host."""
     _, parameters = _parameters(decoder)
     rows = {row.name: row for row in _rows(decoder.config, parameters)}
-    itemsize = decoder.embedding.dtype.itemsize
+    itemsize = decoder.dtype.itemsize
     plan = huggingface_hub.split_state_dict_into_shards_factory(
         rows,
         get_storage_size=lambda row: row.size * itemsize,
@@ -1057,7 +1047,7 @@ def _write_weights(decoder: Decoder, folder: pathlib.Path, max_shard_bytes: int)
 
     def values(row: Row) -> np.ndarray:
         arrays = [parameters[path][...] for path in row.paths]
-        return row.join([np.asarray(a if row.layer is None else a[row.layer]) for a in arrays])
+        return row.join([numbers_on_host(a if row.layer is None else a[row.layer]) for a in arrays])
 
     for file, names in plan.filename_to_tensors.items():
         # safetensors lets only the user read what it writes; others may as the umask says.

@@ -15,10 +15,12 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 from models import edits as editing
-from models import layers
+from models import layers, products
 from models.config import DecoderConfig
 from models.edits import Edit
+from models.errors import InputError
 from models.layers import Cache, Span, Tap, Traits
+from models.products import Products
 from models.shapes import (
     AnyArray,
     GivenPositions,
@@ -84,8 +86,8 @@ class Trace:
 class Block(nnx.Module):
     """One layer: attention and MLP, each between norms as far as the model has them."""
 
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype, compute_dtype):
-        shared = dict(rngs=rngs, dtype=dtype, compute_dtype=compute_dtype)
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype):
+        shared = dict(rngs=rngs, dtype=dtype)
 
         def norm(wanted):
             return layers.norm(config, config.hidden_size, dtype) if wanted else None
@@ -145,28 +147,57 @@ class Decoder(nnx.Module):
         rngs: for the random weights; build under `nnx.eval_shape` to have none.
         dtype: of the parameters; the checkpoint's own by default. Activations are float32 at
             least, also for a bfloat16 checkpoint: its effects are defined on unrounded activations.
+
+    Attributes:
+        config: the shape of the model.
+        dtype: of the parameters.
+        compute_dtype: of the activations.
+        products: how it multiplies by its weights; see `at_precision`.
     """
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype=None):
         dtype = jnp.dtype(dtype or config.dtype)
         self.config = config
+        self.dtype = dtype
         self.compute_dtype = jnp.promote_types(dtype, jnp.float32)
+        self.products = Products()
         init = nnx.initializers.normal(stddev=0.02)
         table = (config.vocab_size, config.hidden_size)
-        self.embedding = nnx.Param(init(rngs.params(), table, dtype))
+        self.embedding = nnx.Param(products.stored(init(rngs.params(), table, dtype)))
         positions = (config.max_positions, config.hidden_size)
         self.positions = (
             nnx.Param(init(rngs.params(), positions, dtype)) if config.learned_positions else None
         )
-        self.blocks = nnx.vmap(
-            lambda key: Block(
-                config, rngs=nnx.Rngs(key), dtype=dtype, compute_dtype=self.compute_dtype
-            )
-        )(jax.random.split(rngs.params(), config.num_layers))
+        self.blocks = nnx.vmap(lambda key: Block(config, rngs=nnx.Rngs(key), dtype=dtype))(
+            jax.random.split(rngs.params(), config.num_layers)
+        )
         self.final_norm = layers.norm(config, config.hidden_size, dtype)
         self.unembedding = (
-            None if config.tie_embeddings else nnx.Param(init(rngs.params(), table, dtype))
+            None
+            if config.tie_embeddings
+            else nnx.Param(products.stored(init(rngs.params(), table, dtype)))
         )
+
+    def at_precision(self, precision: str, platform: str | None = None) -> "Decoder":
+        """The same model, with its weights multiplied in another precision; they are not copied.
+
+        Args:
+            precision: one of `products.PRECISIONS`, in which differences are multiplied; values
+                are multiplied as exactly as in float32.
+            platform: JAX's name of the kind of device that programs are compiled for; that of the
+                default device by default.
+
+        Raises:
+            InputError: the precision is not known, or is none of a float64 model's, which
+                multiplies in float64 under the name of "float32".
+        """
+        if self.compute_dtype == jnp.float64 and precision != "float32":
+            raise InputError(
+                f"precision {precision!r}: a float64 model multiplies in its own type only"
+            )
+        copy = nnx.clone(self)
+        copy.set_attributes(products=Products(precision, platform or jax.default_backend()))
+        return copy
 
     @property
     def traits(self) -> Traits:
@@ -180,6 +211,16 @@ class Decoder(nnx.Module):
             self.blocks,
         )
 
+    def ready(self, block: Block) -> Block:
+        """A block whose weights are as they are multiplied, so that nothing is done to them in a
+        loop over what is multiplied by them."""
+        block = jax.tree.map(lambda leaf: leaf, block)
+        for _, module in nnx.iter_modules(block):
+            if isinstance(module, layers.Linear):
+                weight = products.ready(module.kernel[...], self.products, self.compute_dtype)
+                module.kernel = nnx.Param(weight)
+        return block
+
     def span(self, positions: Positions, valid: Valid) -> Span:
         """What the blocks must know of the positions that they compute."""
         return layers.span(self.config, positions, valid, self.compute_dtype)
@@ -191,13 +232,14 @@ class Decoder(nnx.Module):
         table = self.embedding if self.unembedding is None else self.unembedding
         rows = table[...] if tokens is None else table[...][tokens]
         hidden = self.final_norm(residual)
-        logits = jnp.einsum("rd,kd->rk", hidden, rows.astype(hidden.dtype))
+        weight = products.ready(rows, self.products, hidden.dtype).swapaxes(-1, -2)
+        logits = products.multiplied(hidden, weight, self.products.of_values)
         cap = self.config.logit_cap
         return logits if cap is None else layers.capped(logits, cap)
 
     def embed(self, tokens: Tokens, at: Span) -> Residual:
         """What enters the first block."""
-        embedding = self.embedding[...][tokens].astype(self.compute_dtype)
+        embedding = products.numbers(self.embedding[...][tokens]).astype(self.compute_dtype)
         if self.config.scale_embedding:
             embedding = embedding * self.config.hidden_size**0.5
         if self.positions is not None:

@@ -14,7 +14,9 @@ from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
+from models import products
 from models.config import ACTIVATIONS, DecoderConfig, Rotary
+from models.products import Products
 from models.shapes import Heads, KeyValues, Layer, Neurons, Residual, SiteValue
 from models.sites import Site
 
@@ -202,32 +204,43 @@ def visible(queries: Span, key_positions, key_valid, window) -> Bool[Array, "T S
     return key_valid & (distance >= 0) & (distance < window)
 
 
-def _linear(inputs: int, outputs: int, use_bias: bool, *, rngs, dtype, compute_dtype) -> nnx.Linear:
-    return nnx.Linear(
-        inputs,
-        outputs,
-        use_bias=use_bias,
-        param_dtype=dtype,
-        dtype=compute_dtype,
-        rngs=rngs,
-    )
+class Linear(nnx.Module):
+    """x @ weight + bias, multiplied as `models.products` says.
+
+    Attributes:
+        kernel: the weight, [in, out], as `products.stored` keeps it.
+        bias: [out]; None if there is none.
+        products: how it multiplies.
+    """
+
+    def __init__(self, inputs: int, outputs: int, use_bias: bool, *, rngs: nnx.Rngs, dtype):
+        weight = nnx.initializers.lecun_normal()(rngs.params(), (inputs, outputs), dtype)
+        self.kernel = nnx.Param(products.stored(weight))
+        self.bias = nnx.Param(jnp.zeros(outputs, dtype)) if use_bias else None
+        self.products = Products()
+
+    def __call__(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
+        """The product with every vector."""
+        weight = products.ready(self.kernel[...], self.products, x.dtype)
+        y = products.multiplied(x, weight, self.products.of_values)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
 class Attention(nnx.Module):
     """Grouped-query attention; keys may come from a prefix as well."""
 
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype, compute_dtype):
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype):
         self.num_kv_heads = config.num_kv_heads
         self.head_dim = config.head_dim
         self.score_cap = config.score_cap
-        shared = dict(rngs=rngs, dtype=dtype, compute_dtype=compute_dtype)
+        shared = dict(rngs=rngs, dtype=dtype)
         inputs = config.hidden_size
         width = config.num_heads * config.head_dim
         kv_width = config.num_kv_heads * config.head_dim
-        self.query = _linear(inputs, width, config.qkv_bias, **shared)
-        self.key = _linear(inputs, kv_width, config.qkv_bias, **shared)
-        self.value = _linear(inputs, kv_width, config.qkv_bias, **shared)
-        self.output = _linear(width, inputs, config.output_bias, **shared)
+        self.query = Linear(inputs, width, config.qkv_bias, **shared)
+        self.key = Linear(inputs, kv_width, config.qkv_bias, **shared)
+        self.value = Linear(inputs, kv_width, config.qkv_bias, **shared)
+        self.output = Linear(width, inputs, config.output_bias, **shared)
         self.normed_together = config.query_key_norm == "all"
         sizes = (width, kv_width) if self.normed_together else (config.head_dim,) * 2
         norms = [norm(config, size, dtype) if config.query_key_norm else None for size in sizes]
@@ -299,13 +312,13 @@ def capped(x: Float[Array, "..."], cap: float) -> Float[Array, "..."]:
 class MLP(nnx.Module):
     """down(activation(gate(x)) * up(x)) (GLU, arXiv 2002.05202), or down(activation(up(x)))."""
 
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype, compute_dtype):
-        shared = dict(rngs=rngs, dtype=dtype, compute_dtype=compute_dtype)
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype):
+        shared = dict(rngs=rngs, dtype=dtype)
         width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         self.activation = config.activation
-        self.gate = _linear(width, inner, bias, **shared) if config.gated_mlp else None
-        self.up = _linear(width, inner, bias, **shared)
-        self.down = _linear(inner, width, bias, **shared)
+        self.gate = Linear(width, inner, bias, **shared) if config.gated_mlp else None
+        self.up = Linear(width, inner, bias, **shared)
+        self.down = Linear(inner, width, bias, **shared)
 
     def __call__(self, x: Residual, tap: Tap) -> Residual:
         """What the MLP writes."""

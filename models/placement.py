@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from models.weights import Path
 
@@ -76,12 +77,12 @@ class Placing:
     On a CPU they become the parameter itself. A part that several devices hold is there once.
 
     Args:
-        shape, dtype: of the parameter.
+        shape, dtype: of the parameter's numbers.
         sharding: where it goes; None for the default device.
     """
 
     def __init__(self, shape: tuple[int, ...], dtype, sharding: NamedSharding | None):
-        self._shape, self._sharding = shape, sharding
+        self._shape, self._dtype, self._sharding = shape, np.dtype(dtype), sharding
         whole = (slice(None),) * len(shape)
         devices: dict[Any, tuple[slice, ...]] = {None: whole}
         if sharding is not None:
@@ -95,7 +96,7 @@ class Placing:
         self._pieces = {
             bounds: Piece(
                 tuple(slice(*pair) for pair in bounds),
-                _aligned([stop - start for start, stop in bounds], np.dtype(dtype)),
+                _aligned([stop - start for start, stop in bounds], self._dtype),
             )
             for bounds in set(self._bounds.values())
         }
@@ -105,13 +106,18 @@ class Placing:
         """The parts of the parameter that this host's devices hold; they do not overlap."""
         return list(self._pieces.values())
 
-    def hand_over(self) -> jax.Array:
-        """The parameter, once every piece is filled; its buffers must not be changed any more."""
+    def hand_over(self, kept_as: DTypeLike | None = None) -> jax.Array:
+        """The parameter, once every piece is filled; its buffers must not be changed any more.
+
+        Args:
+            kept_as: the type of an integer for the bits of its numbers; by default their own.
+        """
+        kept_as = self._dtype if kept_as is None else kept_as
         if self._sharding is None:
             (piece,) = self.pieces
-            return jax.device_put(piece.buffer)
+            return jax.device_put(piece.buffer.view(kept_as))
         arrays = [
-            jax.device_put(self._pieces[bounds].buffer, device)
+            jax.device_put(self._pieces[bounds].buffer.view(kept_as), device)
             for device, bounds in self._bounds.items()
         ]
         return jax.make_array_from_single_device_arrays(self._shape, self._sharding, arrays)

@@ -11,6 +11,7 @@ from flax import nnx
 from models import checkpoint
 from models.config import DecoderConfig, Rotary
 from models.decoder import Decoder
+from models.products import stored
 
 # Grouped heads, and a head size that is not hidden_size / num_heads, are the hard cases.
 _SHAPE = {
@@ -62,13 +63,13 @@ _FAMILIES = {
 FAMILIES = tuple(_FAMILIES)
 # Their structures differ most: serial with grouped heads; norms on both sides, windows and caps;
 # parallel modules with biases.
-_STRUCTURES = ("llama", "gemma2", "gpt_neox")
+STRUCTURES = ("llama", "gemma2", "gpt_neox")
 
 
 def costly_families(families: Iterable[str] = FAMILIES) -> list:
     """Families as parameters of a costly test: `make test` runs three, `make parity` the others."""
     return [
-        pytest.param(family, marks=() if family in _STRUCTURES else pytest.mark.parity)
+        pytest.param(family, marks=() if family in STRUCTURES else pytest.mark.parity)
         for family in families
     ]
 
@@ -92,7 +93,9 @@ def decoder(family: str = "llama", *, seed: int = 0, **fields) -> Decoder:
     def draw(path, parameter):
         centre = 1.0 - shape.norm_offset if path[-1] == "weight" else 0.0
         values = rng.normal(centre, 0.1, parameter.shape)
-        return parameter.replace(jnp.asarray(values, parameter.dtype))
+        bits = parameter.dtype == jnp.uint16
+        values = jnp.asarray(values, jnp.bfloat16 if bits else parameter.dtype)
+        return parameter.replace(stored(values) if bits else values)
 
     drawn = [(path, draw(path, parameter)) for path, parameter in nnx.to_flat_state(state)]
     return nnx.merge(graph, nnx.from_flat_state(drawn))

@@ -80,7 +80,6 @@ def rotated_strengths(
     *,
     draws: int = DRAWS,
     seed: int = 0,
-    matmul_precision: str = "float32",
     memory: int | None = None,
 ) -> Float[np.ndarray, "D L *U"]:
     """The strength of each unit's matched random control.
@@ -97,7 +96,6 @@ def rotated_strengths(
         chosen: the units that a control is wanted of; the others' are NaN.
         draws: rotations.
         seed: of the rotations.
-        matmul_precision: of products with differences, as of the effects.
         memory: bytes for the runs and the differences; most of what is free by default.
 
     Returns:
@@ -117,7 +115,6 @@ def rotated_strengths(
                 [granularity],
                 chosen={granularity: chosen},
                 rotation=jax.numpy.asarray(rotation, decoder.compute_dtype),
-                matmul_precision=matmul_precision,
                 memory=memory,
             )
             for pair in pairs
@@ -139,7 +136,6 @@ def discoveries(
     *,
     draws: int = DRAWS,
     seed: int = 0,
-    matmul_precision: str = "float32",
     memory: int | None = None,
 ) -> Bool[np.ndarray, "L *U"]:
     """Units whose effect is above a minimum and above that of their matched random control.
@@ -154,7 +150,6 @@ def discoveries(
         total_effect: what `MINIMUM_SHARE` is a share of, in the metric's unit.
         draws: random controls of each unit; the effect must be above all of them.
         seed: of the controls.
-        matmul_precision: of products with differences, as of the effects.
         memory: bytes for the runs and the differences; most of what is free by default.
     """
     candidates = above_minimum(strength, total_effect)
@@ -166,7 +161,6 @@ def discoveries(
         candidates,
         draws=draws,
         seed=seed,
-        matmul_precision=matmul_precision,
         memory=memory,
     )
     return candidates & (strength > np.where(candidates, controls.max(axis=0), np.inf))

@@ -57,7 +57,7 @@ def joint_pair(
         tokens, valid = capture.pad(base.tokens)
         is_edited = np.zeros(len(tokens), bool)
         is_edited[edited.base] = True
-        found = _joint_changes(
+        found = joint_changes(
             decoder,
             tokens=tokens,
             valid=valid,
@@ -77,7 +77,7 @@ def joint_pair(
 
 
 @functools.partial(jax.jit, static_argnames=("metric", "at_once"))
-def _joint_changes(
+def joint_changes(
     decoder: Decoder,
     *,
     tokens: Int[AnyArray, "T"],

@@ -86,7 +86,7 @@ def scores(
 
     def evaluate(base: Run, source: Run, term: Term, swapped: bool):
         edited = positions.edited(pair, question.positions, question.align, len(term.response))
-        found = _slopes(
+        found = unit_slopes(
             decoder,
             base.trace,
             {
@@ -125,7 +125,7 @@ def _path(
 
 
 @functools.partial(jax.jit, static_argnames=("metric", "group_size"))
-def _slopes(
+def unit_slopes(
     decoder: Decoder,
     trace: Trace,
     changes: dict[Site, Float[Array, "L T ..."]],

@@ -99,7 +99,7 @@ def generate(
         memory=memory,
         batch_size=batch_size,
     )
-    blocks = _unstacked(decoder)
+    blocks = unstacked(decoder)
     is_stop = np.zeros(config.vocab_size, bool)
     is_stop[list(stop)] = True
     responses = {}
@@ -163,8 +163,8 @@ def _answer(
         top_k=jnp.int32(sampling.top_k),
     )
     tokens = batches.padded(prompts, length, left=True)
-    x, cache = _prefill(decoder, holds, tokens, lengths, room)
-    generated = _decode(
+    x, cache = prefill(decoder, holds, tokens, lengths, room)
+    generated = decode(
         decoder,
         blocks,
         holds,
@@ -216,7 +216,7 @@ class Kept:
 
 
 @functools.partial(jax.jit, static_argnames="room")
-def _prefill(
+def prefill(
     decoder: Decoder,
     holds: Sequence[Hold],
     tokens: Int[Array, "B N"],
@@ -243,7 +243,7 @@ def _prefill(
 
 
 @functools.partial(jax.jit, static_argnames="room")
-def _decode(
+def decode(
     decoder: Decoder,
     blocks: tuple[Block, ...],
     holds: Sequence[Hold],
@@ -333,7 +333,7 @@ def _run_block(
 
 
 @jax.jit
-def _unstacked(decoder: Decoder) -> tuple[Block, ...]:
+def unstacked(decoder: Decoder) -> tuple[Block, ...]:
     """The blocks, each with weights of its own: a loop over stacked ones would copy each layer's
     out of the stack for every token, which takes longer than multiplying with them."""
     return tuple(decoder.block(layer) for layer in range(decoder.config.num_layers))

@@ -65,7 +65,7 @@ def logprobs(
     Raises:
         InputError, ValueError: as in `generation.generate`; or a response is empty.
     """
-    return _forced(_logprobs, decoder, sequences, holds, batch_size, memory)
+    return _forced(response_logprobs, decoder, sequences, holds, batch_size, memory)
 
 
 def kl(
@@ -80,7 +80,7 @@ def kl(
 
     Holds of nothing give exactly 0. Arguments and errors are those of `logprobs`.
     """
-    return _forced(_divergences, decoder, sequences, holds, batch_size, memory)
+    return _forced(response_divergences, decoder, sequences, holds, batch_size, memory)
 
 
 @jax.default_matmul_precision(PRECISION)
@@ -121,7 +121,7 @@ def _forced(
 
 
 @jax.jit
-def _logprobs(
+def response_logprobs(
     decoder: Decoder,
     holds: Sequence[Hold],
     tokens: Int[Array, "B N"],
@@ -140,7 +140,7 @@ def _logprobs(
 
 
 @jax.jit
-def _divergences(
+def response_divergences(
     decoder: Decoder,
     holds: Sequence[Hold],
     tokens: Int[Array, "B N"],

@@ -87,6 +87,11 @@ _FEW = 16  # as many times smaller are the batches of a short list of units
 GATHERED = 2**20  # numbers of the weights that are gathered at once for units that enter
 
 
+def positions_together(platform: str) -> int:
+    """Positions that go through a block together."""
+    return _TOGETHER.get(platform, _TOGETHER_ON_ACCELERATORS)
+
+
 def batching(
     config: DecoderConfig, dtype: DTypeLike, work: Work, term: Term, memory: int, platform: str
 ) -> tuple[int, int]:
@@ -107,11 +112,10 @@ def batching(
     Raises:
         InputError: not even one unit fits.
     """
-    most = _TOGETHER.get(platform, _TOGETHER_ON_ACCELERATORS)
-    rows = max(1, most // work.size)
+    rows = max(1, positions_together(platform) // work.size)
     if 2 * len(work.units) <= rows:
         rows = max(1, rows // _FEW)
-    fixed, each, held = _bytes(config, np.dtype(dtype), work, term, platform)
+    fixed, each, held = _bytes(config, np.dtype(dtype), work, term)
     fits = int((memory - fixed) // (each + _BATCHES * held))
     if fits < 1:
         raise InputError(
@@ -122,9 +126,7 @@ def batching(
     return _BATCHES, min(rows, _power_of_two(fits))
 
 
-def _bytes(
-    config: DecoderConfig, dtype: np.dtype, work: Work, term: Term, platform: str
-) -> tuple[int, int, int]:
+def _bytes(config: DecoderConfig, dtype: np.dtype, work: Work, term: Term) -> tuple[int, int, int]:
     """Bytes that carrying takes beside the weights: at any rate, for each unit of a batch, and for
     each unit of a chunk."""
     number = max(4, dtype.itemsize)  # of activations, which are float32 at least
@@ -142,10 +144,8 @@ def _bytes(
     kept = config.num_layers * kept + sum(_vector_numbers(config, work))
     # Attention of a plain run, one layer at a time.
     attention = 3 * config.num_heads * run**2
-    # A layer's weights are read in the activations' precision; those of all layers together on a
-    # CPU, whose compiler slices no 16-bit floats.
-    layers = config.num_layers + 1 if platform == "cpu" and dtype.itemsize < 4 else 2
-    fixed = max(layers * weights, attention) + kept + GATHERED
+    # A layer's weights as they are multiplied, and what is made of them on the way.
+    fixed = max(2 * weights, attention) + kept + GATHERED
     position = _block_numbers(config)
     position += 5 * config.num_heads * (_prefix_size(work.start) + work.size)
     each = max(work.size * position, _reading_numbers(config, term))

@@ -62,7 +62,6 @@ it is known to epsilon, times d in the result.
 """
 
 import dataclasses
-import functools
 import inspect
 import math
 import operator
@@ -74,7 +73,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.extend import core
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 from jaxtyping import Array, PyTree
 
 # What a rule is given: a number of a traced program, or one that NumPy holds.
@@ -87,13 +86,11 @@ class Policy:
 
     Attributes:
         fallback: evaluate a primitive that has no rule on both sides, and subtract.
-        product_dtype: type to which the operands of differences' matrix products are rounded.
         named: by their names, functions that have a rule as a whole: the file that each is written
             in, and the rule.
     """
 
     fallback: bool
-    product_dtype: DTypeLike | None
     named: Mapping[str, tuple[str, "NamedRule"]]
 
 
@@ -115,7 +112,6 @@ def difference(
     *,
     rules: Mapping[Callable, NamedRule] = types.MappingProxyType({}),
     fallback: bool = False,
-    product_dtype: DTypeLike | None = None,
 ) -> Callable[[tuple, tuple], tuple[PyTree, PyTree]]:
     """The function (x, d) -> (f(x), f(x + d) - f(x)).
 
@@ -126,9 +122,6 @@ def difference(
             where it is written: a function is known by its name and its file.
         fallback: evaluate a primitive that has no rule at both x and x + d, and subtract: correct,
             but rounded relative to the value.
-        product_dtype: a type, such as bfloat16, to which both operands of every matrix product
-            that acts on a difference are rounded; such products are summed in float32, or in the
-            output's type if that is wider. Products of values keep their type and precision.
 
     Returns:
         A function of two tuples, the arguments x of f and their differences d, as `jax.jvp` takes
@@ -140,7 +133,7 @@ def difference(
         TypeError: values and differences are no tuples of equal length.
         ValueError: two functions that are given rules have the same name.
     """
-    policy = Policy(fallback, product_dtype, _by_name(rules))
+    policy = Policy(fallback, _by_name(rules))
 
     def differenced(values: tuple, differences: tuple):
         both = values, differences
@@ -637,19 +630,10 @@ def _multiplied(a, b, da, db):
 
 
 def _dot_general(policy, equation, inputs, changes):
-    (output,) = _evaluate(equation, inputs)
-
     def product(a, b):
-        if policy.product_dtype is None:
-            return _evaluate(equation, [a, b])[0]
-        wide = functools.reduce(
-            jnp.promote_types, [jnp.float32, output.dtype, policy.product_dtype]
-        )
-        rounded = [x if _is_discrete(x) else x.astype(policy.product_dtype) for x in (a, b)]
-        # The rounding is the precision that was asked for.
-        return _evaluate(equation, rounded, precision=None, preferred_element_type=wide)[0]
+        return _evaluate(equation, [a, b])[0]
 
-    return [output], [_product_change(product, *inputs, *changes).astype(output.dtype)]
+    return [product(*inputs)], [_product_change(product, *inputs, *changes)]
 
 
 _RULES["dot_general"] = _dot_general

@@ -27,19 +27,16 @@ from jaxmed.engine import capture, cost
 from jaxmed.engine.capture import Frame
 from jaxmed.engine.difference import difference
 from jaxmed.engine.plan import ALL_POSITIONS, Units
-from jaxmed.engine.rules import RULES
+from jaxmed.engine.rules import rules
 from jaxmed.question.metrics import (
     VOCABULARY_CHUNK,
     Metric,
     Reading,
     logsumexp_last_axis,
 )
+from models import products
 from models.decoder import Decoder, Trace
 from models.sites import Site
-
-# Of the operands of products with differences; accumulation and all else is float32 at least.
-MATMUL_PRECISIONS = {"float32": None, "bfloat16": jnp.bfloat16}
-
 
 # The modules whose inside a site is; what they write goes through a norm in some families.
 _INSIDE = (Site.HEAD, Site.NEURON)
@@ -73,23 +70,25 @@ def enter(
         kernel = decoder.blocks.attention.output.kernel[...]
         kernel = kernel.reshape(kernel.shape[0], *change.shape[2:], -1)
 
-        def write(unit):
+        def of_head(unit):
             layer, head = unit
-            return change[layer, :, head] @ kernel[layer, head].astype(change.dtype)
+            weight = products.ready(kernel[layer, head], decoder.products, change.dtype)
+            return products.multiplied(change[layer, :, head], weight, decoder.products)
 
-        gathered = change.shape[-1]
+        write, gathered = of_head, change.shape[-1]
     else:
         kernel = decoder.blocks.mlp.down.kernel[...]
 
-        def write(unit):
+        def of_neurons(unit):
             layer, group = unit
             members = group * group_size + jnp.arange(group_size)
             moved = change[layer, :, members].T
             moved = jnp.where(members < change.shape[-1], moved, 0)
+            weight = products.numbers(kernel[layer, members]).astype(change.dtype)
             # Written as a sum: for one neuron it is no product of matrices.
-            return jnp.sum(moved[..., None] * kernel[layer, members].astype(change.dtype), axis=1)
+            return jnp.sum(moved[..., None] * weight, axis=1)
 
-        gathered = group_size
+        write, gathered = of_neurons, group_size
 
     def add(unit):
         return _through_norm(decoder, site, unit[0], written, write(unit))
@@ -131,7 +130,7 @@ def _through_norm(
     blocks = decoder.blocks
     norms = blocks.mlp_post_norm if site == Site.NEURON else blocks.attention_post_norm
     norm = jax.tree.map(lambda stacked: stacked[layer], norms)
-    return difference(norm, rules=RULES)((written[layer],), (change,))[1]
+    return difference(norm, rules=rules(decoder.products))((written[layer],), (change,))[1]
 
 
 def direction_writes(
@@ -168,7 +167,8 @@ def _direction_writes(decoder, change, layer, vectors, site):
     if site in _INSIDE:
         block = decoder.block(layer)
         module = block.mlp.down if site == Site.NEURON else block.attention.output
-        vectors = vectors @ module.kernel[...].astype(vectors.dtype)
+        weight = products.ready(module.kernel[...], decoder.products, vectors.dtype)
+        vectors = products.multiplied(vectors, weight, decoder.products.of_values)
     return along, vectors
 
 
@@ -202,33 +202,30 @@ def _at_position(written: Float[Array, "*chunk S d"], positions: Int[Array, "*ch
     return jnp.where(here[..., None], written, 0)
 
 
-@functools.partial(jax.jit, static_argnames=("matmul_precision",), donate_argnames=("differences",))
+@functools.partial(jax.jit, donate_argnames=("differences",))
 def carry(
     decoder: Decoder,
     frame: Frame,
     stages: Int[Array, "n B"],
     differences: Float[Array, "n B S d"],
-    matmul_precision: str = "float32",
 ) -> Float[Array, "n B S d"]:
     """The exact change of the last block's output when D joins the residual stream.
 
     Each row's D joins at its own stage. The loop over layers starts at the first that any row
     needs, and in each layer the loop over batches stops after the last batch that has joined: both
     are known at run time only, so that one compilation serves all layers and granularities, and
-    nothing is computed for a batch before its stage. A layer's weights are fetched, and its base
-    values computed, once for all batches.
+    nothing is computed for a batch before its stage. A layer's weights are fetched and made ready,
+    and its base values computed, once for all batches.
 
     Args:
-        decoder: the model.
+        decoder: the model; `Decoder.at_precision` says how differences are multiplied.
         frame: the base run.
         stages: where each D joins, in increasing order; past the last stage for a row that is
             padding.
         differences: D; its buffer is reused for the result.
-        matmul_precision: "float32", or "bfloat16" for the operands of products with differences.
     """
     traits = decoder.traits
     first_stages = jnp.min(stages, axis=1)
-    changed = functools.partial(_changes, matmul_precision=matmul_precision)
 
     def run_half(f, value, stage, differences):
         """What reads the stream at a stage, for the rows that have joined by then; the others
@@ -236,15 +233,16 @@ def carry(
 
         def run_batch(index, differences):
             batch = differences[index]
-            moved = batch + changed(f, value, batch)
+            moved = batch + changes_of(decoder, f, value, batch)
             joined = (stages[index] <= stage)[:, None, None]
             batch = jnp.where(joined, moved, batch)
             return jax.lax.dynamic_update_index_in_dim(differences, batch, index, axis=0)
 
-        return jax.lax.fori_loop(0, jnp.sum(first_stages <= stage), run_batch, differences)
+        with jax.named_scope(f.__name__):
+            return jax.lax.fori_loop(0, jnp.sum(first_stages <= stage), run_batch, differences)
 
     def run_layer(layer, differences):
-        block = decoder.block(layer)
+        block = decoder.ready(decoder.block(layer))
         prefix = _at_layer(frame.prefix, layer)
 
         def attend(x):
@@ -267,7 +265,7 @@ def carry(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("metric", "matmul_precision"))
+@functools.partial(jax.jit, static_argnames=("metric",))
 def read_changes(
     decoder: Decoder,
     residual: Float[Array, "S d"],
@@ -276,7 +274,6 @@ def read_changes(
     reading: Reading,
     last_prompt: Int[Array, ""],
     metric: Metric,
-    matmul_precision: str = "float32",
 ) -> Float[Array, "n B"]:
     """dY: the exact change of the metric when the last block's output changes.
 
@@ -289,14 +286,13 @@ def read_changes(
         last_prompt: index in the span of the last prompt token, from which the reading's offsets
             count.
         metric: the metric.
-        matmul_precision: as in `carry`.
     """
 
     def y(residual):
         return read(decoder, metric, residual, reading, last_prompt)
 
     def read_batch(index, found):
-        batch = _changes(y, residual, differences[index], matmul_precision)
+        batch = changes_of(decoder, y, residual, differences[index])
         return jax.lax.dynamic_update_index_in_dim(found, batch, index, axis=0)
 
     last = 2 * decoder.config.num_layers
@@ -305,11 +301,11 @@ def read_changes(
     return jax.lax.fori_loop(0, live, read_batch, nothing)
 
 
-def _changes(
-    f: Callable, value: Float[Array, "S d"], changes: Float[Array, "B S d"], matmul_precision: str
+def changes_of(
+    decoder: Decoder, f: Callable, value: Float[Array, "S d"], changes: Float[Array, "B S d"]
 ):
     """f(value + change) - f(value) for every change of a batch; the value stays unbatched."""
-    exact = difference(f, rules=RULES, product_dtype=MATMUL_PRECISIONS[matmul_precision])
+    exact = difference(f, rules=rules(decoder.products))
     return jax.vmap(lambda change: exact((value,), (change,))[1])(changes)
 
 

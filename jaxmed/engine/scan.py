@@ -49,14 +49,13 @@ def scan_pair(
     *,
     chosen: Mapping[str, np.ndarray] | None = None,
     rotation: Float[AnyArray, "d d"] | None = None,
-    matmul_precision: str = "float32",
     memory: int | None = None,
     on_operations: Callable[[float], None] = lambda operations: None,
 ) -> PairEffects:
     """NIE and TIE of every unit of one pair by the engine.
 
     Args:
-        decoder: the model.
+        decoder: the model; `Decoder.at_precision` says how differences are multiplied.
         pair: the pair.
         question: the metric and the positions.
         granularities: which to compute.
@@ -64,8 +63,6 @@ def scan_pair(
             The effects of the others are NaN.
         rotation: turns what each edit adds to the residual stream, for a control; see
             `controls.rotated_strengths`.
-        matmul_precision: of products with differences; "float32" or "bfloat16". Plain runs are
-            always float32.
         memory: bytes for the runs and the differences; `memory.free()` by default.
         on_operations: told of the floating-point operations that have been done since last told.
 
@@ -80,7 +77,6 @@ def scan_pair(
         if mask.dtype != bool or mask.shape != result_shapes.get(name):
             raise ValueError(f"chosen['{name}'] is no mask of its effects, or they are not asked")
     conditions = _Conditions(
-        matmul_precision=matmul_precision,
         memory=memory_lib.free() if memory is None else memory,
         rotation=rotation,
         on_operations=on_operations,
@@ -117,11 +113,10 @@ class _Conditions:
     """How a scan is made.
 
     Attributes:
-        matmul_precision, rotation, on_operations: as in `scan_pair`.
+        rotation, on_operations: as in `scan_pair`.
         memory: bytes.
     """
 
-    matmul_precision: str
     memory: int
     rotation: Float[AnyArray, "d d"] | None
     on_operations: Callable[[float], None]
@@ -144,9 +139,8 @@ def _scan_work(
         base.trace, source.trace, work.site, work.edited, work.start, work.size
     )
     written = propagate.writes(decoder, base.trace, work.site, work.start, work.size)
-    dtype = decoder.embedding[...].dtype
     batches, rows = cost.batching(
-        config, dtype, work, term, conditions.memory, jax.default_backend()
+        config, decoder.dtype, work, term, conditions.memory, jax.default_backend()
     )
     units, directions = work.units, None
     if work.vectors is not None:
@@ -175,7 +169,7 @@ def _scan_work(
         if conditions.rotation is not None:
             entering = entering @ conditions.rotation.astype(entering.dtype)
         stages = plan.stage(config, work.site, part.layers)
-        residual = propagate.carry(decoder, frame, stages, entering, conditions.matmul_precision)
+        residual = propagate.carry(decoder, frame, stages, entering)
         y = propagate.read_changes(
             decoder,
             frame.inputs[-1],
@@ -184,7 +178,6 @@ def _scan_work(
             term.reading,
             base.prompt_length - 1 - work.start,
             question.metric,
-            conditions.matmul_precision,
         )
         if under_way is not None:
             found.append(_collect(under_way, conditions.on_operations))

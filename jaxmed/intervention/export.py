@@ -21,7 +21,7 @@ from jaxmed.behaviour.answering import AnsweringModel
 from jaxmed.files import reading
 from jaxmed.intervention.outcomes import ClampOutcome
 from jaxmed.intervention.units import Unit, masks
-from models import checkpoint
+from models import checkpoint, products
 from models.decoder import Decoder
 from models.sites import Site
 
@@ -36,9 +36,10 @@ def damped(decoder: Decoder, units: Sequence[Unit], strength: float) -> Decoder:
         else:
             kernel = copy.blocks.attention.output.kernel
             rows = np.repeat(mask[..., 0], config.head_dim, axis=1)
-        old, place = kernel[...], np.nonzero(rows)
-        scaled = old[place].astype(jnp.float32) * (1 - strength)
-        kernel[...] = old.at[place].set(scaled.astype(old.dtype))
+        kept, place = kernel[...], np.nonzero(rows)
+        old = products.numbers(kept[place])
+        scaled = (old.astype(jnp.float32) * (1 - strength)).astype(old.dtype)
+        kernel[...] = kept.at[place].set(products.stored(scaled))
     return copy
 
 

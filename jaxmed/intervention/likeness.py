@@ -8,6 +8,8 @@ from jaxtyping import Float
 from jaxmed.intervention.units import Unit
 from jaxmed.intervention.values import Values
 from models.decoder import Decoder
+from models.layers import Linear
+from models.products import numbers_on_host
 from models.sites import Site
 
 _NEGLIGIBLE = 1e-6  # of a layer's largest
@@ -43,11 +45,14 @@ def output_norms(decoder: Decoder, site: Site) -> Float[np.ndarray, "L U"]:
     """Norm of the weights by which each head or neuron writes to the residual stream."""
     config = decoder.config
     if site == Site.NEURON:
-        kernel = decoder.blocks.mlp.down.kernel[...]
-        return np.linalg.norm(np.asarray(kernel, np.float32), axis=-1)
-    kernel = np.asarray(decoder.blocks.attention.output.kernel[...], np.float32)
+        return np.linalg.norm(_numbers(decoder.blocks.mlp.down), axis=-1)
+    kernel = _numbers(decoder.blocks.attention.output)
     by_head = kernel.reshape(config.num_layers, config.num_heads, -1)
     return np.linalg.norm(by_head, axis=-1)
+
+
+def _numbers(linear: Linear) -> Float[np.ndarray, "L in out"]:
+    return np.asarray(numbers_on_host(linear.kernel[...]), np.float32)
 
 
 def matched(

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from jaxmed.report import rendering
+from jaxmed.validation import chips
 from jaxmed.validation.benchmark import Figures, GenerationFigures
 from jaxmed.validation.numerical_error import NumericalError
 
@@ -15,6 +16,11 @@ def table(figures: Figures) -> list[str]:
 def generation_table(figures: GenerationFigures) -> list[str]:
     """The figures of generation for people."""
     return rendering.lines("generation_speed.txt.j2", figures=figures)
+
+
+def compiled_table(figures: Sequence[chips.Figures]) -> list[str]:
+    """What was compiled for chips, for people: every program, and a table of the loops."""
+    return rendering.lines("compiled.txt.j2", figures=figures)
 
 
 def numerical_error_table(rows: Sequence[NumericalError]) -> list[str]:

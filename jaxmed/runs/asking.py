@@ -5,7 +5,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 
-from jaxmed.behaviour import answering, generation
+from jaxmed.behaviour import answering
 from jaxmed.behaviour.answering import AnsweringModel
 from jaxmed.behaviour.judges import named, protocol, rules
 from jaxmed.behaviour.judges.protocol import Judge
@@ -14,7 +14,7 @@ from jaxmed.behaviour.sampling import Sampling
 from jaxmed.data import prompts as prompts_lib
 from jaxmed.data import sets
 from jaxmed.data.prompts import Prompt
-from jaxmed.engine import memory
+from jaxmed.engine import memory, rates
 from jaxmed.files.reading import DataError
 from jaxmed.runs import loading, sweep
 from jaxmed.runs import settings as settings_lib
@@ -22,6 +22,7 @@ from jaxmed.runs.mediate import MediateSettings
 from jaxmed.runs.settings import like, setting
 from jaxmed.runs.skipping import Skipped
 from jaxmed.store import circumstances
+from models import products
 from models.errors import InputError
 
 # What responses do not depend on: a run that goes on may be judged otherwise, and may answer more.
@@ -123,6 +124,12 @@ class AnswerSettings:
         default=False,
     )
     dtype: str = like(MediateSettings, "dtype")
+    matmul_precision: str = setting(
+        help="How values are multiplied by weights: in float32, or in three bfloat16 parts "
+        "(split3), as exactly; auto takes the faster on this machine.",
+        default=rates.AUTO,
+        choices=(rates.AUTO, *products.EXACT),
+    )
     ignore_config: tuple[str, ...] = like(MediateSettings, "ignore_config")
     memory_gb: float | None = like(MediateSettings, "memory_gb")
     skip_bad_prompts: bool = setting(
@@ -168,7 +175,13 @@ def load(settings: AnswerSettings, say: Callable[[str], None] = sweep.say) -> An
     Raises:
         InputError: as `models.load`; or a setting of texts cannot be used.
     """
-    loaded = loading.load(settings.model, settings.adapter, settings.dtype, settings.ignore_config)
+    loaded = loading.load(
+        settings.model,
+        settings.adapter,
+        settings.dtype,
+        settings.ignore_config,
+        settings.matmul_precision,
+    )
     encoder = loading.encoder(
         loaded.tokenizer,
         chat=settings.chat,
@@ -417,7 +430,7 @@ def described(
         "program": program,
         "judges": {judge.name: judge.meaning for judge in given},
         "judges_hash": hash_of([protocol.fingerprint(judge) for judge in given]),
-        "precision": generation.PRECISION,
+        "matmul_precision": model.decoder.products.precision,
         "stop_tokens": sorted(model.stop),
         "generation_not_followed": dict(model.not_followed),
         "tokenisation": model.encoder.counts,

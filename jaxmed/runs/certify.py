@@ -413,7 +413,6 @@ def _discovered(
         granularity,
         strength,
         reference,
-        matmul_precision=asked.settings.matmul_precision,
         memory=asked.budget,
     )
     return {

@@ -285,7 +285,7 @@ def _export(found: ClampOutcome, model: AnsweringModel, folder: str) -> None:
     if refused := export.refusal(found):
         why = model_card.refusal(refused)
         raise InputError(f"--export: nothing was written: {why}. Results: {found.folder}")
-    card = model_card.card(found, str(model.decoder.embedding.dtype))
+    card = model_card.card(found, str(model.decoder.dtype))
     export.write(found, model, folder, card)
 
 

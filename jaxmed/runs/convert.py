@@ -178,7 +178,7 @@ def _exported(source: Source, cache_dir: pathlib.Path, out: pathlib.Path) -> str
     checkpoint.save(decoder, out, tokenizer=tokenizer, beside=beside)
     size = sum(file.stat().st_size for file in out.iterdir())
     return (
-        f"Exported: {out} ({size / 1e9:.3g} GB, {decoder.embedding.dtype}). "
+        f"Exported: {out} ({size / 1e9:.3g} GB, {decoder.dtype}). "
         f"Load it with transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})."
     )
 

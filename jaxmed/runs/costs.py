@@ -1,13 +1,8 @@
 """What a scan costs, as people are told: before it starts, and once its first pair is done."""
 
-import functools
-import time
 from collections.abc import Mapping
 
-import jax
-import jax.numpy as jnp
-
-from jaxmed.engine import propagate
+from jaxmed.engine import rates
 from models.decoder import Decoder
 
 # Shorter waits are not worth a sentence.
@@ -34,11 +29,12 @@ def dearest(operations: Mapping[str, float]) -> str:
     return _dearest_first(operations)[0]
 
 
-def least_time(operations: float, decoder: Decoder, matmul_precision: str) -> str:
+def least_time(operations: float, decoder: Decoder) -> str:
     """A sentence on how long so many floating-point operations take on this machine."""
-    rate = _product_rate(decoder, matmul_precision)
+    rate = rates.operations_per_second(decoder)
     return (
-        f"This machine's matrix products make {rate:.1e} a second, so it takes at least "
+        f"This machine's matrix products make {rate:.1e} a second in "
+        f"{decoder.products.precision}, so it takes at least "
         f"{_duration(operations / rate)}, and compilation beside (some seconds for each length of "
         "prompt, most of the time for a small model); the bar tells the real time."
     )
@@ -71,25 +67,3 @@ def _duration(seconds: float) -> str:
     if seconds >= 120:
         return f"{seconds / 60:.0f} minutes"
     return f"{seconds:.0f} seconds" if seconds >= 10 else f"{seconds:.2g} seconds"
-
-
-def _product_rate(decoder: Decoder, matmul_precision: str) -> float:
-    """Floating-point operations a second of a product of the MLP's shape, measured now."""
-    rows, config = 512, decoder.config
-    dtype = propagate.MATMUL_PRECISIONS[matmul_precision] or decoder.compute_dtype
-    left = jnp.ones((rows, config.hidden_size), dtype)
-    right = jnp.ones((config.hidden_size, config.intermediate_size), dtype)
-    product = jax.jit(
-        functools.partial(
-            jnp.matmul,
-            precision="float32",
-            preferred_element_type=decoder.compute_dtype,
-        )
-    )
-    product(left, right).block_until_ready()
-    repeats = 5
-    start = time.perf_counter()
-    for _ in range(repeats):
-        product(left, right).block_until_ready()
-    seconds = time.perf_counter() - start
-    return 2.0 * rows * config.hidden_size * config.intermediate_size * repeats / seconds

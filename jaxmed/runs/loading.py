@@ -1,4 +1,4 @@
-"""What runs load: the checkpoint, in a type that this machine computes well in."""
+"""What runs load: the checkpoint, multiplied in a precision that is fast on this machine."""
 
 import dataclasses
 import datetime
@@ -7,11 +7,9 @@ import pathlib
 import typing
 from collections.abc import Collection
 
-import jax
-import jax.numpy as jnp
-
 import models
 from jaxmed.data.tokens import Encoder
+from jaxmed.engine import rates
 from jaxmed.store import claims
 from models import checkpoint
 from models.decoder import Decoder
@@ -39,14 +37,17 @@ class Loaded:
     tokenizer: typing.Any
 
 
-def load(model: str, adapter: str, dtype: str, ignore_config: Collection[str]) -> Loaded:
+def load(
+    model: str, adapter: str, dtype: str, ignore_config: Collection[str], matmul_precision: str
+) -> Loaded:
     """Loads a checkpoint.
 
     Args:
         model: folder or Hugging Face hub id.
         adapter: folder or hub id of a LoRA adapter that is merged into it; "" for none.
-        dtype: of the parameters; "" for the checkpoint's own, but at least float32 on a CPU.
+        dtype: of the parameters; "" for the checkpoint's own.
         ignore_config: as in `models.load`.
+        matmul_precision: one of `products.PRECISIONS`, or `rates.AUTO`.
 
     Raises:
         InputError: as `models.load`.
@@ -55,15 +56,17 @@ def load(model: str, adapter: str, dtype: str, ignore_config: Collection[str]) -
     decoder, tokenizer = models.load(
         folder,
         adapter=merged,
-        dtype=_parameter_type(dtype, folder, merged, ignore_config),
+        dtype=dtype or None,
         ignore_config=ignore_config,
     )
-    return Loaded(folder, merged, decoder, tokenizer)
+    if matmul_precision == rates.AUTO:
+        matmul_precision = rates.exact_precision(decoder)
+    return Loaded(folder, merged, decoder.at_precision(matmul_precision), tokenizer)
 
 
 @typing.runtime_checkable
-class AskedOfTemplates(typing.Protocol):
-    """Settings that say what chat templates are given, and the folder of the run."""
+class Settled(typing.Protocol):
+    """Settings of what is settled when a run begins, and the folder of the run."""
 
     __dataclass_fields__: typing.ClassVar[dict[str, typing.Any]]
 
@@ -78,6 +81,11 @@ class AskedOfTemplates(typing.Protocol):
         ...
 
     @property
+    def matmul_precision(self) -> str:
+        """One of `products.PRECISIONS`, or `rates.AUTO`."""
+        ...
+
+    @property
     def out(self) -> str:
         """Folder of the run."""
         ...
@@ -88,23 +96,31 @@ class AskedOfTemplates(typing.Protocol):
         ...
 
 
-Settings = typing.TypeVar("Settings", bound=AskedOfTemplates)
+Settings = typing.TypeVar("Settings", bound=Settled)
 
 
 def settled(settings: Settings) -> Settings:
-    """The settings, with what chat templates are given as `run.json` records it.
+    """The settings, with what is settled when a run begins as `run.json` records it.
 
-    The day is the one that is given, else the one of the run that is gone on with, else today.
-    Arguments that mean the same are written alike.
+    The day for chat templates is the one that is given, else the one of the run that is gone on
+    with, else today. Their arguments that mean the same are written alike. A precision that is not
+    given is that of the run that is gone on with; it is left to `load` where there is none.
 
     Raises:
         InputError: as `template_settings`, or the folder's `run.json` is damaged.
     """
     _, args = template_settings(settings.date, settings.template_args)
-    earlier = None if settings.overwrite else claims.recorded(settings.out, "date")
+
+    def earlier(key: str):
+        return None if settings.overwrite else claims.recorded(settings.out, key)
+
+    precision = settings.matmul_precision
+    if precision == rates.AUTO:
+        precision = earlier("matmul_precision") or precision
     return dataclasses.replace(
         settings,
-        date=settings.date or earlier or datetime.date.today().isoformat(),
+        date=settings.date or earlier("date") or datetime.date.today().isoformat(),
+        matmul_precision=precision,
         template_args=json.dumps(args, sort_keys=True, ensure_ascii=False) if args else "",
     )
 
@@ -143,17 +159,3 @@ def encoder(tokenizer, *, chat: bool, date: str, template_args: str) -> Encoder:
         return Encoder(tokenizer, chat=chat, date=on, template_args=args)
     except InputError as error:
         raise InputError(f"--{error}") from None
-
-
-def _parameter_type(
-    asked: str,
-    folder: pathlib.Path,
-    adapter: pathlib.Path | None,
-    ignore_config: Collection[str],
-) -> str | None:
-    """The type that parameters are loaded in; None for the checkpoint's own."""
-    if asked or jax.default_backend() != "cpu":
-        return asked or None
-    # XLA's CPU backend slices no 16-bit floats: it would convert all layers for every chunk.
-    stored = checkpoint.stored_dtype(folder, adapter, ignore_config)
-    return str(jnp.promote_types(stored, jnp.float32))

@@ -20,7 +20,7 @@ from jaxmed.data import pairs as pairs_lib
 from jaxmed.data import splits
 from jaxmed.data.pairs import Pair
 from jaxmed.data.tokens import Encoder
-from jaxmed.engine import cost, memory, propagate, scan
+from jaxmed.engine import cost, memory, rates, scan
 from jaxmed.files import reading
 from jaxmed.files.reading import DataError
 from jaxmed.question import directions as directions_lib
@@ -38,7 +38,7 @@ from jaxmed.runs.settings import setting
 from jaxmed.runs.skipping import Skipped
 from jaxmed.store import circumstances
 from jaxmed.store.results import Results
-from models import checkpoint, organisms
+from models import checkpoint, organisms, products
 from models.config import DTYPES, DecoderConfig
 from models.decoder import Decoder
 from models.errors import InputError
@@ -191,8 +191,8 @@ class MediateSettings:
         needs="metric=response_logprob_diff",
     )
     dtype: str = setting(
-        help="Type of the parameters in memory; by default the checkpoint's own, but at least "
-        "float32 on a CPU. Activations are float32 at least.",
+        help="Type of the parameters in memory; by default the checkpoint's own. Activations are "
+        "float32 at least.",
         default="",
         choices=("", *DTYPES),
     )
@@ -203,11 +203,13 @@ class MediateSettings:
         default=(),
     )
     matmul_precision: str = setting(
-        help="Operands of the matrix products that act on differences; plain runs and all else are "
-        "float32. bfloat16 is faster on accelerators; the median effect of a neuron is then off by "
-        "a quarter of a percent, one in six by more than 1%.",
-        default="float32",
-        choices=propagate.MATMUL_PRECISIONS,
+        help="How differences are multiplied by weights: in float32, or in three, two or one "
+        "bfloat16 parts (split3, split2, bfloat16), for matrix units that multiply bfloat16 "
+        "numbers. float32 and split3 are as exact, and auto takes the faster of them on this "
+        "machine; split2 is off by some 4e-6 of the effects' norm, bfloat16 by 3e-3 (one neuron "
+        "in six by more than 1% of its effect). Plain runs are as exact as in float32 in any.",
+        default=rates.AUTO,
+        choices=(rates.AUTO, *products.PRECISIONS),
     )
     memory_gb: float | None = setting(
         help="Memory that the run may take on its device, weights and program included, in GiB; by "
@@ -283,8 +285,15 @@ def measure(settings: MediateSettings, *, progress: bool = True) -> tuple[Result
     say = sweep.teller(progress)
     _check_files(settings)
     say(f"Loading {settings.model}")
-    loaded = loading.load(settings.model, settings.adapter, settings.dtype, settings.ignore_config)
+    loaded = loading.load(
+        settings.model,
+        settings.adapter,
+        settings.dtype,
+        settings.ignore_config,
+        settings.matmul_precision,
+    )
     decoder, tokenizer = loaded.decoder, loaded.tokenizer
+    settings = dataclasses.replace(settings, matmul_precision=decoder.products.precision)
     check_counts(settings, decoder.config)
     budget = memory.free(settings.memory_gb)
     encoder = loading.encoder(
@@ -550,7 +559,7 @@ def _scan(asked: MediateRun, results: Results, selection: screening.Selection | 
         asked, results: the run.
         selection: the neurons to compute; all without one.
     """
-    pairs, settings, say = asked.pairs, asked.settings, asked.say
+    pairs, say = asked.pairs, asked.say
     missing = {name: set(results.missing(name)) for name in results.granularities}
     todo = {
         index: [name for name in results.granularities if index in missing[name]]
@@ -588,7 +597,6 @@ def _scan(asked: MediateRun, results: Results, selection: screening.Selection | 
             question,
             todo[index],
             chosen=chosen,
-            matmul_precision=settings.matmul_precision,
             memory=asked.budget,
             on_operations=advance,
         )
@@ -659,7 +667,7 @@ def _announce(
         f"{todo} pairs, at most {sum(units.values()):,} units each, by both estimands: "
         f"{total:.2e} floating-point operations"
         + (f", and at most {joint:.2e} for the joint set" if joint else "")
-        + f". {costs_lib.least_time(total, asked.decoder, settings.matmul_precision)}"
+        + f". {costs_lib.least_time(total, asked.decoder)}"
     )
     if len(operations) > 1 and total:
         asked.say(costs_lib.shares(operations, units))

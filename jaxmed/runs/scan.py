@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxmed.analysis.findings import Findings
 from jaxmed.data.pairs import Pair
-from jaxmed.engine import cost, memory, propagate
+from jaxmed.engine import cost, memory
 from jaxmed.engine import scan as engine
 from jaxmed.question import directions as given_directions
 from jaxmed.question import effects as effect_arrays
@@ -39,14 +39,14 @@ def scan(
     group_size: int = 1,
     directions: str | os.PathLike | Directions | None = None,
     chosen: Mapping[str, np.ndarray | Iterable] | None = None,
-    matmul_precision: str = "float32",
     memory_gb: float | None = None,
     progress: bool = True,
 ) -> Findings:
     """NIE and TIE of every unit of every pair, in memory.
 
     Args:
-        decoder: the model.
+        decoder: the model; `decoder.at_precision("split3")` is one whose differences are multiplied
+            in another precision.
         pairs: the pairs, with ids that differ.
         granularity: layer, module, head, token, neuron or direction, or several of them.
         metric: the metric; `LogitDifference()` by default.
@@ -60,7 +60,6 @@ def scan(
             coordinates of the effects name them: layer, (layer, "mlp"), (layer, head), (layer,
             "mlp", position), (layer, neuron) or (layer, "residual", number). The effects of the
             others are NaN, and `Status.LEFT_OUT`.
-        matmul_precision: of products with differences, "float32" or "bfloat16".
         memory_gb: memory that the process may take on its device, in GiB; most of it by default.
         progress: show a progress bar.
 
@@ -73,7 +72,6 @@ def scan(
     """
     granularities = _granularities(granularity)
     pairs = list(pairs)
-    check_choice("matmul_precision", matmul_precision, propagate.MATMUL_PRECISIONS)
     check_choice("positions", positions, Positions)
     check_choice("align", align, Align)
     if isinstance(metric, str):
@@ -98,10 +96,8 @@ def scan(
         raise InputError("pairs: at least one is needed, and ids that differ from each other")
     sizes = questions.sizes(decoder.config, pairs, question, granularities)
     masks = _masks(chosen or {}, granularities, sizes, group_size)
-    found = _scan_pairs(
-        decoder, pairs, question, granularities, masks, matmul_precision, memory_gb, progress
-    )
-    run = _description(decoder, pairs, question, granularities, matmul_precision)
+    found = _scan_pairs(decoder, pairs, question, granularities, masks, memory_gb, progress)
+    run = _description(decoder, pairs, question, granularities)
     totals = Totals(
         pair_ids=ids,
         bases=tuple(pair.base for pair in pairs),
@@ -179,7 +175,6 @@ def _scan_pairs(
     question: Question,
     granularities: Sequence[str],
     masks: Mapping[str, np.ndarray],
-    matmul_precision: str,
     memory_gb: float | None,
     progress: bool,
 ) -> list[PairEffects]:
@@ -199,7 +194,6 @@ def _scan_pairs(
             question,
             granularities,
             chosen=chosen[index],
-            matmul_precision=matmul_precision,
             memory=budget,
             on_operations=advance,
         )
@@ -264,7 +258,6 @@ def _description(
     pairs: Sequence[Pair],
     question: Question,
     granularities: Sequence[str],
-    matmul_precision: str,
 ) -> dict:
     """What `run.json` is to say, if this is saved."""
     directions = question.directions
@@ -279,8 +272,8 @@ def _description(
         "group_size": question.group_size,
         "directions": "in memory" if directions else "",
         "directions_hash": directions and directions.hash,
-        "matmul_precision": matmul_precision,
+        "matmul_precision": decoder.products.precision,
         # The name under which the results' arrays record it.
-        "precision": matmul_precision,
+        "precision": decoder.products.precision,
         "pair_bases": [pair.base for pair in pairs],
     }

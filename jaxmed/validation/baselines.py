@@ -2,7 +2,7 @@
 
 Both compute NIE = Y(x, a_i <- a'_i) - Y(x) for neurons that are patched alone, at the last
 prompt position, where Y is the logit of the harmful token minus that of the safe one there. Both
-run in float32 on the CPU, and subtract the values of two runs.
+run on the CPU, in float32 where nothing else is said, and subtract the values of two runs.
 
     Hooks     transformers' own model and a forward hook: the whole prompt again for each neuron
     Prefix    what a careful person would write instead: only the last position is run again, from
@@ -218,6 +218,15 @@ class Prefix(Baseline):
         """Y at rows of the last block's output, [B, d] -> [B]."""
         harmful, safe = (_norm(self.final_norm, x) @ self.unembedding.T).unbind(-1)
         return harmful - safe
+
+
+class RoundedPrefix(Prefix):
+    """The same loop with its products in bfloat16, as torch's autocast chooses them."""
+
+    def effects(self, layers: np.ndarray, neurons: np.ndarray) -> np.ndarray:
+        """As in `Baseline`."""
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return super().effects(layers, neurons)
 
 
 class Generate:

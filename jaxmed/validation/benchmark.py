@@ -15,7 +15,6 @@ from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool
 
@@ -24,11 +23,12 @@ from jaxmed.analysis.audit import Audit, missed
 from jaxmed.behaviour import generation
 from jaxmed.behaviour.sampling import Sampling
 from jaxmed.data.pairs import Pair
-from jaxmed.engine import cost, memory, plan, propagate, scan
+from jaxmed.engine import cost, memory, plan, rates, scan
 from jaxmed.question.effects import PairEffects
 from jaxmed.question.metrics import LogitDifference
 from jaxmed.question.question import Question
 from jaxmed.validation import presets
+from models import products
 from models.config import DecoderConfig
 from models.decoder import Decoder
 from models.edits import Hold
@@ -36,6 +36,8 @@ from models.errors import InputError
 
 BASELINES = ("hooks", "prefix")
 GENERATION_BASELINES = ("transformers",)
+# Neurons whose effects are compared with those in float64.
+ERROR_SAMPLE = 256
 # Neurons that the baselines are timed on, spread evenly over all that are scanned.
 HOOKS_SAMPLE = 256
 PREFIX_SAMPLE = 9216
@@ -52,11 +54,13 @@ class BaselineSpeed:
         what: which it is, for people.
         neurons_per_second: neurons that it patches alone, a second.
         speedup: how many times more the engine does.
+        error: norm of the errors of NIE, by the effects' norm, against the engine in float64.
     """
 
     what: str
     neurons_per_second: float
     speedup: float
+    error: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,10 +84,13 @@ class Figures:
     """What was measured; times are medians over rounds.
 
     Attributes:
-        preset, device, dtype: what ran on what; dtype is that of the operands of products.
+        preset, device, dtype: what ran on what; dtype is that of the weights.
+        precision: of the engine's products.
         layers: blocks of the model.
         neurons: neurons that were scanned.
         batch: rows that go through a block together.
+        error: norm of the errors of both estimands of `ERROR_SAMPLE` neurons, by the effects' norm,
+            against the engine in float64; None where it was not asked for.
         compile_seconds: what the first run took longer than the others.
         seconds: of one estimand, NIE or TIE: half of what both take together, captures included.
         neurons_per_second: neurons / seconds.
@@ -104,6 +111,7 @@ class Figures:
     preset: str
     device: str
     dtype: str
+    precision: str
     layers: int
     neurons: int
     batch: int
@@ -115,6 +123,7 @@ class Figures:
     matmul_flops_per_second: float
     matmul_fraction: float
     peak_memory_bytes: int
+    error: float | None = None
     speedup_hooks: float | None = None
     speedup_prefix: float | None = None
     baselines: dict[str, BaselineSpeed] = dataclasses.field(default_factory=dict)
@@ -268,6 +277,9 @@ def measure(
     preset: str,
     *,
     say: Callable[[str], None],
+    dtype: str = "",
+    precision: str = rates.AUTO,
+    errors: bool = False,
     against: tuple[str, ...] = (),
     layers: int = 0,
     neurons: int = 0,
@@ -280,7 +292,10 @@ def measure(
     Args:
         preset: one of `presets.PRESETS`.
         say: where progress is told.
-        against: any of `BASELINES`; they need torch, and run in float32 on a CPU.
+        dtype: of the weights; "" for the preset's.
+        precision: of the engine's products, one of `products.PRECISIONS`, or `rates.AUTO`.
+        errors: compare effects with those in float64, which takes 8 bytes a weight.
+        against: any of `BASELINES`; they need torch, and run on a CPU.
         layers: blocks of the model; 0 for the preset's.
         neurons: how many neurons, spread evenly over all; 0 for all.
         rounds: runs of the engine after the first, which compiles.
@@ -291,48 +306,50 @@ def measure(
         InputError: what is asked cannot be compared.
     """
     chosen_preset = presets.PRESETS[preset]
-    like = jax.default_backend() == "cpu" and chosen_preset.matmul_precision == "float32"
-    if against and not like:
+    if against and jax.default_backend() != "cpu":
         raise InputError(
-            f"against={against}: the baselines are timed in float32 on a CPU, the engine here in "
-            f"{chosen_preset.matmul_precision} on {jax.devices()[0].device_kind}: no comparison"
+            f"against={against}: the baselines are timed on a CPU, the engine here on "
+            f"{jax.devices()[0].device_kind}: no comparison"
         )
     if screen and neurons:
         raise InputError(f"screen={screen} looks at all neurons: leave out neurons={neurons}")
-    config = chosen_preset.config
-    config = presets.with_layers(config, layers)
+    config = presets.with_layers(chosen_preset.config, layers)
+    config = dataclasses.replace(config, dtype=dtype or config.dtype)
     chosen = spread(config, neurons)
     say(f"{preset}: making {config.num_layers} layers of random weights")
     decoder = presets.random_decoder(config)
+    if precision == rates.AUTO:
+        precision = rates.exact_precision(decoder)
+    decoder = decoder.at_precision(precision)
     pair = presets.random_pair(config, chosen_preset.tokens)
     engine = _Engine(
         decoder=decoder,
         pair=pair,
         chosen=chosen,
-        matmul_precision=chosen_preset.matmul_precision,
         memory=memory.free(memory_gb),
     )
-    products = _Products(config, engine.batch, chosen_preset.matmul_precision)
+    alone = _Products(decoder, engine.batch)
     say(f"first run of {int(chosen.sum()):,} neurons by both estimands, with compilation")
     first = engine.seconds()
-    products.rate()
-    seconds, rates, fractions = [], [], []
-    before = products.rate()
+    alone.rate()
+    seconds, machine, fractions = [], [], []
+    before = alone.rate()
     for number in range(rounds):
         seconds.append(engine.seconds())
-        after = products.rate()
-        rates.append((before + after) / 2)
-        fractions.append(engine.product_operations / seconds[-1] / rates[-1])
+        after = alone.rate()
+        machine.append((before + after) / 2)
+        fractions.append(engine.product_operations / seconds[-1] / machine[-1])
         before = after
         say(
             f"round {number + 1} of {rounds}: {seconds[-1]:.2f} s an estimand, "
-            f"{fractions[-1]:.3f} of {rates[-1] / 1e9:.0f} billion operations a second"
+            f"{fractions[-1]:.3f} of {machine[-1] / 1e9:.0f} billion operations a second"
         )
     median = statistics.median(seconds)
     figures = Figures(
         preset=preset,
         device=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        dtype=chosen_preset.matmul_precision,
+        dtype=config.dtype,
+        precision=precision,
         layers=config.num_layers,
         neurons=int(chosen.sum()),
         batch=engine.batch,
@@ -341,10 +358,12 @@ def measure(
         neurons_per_second=int(chosen.sum()) / median,
         flops=engine.operations,
         product_flops=engine.product_operations,
-        matmul_flops_per_second=statistics.median(rates),
+        matmul_flops_per_second=statistics.median(machine),
         matmul_fraction=statistics.median(fractions),
         peak_memory_bytes=_peak_memory(),
     )
+    if errors:
+        figures = dataclasses.replace(figures, error=_error(engine))
     if screen:
         figures = _with_screen(figures, engine, screen, say)
     if against:
@@ -366,6 +385,29 @@ def spread(config: DecoderConfig, neurons: int) -> Bool[np.ndarray, "L I"]:
     return chosen.reshape(config.num_layers, config.intermediate_size)
 
 
+def _error(engine: "_Engine") -> float:
+    """Of both estimands of some of the neurons, against the engine in float64."""
+    some = _some(engine.chosen, ERROR_SAMPLE)
+    found, exact = engine.scan(some), engine.exact(some)
+    pairs = [(found.nie, exact.nie), (found.tie, exact.tie)]
+    got, want = (np.concatenate([side[at]["neuron"][some] for side in pairs]) for at in (0, 1))
+    return _relative_error(got, want)
+
+
+def _some(chosen: Bool[np.ndarray, "L I"], count: int) -> Bool[np.ndarray, "L I"]:
+    """So many of the chosen neurons, evenly spread."""
+    places = np.flatnonzero(chosen)
+    picked = np.linspace(0, len(places), min(count, len(places)), endpoint=False).astype(int)
+    some = np.zeros(chosen.size, bool)
+    some[places[picked]] = True
+    return some.reshape(chosen.shape)
+
+
+def _relative_error(found: np.ndarray, exact: np.ndarray) -> float:
+    """Norm of the errors by the norm of what is exact."""
+    return float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
+
+
 class _Engine:
     """The engine's scan of a pair.
 
@@ -382,18 +424,18 @@ class _Engine:
         decoder: Decoder,
         pair: Pair,
         chosen: Bool[np.ndarray, "L I"],
-        matmul_precision: str,
         memory: int,
     ):
         self.decoder, self.pair, self.chosen = decoder, pair, chosen
         self.question = Question(LogitDifference())
-        self._how = {"matmul_precision": matmul_precision, "memory": memory}
+        self._memory = memory
         config, (term,) = decoder.config, self.question.metric.terms(pair)
         (work,) = plan.plan(
             config, pair, term, self.question, ["neuron"], False, {"neuron": chosen}
         )
-        dtype = decoder.embedding[...].dtype
-        _, self.batch = cost.batching(config, dtype, work, term, memory, jax.default_backend())
+        _, self.batch = cost.batching(
+            config, decoder.dtype, work, term, memory, jax.default_backend()
+        )
         both = cost.operations(config, pair, self.question, ["neuron"], {"neuron": chosen})
         self.operations = both / 2
         blocks_after = np.sum(config.num_layers - 1 - work.units.layers)
@@ -407,8 +449,16 @@ class _Engine:
             self.question,
             ["neuron"],
             chosen={"neuron": chosen},
-            **self._how,
+            memory=self._memory,
         )
+
+    def exact(self, chosen: Bool[np.ndarray, "L I"]) -> PairEffects:
+        """NIE and TIE of the chosen neurons in float64."""
+        with jax.enable_x64(True):
+            decoder = presets.in_float64(self.decoder)
+            return scan.scan_pair(
+                decoder, self.pair, self.question, ["neuron"], chosen={"neuron": chosen}
+            )
 
     def seconds(self) -> float:
         """Of one estimand: half of what both take."""
@@ -418,16 +468,20 @@ class _Engine:
 class _Products:
     """The products of a block and nothing between them, in the engine's shapes and types."""
 
-    def __init__(self, config: DecoderConfig, rows: int, matmul_precision: str):
-        dtype = propagate.MATMUL_PRECISIONS[matmul_precision] or jnp.float32
+    def __init__(self, decoder: Decoder, rows: int):
+        config, self._how = decoder.config, decoder.products
         width, hidden = config.hidden_size, config.intermediate_size
         heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         shapes = ((width, heads), (width, kv), (width, kv), (heads, width))
         shapes += ((width, hidden), (width, hidden), (hidden, width))
         keys = iter(jax.random.split(jax.random.key(0), len(shapes) + 3))
-        self.weights = [jax.random.normal(next(keys), shape, dtype) for shape in shapes]
+        number = decoder.compute_dtype
+        self.weights = [
+            products.ready(jax.random.normal(next(keys), shape, decoder.dtype), self._how, number)
+            for shape in shapes
+        ]
         sizes = sorted({width, heads, hidden})
-        self.inputs = {n: jax.random.normal(next(keys), (rows, n), dtype) for n in sizes}
+        self.inputs = {n: jax.random.normal(next(keys), (rows, n), number) for n in sizes}
         self.operations = rows * cost.block_operations(config)
         # An accelerator is kept busy by what is under way; a CPU would run products side by side.
         self.under_way = 1 if jax.default_backend() == "cpu" else 16
@@ -445,15 +499,11 @@ class _Products:
         """Each weight with the input of its size, as often as may be under way."""
         under_way = []
         for weight in self.weights * self.under_way:
-            under_way = [_multiply(self.inputs[weight.shape[0]], weight)]
+            x = self.inputs[weight.shape[-2]]
+            under_way = [products.multiplied(x, weight, self._how)]
             if self.under_way == 1:
                 jax.block_until_ready(under_way)
         jax.block_until_ready(under_way)
-
-
-@jax.jit
-def _multiply(left, right):
-    return jnp.matmul(left, right, precision="float32", preferred_element_type=jnp.float32)
 
 
 def _peak_memory() -> int:
@@ -537,14 +587,16 @@ def _baselines(engine: _Engine, against: tuple[str, ...]) -> dict[str, _Timed]:
         )
     if "prefix" in against:
         onednn = baselines.torch_model(engine.decoder, onednn=True)
-        for name, model, batch, how in (
-            ("prefix", as_installed, baselines.Prefix.batch, "{} rows a batch"),
-            ("prefix_64_rows", as_installed, 64, "{} rows a batch"),
-            ("prefix_onednn", onednn, baselines.Prefix.batch, "with oneDNN for MKL"),
+        for name, kind, model, batch, how in (
+            ("prefix", baselines.Prefix, as_installed, 512, "512 rows a batch"),
+            ("prefix_64_rows", baselines.Prefix, as_installed, 64, "64 rows a batch"),
+            ("prefix_2048_rows", baselines.Prefix, as_installed, 2048, "2,048 rows a batch"),
+            ("prefix_onednn", baselines.Prefix, onednn, 512, "with oneDNN for MKL"),
+            ("prefix_bfloat16", baselines.RoundedPrefix, as_installed, 512, "bfloat16 (autocast)"),
         ):
             timed[name] = _Timed(
-                what=f"prefix-cached torch loop, {how.format(batch)}",
-                baseline=baselines.Prefix(model, **reads, batch=batch),
+                what=f"prefix-cached torch loop, {how}",
+                baseline=kind(model, **reads, batch=batch),
                 sample=PREFIX_SAMPLE,
             )
     return timed
@@ -553,9 +605,12 @@ def _baselines(engine: _Engine, against: tuple[str, ...]) -> dict[str, _Timed]:
 def _with_baselines(
     figures: Figures, engine: _Engine, timed: dict[str, _Timed], say: Callable[[str], None]
 ) -> Figures:
-    """The baselines' rates, and how many times faster the engine is in the same rounds."""
+    """The baselines' rates and errors, and how many times faster the engine is in the same
+    rounds."""
     layers, neurons = np.nonzero(engine.chosen)
-    rates, speedups = ({name: [] for name in timed} for _ in range(2))
+    some = _some(engine.chosen, ERROR_SAMPLE)
+    exact = engine.exact(some).nie["neuron"][some]
+    speeds, speedups = ({name: [] for name in timed} for _ in range(2))
     for number in range(_BASELINE_ROUNDS):
         ours = len(layers) / engine.seconds()
         for name, of in timed.items():
@@ -566,17 +621,18 @@ def _with_baselines(
             seconds = _seconds(
                 functools.partial(of.baseline.effects, layers[picked], neurons[picked])
             )
-            rates[name].append(len(picked) / seconds)
-            speedups[name].append(ours / rates[name][-1])
+            speeds[name].append(len(picked) / seconds)
+            speedups[name].append(ours / speeds[name][-1])
             say(
                 f"round {number + 1} of {_BASELINE_ROUNDS}: {name}, {len(picked)} neurons: "
-                f"{rates[name][-1]:,.1f} a second (the engine: {ours:,.0f})"
+                f"{speeds[name][-1]:,.1f} a second (the engine: {ours:,.0f})"
             )
     found = {
         name: BaselineSpeed(
             what=of.what,
-            neurons_per_second=statistics.median(rates[name]),
+            neurons_per_second=statistics.median(speeds[name]),
             speedup=statistics.median(speedups[name]),
+            error=_relative_error(of.baseline.effects(*np.nonzero(some)), exact),
         )
         for name, of in timed.items()
     }

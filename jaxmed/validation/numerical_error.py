@@ -10,18 +10,16 @@ import math
 import tempfile
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from scipy import stats
 
 from jaxmed.data.pairs import Pair
-from jaxmed.engine import propagate, scan
+from jaxmed.engine import scan
 from jaxmed.question.effects import ESTIMANDS, PairEffects
 from jaxmed.question.metrics import LogitDifference
 from jaxmed.question.question import Question
 from jaxmed.validation import presets
-from models import checkpoint
+from models import checkpoint, products
 from models.config import Rotary
 from models.decoder import Decoder
 
@@ -67,11 +65,11 @@ def random_model(layers: int = 4, width: int = 128, tokens: int = 24) -> tuple[D
 def measure(
     model: str, decoder: Decoder, pair: Pair, *, runs: bool = False
 ) -> list[NumericalError]:
-    """The engine's errors with float32 and with bfloat16 products.
+    """The engine's errors in each precision of its products.
 
     Args:
         model: a name for the rows.
-        decoder: a Llama; its weights are rounded to bfloat16.
+        decoder: its weights are rounded to bfloat16.
         pair: the pair; the last prompt token is edited.
         runs: also those of patched-minus-base runs, which needs torch.
 
@@ -80,15 +78,14 @@ def measure(
     """
     question = Question(LogitDifference())
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint.save(_in_bfloat16(decoder), folder)
-        with jax.enable_x64(True):
-            double = checkpoint.load(folder, dtype="float64")[0]
-            exact = scan.scan_pair(double, pair, question, ["neuron"])
+        checkpoint.save(decoder, folder)
         decoder = checkpoint.load(folder, dtype="bfloat16")[0]
+    with jax.enable_x64(True):
+        exact = scan.scan_pair(presets.in_float64(decoder), pair, question, ["neuron"])
     rows = []
-    for dtype in propagate.MATMUL_PRECISIONS:
-        found = scan.scan_pair(decoder, pair, question, ["neuron"], matmul_precision=dtype)
-        rows += compared(found, exact, model=model, method="differences", dtype=dtype)
+    for precision in products.PRECISIONS:
+        found = scan.scan_pair(decoder.at_precision(precision), pair, question, ["neuron"])
+        rows += compared(found, exact, model=model, method="differences", dtype=precision)
     if runs:
         for dtype, found in _by_runs(decoder, pair).items():
             rows += compared(found, exact, model=model, method="patched minus base", dtype=dtype)
@@ -124,13 +121,6 @@ def compared(
             )
         )
     return rows
-
-
-def _in_bfloat16(decoder: Decoder) -> Decoder:
-    config = dataclasses.replace(decoder.config, dtype="bfloat16")
-    graph = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))[0]
-    rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), nnx.state(decoder))
-    return nnx.merge(graph, rounded)
 
 
 def _by_runs(decoder: Decoder, pair: Pair) -> dict[str, PairEffects]:

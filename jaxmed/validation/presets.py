@@ -1,15 +1,20 @@
 """Shapes of models that speed is measured on."""
 
 import dataclasses
+import functools
+import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array
 
 from jaxmed.data.pairs import Pair
 from models.config import DecoderConfig, Rotary
 from models.decoder import Decoder
+from models.products import numbers_on_host, stored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,12 +24,10 @@ class Preset:
     Attributes:
         config: the shape.
         tokens: length of both prompts.
-        matmul_precision: of products with differences, as in `engine.scan`.
     """
 
     config: DecoderConfig
     tokens: int
-    matmul_precision: str
 
 
 def llama(**fields: Any) -> DecoderConfig:
@@ -55,7 +58,7 @@ def _llama3(rotary_factor: float, **fields: Any) -> Preset:
     config = llama(
         dtype="bfloat16", vocab_size=128256, num_heads=32, num_kv_heads=8, rotary=rotary, **fields
     )
-    return Preset(config, tokens=64, matmul_precision="bfloat16")
+    return Preset(config, tokens=64)
 
 
 PRESETS = {
@@ -73,7 +76,6 @@ PRESETS = {
             head_dim=64,
         ),
         tokens=32,
-        matmul_precision="float32",
     ),
     "llama-3.2-1b": _llama3(
         rotary_factor=32.0,
@@ -94,6 +96,9 @@ PRESETS = {
 }
 
 
+_DRAWN_AT_ONCE = 2**22  # numbers of a parameter
+
+
 def with_layers(config: DecoderConfig, layers: int) -> DecoderConfig:
     """The shape with so many blocks, none of which has a window; as it is for 0."""
     if not layers:
@@ -102,8 +107,44 @@ def with_layers(config: DecoderConfig, layers: int) -> DecoderConfig:
 
 
 def random_decoder(config: DecoderConfig) -> Decoder:
-    """A decoder with the initialisers' random weights, always the same."""
-    return jax.jit(lambda: Decoder(config, rngs=nnx.Rngs(0)))()
+    """A decoder with normal random weights, always the same, that write as much as they read.
+
+    They are drawn a row or a layer at a time: in float32 all together take several times the
+    memory of the model.
+    """
+    graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
+    parameters = nnx.to_flat_state(state)
+    keys = jax.random.split(jax.random.key(0), len(parameters))
+    drawn = [
+        (path, parameter.replace(_drawn(key, path[-1], parameter.shape, config.dtype)))
+        for key, (path, parameter) in zip(keys, parameters, strict=True)
+    ]
+    return nnx.merge(graph, nnx.from_flat_state(drawn))
+
+
+@functools.partial(jax.jit, static_argnames=("name", "shape", "dtype"))
+def _drawn(key: Array, name: str, shape: tuple[int, ...], dtype: str) -> Array:
+    """A parameter, as the decoder keeps it."""
+    if name in ("weight", "bias"):
+        return jnp.full(shape, float(name == "weight"), dtype)
+    scale = shape[-2] ** -0.5 if name == "kernel" else 0.02
+
+    def draw(key):
+        return stored((scale * jax.random.normal(key, shape[1:])).astype(dtype))
+
+    at_once = max(1, _DRAWN_AT_ONCE // math.prod(shape[1:]))
+    return jax.lax.map(draw, jax.random.split(key, shape[0]), batch_size=at_once)
+
+
+def in_float64(decoder: Decoder) -> Decoder:
+    """The same model with its weights, and so its activations, in float64; to be called, and used,
+    under `jax.enable_x64(True)`."""
+    config = decoder.config
+    graph = nnx.graphdef(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype="float64")))
+    wide = jax.tree.map(
+        lambda kept: jnp.asarray(numbers_on_host(kept).astype(np.float64)), nnx.state(decoder)
+    )
+    return nnx.merge(graph, wide)
 
 
 def random_pair(config: DecoderConfig, tokens: int) -> Pair:

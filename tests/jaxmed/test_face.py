@@ -268,7 +268,6 @@ def test_an_unfinished_run_gives_nan_for_what_is_not_there(tmp_path):
         ({"granularity": ()}, "granularity names none of"),
         ({"positions": "first"}, "positions=first: not one of last"),
         ({"align": "middle"}, "align=middle: not one of end"),
-        ({"matmul_precision": "float8"}, "matmul_precision=float8: not one of float32"),
         ({"group_size": 0}, "group_size=0"),
         ({"granularity": "direction"}, "directions=FILE.npz go together"),
         ({"directions": "some.npz"}, "directions=FILE.npz go together"),

@@ -22,3 +22,18 @@ def test_flags_that_would_say_nothing_are_refused():
     done = process.call("benchmark", "--json=/nowhere/figures.json")
     assert done.returncode == 1
     assert "--json=/nowhere/figures.json: its folder cannot be written" in done.stderr
+
+
+def test_compiling_refuses_what_would_say_nothing_to_it():
+    done = process.call("benchmark", "--compile_for=v5e:2x2", "--rounds=2")
+    assert done.returncode == 1
+    assert "--rounds says nothing to --compile_for" in done.stderr
+    done = process.call("benchmark", "--rows=8")
+    assert done.returncode == 1
+    assert "--rows needs --compile_for=K" in done.stderr
+    done = process.call("benchmark", "--compile_for=v5e:2x2", "--model=m", "--preset=llama-3.2-1b")
+    assert done.returncode == 1
+    assert "--preset says nothing to --model, whose config.json gives the shape" in done.stderr
+    done = process.call("benchmark", "--compile_for=v5e:2x2", "--matmul_precision=float32,half")
+    assert done.returncode == 1
+    assert "--matmul_precision=half: not one of auto" in done.stderr

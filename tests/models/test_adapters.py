@@ -12,6 +12,7 @@ import models
 from models import adapters, checkpoint
 from models.checkpoint import Source
 from models.errors import InputError
+from models.products import numbers_on_host
 from tests import tiny
 from tests.lora import ALPHA, RANK, random_lora, stored, write
 from tests.models.test_checkpoint import WEIGHTS, assert_equal, says
@@ -219,11 +220,10 @@ def test_types(tmp_path):
     adapter = write(tmp_path / "adapter", tensors)
     wide = merged(tmp_path / "base", adapter)
     assert wide.config.dtype == "float32"
-    assert checkpoint.stored_dtype(tmp_path / "base", adapter) == "float32"
     narrow = write(tmp_path / "narrow", {n: t.astype(jnp.bfloat16) for n, t in tensors.items()})
     found = merged(tmp_path / "base", narrow)
     assert found.config.dtype == "bfloat16"
-    up, expected = found.blocks.mlp.up.kernel[...], wide.blocks.mlp.up.kernel[...]
+    up, expected = (numbers_on_host(of.blocks.mlp.up.kernel[...]) for of in (found, wide))
     np.testing.assert_allclose(up.astype("float32"), expected, rtol=0.01, atol=0.01)
 
 
@@ -356,7 +356,7 @@ def test_an_adapter_beside_weights_is_not_passed_over(base, caplog, tmp_path):
     other = write(tmp_path / "other", random_lora(base, ALL))
     says(refused(base, other), base, "beside the weights", f"--adapter={base}")
     with pytest.raises(InputError, match="beside the weights"):
-        checkpoint.stored_dtype(base)
+        checkpoint.Source.examine(base)
     found = merged(base, base)
     (base / adapters.CONFIG).unlink()
     plain, _ = models.load(base)

@@ -91,7 +91,7 @@ def test_it_is_an_orbax_checkpoint(entry):
 
 def test_zeros_are_stored(cache_dir):
     """Zarr leaves out chunks of zeros unless told otherwise; here what is gone is damage."""
-    zeros = {("zeros",): jnp.zeros((3, 5)), ("negative",): -jnp.zeros((3, 5))}
+    zeros = {("zeros",): np.zeros((3, 5), "f4"), ("negative",): -np.zeros((3, 5), "f4")}
     entry = cache.write(cache_dir, "entry", zeros, {})
     for path, values in zeros.items():
         out = np.ones((3, 5), np.float32)
@@ -103,7 +103,7 @@ def test_zeros_are_stored(cache_dir):
 def test_arrays_beyond_a_gigabyte(cache_dir):
     """Stacked parameters of large models; Orbax has a limit, which must grow with them."""
     size = 10**9 + 10**6
-    entry = cache.write(cache_dir, "entry", {("large",): jnp.ones(size, jnp.int8)}, {})
+    entry = cache.write(cache_dir, "entry", {("large",): np.ones(size, np.int8)}, {})
     assert entry.size > size
     shutil.rmtree(cache_dir)
 

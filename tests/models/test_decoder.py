@@ -312,7 +312,8 @@ def test_a_batch_shares_its_edits(distinct):
 def test_a_bfloat16_checkpoint_has_unrounded_activations():
     decoder = tiny.decoder("llama", dtype="bfloat16")
     logits, trace = decoder(TOKENS)
-    assert decoder.embedding.dtype == jnp.bfloat16
+    assert decoder.dtype == jnp.bfloat16
+    assert {leaf.dtype.itemsize for leaf in jax.tree.leaves(decoder)} == {2}
     assert logits.dtype == trace.neuron.dtype == jnp.float32
 
 

@@ -191,7 +191,7 @@ class JudgeModel:
             ends = np.array([len(run.tokens) for run in filled])[:, None]
             starts = np.array([len(run.tokens) - len(run.begun) - 1 for run in filled])[:, None]
             with jax.default_matmul_precision("float32"):
-                found = _log_probabilities(
+                found = answer_log_probabilities(
                     self.decoder,
                     batches.padded([run.tokens for run in filled], length),
                     valid=np.arange(length) < ends,
@@ -294,7 +294,7 @@ class JudgeModel:
 
 
 @jax.jit
-def _log_probabilities(
+def answer_log_probabilities(
     decoder: Decoder,
     tokens: Int[Array, "B N"],
     valid: Bool[Array, "B N"],

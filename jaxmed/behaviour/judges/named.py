@@ -8,6 +8,7 @@ from jaxmed.behaviour.judges.model import JudgeModel
 from jaxmed.behaviour.judges.protocol import Judge
 from jaxmed.behaviour.judges.rules import FirstTokens, RefusalPhrases
 from jaxmed.behaviour.judges.templates import JUDGES, Template
+from jaxmed.engine import rates
 from models import checkpoint
 from models.errors import InputError
 
@@ -51,6 +52,7 @@ def judge(
     model = model or asked.hub_id
     folder = checkpoint.resolve(model)
     decoder, tokenizer = models.load(folder, ignore_config=ignore_config)
+    decoder = decoder.at_precision(rates.exact_precision(decoder))
     return JudgeModel(asked, decoder, tokenizer, checkpoint=str(model), folder=folder, cut=cut)
 
 

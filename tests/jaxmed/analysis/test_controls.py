@@ -373,9 +373,7 @@ def discovered(monkeypatch, strength, above, total_effect, **arguments):
     """Discoveries, with given controls; which units they were asked of."""
     asked = []
 
-    def given(
-        decoder, pairs, question, granularity, chosen, *, draws, seed, matmul_precision, memory
-    ):
+    def given(decoder, pairs, question, granularity, chosen, *, draws, seed, memory):
         asked.append((chosen, draws, seed))
         return np.where(chosen, above, np.nan)
 
@@ -437,14 +435,14 @@ def test_controls_are_computed_as_precisely_as_effects(monkeypatch):
     """Both in bfloat16 products, if the effects were."""
     seen, scan_pair = [], scan.scan_pair
 
-    def recorded(*arguments, matmul_precision, **options):
-        seen.append(matmul_precision)
-        return scan_pair(*arguments, matmul_precision=matmul_precision, **options)
+    def recorded(decoder, *arguments, **options):
+        seen.append(decoder.products.precision)
+        return scan_pair(decoder, *arguments, **options)
 
     monkeypatch.setattr(scan, "scan_pair", recorded)
     controls.discoveries(
-        *(tiny.decoder("qwen2"), [scans.UNEQUAL], PROMPT, "head", np.full((3, 4), 1.0), 1.0),
+        *(tiny.decoder("qwen2").at_precision("bfloat16"), [scans.UNEQUAL], PROMPT, "head"),
+        *(np.full((3, 4), 1.0), 1.0),
         draws=1,
-        matmul_precision="bfloat16",
     )
     assert seen == ["bfloat16"]

@@ -97,12 +97,12 @@ def test_a_step_with_a_hold_of_nothing_has_the_same_logits(family):
     """What the loop does in every step, by itself: cache and logits, bit by bit."""
     model, lengths = decoder(family), np.array([7, 32, 2, 1], np.int32)
     tokens = np.random.default_rng(1).integers(0, 61, (ROWS, 32)).astype(np.int32)
-    blocks, last = generation._unstacked(model), tokens[:, 0]
+    blocks, last = generation.unstacked(model), tokens[:, 0]
     step = jax.jit(generation._step, static_argnums=7)
 
     def run(holds):
         holds = holding.fitted(model.config, holds, ROWS)
-        x, cache = generation._prefill(model, holds, tokens, lengths, 16)
+        x, cache = generation.prefill(model, holds, tokens, lengths, 16)
         after, cache = step(model, blocks, holds, cache, last, lengths, np.int32(0), 16)
         return model.unembed(x), model.unembed(after), cache
 
@@ -112,11 +112,11 @@ def test_a_step_with_a_hold_of_nothing_has_the_same_logits(family):
 
 def test_one_program_serves_all_holds_of_a_site_and_all_settings():
     answers(PROMPTS, holds=[hold(Site.NEURON)])
-    compiled = generation._prefill._cache_size(), generation._decode._cache_size()
+    compiled = generation.prefill._cache_size(), generation.decode._cache_size()
     everywhere = Hold.affine("neuron", np.zeros((3, 1)), np.zeros((1, 40)), at_prompt=False)
     few = Sampling(max_tokens=5, temperature=0.7, top_p=0.9, top_k=4)
     answers(PROMPTS, holds=[everywhere], sampling=few, stop={1})
-    assert (generation._prefill._cache_size(), generation._decode._cache_size()) == compiled
+    assert (generation.prefill._cache_size(), generation.decode._cache_size()) == compiled
 
 
 def test_each_prompt_may_have_its_own_shift():
@@ -253,10 +253,10 @@ def test_products_are_float32(monkeypatch):
         return run
 
     for module, name in (
-        (generation, "_prefill"),
-        (generation, "_decode"),
-        (likelihood, "_logprobs"),
-        (likelihood, "_divergences"),
+        (generation, "prefill"),
+        (generation, "decode"),
+        (likelihood, "response_logprobs"),
+        (likelihood, "response_divergences"),
     ):
         monkeypatch.setattr(module, name, watched(getattr(module, name)))
     answers([[1, 2]])

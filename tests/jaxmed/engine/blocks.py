@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmed.engine import difference as difference_lib
-from jaxmed.engine.rules import RULES
+from jaxmed.engine.rules import rules
 from models.layers import inverse_rms_last_axis, softmax_last_axis
+from models.products import Products
 
 D, HEADS, KV_HEADS, HEAD_DIM, HIDDEN, T = 24, 4, 2, 6, 40, 5
 VOCABULARY = 29
@@ -45,7 +46,8 @@ def log_softmax_last_axis(x):
 
 
 difference = functools.partial(
-    difference_lib.difference, rules=RULES | {log_softmax_last_axis: difference_lib.log_softmax}
+    difference_lib.difference,
+    rules={**rules(Products()), log_softmax_last_axis: difference_lib.log_softmax},
 )
 
 

@@ -221,7 +221,7 @@ def test_the_difference_has_the_values_type(dtype):
         return jax.nn.gelu(jax.nn.silu(x) @ jnp.ones((4, 4), dtype)) + jnp.tanh(x)
 
     x = jnp.ones((2, 4), dtype)
-    value, change = difference(f, product_dtype=jnp.bfloat16)((x,), (x,))
+    value, change = difference(f)((x,), (x,))
     assert value.dtype == change.dtype == dtype
 
 
@@ -244,94 +244,6 @@ def test_a_primitive_without_a_rule_may_be_evaluated_on_both_sides():
     _, (change, indices) = jax.jit(difference(f, fallback=True))((x,), (d,))
     np.testing.assert_allclose(change, f(x + d)[0] - f(x)[0], rtol=1e-5)
     np.testing.assert_array_equal(indices, f(x + d)[1])
-
-
-# --- The precision of products -----------------------------------------------------------------
-
-
-def attention(x, w):
-    """Products of every kind: with a weight, of two changing operands, in a nested scan."""
-    query, key = x @ w.astype(x.dtype), x @ w.astype(x.dtype)
-    weights = softmax_last_axis(query @ key.T)
-    return lax.scan(
-        lambda c, _: (jax.jit(jnp.tanh)(c @ w.astype(c.dtype)), None), weights @ x, length=2
-    )[0]
-
-
-def test_products_of_differences_are_rounded_and_those_of_values_are_not():
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4)), jnp.float32)
-    w = jnp.asarray(np.random.default_rng(1).normal(size=(4, 4)), jnp.bfloat16)
-    d = jnp.ones((5, 3, 4))
-
-    def batched(x, w, d, **policy):
-        return jax.vmap(lambda d: difference(attention, **policy)((x, w), (d, None))[1])(d)
-
-    rounded = functools.partial(batched, product_dtype=jnp.bfloat16)
-    of_values = of_differences = 0
-    for a, b, output in products(rounded, x, w, d):
-        assert output[1] == jnp.float32
-        if 5 in output[0]:
-            assert a[1] == b[1] == jnp.bfloat16
-            of_differences += 1
-        else:
-            assert a[1] == b[1] == jnp.float32
-            of_values += 1
-    # Two products have two changing operands.
-    assert (of_values, of_differences) == (5, 5 + 2)
-    # A weight goes to float32 and back, with nothing in between.
-    jaxpr = jax.make_jaxpr(lambda d: rounded(x, w, d))(d)
-    made = {e.outvars[0]: e for e in equations(jaxpr)}
-    back = [
-        made[e.invars[0]]
-        for e in equations(jaxpr)
-        if e.primitive.name == "convert_element_type"
-        and e.params["new_dtype"] == jnp.bfloat16
-        and e.outvars[0].aval.shape == w.shape
-    ]
-    assert len(back) == 3
-    assert all(e.primitive.name == "convert_element_type" for e in back)
-    assert all(e.invars[0].aval.dtype == jnp.bfloat16 for e in back)
-
-    # The error is relative to the difference, be it as small as it may.
-    for size in (1e-6, 1.0):
-        exact, found = batched(x, w, size * d), rounded(x, w, size * d)
-        error = np.linalg.norm(found - exact) / np.linalg.norm(exact)
-        assert 1e-5 < error < 1e-2
-
-
-@pytest.mark.parametrize(
-    "dtype, product_dtype, summed",
-    [
-        ("float64", "bfloat16", "float64"),
-        ("float32", "bfloat16", "float32"),
-        ("bfloat16", "bfloat16", "float32"),
-        ("float32", "float64", "float64"),
-    ],
-)
-def test_products_are_summed_in_float32_or_the_outputs_type(dtype, product_dtype, summed):
-    with jax.enable_x64(True):
-        x, w = jnp.ones((2, 3), dtype), jnp.ones((3, 4), dtype)
-        run = difference(jnp.dot, product_dtype=product_dtype)
-        base, left, right = products(lambda x, w: run((x, w), (x, w)), x, w)
-        assert [part[1] for part in base] == [dtype] * 3
-        for terms in (left, right):
-            assert [part[1] for part in terms] == [product_dtype, product_dtype, summed]
-        assert run((x, w), (x, w))[1].dtype == dtype
-
-
-def test_an_asked_precision_holds_for_values_only():
-    x = jnp.ones((2, 2))
-
-    def run(x):
-        f = functools.partial(jnp.dot, precision="highest")
-        return difference(f, product_dtype=jnp.bfloat16)((x, x), (x, None))
-
-    found = [
-        e.params["precision"]
-        for e in equations(jax.make_jaxpr(run)(x))
-        if e.primitive.name == "dot_general"
-    ]
-    assert found == [(lax.Precision.HIGHEST, lax.Precision.HIGHEST), None]
 
 
 # --- Rules of functions as wholes --------------------------------------------------------------

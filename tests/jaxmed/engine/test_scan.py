@@ -15,6 +15,8 @@ from jaxmed.files import reading
 from jaxmed.question import metrics
 from jaxmed.question import question as question_lib
 from jaxmed.question.positions import Align, Positions
+from jaxmed.validation import presets
+from models import products
 from models.edits import Edit
 from models.errors import InputError
 from models.sites import Site
@@ -168,7 +170,7 @@ def test_a_batch_leaves_the_prefix_and_the_base_values_unbatched(family):
     def feed(x):
         return block.feed(x, propagate._untapped)
 
-    def products(jaxpr):
+    def shapes(jaxpr):
         found = [e for e in jaxprs.equations(jaxpr) if e.primitive.name == "dot_general"]
         # A norm's means may be products with one column.
         found = [e for e in found if e.invars[1].aval.shape[1:] != (1,)]
@@ -176,7 +178,7 @@ def test_a_batch_leaves_the_prefix_and_the_base_values_unbatched(family):
 
     differences = np.ones((batch, size, 24), np.float32)
     for f, value in ((attend, frame.inputs[1]), (feed, frame.middles[1])):
-        jaxpr = jax.make_jaxpr(lambda d, f=f, v=value: propagate._changes(f, v, d, "float32"))(
+        jaxpr = jax.make_jaxpr(lambda d, f=f, v=value: propagate.changes_of(decoder, f, v, d))(
             differences
         )
         for equation in jaxprs.equations(jaxpr):
@@ -184,9 +186,77 @@ def test_a_batch_leaves_the_prefix_and_the_base_values_unbatched(family):
                 shape = variable.aval.shape
                 if batch in shape and {prefix_length, prefix_length + size} & set(shape):
                     assert decoder.config.head_dim not in shape, (equation.primitive.name, shape)
-        unbatched = [shape for shape in products(jaxpr) if batch not in shape]
-        assert sorted(unbatched) == sorted(products(jax.make_jaxpr(f)(value)))
-        assert len(products(jaxpr)) > len(unbatched)
+        unbatched = [shape for shape in shapes(jaxpr) if batch not in shape]
+        assert sorted(unbatched) == sorted(shapes(jax.make_jaxpr(f)(value)))
+        assert len(shapes(jaxpr)) > len(unbatched)
+
+
+def carry_jaxpr(decoder, size=2, batches=2, rows=3):
+    """What carries differences, from the shapes of a run of 8 tokens."""
+    frame = jax.eval_shape(
+        lambda d: capture.frame(d, capture.capture(d, tuple(range(8))), 8 - size, size), decoder
+    )
+    shape = batches, rows, size, decoder.config.hidden_size
+    return jax.make_jaxpr(propagate.carry)(
+        decoder,
+        frame,
+        jax.ShapeDtypeStruct((batches, rows), jnp.int32),
+        jax.ShapeDtypeStruct(shape, decoder.compute_dtype),
+    )
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+@pytest.mark.parametrize("precision", products.PRECISIONS[1:])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_in_parts_weights_are_made_ready_outside_the_loop_over_batches(dtype, precision, platform):
+    """Inside it every product with a weight takes bfloat16 numbers, and no weight is converted."""
+    decoder = tiny.decoder("llama", dtype=dtype).at_precision(precision, platform)
+    shapes = {leaf.shape[1:] for leaf in jax.tree.leaves(decoder.blocks) if leaf.ndim == 3}
+    loops = [
+        inner.params["body_jaxpr"]
+        for outer in jaxprs.equations(carry_jaxpr(decoder))
+        if outer.primitive.name == "while"
+        for inner in jaxprs.equations(outer.params["body_jaxpr"])
+        if inner.primitive.name == "while"
+    ]
+    assert len(loops) == 2  # attention and MLP
+    of_weights = 0
+    for equation in (e for loop in loops for e in jaxprs.equations(loop)):
+        shapes_in = [variable.aval.shape for variable in equation.invars]
+        if equation.primitive.name == "convert_element_type":
+            assert shapes_in[0][-2:] not in shapes
+        if equation.primitive.name == "dot_general" and len(shapes_in[1]) == 2:
+            if shapes_in[1][1] == 1:  # the mean of a norm
+                continue
+            of_weights += 1
+            assert [v.aval.dtype.name for v in equation.invars] == ["bfloat16"] * 2
+            assert equation.outvars[0].aval.dtype == jnp.float32
+    parts = {"bfloat16": 1, "split2": 2, "split3": 3}
+    if platform == "gpu":  # One product along all parts.
+        assert of_weights == 2 * 7
+    elif dtype == "bfloat16":
+        assert of_weights == (3 + parts[precision]) * 7
+    else:  # Pairs of parts of a difference and of a weight.
+        assert of_weights == (6 + {1: 1, 2: 3, 3: 6}[parts[precision]]) * 7
+
+
+# Of the largest effect: rounding of differences to so many bits, through three layers.
+ERRORS = {"float32": 1e-5, "split3": 1e-5, "split2": 5e-5, "bfloat16": 3e-2}
+
+
+@pytest.mark.parametrize("family", tiny.STRUCTURES)
+@pytest.mark.parametrize("precision", products.PRECISIONS[1:])
+def test_effects_are_as_exact_as_the_precision_says(precision, family):
+    question = question_lib.Question(METRICS["logit"], Positions.DIFFERING)
+    granularities = ["layer", "head", "neuron"]
+    narrow = tiny.decoder(family, dtype="bfloat16")
+    with jax.enable_x64(True):
+        reference = define(presets.in_float64(narrow), UNEQUAL, question, granularities)
+    found = scan.scan_pair(narrow.at_precision(precision), UNEQUAL, question, granularities)
+    assert worst(found, reference) <= ERRORS[precision]
+    same = dataclasses.replace(UNEQUAL, counterfactual_ids=UNEQUAL.prompt_ids)
+    nothing = scan.scan_pair(narrow.at_precision(precision), same, question, granularities)
+    assert largest(nothing) == 0
 
 
 def test_too_little_memory_is_refused_with_what_is_needed():

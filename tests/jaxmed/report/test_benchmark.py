@@ -3,12 +3,14 @@
 import dataclasses
 
 from jaxmed.report import benchmark
+from jaxmed.validation import chips
 from jaxmed.validation.benchmark import (
     BaselineGeneration,
     BaselineSpeed,
     Figures,
     GenerationFigures,
 )
+from jaxmed.validation.chips import CompiledProgram, Half
 from jaxmed.validation.numerical_error import NumericalError
 from tests.jaxmed.report.told import check_golden
 
@@ -43,6 +45,31 @@ GENERATION = GenerationFigures(
 )
 
 
+COMPILED = chips.Figures(
+    topology="v5e:2x2",
+    kind="TPU v5 lite",
+    model="small",
+    layers=3,
+    precision="bfloat16",
+    tokens=64,
+    batches=8,
+    rows=2048,
+    halves=(Half("attention", 1378567, 332288), Half("MLP", 2196461, 1630740)),
+    layer_cycles=1255041,
+    chunk_cycles=3853211,
+    enter_cycles=3230273,
+    read_cycles=443900,
+    fraction=0.549,
+    cycles_per_neuron=14316.3,
+    passes=13,
+    memory_bytes=5 * 2**29,
+    programs=(
+        CompiledProgram("carry", "8 x 2048 rows, 1 of 64 positions", 17.36, 12345678, 2**31, 2**28),
+        CompiledProgram("decode", "plain", 1.2, error="RESOURCE_EXHAUSTED: too large"),
+    ),
+)
+
+
 def timed(what, tokens_per_second):
     return BaselineGeneration(what, tokens_per_second, speedup=81.2, held_speedup=70.1)
 
@@ -66,6 +93,14 @@ def test_speed_of_generation():
     lines = benchmark.generation_table(compared)
     assert [line.partition("  ")[0] for line in lines[-2:]] == ["another", "transformers' generate"]
     check_golden("generation_speed", lines)
+
+
+def test_compiled_programs():
+    parallel = dataclasses.replace(COMPILED, halves=(Half("block", 3000000, 2000000),), programs=())
+    lines = benchmark.compiled_table([COMPILED, parallel])
+    assert lines[3].endswith("does not compile: RESOURCE_EXHAUSTED: too large")
+    assert len({line.count("|") for line in lines[-4:]}) == 1
+    check_golden("compiled", lines)
 
 
 def test_numerical_error():

@@ -217,7 +217,8 @@ def test_run_json_says_what_was_asked_and_how_it_was_computed(asked, finished):
     run = described(finished.folder)
     flags = json.loads(json.dumps(dataclasses.asdict(asked)))
     today = datetime.date.today().isoformat()
-    assert {name: run[name] for name in flags} == flags | {"date": today}
+    settled = {"date": today, "matmul_precision": "float32"}
+    assert {name: run[name] for name in flags} == flags | settled
     assert run["pair_bases"] == run["pair_ids"] == ["even", "longer", "short"]
     assert run["finished"] is True and run["skipped"] == 0 and run["seconds"] > 0
     assert run["device"] == f"{jax.device_count()} x {jax.devices()[0].device_kind}"
@@ -559,7 +560,7 @@ def test_a_file_without_a_usable_pair_is_refused_though_bad_pairs_may_be_skipped
         ({"screen_steps": 2}, "--screen_steps needs --screen=K"),
         ({"screen": 2, "granularity": ("layer",)}, "--screen needs --granularity=neuron"),
         ({"screen": -1}, "--screen=-1: must be a number, and at least 0"),
-        ({"matmul_precision": "highest"}, "--matmul_precision=highest: not one of float32, bfl"),
+        ({"matmul_precision": "highest"}, "--matmul_precision=highest: not one of auto, float32"),
         ({"memory_gb": float("nan")}, "--memory_gb=nan: must be a number, and at least 0.001"),
         ({"memory_gb": float("inf")}, "--memory_gb=inf: must be a number"),
         ({"joint_size": 1, "group_size": 2}, "--joint_size needs"),
@@ -615,15 +616,15 @@ def test_the_budget_and_the_precision_reach_the_engine(asked, tmp_path, monkeypa
     given = []
     original = scan.scan_pair
 
-    def heard(*arguments, **options):
-        given.append({name: options[name] for name in ("matmul_precision", "memory")})
-        return original(*arguments, **options)
+    def heard(decoder, *arguments, **options):
+        given.append((decoder.products.precision, options["memory"]))
+        return original(decoder, *arguments, **options)
 
     monkeypatch.setattr(scan, "scan_pair", heard)
     monkeypatch.setattr(memory, "free", lambda memory_gb: int(memory_gb * 2**30))
     changes = {"matmul_precision": "bfloat16", "memory_gb": 0.25, "granularity": ("layer",)}
     run = mediate.run(to(asked, tmp_path, **changes))
-    assert given == [{"matmul_precision": "bfloat16", "memory": 2**28}] * 3
+    assert given == [("bfloat16", 2**28)] * 3
     assert run.run["precision"] == "bfloat16"
 
 

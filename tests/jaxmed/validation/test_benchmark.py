@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from jaxmed.behaviour import generation
-from jaxmed.engine import propagate, scan
+from jaxmed.engine import scan
+from jaxmed.question.effects import PairEffects
 from jaxmed.report import benchmark as report
 from jaxmed.validation import benchmark, presets
 from models.errors import InputError
@@ -42,7 +43,7 @@ def clock(monkeypatch):
 def small(monkeypatch):
     """A preset that takes no time."""
     config = tiny.config("llama", num_layers=2)
-    monkeypatch.setitem(presets.PRESETS, "small", presets.Preset(config, 6, "float32"))
+    monkeypatch.setitem(presets.PRESETS, "small", presets.Preset(config, 6))
     return config
 
 
@@ -115,7 +116,8 @@ def test_baselines_are_timed_in_turn_with_the_engine(clock, small):
 
         def effects(layers, neurons):
             asked.append((name, len(layers), len(neurons)))
-            clock.now += next(taken)
+            clock.now += next(taken, 0.0)
+            return np.full(len(layers), 1.25)
 
         return types.SimpleNamespace(effects=effects)
 
@@ -129,21 +131,26 @@ def test_baselines_are_timed_in_turn_with_the_engine(clock, small):
         def seconds(self):
             return next(self.ours)
 
+        def exact(self, chosen):
+            return PairEffects(0.0, 0.0, nie={"neuron": np.ones(chosen.shape)}, tie={})
+
     few = benchmark._Timed("by hooks", baseline("hooks", [99, 10, 20, 40]), sample=10)
     all_of_them = benchmark._Timed("by hand", baseline("prefix", [99, 4, 4, 4]), sample=1000)
-    nothing = benchmark.Figures("small", "cpu", "float32", 2, 80, 1, *[0.0] * 7, 0)
+    nothing = benchmark.Figures("small", "cpu", "float32", "split3", 2, 80, 1, *[0.0] * 7, 0)
     figures = benchmark._with_baselines(
         nothing, Engine(), {"hooks": few, "prefix": all_of_them}, say=lambda text: None
     )
     warming = [("hooks", 10, 10), ("prefix", 64, 64)]
     one_round = [("hooks", 10, 10), ("prefix", 80, 80)]
-    assert asked == [warming[0], one_round[0], warming[1], one_round[1], *one_round, *one_round]
+    rounds = [warming[0], one_round[0], warming[1], one_round[1], *one_round, *one_round]
+    # And once more on those whose effects are known in float64: here on all.
+    assert asked == rounds + [("hooks", 80, 80), ("prefix", 80, 80)]
     # 10 neurons in 10, 20 and 40 s against 80 in 1, 2 and 4.
     hooks, prefix = figures.baselines["hooks"], figures.baselines["prefix"]
-    assert hooks == benchmark.BaselineSpeed("by hooks", 0.5, speedup=80.0)
-    assert prefix == benchmark.BaselineSpeed("by hand", 20.0, speedup=2.0)
+    assert hooks == benchmark.BaselineSpeed("by hooks", 0.5, speedup=80.0, error=0.25)
+    assert prefix == benchmark.BaselineSpeed("by hand", 20.0, speedup=2.0, error=0.25)
     assert (figures.speedup_hooks, figures.speedup_prefix) == (80.0, 2.0)
-    assert any("20.0 a second: x 2.00" in line for line in report.table(figures))
+    assert any("20.0 a second: x 2.00, error 2.5e-01" in line for line in report.table(figures))
 
 
 def test_generation_is_timed_plain_and_with_a_hold(clock, small, monkeypatch):
@@ -167,8 +174,8 @@ def test_generation_is_timed_plain_and_with_a_hold(clock, small, monkeypatch):
 
 
 def test_what_cannot_be_compared_is_refused():
-    with pytest.raises(InputError, match="the engine here in bfloat16 .*: no comparison"):
-        benchmark.measure("llama-3.2-1b", say=print, against=("hooks",))
+    with pytest.raises(InputError, match="generation here in bfloat16 .*: no comparison"):
+        benchmark.measure_generation("llama-3.2-1b", say=print, against=("transformers",))
     with pytest.raises(InputError, match="leave out neurons"):
         benchmark.measure("12x768", say=print, screen=10, neurons=100)
 
@@ -179,7 +186,6 @@ def test_operations_are_those_of_the_blocks_after_each_neuron(small):
         decoder=presets.random_decoder(small),
         pair=presets.random_pair(small, 6),
         chosen=benchmark.spread(small, 0),
-        matmul_precision="float32",
         memory=2**30,
     )
     heads, kv = 4 * 8, 2 * 8
@@ -198,9 +204,8 @@ def test_a_sample_is_spread_over_all_layers(small):
         benchmark.spread(small, 81)
 
 
-def test_every_preset_has_a_known_precision_and_can_be_cut_to_any_number_of_layers():
+def test_every_preset_can_be_cut_to_any_number_of_layers():
     for preset in presets.PRESETS.values():
-        assert preset.matmul_precision in propagate.MATMUL_PRECISIONS
         assert presets.with_layers(preset.config, 0) == preset.config
         cut = presets.with_layers(preset.config, 3)
         assert (cut.num_layers, cut.windows) == (3, (None, None, None))

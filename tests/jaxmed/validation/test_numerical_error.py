@@ -29,6 +29,18 @@ def test_bfloat16_products_leave_effects_and_their_order(rows):
     assert min(row.frobenius for row in found) > 1e-4
 
 
+def test_parts_are_as_exact_as_float32_or_nearly(rows):
+    """split3 within 1.5 times float32's error, split2 at most 1e-5."""
+    found = {
+        precision: [row for row in rows if row.dtype == precision]
+        for precision in ("float32", "split3", "split2")
+    }
+    for plain, three, two in zip(*found.values(), strict=True):
+        assert three.frobenius <= 1.5 * plain.frobenius
+        assert 1.5 * plain.frobenius < two.frobenius <= 1e-5
+        assert min(three.spearman, two.spearman) >= 0.99999
+
+
 def test_the_table_shows_every_row(rows):
     lines = report.numerical_error_table(rows)
     assert len(lines) == 1 + len(rows)

@@ -87,7 +87,7 @@ def test_logits_exist_only_at_the_rows_that_are_read(decoder):
     batch, length, vocabulary = 3, 128, decoder.config.vocab_size
     run = np.zeros((batch, length), np.int32)
     rows, asked = np.zeros((batch, 2), np.int32), np.zeros(5, np.int32)
-    jaxpr = jax.make_jaxpr(model._log_probabilities)(decoder, run, run == 0, rows, asked)
+    jaxpr = jax.make_jaxpr(model.answer_log_probabilities)(decoder, run, run == 0, rows, asked)
     shapes = [out.aval.shape for equation in equations(jaxpr) for out in equation.outvars]
     assert (batch, 2, vocabulary) in shapes
     assert not [shape for shape in shapes if vocabulary in shape and length in shape]

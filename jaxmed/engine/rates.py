@@ -1,0 +1,76 @@
+"""How fast this machine multiplies by a model's weights, and so which precision is the faster."""
+
+import functools
+import hashlib
+import json
+import platform
+import time
+
+import jax
+import jax.numpy as jnp
+
+from jaxmed.engine import cost
+from jaxmed.files import atomic
+from models import cache, products
+from models.config import DecoderConfig
+from models.decoder import Decoder
+
+AUTO = "auto"
+# How much faster split3 must be: less may be noise, and is not worth another rounding.
+_WORTH = 1.1
+# Weights of a matrix from which on it is worth looking: products of smaller ones take no time.
+_SMALL = 2**18
+_SECONDS = 0.2  # for which a product is repeated, at least
+
+
+def exact_precision(decoder: Decoder) -> str:
+    """The faster of "float32" and "split3" on this machine, for a model of this shape.
+
+    Both are as exact. Measured once for each machine and shape, and noted in the cache folder.
+    """
+    config = decoder.config
+    small = config.hidden_size * config.intermediate_size < _SMALL
+    if small or decoder.compute_dtype == jnp.float64 or jax.default_backend() == "tpu":
+        return "float32"
+    plain, split = (operations_per_second(decoder.at_precision(name)) for name in products.EXACT)
+    return "split3" if split > _WORTH * plain else "float32"
+
+
+def operations_per_second(decoder: Decoder) -> float:
+    """Operations of useful products of differences with the MLP's weights, as the engine's batches
+    make them; measured once for each machine, shape and precision."""
+    config, how = decoder.config, decoder.products
+    machine = (jax.devices()[0].device_kind, platform.node(), jax.__version__)
+    shape = (config.hidden_size, config.intermediate_size, decoder.dtype.name)
+    key = repr((machine, shape, how.precision)).encode()
+    note = cache.default_folder() / "rates" / hashlib.blake2b(key, digest_size=16).hexdigest()
+    try:
+        return float(json.loads(note.read_text()))
+    except (OSError, ValueError):
+        measured = _measure(config, decoder.dtype, how)
+    try:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        atomic.replace_file(note, lambda path: path.write_text(json.dumps(measured)))
+    except OSError:  # Not needed: a folder that cannot be written to has no notes.
+        pass
+    return measured
+
+
+def _measure(config: DecoderConfig, dtype, how: products.Products) -> float:
+    rows = cost.positions_together(jax.default_backend())
+    widths = (config.hidden_size, config.intermediate_size)
+    compute = jnp.promote_types(dtype, jnp.float32)
+    prepare = jax.jit(products.ready, static_argnums=(1, 2))
+    multiply = jax.jit(functools.partial(products.multiplied, products=how))
+    done = seconds = 0.0
+    for inputs, outputs in (widths, widths[::-1]):
+        weight = prepare(products.stored(jnp.ones((inputs, outputs), dtype)), how, compute)
+        x = jnp.ones((rows, inputs), compute)
+        multiply(x, weight).block_until_ready()
+        began, repeats, spent = time.perf_counter(), 0, 0.0
+        while spent < _SECONDS:
+            multiply(x, weight).block_until_ready()
+            repeats, spent = repeats + 1, time.perf_counter() - began
+        done += 2.0 * rows * inputs * outputs
+        seconds += spent / repeats
+    return done / seconds

@@ -1,0 +1,364 @@
+"""All programs that are compiled for a model and a pair, found from shapes: no weight is made.
+
+The steps of a scan, of screening, joint sets, generation and judging are traced one after another
+with shapes for arrays. Each compiled function that a step calls is a program; what it gives are
+the shapes that the next step takes.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.extend import core as jaxpr_lib
+
+from jaxmed.analysis import joint, screening
+from jaxmed.behaviour import batches, generation, likelihood
+from jaxmed.behaviour.judges import model as judging
+from jaxmed.behaviour.sampling import Choice
+from jaxmed.data.pairs import Pair
+from jaxmed.engine import capture, plan, propagate
+from jaxmed.engine.plan import Work
+from jaxmed.question import directions as directions_lib
+from jaxmed.question.directions import Directions, SiteDirections
+from jaxmed.question.metrics import Term
+from jaxmed.question.question import Question
+from jaxmed.question.sites import SITES
+from models.config import DecoderConfig
+from models.decoder import Decoder
+from models.edits import Hold
+from models.sites import Site
+
+_PRECISION = "float32"  # of products that are not with a difference
+_NEW_TOKENS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Carried:
+    """What a program that carries differences is given.
+
+    Attributes:
+        batches, rows: of a chunk, and of a batch.
+        positions: of the span.
+        prefix: positions before it, padding included.
+    """
+
+    batches: int
+    rows: int
+    positions: int
+    prefix: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A function that is compiled as one.
+
+    Attributes:
+        name: of the function.
+        what: what it is compiled for, where there are several: a site, a span.
+        function: it, of the arrays that it takes.
+        arguments: their shapes and types.
+        donated: places of the arguments whose memory it takes for what it gives.
+        text: what it computes: programs of equal text are the same one.
+        carried: of `carry`, what it is given.
+    """
+
+    name: str
+    what: str
+    text: str
+    function: Callable
+    arguments: tuple[jax.ShapeDtypeStruct, ...]
+    donated: tuple[int, ...]
+    carried: Carried | None = None
+
+
+class Recorder:
+    """Follows steps by their shapes, and keeps the programs that they call, each once.
+
+    Attributes:
+        programs: they, in the order in which they are called first.
+    """
+
+    def __init__(self):
+        self._found: dict[tuple[str, str], Program] = {}
+
+    @property
+    def programs(self) -> list[Program]:
+        """Those that were called."""
+        return list(self._found.values())
+
+    def __call__(
+        self, what: str, step: Callable, *arguments, carried: Carried | None = None
+    ) -> Any:
+        """The shapes of what a step gives.
+
+        Args:
+            what: what its programs are compiled for, where they are for several.
+            step: what is done with arrays like `arguments`.
+            arguments: trees of arrays or of their shapes.
+            carried: as in `Program`.
+        """
+        with jax.default_matmul_precision(_PRECISION):
+            traced, shapes = jax.make_jaxpr(step, return_shape=True)(*arguments)
+        for equation in traced.jaxpr.eqns:
+            if equation.primitive.name != "jit":
+                continue
+            inner, name = equation.params["jaxpr"], equation.params["name"].lstrip("_")
+            donated = equation.params["donated_invars"]
+            program = Program(
+                name=name,
+                what=what,
+                text=str(inner),
+                function=jaxpr_lib.jaxpr_as_fun(inner),
+                arguments=tuple(_shape(value) for value in inner.in_avals),
+                donated=tuple(place for place, given in enumerate(donated) if given),
+                carried=carried,
+            )
+            self._found.setdefault((name, program.text), program)
+        return shapes
+
+
+def _shape(value) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(value.shape, value.dtype)
+
+
+def shapes_of(config: DecoderConfig) -> Decoder:
+    """A decoder that has shapes for weights."""
+    return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+
+
+def directions(config: DecoderConfig) -> Directions:
+    """One direction of every site in every layer."""
+    sites = [site for site in Site if site != Site.EMBEDDING]
+    layers = np.arange(config.num_layers, dtype=np.int32)
+
+    def of_site(site: Site) -> SiteDirections:
+        size = directions_lib.site_size(config, site)
+        vectors = np.zeros((len(layers), size), np.float32)
+        vectors[:, 0] = 1
+        return SiteDirections(layers, np.zeros_like(layers), vectors)
+
+    given = np.ones((config.num_layers, len(sites), 1), bool)
+    return Directions(tuple(sites), tuple(map(of_site, sites)), given, hash="")
+
+
+def of_scan(
+    record: Recorder,
+    decoder: Decoder,
+    pair: Pair,
+    question: Question,
+    granularities: Iterable[str],
+    *,
+    batching: Callable[[Work, Term], tuple[int, int]],
+) -> None:
+    """The programs of a scan of a pair, in the order in which `engine.scan` calls them.
+
+    Args:
+        record: keeps them.
+        decoder: as `shapes_of` gives it.
+        pair, question, granularities: as in `engine.scan.scan_pair`. Prompts of
+            one length: the estimand that starts from the source run then has the same programs.
+        batching: batches of a chunk and rows of a batch.
+    """
+    for term in question.metric.terms(pair):
+        tokens, last_prompt = pair.prompt_ids + term.response, len(pair.prompt_ids) - 1
+        trace = record("", lambda decoder, tokens=tokens: capture.capture(decoder, tokens), decoder)
+        record(
+            question.metric.name,
+            lambda decoder, trace, reading, last: propagate.plain_value(
+                decoder, trace, reading, last, question.metric
+            ),
+            *(decoder, trace, term.reading, last_prompt),
+        )
+        seen = set()
+        for work in plan.plan(decoder.config, pair, term, question, granularities, False):
+            sizes = batching(work, term)
+            directed = None if work.vectors is None else len(work.vectors)
+            if (kind := (work.site, work.start, work.size, sizes, directed)) not in seen:
+                seen.add(kind)
+                _of_work(
+                    record,
+                    decoder,
+                    trace,
+                    work,
+                    term,
+                    question,
+                    sizes=sizes,
+                    last_prompt=last_prompt - work.start,
+                )
+
+
+def _of_work(
+    record: Recorder,
+    decoder: Decoder,
+    trace: Any,
+    work: Work,
+    term: Term,
+    question: Question,
+    *,
+    sizes: tuple[int, int],
+    last_prompt: int,
+) -> None:
+    """The programs of one piece of work."""
+    site, start, size = work.site, work.start, work.size
+    span = f"{size} of {start + size} positions"
+    frame = record(
+        span, lambda decoder, trace: capture.frame(decoder, trace, start, size), decoder, trace
+    )
+    change = record(
+        f"{site}, {span}",
+        lambda base, source: capture.edited_difference(
+            base, source, site, work.edited, start, size
+        ),
+        *(trace, trace),
+    )
+    written = record(
+        f"{site}, {span}",
+        lambda decoder, trace: propagate.writes(decoder, trace, site, start, size),
+        *(decoder, trace),
+    )
+    n, rows = sizes
+    part = next(work.units.chunks(n, rows, decoder.config.num_layers))
+    chunk = f"{n} x {rows} rows, {span}"
+    if work.vectors is None:
+        entering = record(
+            f"{site}, {chunk}",
+            lambda decoder, change, written, *units: propagate.enter(
+                decoder, change, written, *units, site, question.group_size
+            ),
+            *(decoder, change, written, part.layers, part.units, part.positions),
+        )
+    else:
+        vectors = work.vectors
+        along, added = record(
+            f"{site}, {span}",
+            lambda decoder, change: propagate.direction_writes(
+                decoder, change, site, work.units, vectors
+            ),
+            *(decoder, change),
+        )
+        entering = record(
+            f"{site}, {chunk}",
+            lambda decoder, along, added, written, *units: propagate.enter_directions(
+                decoder, along, added, written, *units, site
+            ),
+            *(decoder, along, added, written, part.layers, part.units, part.positions),
+        )
+    stages = plan.stage(decoder.config, site, part.layers)
+    residual = record(
+        chunk,
+        propagate.carry,
+        *(decoder, frame, stages, entering),
+        carried=Carried(n, rows, size, 0 if frame.prefix is None else frame.prefix.keys.shape[1]),
+    )
+    record(
+        f"{question.metric.name}, {chunk}",
+        lambda decoder, base, stages, residual, reading, last: propagate.read_changes(
+            decoder, base[-1], stages, residual, reading, last, question.metric
+        ),
+        *(decoder, frame.inputs, stages, residual, term.reading, last_prompt),
+    )
+
+
+def of_gradients(record: Recorder, decoder: Decoder, pair: Pair, question: Question) -> None:
+    """The programs of screening, for every granularity that has gradients."""
+    term = question.metric.terms(pair)[0]
+    tokens = pair.prompt_ids + term.response
+    trace = record("", lambda decoder: capture.capture(decoder, tokens), decoder)
+    for granularity, sites in SITES.items():
+        if granularity in ("token", "direction"):
+            continue
+        changes = {site: getattr(trace, site.value) for site in sites}
+        record(
+            granularity,
+            lambda decoder, trace, changes, fractions, reading, last: screening.unit_slopes(
+                decoder,
+                trace,
+                changes,
+                None,
+                fractions,
+                reading,
+                last,
+                metric=question.metric,
+                group_size=question.group_size,
+            ),
+            *(decoder, trace, changes, np.zeros(1), term.reading, len(pair.prompt_ids) - 1),
+        )
+
+
+def of_joint_sets(record: Recorder, decoder: Decoder, pair: Pair, question: Question) -> None:
+    """The program of joint sets, two at once."""
+    config, term = decoder.config, question.metric.terms(pair)[0]
+    tokens, valid = capture.pad(pair.prompt_ids + term.response)
+    of_neurons = config.num_layers, config.intermediate_size
+    values = jax.ShapeDtypeStruct((of_neurons[0], len(tokens), of_neurons[1]), np.float32)
+    record(
+        "2 at once",
+        lambda decoder, tokens, valid, values, sets, reading, last: joint.joint_changes(
+            decoder,
+            tokens=tokens,
+            valid=valid,
+            values=values,
+            edited=valid,
+            sets=sets,
+            reading=reading,
+            last_prompt=last,
+            metric=question.metric,
+            at_once=2,
+        ),
+        decoder,
+        *(tokens, valid, values, np.zeros((4, *of_neurons), bool)),
+        *(term.reading, len(pair.prompt_ids) - 1),
+    )
+
+
+def of_answers(
+    record: Recorder, decoder: Decoder, pair: Pair, rows: Callable[[int, int], int]
+) -> None:
+    """The programs of generation, of what a response's probabilities are, and of a judge's answer;
+    plain, and under a hold on every neuron.
+
+    Args:
+        record, decoder: as in `of_scan`.
+        pair: its prompt is answered.
+        rows: of a batch, from the padded length of its prompts and the room for new tokens.
+    """
+    config, prompt = decoder.config, pair.prompt_ids
+    length, room = batches.padded_length(prompt), batches.room_for(_NEW_TOKENS)
+    count = rows(length, room)
+    tokens, lengths = np.zeros((count, length), np.int32), np.full(count, len(prompt), np.int32)
+    targets = np.zeros((count, room), np.int32)
+    choice = Choice(
+        keys=jax.eval_shape(jax.vmap(jax.random.key), np.zeros(count, np.uint32)),
+        temperature=jnp.float32(0),
+        top_p=jnp.float32(1),
+        top_k=jnp.int32(0),
+    )
+    blocks = record("", generation.unstacked, decoder)
+    of_neurons = np.ones((config.num_layers, config.intermediate_size), np.float32)
+    held = [Hold.affine("neuron", of_neurons, of_neurons)]
+    for name, holds in (("plain", []), ("with a hold", held)):
+        what = f"{name}, {count} rows of {length} tokens"
+        x, cache = record(
+            what,
+            lambda decoder, holds, tokens, lengths: generation.prefill(
+                decoder, holds, tokens, lengths, room
+            ),
+            *(decoder, holds, tokens, lengths),
+        )
+        record(
+            f"{what}, {room} new",
+            lambda *arguments: generation.decode(*arguments, room=room),
+            *(decoder, blocks, holds, x, cache, lengths, choice),
+            *(np.zeros(config.vocab_size, bool), np.ones(count, bool), np.int32(room)),
+        )
+        for read in (likelihood.response_logprobs, likelihood.response_divergences):
+            record(what, read, decoder, holds, tokens, lengths, lengths, targets)
+    record(
+        f"{count} rows of {length} tokens",
+        judging.answer_log_probabilities,
+        *(decoder, tokens, tokens == 0, lengths[:, None] - 1, np.arange(2)),
+    )

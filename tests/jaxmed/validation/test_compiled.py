@@ -1,0 +1,78 @@
+"""What is read off a compiled program's text; how TPUs' own texts read is in `test_chips.py`."""
+
+import pathlib
+
+import pytest
+
+from jaxmed.validation.compiled import Array, Text
+
+# As the TPU compiler writes it, cut down: a loop over layers, and in it one over batches that
+# multiplies, beside one of two turns.
+TEXT = (pathlib.Path(__file__).parent / "compiled.hlo").read_text()
+
+
+def text(precision: str = "highest,highest") -> Text:
+    return Text(TEXT.replace("PRECISION", precision))
+
+
+def test_cycles_are_told_by_loop():
+    program = text().program
+    (layers,) = program.loops
+    assert (program.own_cycles, layers.own_cycles, layers.turns) == (9, 100, None)
+    (attend,) = program.find("attend")
+    assert (attend.turns, attend.turn_cycles) == (None, 750)
+    (other,) = layers.find("other")
+    assert (other.turns, other.turn_cycles) == (2, 5)
+    assert program.turn_cycles == 9 + 100 + 750 + 2 * 5
+    assert not list(program.find("feed"))
+
+
+def test_cycles_of_products_are_those_of_what_multiplies():
+    assert text().product_cycles == 700
+
+
+@pytest.mark.parametrize(
+    "precision, passes", [("default,default", 1), ("high,high", 2), ("highest,highest", 3)]
+)
+def test_a_product_with_a_bfloat16_operand_takes_a_pass_for_each_part_of_the_other(
+    precision, passes
+):
+    (product,) = text(precision).products
+    assert product.operands == (Array("f32", (16, 8)), Array("bf16", (8, 32)))
+    assert (product.passes, product.multiplications) == (passes, 16 * 8 * 32)
+
+
+@pytest.mark.parametrize(
+    "dtype, precision, passes",
+    [("f32", "high,high", 3), ("f32", "highest,highest", 6), ("bf16", "highest,highest", 1)],
+)
+def test_products_of_like_operands(dtype, precision, passes):
+    """Two of float32 are both cut; of two of bfloat16 neither is."""
+    both = TEXT.replace("PRECISION", precision)
+    for place in ("%param_1 = bf16[8,32]", "%wide = f32[16,8]"):
+        name, _, shape = place.partition(" = ")
+        both = both.replace(place, f"{name} = {dtype}{shape[shape.index('[') :]}")
+    (product,) = Text(both).products
+    assert product.passes == passes
+
+
+def test_passes_count_reads_and_writes_of_arrays_in_memory():
+    """Written once, read once though it is named twice, written again; a bitcast does neither."""
+    of = text()
+    (attend,) = of.program.find("attend")
+    assert of.touched(attend, {16 * 32}) == 3
+    assert of.touched(attend, {16 * 8}) == 1
+    assert of.touched(attend, {7}) == 0
+
+
+def test_what_is_inside_a_fusion_is_not_in_memory():
+    arrays = list(text().in_memory())
+    assert Array("bf16", (8, 32)) in arrays
+    assert arrays.count(Array("f32", (16, 32))) == 2
+    of = text()
+    assert {"fused_product", "renamed"} == of.fused
+
+
+def test_another_text_is_refused():
+    with pytest.raises(ValueError, match="this is not a compiled program"):
+        Text("module @jit_carry {}")
