@@ -227,7 +227,12 @@ def rows_at_once(
             f"of {length} tokens, {row / 2**30:.4f} GiB: take a larger device, shorter prompts or "
             "fewer tokens"
         )
-    return min(_ROWS.get(platform, _ROWS_ON_ACCELERATORS), _power_of_two(memory // row))
+    return min(most_rows(platform), _power_of_two(memory // row))
+
+
+def most_rows(platform: str) -> int:
+    """Rows of a batch of text where memory is no bound."""
+    return _ROWS.get(platform, _ROWS_ON_ACCELERATORS)
 
 
 def judged_at_once(length: int) -> int:

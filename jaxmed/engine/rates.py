@@ -23,31 +23,39 @@ _SMALL = 2**18
 _SECONDS = 0.2  # for which a product is repeated, at least
 
 
-def exact_precision(decoder: Decoder) -> str:
+def exact_precision(decoder: Decoder, rows: int | None = None) -> str:
     """The faster of "float32" and "split3" on this machine, for a model of this shape.
 
     Both are as exact. Measured once for each machine and shape, and noted in the cache folder.
+
+    Args:
+        decoder: the model.
+        rows: that are multiplied together; as many as the engine's batches have by default.
+            Products of few rows take as long as it takes to read the weights.
     """
     config = decoder.config
     small = config.hidden_size * config.intermediate_size < _SMALL
     if small or decoder.compute_dtype == jnp.float64 or jax.default_backend() == "tpu":
         return "float32"
-    plain, split = (operations_per_second(decoder.at_precision(name)) for name in products.EXACT)
+    plain, split = (
+        operations_per_second(decoder.at_precision(name), rows) for name in products.EXACT
+    )
     return "split3" if split > _WORTH * plain else "float32"
 
 
-def operations_per_second(decoder: Decoder) -> float:
-    """Operations of useful products of differences with the MLP's weights, as the engine's batches
-    make them; measured once for each machine, shape and precision."""
+def operations_per_second(decoder: Decoder, rows: int | None = None) -> float:
+    """Operations of useful products of differences with the MLP's weights; measured once for each
+    machine, shape and precision. Arguments as of `exact_precision`."""
     config, how = decoder.config, decoder.products
+    rows = rows or cost.positions_together(jax.default_backend())
     machine = (jax.devices()[0].device_kind, platform.node(), jax.__version__)
-    shape = (config.hidden_size, config.intermediate_size, decoder.dtype.name)
+    shape = (config.hidden_size, config.intermediate_size, decoder.dtype.name, rows)
     key = repr((machine, shape, how.precision)).encode()
     note = cache.default_folder() / "rates" / hashlib.blake2b(key, digest_size=16).hexdigest()
     try:
         return float(json.loads(note.read_text()))
     except (OSError, ValueError):
-        measured = _measure(config, decoder.dtype, how)
+        measured = _measure(config, decoder.dtype, how, rows)
     try:
         note.parent.mkdir(parents=True, exist_ok=True)
         atomic.replace_file(note, lambda path: path.write_text(json.dumps(measured)))
@@ -56,8 +64,7 @@ def operations_per_second(decoder: Decoder) -> float:
     return measured
 
 
-def _measure(config: DecoderConfig, dtype, how: products.Products) -> float:
-    rows = cost.positions_together(jax.default_backend())
+def _measure(config: DecoderConfig, dtype, how: products.Products, rows: int) -> float:
     widths = (config.hidden_size, config.intermediate_size)
     compute = jnp.promote_types(dtype, jnp.float32)
     prepare = jax.jit(products.ready, static_argnums=(1, 2))
@@ -68,7 +75,7 @@ def _measure(config: DecoderConfig, dtype, how: products.Products) -> float:
         x = jnp.ones((rows, inputs), compute)
         multiply(x, weight).block_until_ready()
         began, repeats, spent = time.perf_counter(), 0, 0.0
-        while spent < _SECONDS:
+        while not repeats or spent < _SECONDS:
             multiply(x, weight).block_until_ready()
             repeats, spent = repeats + 1, time.perf_counter() - began
         done += 2.0 * rows * inputs * outputs

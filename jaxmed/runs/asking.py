@@ -5,6 +5,8 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 
+import jax
+
 from jaxmed.behaviour import answering
 from jaxmed.behaviour.answering import AnsweringModel
 from jaxmed.behaviour.judges import named, protocol, rules
@@ -14,7 +16,7 @@ from jaxmed.behaviour.sampling import Sampling
 from jaxmed.data import prompts as prompts_lib
 from jaxmed.data import sets
 from jaxmed.data.prompts import Prompt
-from jaxmed.engine import memory, rates
+from jaxmed.engine import cost, memory, rates
 from jaxmed.files.reading import DataError
 from jaxmed.runs import loading, sweep
 from jaxmed.runs import settings as settings_lib
@@ -181,6 +183,7 @@ def load(settings: AnswerSettings, say: Callable[[str], None] = sweep.say) -> An
         settings.dtype,
         settings.ignore_config,
         settings.matmul_precision,
+        rows=cost.most_rows(jax.default_backend()),
     )
     encoder = loading.encoder(
         loaded.tokenizer,

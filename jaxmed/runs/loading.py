@@ -38,7 +38,12 @@ class Loaded:
 
 
 def load(
-    model: str, adapter: str, dtype: str, ignore_config: Collection[str], matmul_precision: str
+    model: str,
+    adapter: str,
+    dtype: str,
+    ignore_config: Collection[str],
+    matmul_precision: str,
+    rows: int | None = None,
 ) -> Loaded:
     """Loads a checkpoint.
 
@@ -48,6 +53,7 @@ def load(
         dtype: of the parameters; "" for the checkpoint's own.
         ignore_config: as in `models.load`.
         matmul_precision: one of `products.PRECISIONS`, or `rates.AUTO`.
+        rows: as of `rates.exact_precision`.
 
     Raises:
         InputError: as `models.load`.
@@ -60,7 +66,7 @@ def load(
         ignore_config=ignore_config,
     )
     if matmul_precision == rates.AUTO:
-        matmul_precision = rates.exact_precision(decoder)
+        matmul_precision = rates.exact_precision(decoder, rows)
     return Loaded(folder, merged, decoder.at_precision(matmul_precision), tokenizer)
 
 
