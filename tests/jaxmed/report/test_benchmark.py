@@ -17,7 +17,8 @@ from tests.jaxmed.report.told import check_golden
 FIGURES = Figures(
     preset="small",
     device="1 x cpu",
-    dtype="float32",
+    dtype="bfloat16",
+    precision="split3",
     layers=3,
     neurons=12345,
     batch=1077,
@@ -29,6 +30,7 @@ FIGURES = Figures(
     matmul_flops_per_second=3e11,
     matmul_fraction=0.61,
     peak_memory_bytes=2**31,
+    error=7.9e-7,
 )
 GENERATION = GenerationFigures(
     preset="small",
@@ -77,12 +79,12 @@ def timed(what, tokens_per_second):
 def test_speed():
     compared = dataclasses.replace(
         FIGURES,
-        baselines={"hooks": BaselineSpeed("transformers with hooks", 12.34, speedup=81.2)},
+        baselines={"hooks": BaselineSpeed("transformers with hooks", 12.34, 81.2, error=4e-5)},
         screen_seconds=1.23,
         speedup_screen=9.87,
     )
     lines = benchmark.table(FIGURES)
-    assert len(lines) == 10 and len({line.index("  ") for line in lines}) > 1
+    assert len(lines) == 11 and len({line.index("  ") for line in lines}) > 1
     assert not any("screened" in line or "hooks" in line for line in lines)
     check_golden("speed", [*lines, "", *benchmark.table(compared)])
 

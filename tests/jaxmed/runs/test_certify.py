@@ -149,7 +149,7 @@ def test_lines_are_tables_and_sentences(found):
     text = "\n".join(lines)
     assert "Least module AUROC by the larger effect: 1.000 (decoys 0, topic)." in text
     assert f"Discoveries where nothing is planted: 0 of {8 + 16 + 640} units (0.0%)." in text
-    assert lines[0].startswith("By the settings --metric=logit_diff --positions=prompt ")
+    assert lines[0].startswith("By the settings --metric=logit_diff ")
     assert lines[-1].endswith(
         "(certify.parquet, faithfulness.parquet, organisms.parquet, certify.png, faithfulness.png)"
     )
