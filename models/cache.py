@@ -28,6 +28,7 @@ import tensorstore as ts
 from absl import logging
 
 from models.errors import InputError
+from models.shapes import AnyArray
 from models.weights import Path, Row
 
 # Part of every entry's name: to be raised when entries are laid out in another way.
@@ -136,7 +137,7 @@ def find(cache_dir: pathlib.Path, entry: str) -> Entry | None:
 def write(
     cache_dir: pathlib.Path,
     entry: str,
-    parameters: Mapping[Path, np.ndarray],
+    parameters: Mapping[Path, AnyArray],
     about: Mapping[str, object],
 ) -> Entry:
     """Writes an entry; a damaged one of that name is replaced.
@@ -208,7 +209,7 @@ def remembered_hash(
     return computed
 
 
-def _write_arrays(folder: pathlib.Path, parameters: Mapping[Path, np.ndarray]) -> None:
+def _write_arrays(folder: pathlib.Path, parameters: Mapping[Path, AnyArray]) -> None:
     import orbax.checkpoint as ocp  # Here, because only a program that writes needs it.
 
     arrays = {".".join(path): array for path, array in parameters.items()}

@@ -359,7 +359,11 @@ class Source:
         _, parameters = _parameters(self.read())
         if self._entry_name(folder) != name:
             raise CheckpointError(f"{self.folder}: changed while it was read; run this again")
-        arrays = {path: numbers_on_host(kept[...]) for path, kept in parameters.items()}
+        # Those that are kept as bits alone: of others no copy is made where they are on a device.
+        arrays = {
+            path: numbers_on_host(kept[...]) if kept.dtype == np.uint16 else kept[...]
+            for path, kept in parameters.items()
+        }
         about = {"model": str(self.folder), "dtype": self.config.dtype}
         if self.adapter is not None:
             about["adapter"] = str(self.adapter)

@@ -193,7 +193,8 @@ class Decoder(nnx.Module):
         """
         if self.compute_dtype == jnp.float64 and precision != "float32":
             raise InputError(
-                f"precision {precision!r}: a float64 model multiplies in its own type only"
+                f"{precision!r} (--matmul_precision): a model in float64 multiplies in float64 "
+                "only; take float32, by which it does, or another dtype (--dtype)"
             )
         copy = nnx.clone(self)
         copy.set_attributes(products=Products(precision, platform or jax.default_backend()))
@@ -212,8 +213,8 @@ class Decoder(nnx.Module):
         )
 
     def ready(self, block: Block) -> Block:
-        """A block whose weights are as they are multiplied, so that nothing is done to them in a
-        loop over what is multiplied by them."""
+        """A block whose weights are as they are multiplied, so that none is converted in a loop
+        over what is multiplied by them."""
         block = jax.tree.map(lambda leaf: leaf, block)
         for _, module in nnx.iter_modules(block):
             if isinstance(module, layers.Linear):

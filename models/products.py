@@ -51,7 +51,7 @@ class Products:
     """
 
     precision: str = "float32"
-    platform: str = "cpu"
+    platform: str = dataclasses.field(default_factory=jax.default_backend)
 
     def __post_init__(self):
         if self.precision not in PARTS:
@@ -90,7 +90,7 @@ def ready(weight: Shaped[Array, "*shape"], products: Products, dtype) -> Float[A
     To be made of one layer's weight, outside the loop over what is multiplied by it.
 
     Args:
-        weight: as it is kept.
+        weight: as `stored` keeps it.
         products: how it is multiplied.
         dtype: of the activations.
 
@@ -102,9 +102,11 @@ def ready(weight: Shaped[Array, "*shape"], products: Products, dtype) -> Float[A
         return numbers(weight)
     if products.parts is None:
         return numbers(weight).astype(dtype)
-    if weight.dtype == jnp.bfloat16:
+    if weight.dtype == jnp.bfloat16:  # What is kept has its bits instead: these are the parts.
         return weight
     exact = numbers(weight)
+    if exact.dtype == jnp.bfloat16:
+        return exact[None]
     return jnp.stack(_cut(exact.astype(dtype), _EXACT_PARTS[exact.dtype.name]))
 
 
@@ -126,11 +128,8 @@ def multiplied(
 
 def _whole(x, weight, products: Products):
     """One product, which XLA makes of parts where the platform has it so."""
-    if products.platform != "tpu":
-        return jnp.matmul(x, weight)
     if products.parts == 1:
-        narrow = x.astype(jnp.bfloat16), weight.astype(jnp.bfloat16)
-        return jnp.matmul(*narrow, preferred_element_type=x.dtype)
+        return _product(x.astype(jnp.bfloat16), weight.astype(jnp.bfloat16), x.dtype)
     return jnp.matmul(x, weight.astype(x.dtype), precision=_PASSES[products.parts])
 
 
@@ -138,14 +137,15 @@ def _whole(x, weight, products: Products):
 def _in_parts(products: Products, x, weight):
     assert products.parts is not None
     parts = _cut(x, products.parts)
-    # Of the weight's parts, those that matter beside x's: x1 w1, x1 w2, x2 w1, ...
-    pairs = [
-        (part, weight[place])
-        for place in range(min(len(weight), products.parts))
-        for part in parts[: products.parts - place]
+    # Those that matter of the pairs x1 w1, x2 w1, x1 w2, ...; the smallest first, so that they are
+    # not lost in what has been summed.
+    places = [
+        (of_x, of_weight)
+        for of_weight in range(min(len(weight), products.parts))
+        for of_x in range(products.parts - of_weight)
     ]
-    # The smallest first, so that they are not lost in what has been summed.
-    pairs.reverse()
+    places.sort(key=sum, reverse=True)
+    pairs = [(parts[of_x], weight[of_weight]) for of_x, of_weight in places]
     if products.platform != "cpu":
         # One product along all parts is faster than several on a GPU.
         return _product(
@@ -158,7 +158,8 @@ def _in_parts(products: Products, x, weight):
 
 
 def _product(x, weight, dtype):
-    return jnp.matmul(x, weight, preferred_element_type=dtype)
+    """Of bfloat16 numbers, whose products are exact; asked for whatever the caller's precision."""
+    return jnp.matmul(x, weight, precision=lax.Precision.DEFAULT, preferred_element_type=dtype)
 
 
 def _forward(products, x, weight):
@@ -178,7 +179,10 @@ _in_parts.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _cut(x: Float[Array, "*shape"], count: int) -> list[Float[Array, "*shape"]]:
-    """So many bfloat16 parts whose sum is x, to their own rounding; the largest first."""
+    """So many bfloat16 parts whose sum is x, to their own rounding; the largest first.
+
+    What rounds to no finite bfloat16 number (beyond 3.39e38) has no finite parts.
+    """
     parts = []
     for _ in range(count):
         # Not by converting there and back, which XLA may drop.

@@ -11,7 +11,8 @@ and not of its neighbours'. So the same program computes it in any company and o
 `batch_size` (as another `memory` may bring) or bucket of `max_tokens` is another program, which may
 round otherwise in the last bits: its tokens are the same unless two tie within that rounding.
 
-Products are float32 on every device (see `jax.default_matmul_precision`).
+Products with weights are made as the decoder's `at_precision` says, in float32 or as exactly; all
+others are float32 on every device.
 
 Shapes are named in `models.shapes`; B are the rows of a batch, N the padded length of a prompt, M
 the generated tokens that there is room for, C = N + M the slots of the cache, V the vocabulary.
@@ -34,7 +35,7 @@ from models.edits import Hold, Part
 from models.errors import InputError
 from models.layers import Cache, Span
 
-PRECISION = "float32"  # of matrix products
+PRECISION = "float32"  # of products of activations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +96,7 @@ def generate(
         holds,
         prompts,
         room=room,
-        weights=sum(leaf.nbytes for leaf in jax.tree.leaves(decoder.blocks)),
+        weights=_copied(decoder),
         memory=memory,
         batch_size=batch_size,
     )
@@ -124,6 +125,15 @@ def generate(
         if progress is not None:
             progress(len(members))
     return [responses[index] for index in range(len(prompts))]
+
+
+def _copied(decoder: Decoder) -> int:
+    """Bytes of weights that are there a second time: of the blocks as they are unstacked, and of
+    what is made of 16-bit ones once for all tokens."""
+    blocks = jax.tree.leaves(decoder.blocks)
+    table = decoder.embedding if decoder.unembedding is None else decoder.unembedding
+    made = [leaf.size for leaf in (*blocks, table[...]) if leaf.dtype.itemsize == 2]
+    return sum(leaf.nbytes for leaf in blocks) + 4 * sum(made)
 
 
 def _check_seeds(seeds: Sequence[int], prompts: int) -> None:

@@ -1,7 +1,7 @@
 """How likely given responses are, plain or with units held: log-probabilities, and divergence.
 
-Responses are teacher-forced, and padded on the right. Products are float32 on every device, as in
-`generation`; B are the rows of a batch, R the length that responses are padded to.
+Responses are teacher-forced, and padded on the right. Products are made as in `generation`; B are
+the rows of a batch, R the length that responses are padded to.
 """
 
 import dataclasses

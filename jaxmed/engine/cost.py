@@ -144,8 +144,9 @@ def _bytes(config: DecoderConfig, dtype: np.dtype, work: Work, term: Term) -> tu
     kept = config.num_layers * kept + sum(_vector_numbers(config, work))
     # Attention of a plain run, one layer at a time.
     attention = 3 * config.num_heads * run**2
-    # A layer's weights as they are multiplied, and what is made of them on the way.
-    fixed = max(2 * weights, attention) + kept + GATHERED
+    # A layer's weights, their parts where they are cut, and what is made of these on the way.
+    copies = 2 if dtype.itemsize == 2 else 3
+    fixed = max(copies * weights, attention) + kept + GATHERED
     position = _block_numbers(config)
     position += 5 * config.num_heads * (_prefix_size(work.start) + work.size)
     each = max(work.size * position, _reading_numbers(config, term))

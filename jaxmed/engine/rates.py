@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import os
 import platform
 import time
 
@@ -48,7 +49,7 @@ def operations_per_second(decoder: Decoder, rows: int | None = None) -> float:
     machine, shape and precision. Arguments as of `exact_precision`."""
     config, how = decoder.config, decoder.products
     rows = rows or cost.positions_together(jax.default_backend())
-    machine = (jax.devices()[0].device_kind, platform.node(), jax.__version__)
+    machine = (jax.devices()[0].device_kind, os.cpu_count(), platform.node(), jax.__version__)
     shape = (config.hidden_size, config.intermediate_size, decoder.dtype.name, rows)
     key = repr((machine, shape, how.precision)).encode()
     note = cache.default_folder() / "rates" / hashlib.blake2b(key, digest_size=16).hexdigest()

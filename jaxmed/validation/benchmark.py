@@ -100,7 +100,8 @@ class Figures:
         matmul_flops_per_second: the machine's rate for products of the engine's shapes, weighted
             by the engine's operations and measured between its runs.
         matmul_fraction: product_flops / seconds as a fraction of that rate; median over rounds.
-        peak_memory_bytes: largest resident size of the process; on an accelerator, its memory.
+        peak_memory_bytes: largest resident size of the process so far; on an accelerator, the most
+            of its memory.
         speedup_hooks: how many times more neurons per second than transformers with hooks.
         speedup_prefix: than the prefix-cached loop, with torch as it is installed.
         baselines: of all that were timed, by name.
@@ -362,7 +363,7 @@ def measure(
         matmul_fraction=statistics.median(fractions),
         peak_memory_bytes=_peak_memory(),
     )
-    if errors:
+    if errors or against:
         figures = dataclasses.replace(figures, error=_error(engine))
     if screen:
         figures = _with_screen(figures, engine, screen, say)
@@ -477,7 +478,11 @@ class _Products:
         keys = iter(jax.random.split(jax.random.key(0), len(shapes) + 3))
         number = decoder.compute_dtype
         self.weights = [
-            products.ready(jax.random.normal(next(keys), shape, decoder.dtype), self._how, number)
+            products.ready(
+                products.stored(jax.random.normal(next(keys), shape, decoder.dtype)),
+                self._how,
+                number,
+            )
             for shape in shapes
         ]
         sizes = sorted({width, heads, hidden})

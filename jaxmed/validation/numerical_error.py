@@ -11,6 +11,7 @@ import tempfile
 
 import jax
 import numpy as np
+from jaxtyping import Bool
 from scipy import stats
 
 from jaxmed.data.pairs import Pair
@@ -63,7 +64,12 @@ def random_model(layers: int = 4, width: int = 128, tokens: int = 24) -> tuple[D
 
 
 def measure(
-    model: str, decoder: Decoder, pair: Pair, *, runs: bool = False
+    model: str,
+    decoder: Decoder,
+    pair: Pair,
+    *,
+    chosen: Bool[np.ndarray, "L I"] | None = None,
+    runs: bool = False,
 ) -> list[NumericalError]:
     """The engine's errors in each precision of its products.
 
@@ -71,20 +77,25 @@ def measure(
         model: a name for the rows.
         decoder: its weights are rounded to bfloat16.
         pair: the pair; the last prompt token is edited.
+        chosen: the neurons that are compared; all by default.
         runs: also those of patched-minus-base runs, which needs torch.
 
     Returns:
         A row for each way, type of products and estimand, in this order.
     """
-    question = Question(LogitDifference())
+    question, masks = Question(LogitDifference()), {} if chosen is None else {"neuron": chosen}
+
+    def effects(decoder: Decoder) -> PairEffects:
+        return scan.scan_pair(decoder, pair, question, ["neuron"], chosen=masks)
+
     with tempfile.TemporaryDirectory() as folder:
         checkpoint.save(decoder, folder)
         decoder = checkpoint.load(folder, dtype="bfloat16")[0]
     with jax.enable_x64(True):
-        exact = scan.scan_pair(presets.in_float64(decoder), pair, question, ["neuron"])
+        exact = effects(presets.in_float64(decoder))
     rows = []
     for precision in products.PRECISIONS:
-        found = scan.scan_pair(decoder.at_precision(precision), pair, question, ["neuron"])
+        found = effects(decoder.at_precision(precision))
         rows += compared(found, exact, model=model, method="differences", dtype=precision)
     if runs:
         for dtype, found in _by_runs(decoder, pair).items():
@@ -95,7 +106,7 @@ def measure(
 def compared(
     found: PairEffects, exact: PairEffects, *, model: str, method: str, dtype: str
 ) -> list[NumericalError]:
-    """The errors of all neurons' NIE and TIE.
+    """The errors of the NIE and TIE of all neurons that were computed.
 
     Args:
         found, exact: effects of granularity "neuron", with errors and without.
@@ -107,6 +118,7 @@ def compared(
             getattr(effects, estimand)["neuron"].astype(np.float64).ravel()
             for effects in (found, exact)
         )
+        got, want = got[~np.isnan(want)], want[~np.isnan(want)]
         there = want != 0
         correlation, _ = np.asarray(stats.spearmanr(np.abs(got), np.abs(want)))
         rows.append(

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import mpmath
 import numpy as np
 import pytest
+from jax.lax import Precision
 
 import models
 from jaxmed.validation import presets
@@ -99,7 +100,7 @@ def test_an_unknown_precision_is_refused():
     with jax.enable_x64(True):
         decoder = tiny.decoder("llama", dtype="float64")
         assert decoder.at_precision("float32").products.precision == "float32"
-        with pytest.raises(InputError, match="float64 model"):
+        with pytest.raises(InputError, match="--matmul_precision.*in float64"):
             decoder.at_precision("split3")
 
 
@@ -164,6 +165,29 @@ def test_a_decoder_in_parts_is_as_exact_as_in_float32(family):
     plain = error(decoder(tokens)[0], exact)
     for precision in PRECISIONS[1:]:  # Values are multiplied alike in all of them.
         assert error(decoder.at_precision(precision)(tokens)[0], exact) <= max(2e-6, 1.5 * plain)
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_no_product_with_a_weight_depends_on_jaxs_default(precision, platform):
+    """float32 is float32 outside of every context, where JAX's own is TF32 or bfloat16 on some
+    devices; and parts take one pass inside of one."""
+    how = Products(precision, platform)
+
+    def run(x, weight):
+        return multiplied(x, ready(weight, how, x.dtype), how)
+
+    for context in ("bfloat16", "float32"):
+        with jax.default_matmul_precision(context):
+            jaxpr = jax.make_jaxpr(run)(jnp.ones((2, 3)), stored(jnp.ones((3, 4), jnp.bfloat16)))
+        found = [e for e in equations(jaxpr) if e.primitive.name == "dot_general"]
+        assert found
+        for equation in found:
+            asked = equation.params["precision"][0]
+            narrow = equation.invars[0].aval.dtype == jnp.bfloat16
+            two = precision == "split2" and platform == "tpu"
+            wide = Precision.HIGH if two else Precision.HIGHEST
+            assert asked == (Precision.DEFAULT if narrow else wide)
 
 
 def test_at_precision_copies_no_weights():

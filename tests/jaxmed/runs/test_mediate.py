@@ -17,7 +17,7 @@ from jaxmed.analysis import joint as joint_lib
 from jaxmed.analysis import ranking, screening
 from jaxmed.data import pairs as pairs_lib
 from jaxmed.data import splits
-from jaxmed.engine import memory, scan
+from jaxmed.engine import memory, rates, scan
 from jaxmed.files import reading
 from jaxmed.question import directions
 from jaxmed.question.effects import Status
@@ -626,6 +626,18 @@ def test_the_budget_and_the_precision_reach_the_engine(asked, tmp_path, monkeypa
     run = mediate.run(to(asked, tmp_path, **changes))
     assert given == [("bfloat16", 2**28)] * 3
     assert run.run["precision"] == "bfloat16"
+
+
+def test_the_precision_that_is_chosen_is_kept_on_resume(asked, tmp_path, monkeypatch):
+    """Measured when the run begins, and read from run.json by whoever goes on with it."""
+    chosen = iter(["split3", "float32"])
+    monkeypatch.setattr(rates, "exact_precision", lambda decoder, rows=None: next(chosen))
+    asked = to(asked, tmp_path, granularity=("layer",))
+    for again in (asked, asked):
+        run = mediate.run(again)
+        assert run.run["matmul_precision"] == run.run["precision"] == "split3"
+    run = mediate.run(dataclasses.replace(asked, overwrite=True))
+    assert run.run["matmul_precision"] == "float32"
 
 
 # Directions.

@@ -13,6 +13,7 @@ from jaxmed.engine import scan
 from jaxmed.question.effects import PairEffects
 from jaxmed.report import benchmark as report
 from jaxmed.validation import benchmark, presets
+from models import products
 from models.errors import InputError
 from tests import tiny
 
@@ -194,6 +195,15 @@ def test_operations_are_those_of_the_blocks_after_each_neuron(small):
     # Besides, scores and values against 5 positions before, and the two logits that are read.
     attention = 2 * 40 * 2 * heads * (5 + 2)
     assert engine.operations == 40 * block + attention + 2 * 80 * 24 * 2
+
+
+@pytest.mark.parametrize("precision", products.PRECISIONS)
+def test_products_alone_are_those_of_the_engine(precision, small):
+    small = dataclasses.replace(small, dtype="bfloat16")
+    alone = benchmark._Products(presets.random_decoder(small).at_precision(precision), rows=4)
+    heads, kv = 4 * 8, 2 * 8
+    assert alone.operations == 4 * 2 * (2 * 24 * heads + 2 * 24 * kv + 3 * 24 * 40)
+    alone.multiply_all()
 
 
 def test_a_sample_is_spread_over_all_layers(small):
