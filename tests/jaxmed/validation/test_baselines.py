@@ -55,7 +55,7 @@ def test_both_baselines_give_the_plain_definition(case):
         (baselines.Prefix, None, True),
         (baselines.Prefix, 50, False),
     ):
-        model = baselines.torch_model(decoder, onednn)
+        model = baselines.torch_model(decoder, onednn=onednn)
         asked = (model, prompt, pair.counterfactual_ids, HARMFUL, SAFE, batch)
         found = baseline(*asked).effects(layers, neurons)
         error = np.abs(found - reference[layers, neurons]).max() / largest_logit
