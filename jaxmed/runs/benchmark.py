@@ -36,9 +36,10 @@ class BenchmarkSettings:
         help="Type of the weights; the preset's by default.", default="", choices=("", *DTYPES)
     )
     matmul_precision: tuple[str, ...] = setting(
-        help=f"How differences are multiplied by weights: any of {', '.join(products.PRECISIONS)}, measured "
-        "one after another, or auto, the faster of float32 and split3 on this machine; with "
-        "--compile_for, all; with --generate, how values are: float32, split3 or auto.",
+        help="How differences are multiplied by weights: any of "
+        f"{', '.join(products.PRECISIONS)}, measured one after another, or auto, the faster of "
+        "float32 and split3 on this machine; with --compile_for, all; with --generate, how values "
+        "are: float32, split3 or auto.",
         default=(rates.AUTO,),
         choices=(rates.AUTO, *products.PRECISIONS),
         commas=True,

@@ -37,6 +37,11 @@ from models.decoder import Decoder
 from models.errors import InputError
 
 
+def sees_gpu() -> bool:
+    """Whether torch has the device "cuda" here."""
+    return torch.cuda.is_available()
+
+
 def torch_model(
     decoder: Decoder, number_type: str = "float32", device: str = "cpu", onednn: bool = False
 ) -> LlamaForCausalLM:

@@ -559,7 +559,7 @@ class _Batches:
     prefix_sample: int
 
 
-# By torch's name of the device. Larger batches are no faster there.
+# By torch's name of the device.
 _BATCHES = {
     "cpu": _Batches(hooks=64, prefix=(512, 64, 2048), hooks_sample=256, prefix_sample=9216),
     "cuda": _Batches(hooks=512, prefix=(16384,), hooks_sample=1024, prefix_sample=131072),
@@ -577,13 +577,13 @@ def _torch_device(types: tuple[str, ...]) -> str:
         if "tf32" in types:
             raise InputError("against_types=tf32: a CPU has no such products; leave it out")
         return "cpu"
-    import torch  # which only a comparison needs
+    from jaxmed.validation import baselines  # torch, which only a comparison needs
 
-    if backend == "gpu" and torch.cuda.is_available():
+    if backend == "gpu" and baselines.sees_gpu():
         return "cuda"
     raise InputError(
-        f"against: jaxmed runs on {kind} here, where torch {torch.__version__} sees no GPU: no "
-        "comparison; install a torch built for CUDA, or set JAX_PLATFORMS=cpu to compare on the CPU"
+        f"against: jaxmed runs on {kind} here, and torch sees no GPU: no comparison; install a "
+        "torch that is built for it, or set JAX_PLATFORMS=cpu to compare on the CPU"
     )
 
 
@@ -617,10 +617,10 @@ def _baselines(
                 ways.append((f"prefix_{rows}_rows", baselines.Prefix, model, rows, number_type))
             if (device, number_type) == ("cpu", "float32"):
                 onednn = baselines.torch_model(engine.decoder, onednn=True)
-                ways += [
-                    ("prefix_onednn", baselines.Prefix, onednn, first, "with oneDNN for MKL"),
-                    ("prefix_autocast", baselines.RoundedPrefix, model, first, "autocast"),
-                ]
+                how = "float32, with oneDNN for MKL"
+                ways.append(("prefix_onednn", baselines.Prefix, onednn, first, how))
+                how = "bfloat16 (autocast)"
+                ways.append(("prefix_autocast", baselines.RoundedPrefix, model, first, how))
         for name, kind, of, rows, how in ways:
             timed[_named(name, number_type)] = _Timed(
                 what=f"{kind.what}, {rows:,} rows a batch, {how}",

@@ -11,6 +11,7 @@ from jaxmed.validation.benchmark import (
     GenerationFigures,
 )
 from jaxmed.validation.chips import CompiledProgram, Half
+from jaxmed.validation.lists import ListFigures, ListSpeed
 from jaxmed.validation.numerical_error import NumericalError
 from tests.jaxmed.report.told import check_golden
 
@@ -18,6 +19,7 @@ FIGURES = Figures(
     preset="small",
     device="1 x cpu",
     dtype="float32",
+    precision="split3",
     layers=3,
     neurons=12345,
     batch=1077,
@@ -34,6 +36,7 @@ GENERATION = GenerationFigures(
     preset="small",
     device="1 x cpu",
     dtype="float32",
+    precision="split3",
     layers=3,
     batch=8,
     prompt_tokens=128,
@@ -77,7 +80,7 @@ def timed(what, tokens_per_second):
 def test_speed():
     compared = dataclasses.replace(
         FIGURES,
-        baselines={"hooks": BaselineSpeed("transformers with hooks", 12.34, speedup=81.2)},
+        baselines={"hooks": BaselineSpeed("transformers with hooks", 12.34, 81.2, error=0.01)},
         screen_seconds=1.23,
         speedup_screen=9.87,
     )
@@ -93,6 +96,23 @@ def test_speed_of_generation():
     lines = benchmark.generation_table(compared)
     assert [line.partition("  ")[0] for line in lines[-2:]] == ["another", "transformers' generate"]
     check_golden("generation_speed", lines)
+
+
+def test_speed_of_lists():
+    figures = ListFigures(
+        preset="small",
+        device="1 x cpu",
+        dtype="float32",
+        precision="split3",
+        layers=3,
+        tokens=64,
+        lists=(
+            ListSpeed("layer", "last", 12.34, 0.01234, 1.234e9, 1e11),
+            ListSpeed("head", "prompt", 1.23, 123.4, 1.234e12, 1e10),
+        ),
+        peak_memory_bytes=2**31,
+    )
+    check_golden("list_speed", benchmark.lists_table(figures))
 
 
 def test_compiled_programs():
