@@ -582,8 +582,8 @@ def _torch_device(types: tuple[str, ...]) -> str:
     if backend == "gpu" and baselines.sees_gpu():
         return "cuda"
     raise InputError(
-        f"against: jaxmed runs on {kind} here, and torch sees no GPU: no comparison; install a "
-        "torch that is built for it, or set JAX_PLATFORMS=cpu to compare on the CPU"
+        f"against: jaxmed runs on {kind} here, and torch sees no such GPU: no comparison; on a GPU "
+        "install a torch that is built for it, or set JAX_PLATFORMS=cpu to compare on the CPU"
     )
 
 

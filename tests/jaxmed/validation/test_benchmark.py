@@ -275,7 +275,7 @@ def test_on_a_gpu_baselines_run_there_in_every_type(engine, monkeypatch):
     }
     assert timed["prefix_tf32"].what == "loop, 16,384 rows a batch, tf32"
     monkeypatch.setattr(validation, "baselines", FakeTorch(gpu=False), raising=False)
-    with pytest.raises(InputError, match="jaxmed runs on .* and torch sees no GPU"):
+    with pytest.raises(InputError, match="jaxmed runs on .* and torch sees no such GPU"):
         benchmark._torch_device(("float32",))
 
 
