@@ -1,6 +1,7 @@
 """How fast the engine is on this machine, against its matrix products and against other ways.
 
 python -m launch.benchmark --preset=12x768 --against=hooks,prefix --json=FILE
+python -m launch.benchmark --lists --preset=12x768
 python -m launch.benchmark --generate --against=transformers
 """
 

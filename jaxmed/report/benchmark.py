@@ -5,12 +5,18 @@ from collections.abc import Sequence
 from jaxmed.report import rendering
 from jaxmed.validation import chips
 from jaxmed.validation.benchmark import Figures, GenerationFigures
+from jaxmed.validation.lists import ListFigures
 from jaxmed.validation.numerical_error import NumericalError
 
 
 def table(figures: Figures) -> list[str]:
     """The figures of the engine for people."""
     return rendering.lines("speed.txt.j2", figures=figures)
+
+
+def lists_table(figures: ListFigures) -> list[str]:
+    """The figures of short lists for people."""
+    return rendering.lines("list_speed.txt.j2", figures=figures)
 
 
 def generation_table(figures: GenerationFigures) -> list[str]:

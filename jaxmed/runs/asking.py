@@ -38,6 +38,7 @@ MAY_CHANGE = (
     "cut",
     "judges",
     "judges_hash",
+    "judge_precisions",
 )
 
 
@@ -432,6 +433,7 @@ def described(
     return dataclasses.asdict(settings) | {
         "program": program,
         "judges": {judge.name: judge.meaning for judge in given},
+        "judge_precisions": protocol.precisions(given),
         "judges_hash": hash_of([protocol.fingerprint(judge) for judge in given]),
         "matmul_precision": model.decoder.products.precision,
         "stop_tokens": sorted(model.stop),

@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 import models
 from jaxmed.data import pairs
@@ -16,11 +17,10 @@ from jaxmed.report import benchmark as tables
 from jaxmed.runs import settings as settings_lib
 from jaxmed.runs import sweep
 from jaxmed.runs.settings import setting
-from jaxmed.validation import benchmark, chips, numerical_error, presets, truth
-from models import checkpoint, organisms
+from jaxmed.validation import benchmark, chips, lists, numerical_error, presets, truth
+from models import checkpoint, organisms, products
 from models.config import DTYPES
 from models.errors import InputError
-from models.products import PRECISIONS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,11 +36,12 @@ class BenchmarkSettings:
         help="Type of the weights; the preset's by default.", default="", choices=("", *DTYPES)
     )
     matmul_precision: tuple[str, ...] = setting(
-        help=f"How differences are multiplied by weights: any of {', '.join(PRECISIONS)}, measured "
-        "one after another, or auto, the faster of float32 and split3 on this machine; with "
-        "--compile_for, all.",
+        help="How differences are multiplied by weights: any of "
+        f"{', '.join(products.PRECISIONS)}, measured one after another, or auto, the faster of "
+        "float32 and split3 on this machine; with --compile_for, all; with --generate, how values "
+        "are: float32, split3 or auto.",
         default=(rates.AUTO,),
-        choices=(rates.AUTO, *PRECISIONS),
+        choices=(rates.AUTO, *products.PRECISIONS),
         commas=True,
     )
     errors: bool = setting(
@@ -48,15 +49,24 @@ class BenchmarkSettings:
         default=False,
     )
     against: tuple[str, ...] = setting(
-        help="Any of hooks (transformers with forward hooks, 64 rows a batch) and prefix (a torch "
-        "loop that caches the prefix and starts at the patched layer, in float32 and in bfloat16), "
-        "or transformers with --generate, in float32; all on a CPU, once beside the first "
-        "precision. They need torch (the parity extra).",
+        help="Any of hooks (transformers with forward hooks) and prefix (a torch loop that caches "
+        "the prefix and starts at the patched layer), or transformers with --generate; on the "
+        "device that JAX has, once beside the first precision. They need torch (the parity extra).",
         default=(),
         commas=True,
     )
+    against_types: tuple[str, ...] = setting(
+        help="Types in which --against runs: any of float32, tf32 (on a GPU alone) and bfloat16. "
+        "In float32 on a CPU prefix and transformers run with oneDNN for MKL as well, and prefix "
+        "by torch's autocast.",
+        default=("float32",),
+        choices=benchmark.BASELINE_TYPES,
+        commas=True,
+        needs="against",
+    )
     json: str | None = setting(
-        help="File for the figures, as JSON: of speed, a list with an object for each precision.",
+        help="File for the figures, as JSON: a list with an object for each precision, or for each "
+        "row of --accuracy.",
         default=None,
         path=True,
     )
@@ -76,13 +86,19 @@ class BenchmarkSettings:
         "runs.",
         default=False,
     )
+    lists: bool = setting(
+        help="Instead of neurons: seconds that a pair's layers, modules and heads take at "
+        "positions last and prompt, and its tokens.",
+        default=False,
+    )
     generate: bool = setting(
         help="Instead of effects: tokens a second of greedy generation, plain and with a hold on "
         "every neuron; with --against=transformers also those of its generate.",
         default=False,
     )
     organism: str = setting(
-        help="--accuracy: folder of the trained model; trained if it is not there.",
+        help="--accuracy: folder of the trained model, trained if it is not there; empty for the "
+        "random model alone.",
         default="out/organisms/late-mlp-0",
         path=True,
     )
@@ -111,10 +127,10 @@ class BenchmarkSettings:
         needs="compile_for",
     )
     rows: int = setting(
-        help="Rows of a batch; 0 for as many as the engine takes on such a chip.",
+        help="Rows of a batch: with --compile_for, 0 for as many as the engine takes on such a "
+        f"chip; with --generate the prompts, 0 for {benchmark.PROMPTS}.",
         default=0,
         least=0,
-        needs="compile_for",
     )
 
 
@@ -122,12 +138,11 @@ _PROMPT = 64  # tokens of a prompt, where no preset says how many
 # Settings that say nothing to a mode.
 _IDLE = {
     "accuracy": (
-        *("generate", "compile_for", "dtype", "matmul_precision", "errors", "preset", "screen"),
-        *("layers", "neurons", "rounds", "memory_gb"),
+        *("lists", "generate", "compile_for", "dtype", "matmul_precision", "errors", "preset"),
+        *("screen", "layers", "neurons", "rounds", "memory_gb", "against_types"),
     ),
-    "generate": (
-        *("compile_for", "dtype", "matmul_precision", "errors", "screen", "neurons", "organism"),
-    ),
+    "lists": (*("generate", "compile_for", "against", "errors", "screen", "neurons", "organism"),),
+    "generate": ("compile_for", "errors", "screen", "neurons", "organism"),
     "compile_for": ("against", "dtype", "errors", "screen", "neurons", "rounds", "organism"),
 }
 
@@ -145,12 +160,14 @@ def run(settings: BenchmarkSettings, say: Callable[[str], None] = sweep.tell) ->
     check(settings)
     if settings.accuracy:
         measured, lines = _accuracy(settings)
+    elif settings.lists:
+        measured, lines = _in_each_precision(settings, _lists)
     elif settings.generate:
-        measured, lines = _generation(settings)
+        measured, lines = _in_each_precision(settings, _generation)
     elif settings.compile_for:
         measured, lines = _compilation(settings)
     else:
-        measured, lines = _speed(settings)
+        measured, lines = _in_each_precision(settings, _speed)
     for line in lines:
         say(line)
     if settings.json:
@@ -168,6 +185,13 @@ def check(settings: BenchmarkSettings) -> None:
         idle = [name for name in others if settings_lib.given(settings, name)]
         if getattr(settings, mode) and idle:
             raise InputError(f"--{idle[0]} says nothing to --{mode}")
+    if settings.rows and not (settings.generate or settings.compile_for):
+        raise InputError("--rows needs --generate or --compile_for=K")
+    if settings.generate:
+        exact = (rates.AUTO, *products.EXACT)
+        settings_lib.check_choice(
+            "--generate: --matmul_precision", settings.matmul_precision, exact
+        )
     if settings.model and settings_lib.given(settings, "preset"):
         raise InputError("--preset says nothing to --model, whose config.json gives the shape")
     if settings.json and not os.access(pathlib.Path(settings.json).absolute().parent, os.W_OK):
@@ -177,47 +201,79 @@ def check(settings: BenchmarkSettings) -> None:
 
 
 def _accuracy(settings: BenchmarkSettings) -> tuple[list[dict], list[str]]:
-    organism = organisms.build(settings.organism)
-    decoder, tokenizer = models.load(organism.folder)
-    pair = pairs.read(str(truth.pairs_file(organism, "unlock")), tokenizer)[0]
     runs = "hooks" in settings.against
     random_decoder, random_pair = numerical_error.random_model()
     rows = numerical_error.measure("random", random_decoder, random_pair, runs=runs)
-    rows += numerical_error.measure("trained", decoder, pair, runs=runs)
+    if settings.organism:
+        organism = organisms.build(settings.organism)
+        decoder, tokenizer = models.load(organism.folder)
+        pair = pairs.read(str(truth.pairs_file(organism, "unlock")), tokenizer)[0]
+        rows += numerical_error.measure("trained", decoder, pair, runs=runs)
     return [dataclasses.asdict(row) for row in rows], tables.numerical_error_table(rows)
 
 
-def _generation(settings: BenchmarkSettings) -> tuple[dict, list[str]]:
-    figures = benchmark.measure_generation(
+# Measures with products in one precision, against these baselines: the figures, and their table.
+_Measure = Callable[[BenchmarkSettings, str, tuple[str, ...]], tuple[Any, list[str]]]
+
+
+def _in_each_precision(
+    settings: BenchmarkSettings, measure: _Measure
+) -> tuple[list[dict], list[str]]:
+    """The baselines, whose products are their own, are measured beside the first alone."""
+    found, lines = [], []
+    for number, precision in enumerate(settings.matmul_precision):
+        figures, table = measure(settings, precision, () if number else settings.against)
+        found.append(dataclasses.asdict(figures))
+        lines += table
+    return found, lines
+
+
+def _lists(settings: BenchmarkSettings, precision: str, against: tuple[str, ...]):
+    del against  # none has lists
+    figures = lists.measure(
         settings.preset,
         say=sweep.say,
-        against=settings.against,
+        dtype=settings.dtype,
+        precision=precision,
         layers=settings.layers,
         rounds=settings.rounds,
         memory_gb=settings.memory_gb,
     )
-    return dataclasses.asdict(figures), tables.generation_table(figures)
+    return figures, tables.lists_table(figures)
 
 
-def _speed(settings: BenchmarkSettings) -> tuple[list[dict], list[str]]:
-    found, lines = [], []
-    for number, precision in enumerate(settings.matmul_precision):
-        figures = benchmark.measure(
-            settings.preset,
-            say=sweep.say,
-            dtype=settings.dtype,
-            precision=precision,
-            errors=settings.errors,
-            against=() if number else settings.against,
-            layers=settings.layers,
-            neurons=settings.neurons,
-            rounds=settings.rounds,
-            screen=settings.screen,
-            memory_gb=settings.memory_gb,
-        )
-        found.append(dataclasses.asdict(figures))
-        lines += tables.table(figures)
-    return found, lines
+def _generation(settings: BenchmarkSettings, precision: str, against: tuple[str, ...]):
+    figures = benchmark.measure_generation(
+        settings.preset,
+        say=sweep.say,
+        dtype=settings.dtype,
+        precision=precision,
+        against=against,
+        against_types=settings.against_types,
+        layers=settings.layers,
+        rounds=settings.rounds,
+        batch=settings.rows or benchmark.PROMPTS,
+        memory_gb=settings.memory_gb,
+    )
+    return figures, tables.generation_table(figures)
+
+
+def _speed(settings: BenchmarkSettings, precision: str, against: tuple[str, ...]):
+    figures = benchmark.measure(
+        settings.preset,
+        say=sweep.say,
+        dtype=settings.dtype,
+        precision=precision,
+        errors=settings.errors,
+        against=against,
+        against_types=settings.against_types,
+        layers=settings.layers,
+        neurons=settings.neurons,
+        rounds=settings.rounds,
+        screen=settings.screen,
+        memory_gb=settings.memory_gb,
+    )
+    return figures, tables.table(figures)
 
 
 def _compilation(settings: BenchmarkSettings) -> tuple[list[dict], list[str]]:
@@ -239,7 +295,7 @@ def _compilation(settings: BenchmarkSettings) -> tuple[list[dict], list[str]]:
     )
     precisions = settings.matmul_precision
     if rates.AUTO in precisions:
-        precisions = PRECISIONS
+        precisions = products.PRECISIONS
     figures = []
     for topology in settings.compile_for:
         compiler = chips.Compiler(chips.chip(topology), say=sweep.say)

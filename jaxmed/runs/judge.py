@@ -26,6 +26,7 @@ _OWN_FILES = (VERDICTS, JUDGED, AGREEMENT)
 _MAY_CHANGE = (
     "judge_model",
     "judge_template",
+    "judge_precisions",
     "responses",
     "threshold",
     "cut",
@@ -154,6 +155,7 @@ def _described(settings: JudgeSettings, judge: protocol.Judge) -> dict:
         "judge_text_and_weights": protocol.fingerprint(judge),
         "judge_model": named.name_and_checkpoint(settings.judge)[1] or None,
         "judge_template": settings.judge_template,
+        "judge_precisions": protocol.precisions([judge]),
         "meaning": judge.meaning,
         "responses": settings.responses,
         "threshold": settings.threshold,

@@ -2,7 +2,7 @@
 
 Both compute NIE = Y(x, a_i <- a'_i) - Y(x) for neurons that are patched alone, at the last
 prompt position, where Y is the logit of the harmful token minus that of the safe one there. Both
-run on the CPU, in float32 where nothing else is said, and subtract the values of two runs.
+run where the model is, in its type, and subtract the values of two runs.
 
     Hooks     transformers' own model and a forward hook: the whole prompt again for each neuron
     Prefix    what a careful person would write instead: only the last position is run again, from
@@ -20,8 +20,10 @@ Nothing else in jaxmed needs torch, so nothing else imports this module; `pip in
 # (torch comes with the extra `parity` alone)
 
 import abc
+import contextlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -35,13 +37,22 @@ from models.decoder import Decoder
 from models.errors import InputError
 
 
-def torch_model(decoder: Decoder, onednn: bool = True) -> LlamaForCausalLM:
-    """The same model in torch, float32; it goes through a temporary folder.
+def sees_gpu() -> bool:
+    """Whether torch has the device "cuda" here."""
+    return torch.cuda.is_available()
+
+
+def torch_model(
+    decoder: Decoder, number_type: str = "float32", device: str = "cpu", onednn: bool = False
+) -> LlamaForCausalLM:
+    """The same model in torch; it goes through a temporary folder.
 
     Args:
         decoder: the model.
-        onednn: whether oneDNN does the linear layers (torch.utils.mkldnn), still in float32. By
-            default torch leaves them to MKL, which on AMD processors is half as fast.
+        number_type: of its weights and activations: "float32", which "tf32" is too, or "bfloat16".
+        device: torch's name of where it is.
+        onednn: whether oneDNN does the linear layers (torch.utils.mkldnn), still in float32, on a
+            CPU. By default torch leaves them to MKL, which on AMD processors is half as fast.
 
     Raises:
         InputError: if its family is not Llama.
@@ -53,14 +64,21 @@ def torch_model(decoder: Decoder, onednn: bool = True) -> LlamaForCausalLM:
         )
     with tempfile.TemporaryDirectory() as folder:
         checkpoint.save(decoder, folder)
-        model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    model = model.eval().requires_grad_(False)
+        dtype = torch.bfloat16 if number_type == "bfloat16" else torch.float32
+        model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype)
+    model = model.eval().requires_grad_(False).to(device)
     return to_mkldnn(model) if onednn and torch.backends.mkldnn.is_available() else model
 
 
-def in_dtype(model: LlamaForCausalLM, dtype: str) -> LlamaForCausalLM:
-    """The model itself, its weights and activations now in another type, as "bfloat16"."""
-    return model.to(getattr(torch, dtype))
+@contextlib.contextmanager
+def _products(tf32: bool) -> Iterator[None]:
+    """float32 products of a GPU, meanwhile in TF32 or not."""
+    settings = torch.backends.cuda.matmul
+    before, settings.allow_tf32 = settings.allow_tf32, tf32
+    try:
+        yield
+    finally:
+        settings.allow_tf32 = before
 
 
 class Baseline(abc.ABC):
@@ -71,8 +89,10 @@ class Baseline(abc.ABC):
         base_ids, source_ids: tokens of the two prompts.
         harmful_token, safe_token: the tokens whose logits are compared.
         batch: neurons that are run at once; the class's own number by default.
+        tf32: whether float32 products of a GPU are made in TF32.
     """
 
+    what: ClassVar[str]  # for people
     batch: int
     base_value: torch.Tensor  # Y of the plain run; `prepare` makes it
 
@@ -85,13 +105,15 @@ class Baseline(abc.ABC):
         harmful_token: int,
         safe_token: int,
         batch: int | None = None,
+        tf32: bool = False,
     ):
-        self.model, self.batch = model, batch or self.batch
-        self.tokens = torch.tensor([list(base_ids)])
+        self.model, self.batch, self.tf32 = model, batch or self.batch, tf32
+        self.tokens = torch.tensor([list(base_ids)], device=model.device)
         self.compared = [harmful_token, safe_token]
-        self.base_neurons, self.residual, self.cache = _capture(model, base_ids)
-        self.source_neurons = _capture(model, source_ids)[0]
-        self.prepare()
+        with _products(tf32):
+            self.base_neurons, self.residual, self.cache = _capture(model, base_ids)
+            self.source_neurons = _capture(model, source_ids)[0]
+            self.prepare()
 
     @abc.abstractmethod
     def prepare(self) -> None:
@@ -104,14 +126,16 @@ class Baseline(abc.ABC):
     @torch.inference_mode()
     def effects(self, layers: np.ndarray, neurons: np.ndarray) -> np.ndarray:
         """NIE of the neurons with these layers and indices, each patched alone, float32 [U]."""
-        sorted_layers, order = torch.tensor(layers, dtype=torch.long).sort()
-        sorted_neurons = torch.tensor(neurons, dtype=torch.long)[order]
+        asked = {"dtype": torch.long, "device": self.model.device}
+        sorted_layers, order = torch.tensor(layers, **asked).sort()
+        sorted_neurons = torch.tensor(neurons, **asked)[order]
         batches = map(
             self.patched, sorted_layers.split(self.batch), sorted_neurons.split(self.batch)
         )
-        found = torch.empty(len(order))
-        found[order] = (torch.cat(list(batches)) - self.base_value).float()
-        return found.numpy()
+        found = torch.empty(len(order), device=self.model.device)
+        with _products(self.tf32):
+            found[order] = (torch.cat(list(batches)) - self.base_value).float()
+        return found.cpu().numpy()
 
 
 class Hooks(Baseline):
@@ -121,6 +145,7 @@ class Hooks(Baseline):
     faster. Of the logits only the last position's are computed.
     """
 
+    what = "transformers with hooks"
     batch = 64
 
     def prepare(self) -> None:
@@ -162,6 +187,7 @@ class Prefix(Baseline):
     batch sizes from 256 to 2,048 differ little.
     """
 
+    what = "prefix-cached torch loop"
     batch = 512
 
     def prepare(self) -> None:
@@ -173,7 +199,7 @@ class Prefix(Baseline):
         # Of all positions but the last: [K, h, P] and [K, P, h] in each layer.
         self.keys = [layer.keys[0, :, :-1].mT.contiguous() for layer in self.cache.layers]
         self.values = [layer.values[0, :, :-1].contiguous() for layer in self.cache.layers]
-        last = torch.tensor([[self.tokens.shape[1] - 1]])
+        last = torch.tensor([[self.tokens.shape[1] - 1]], device=self.model.device)
         self.rotary = [part[0] for part in self.model.model.rotary_emb(self.residual, last)]
         self.base_value = self._read(self.residual[-1:])
 
@@ -221,7 +247,7 @@ class Prefix(Baseline):
 
 
 class RoundedPrefix(Prefix):
-    """The same loop with its products in bfloat16, as torch's autocast chooses them."""
+    """The same loop on a CPU, its products in bfloat16, as torch's autocast chooses them."""
 
     def effects(self, layers: np.ndarray, neurons: np.ndarray) -> np.ndarray:
         """As in `Baseline`."""
@@ -236,25 +262,31 @@ class Generate:
         model: the model.
         prompts: token ids, [B, T].
         new_tokens: of each response.
+        tf32: as in `Baseline`.
     """
 
-    def __init__(self, model: LlamaForCausalLM, prompts: np.ndarray, new_tokens: int):
-        self.model, self.new_tokens = model, new_tokens
-        self.prompts = torch.tensor(np.asarray(prompts), dtype=torch.long)
+    what = "transformers' generate"
+
+    def __init__(
+        self, model: LlamaForCausalLM, prompts: np.ndarray, new_tokens: int, tf32: bool = False
+    ):
+        self.model, self.new_tokens, self.tf32 = model, new_tokens, tf32
+        self.prompts = torch.tensor(np.asarray(prompts), dtype=torch.long, device=model.device)
 
     @torch.inference_mode()
     def __call__(self) -> np.ndarray:
         """The responses, [B, new tokens]."""
-        whole = self.model.generate(
-            self.prompts,
-            attention_mask=torch.ones_like(self.prompts),
-            max_new_tokens=self.new_tokens,
-            min_new_tokens=self.new_tokens,
-            do_sample=False,
-            use_cache=True,
-            pad_token_id=0,
-        )
-        return whole[:, self.prompts.shape[1] :].numpy()
+        with _products(self.tf32):
+            whole = self.model.generate(
+                self.prompts,
+                attention_mask=torch.ones_like(self.prompts),
+                max_new_tokens=self.new_tokens,
+                min_new_tokens=self.new_tokens,
+                do_sample=False,
+                use_cache=True,
+                pad_token_id=0,
+            )
+        return whole[:, self.prompts.shape[1] :].cpu().numpy()
 
 
 def _capture(model: LlamaForCausalLM, ids: Sequence[int]):
@@ -265,7 +297,8 @@ def _capture(model: LlamaForCausalLM, ids: Sequence[int]):
             layer.mlp.down_proj.register_forward_pre_hook(lambda _, x: neurons.append(x[0][0, -1])),
             layer.register_forward_hook(lambda _, x, out: residual.append(out[0, -1])),
         ]
-    cache = model(torch.tensor([list(ids)]), use_cache=True, logits_to_keep=1).past_key_values
+    tokens = torch.tensor([list(ids)], device=model.device)
+    cache = model(tokens, use_cache=True, logits_to_keep=1).past_key_values
     for handle in handles:
         handle.remove()
     return torch.stack(neurons), torch.stack(residual), cache

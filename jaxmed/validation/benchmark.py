@@ -8,9 +8,7 @@ depend on how busy or how fast the machine is.
 
 import dataclasses
 import functools
-import resource
 import statistics
-import time
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
@@ -27,7 +25,7 @@ from jaxmed.engine import cost, memory, plan, rates, scan
 from jaxmed.question.effects import PairEffects
 from jaxmed.question.metrics import LogitDifference
 from jaxmed.question.question import Question
-from jaxmed.validation import presets
+from jaxmed.validation import presets, timing
 from models import products
 from models.config import DecoderConfig
 from models.decoder import Decoder
@@ -36,13 +34,13 @@ from models.errors import InputError
 
 BASELINES = ("hooks", "prefix")
 GENERATION_BASELINES = ("transformers",)
+# Types of a baseline's numbers: float32 with its products as they are or, on a GPU, in TF32 (11
+# bits of each factor); and bfloat16 throughout.
+BASELINE_TYPES = ("float32", "tf32", "bfloat16")
 # Neurons whose effects are compared with those in float64.
 ERROR_SAMPLE = 256
-# Neurons that the baselines are timed on, spread evenly over all that are scanned.
-HOOKS_SAMPLE = 256
-PREFIX_SAMPLE = 9216
+PROMPTS = 8  # that are answered together, where nothing else is asked
 _BASELINE_ROUNDS = 3
-_clock = time.perf_counter
 _PRODUCT_SECONDS = 1.5  # for which products are timed before and after each run of the engine
 
 
@@ -138,6 +136,7 @@ class GenerationFigures:
 
     Attributes:
         preset, device, dtype: what ran on what; dtype is that of the weights.
+        precision: of jaxmed's products.
         layers: blocks of the model.
         batch, prompt_tokens, new_tokens: prompts of a batch, tokens of each, and of each response.
         tokens_per_second: generated tokens of all rows, the prompts' run included.
@@ -150,6 +149,7 @@ class GenerationFigures:
     preset: str
     device: str
     dtype: str
+    precision: str
     layers: int
     batch: int
     prompt_tokens: int
@@ -165,10 +165,13 @@ def measure_generation(
     preset: str,
     *,
     say: Callable[[str], None],
+    dtype: str = "",
+    precision: str = rates.AUTO,
     against: tuple[str, ...] = (),
+    against_types: tuple[str, ...] = BASELINE_TYPES[:1],
     layers: int = 0,
     rounds: int = 5,
-    batch: int = 8,
+    batch: int = PROMPTS,
     prompt_tokens: int = 128,
     new_tokens: int = 64,
     memory_gb: float | None = None,
@@ -176,23 +179,23 @@ def measure_generation(
     """Times greedy generation, plain and with a hold, and the baselines' (no holds), in turn.
 
     Args:
-        preset, layers, memory_gb, say: as in `measure`.
-        against: any of `GENERATION_BASELINES`; they need torch, and run in float32 on a CPU.
+        preset, dtype, against_types, layers, memory_gb, say: as in `measure`.
+        precision: one of `products.EXACT`, for values are multiplied in no others; or `rates.AUTO`.
+        against: any of `GENERATION_BASELINES`; as in `measure`.
         rounds: runs of each after the first, which compiles.
         batch, prompt_tokens, new_tokens: prompts, and the lengths of all prompts and responses.
 
     Raises:
         InputError: what is asked cannot be compared.
     """
-    config = presets.PRESETS[preset].config
-    if against and (jax.default_backend() != "cpu" or config.dtype != "float32"):
+    if precision not in (rates.AUTO, *products.EXACT):
         raise InputError(
-            f"against={against}: the baselines are timed in float32 on a CPU, generation here in "
-            f"{config.dtype} on {jax.devices()[0].device_kind}: no comparison"
+            f"matmul_precision={precision}: generation multiplies values, as exactly as in "
+            f"float32: take {' or '.join(products.EXACT)}"
         )
-    config = presets.with_layers(config, layers)
-    say(f"{preset}: making {config.num_layers} layers of random weights")
-    decoder = presets.random_decoder(config)
+    device = _torch_device(against_types) if against else ""
+    config = presets.shape(preset, layers=layers, dtype=dtype)
+    decoder = presets.decoder_at(config, precision, say, rows=batch)
     prompts = np.random.default_rng(0).integers(0, config.vocab_size, (batch, prompt_tokens))
     damped = np.linspace(0.5, 1, config.intermediate_size, dtype=np.float32)
     hold = Hold.affine("neuron", damped[None], np.zeros((1, 1), np.float32))
@@ -213,38 +216,45 @@ def measure_generation(
     runs: dict[str, Callable[[], object]] = {"plain": ours, "held": lambda: ours(hold)}
     for run in runs.values():
         run()
-    peak = _peak_memory()
+    peak = timing.peak_memory()
     if against:
         from jaxmed.validation import baselines  # torch, which only a comparison needs
 
-        for name, onednn in (("transformers", False), ("transformers_onednn", True)):
-            what[name] = "transformers' generate" + (", with oneDNN for MKL" if onednn else "")
-            runs[name] = baselines.Generate(
-                baselines.torch_model(decoder, onednn), prompts, new_tokens
-            )
-            runs[name]()
-    seconds = _in_turn(runs, rounds, say)
-    rates = {name: batch * new_tokens / statistics.median(seconds[name]) for name in runs}
+        for number_type in against_types:
+            ways = {_named("transformers", number_type): False}
+            if (device, number_type) == ("cpu", "float32"):
+                ways["transformers_onednn"] = True
+            for name, onednn in ways.items():
+                model = baselines.torch_model(decoder, number_type, device, onednn)
+                what[name] = f"{baselines.Generate.what}, {number_type}"
+                what[name] += ", with oneDNN for MKL" if onednn else ""
+                runs[name] = baselines.Generate(
+                    model, prompts, new_tokens, tf32=number_type == "tf32"
+                )
+                runs[name]()
+    seconds = timing.in_turn(runs, rounds, say)
+    speeds = {name: batch * new_tokens / statistics.median(seconds[name]) for name in runs}
 
     def times_longer(name: str, than: str) -> float:
         return statistics.median(a / b for a, b in zip(seconds[name], seconds[than], strict=True))
 
     return GenerationFigures(
         preset=preset,
-        device=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        device=timing.device(),
         dtype=config.dtype,
+        precision=decoder.products.precision,
         layers=config.num_layers,
         batch=batch,
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
-        tokens_per_second=rates["plain"],
-        held_tokens_per_second=rates["held"],
+        tokens_per_second=speeds["plain"],
+        held_tokens_per_second=speeds["held"],
         hold_cost=times_longer("held", "plain") - 1,
         peak_memory_bytes=peak,
         baselines={
             name: BaselineGeneration(
                 what=what[name],
-                tokens_per_second=rates[name],
+                tokens_per_second=speeds[name],
                 speedup=times_longer(name, "plain"),
                 held_speedup=times_longer(name, "held"),
             )
@@ -252,26 +262,6 @@ def measure_generation(
             if name not in ("plain", "held")
         },
     )
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    """How long a call takes."""
-    start = _clock()
-    run()
-    return _clock() - start
-
-
-def _in_turn(
-    runs: dict[str, Callable[[], object]], rounds: int, say: Callable[[str], None]
-) -> dict[str, list[float]]:
-    """Seconds of each run in each round."""
-    seconds = {name: [] for name in runs}
-    for number in range(rounds):
-        for name, run in runs.items():
-            seconds[name].append(_seconds(run))
-        taken = ", ".join(f"{name} {times[-1]:.2f} s" for name, times in seconds.items())
-        say(f"round {number + 1} of {rounds}: {taken}")
-    return seconds
 
 
 def measure(
@@ -282,6 +272,7 @@ def measure(
     precision: str = rates.AUTO,
     errors: bool = False,
     against: tuple[str, ...] = (),
+    against_types: tuple[str, ...] = BASELINE_TYPES[:1],
     layers: int = 0,
     neurons: int = 0,
     rounds: int = 5,
@@ -296,7 +287,8 @@ def measure(
         dtype: of the weights; "" for the preset's.
         precision: of the engine's products, one of `products.PRECISIONS`, or `rates.AUTO`.
         errors: compare effects with those in float64, which takes 8 bytes a weight.
-        against: any of `BASELINES`; they need torch, and run on a CPU.
+        against: any of `BASELINES`; they need torch, and run on the device that JAX has.
+        against_types: types of their numbers, any of `BASELINE_TYPES`.
         layers: blocks of the model; 0 for the preset's.
         neurons: how many neurons, spread evenly over all; 0 for all.
         rounds: runs of the engine after the first, which compiles.
@@ -306,23 +298,13 @@ def measure(
     Raises:
         InputError: what is asked cannot be compared.
     """
-    chosen_preset = presets.PRESETS[preset]
-    if against and jax.default_backend() != "cpu":
-        raise InputError(
-            f"against={against}: the baselines are timed on a CPU, the engine here on "
-            f"{jax.devices()[0].device_kind}: no comparison"
-        )
+    device = _torch_device(against_types) if against else ""
     if screen and neurons:
         raise InputError(f"screen={screen} looks at all neurons: leave out neurons={neurons}")
-    config = presets.with_layers(chosen_preset.config, layers)
-    config = dataclasses.replace(config, dtype=dtype or config.dtype)
+    config = presets.shape(preset, layers=layers, dtype=dtype)
     chosen = spread(config, neurons)
-    say(f"{preset}: making {config.num_layers} layers of random weights")
-    decoder = presets.random_decoder(config)
-    if precision == rates.AUTO:
-        precision = rates.exact_precision(decoder)
-    decoder = decoder.at_precision(precision)
-    pair = presets.random_pair(config, chosen_preset.tokens)
+    decoder = presets.decoder_at(config, precision, say)
+    pair = presets.random_pair(config, presets.PRESETS[preset].tokens)
     engine = _Engine(
         decoder=decoder,
         pair=pair,
@@ -348,9 +330,9 @@ def measure(
     median = statistics.median(seconds)
     figures = Figures(
         preset=preset,
-        device=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        device=timing.device(),
         dtype=config.dtype,
-        precision=precision,
+        precision=decoder.products.precision,
         layers=config.num_layers,
         neurons=int(chosen.sum()),
         batch=engine.batch,
@@ -361,14 +343,15 @@ def measure(
         product_flops=engine.product_operations,
         matmul_flops_per_second=statistics.median(machine),
         matmul_fraction=statistics.median(fractions),
-        peak_memory_bytes=_peak_memory(),
+        peak_memory_bytes=timing.peak_memory(),
     )
     if errors or against:
         figures = dataclasses.replace(figures, error=_error(engine))
     if screen:
         figures = _with_screen(figures, engine, screen, say)
     if against:
-        figures = _with_baselines(figures, engine, _baselines(engine, against), say)
+        timed = _baselines(engine, against, device, against_types)
+        figures = _with_baselines(figures, engine, timed, say)
     return figures
 
 
@@ -463,7 +446,7 @@ class _Engine:
 
     def seconds(self) -> float:
         """Of one estimand: half of what both take."""
-        return _seconds(lambda: self.scan(self.chosen)) / 2
+        return timing.seconds(lambda: self.scan(self.chosen)) / 2
 
 
 class _Products:
@@ -494,8 +477,8 @@ class _Products:
     def rate(self) -> float:
         """Floating-point operations a second."""
         self.multiply_all()
-        start, done = _clock(), 0
-        while (gone := _clock() - start) < _PRODUCT_SECONDS:
+        start, done = timing.clock(), 0
+        while (gone := timing.clock() - start) < _PRODUCT_SECONDS:
             self.multiply_all()
             done += self.under_way
         return done * self.operations / gone
@@ -509,13 +492,6 @@ class _Products:
             if self.under_way == 1:
                 jax.block_until_ready(under_way)
         jax.block_until_ready(under_way)
-
-
-def _peak_memory() -> int:
-    """Bytes: of the device where it counts them, of the process otherwise."""
-    if stats := jax.devices()[0].memory_stats():
-        return stats["peak_bytes_in_use"]
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _with_screen(
@@ -535,7 +511,7 @@ def _with_screen(
     seconds, speedups = [], []
     for number in range(_BASELINE_ROUNDS):
         full = 2 * engine.seconds()
-        seconds.append(_seconds(screened))
+        seconds.append(timing.seconds(screened))
         speedups.append(full / seconds[-1])
         say(
             f"round {number + 1} of {_BASELINE_ROUNDS}: screened for the {top} strongest, "
@@ -572,37 +548,89 @@ class _Timed:
     sample: int
 
 
-def _baselines(engine: _Engine, against: tuple[str, ...]) -> dict[str, _Timed]:
+@dataclasses.dataclass(frozen=True)
+class _Batches:
+    """How the baselines run on a device.
+
+    Attributes:
+        hooks: rows of a batch of transformers with hooks.
+        prefix: of the prefix-cached loop; the first is the number that its plain name stands for.
+        hooks_sample, prefix_sample: neurons that they are timed on at most, spread evenly.
+    """
+
+    hooks: int
+    prefix: tuple[int, ...]
+    hooks_sample: int
+    prefix_sample: int
+
+
+# By torch's name of the device.
+_BATCHES = {
+    "cpu": _Batches(hooks=64, prefix=(512, 64, 2048), hooks_sample=256, prefix_sample=9216),
+    "cuda": _Batches(hooks=512, prefix=(16384,), hooks_sample=1024, prefix_sample=131072),
+}
+
+
+def _torch_device(types: tuple[str, ...]) -> str:
+    """Torch's name of the device that JAX has.
+
+    Raises:
+        InputError: torch does not see it, or it has not all of these types.
+    """
+    backend, kind = jax.default_backend(), jax.devices()[0].device_kind
+    if backend == "cpu":
+        if "tf32" in types:
+            raise InputError("against_types=tf32: a CPU has no such products; leave it out")
+        return "cpu"
+    from jaxmed.validation import baselines  # torch, which only a comparison needs
+
+    if backend == "gpu" and baselines.sees_gpu():
+        return "cuda"
+    raise InputError(
+        f"against: jaxmed runs on {kind} here, and torch sees no such GPU: no comparison; on a GPU "
+        "install a torch that is built for it, or set JAX_PLATFORMS=cpu to compare on the CPU"
+    )
+
+
+def _named(name: str, number_type: str) -> str:
+    """What a baseline is called among the figures; by its name alone in float32."""
+    return name if number_type == "float32" else f"{name}_{number_type}"
+
+
+def _baselines(
+    engine: _Engine, against: tuple[str, ...], device: str, types: tuple[str, ...]
+) -> dict[str, _Timed]:
     """Those that are asked for, made of the engine's model and pair."""
     from jaxmed.validation import baselines  # torch, which only a comparison needs
 
-    as_installed = baselines.torch_model(engine.decoder, onednn=False)
     reads = {
         "base_ids": engine.pair.prompt_ids,
         "source_ids": engine.pair.counterfactual_ids,
         "harmful_token": engine.pair.harmful_ids[0],
         "safe_token": engine.pair.safe_ids[0],
     }
-    timed = {}
-    if "hooks" in against:
-        timed["hooks"] = _Timed(
-            what=f"transformers with hooks, {baselines.Hooks.batch} rows a batch",
-            baseline=baselines.Hooks(as_installed, **reads),
-            sample=HOOKS_SAMPLE,
-        )
-    if "prefix" in against:
-        onednn = baselines.torch_model(engine.decoder, onednn=True)
-        for name, kind, model, batch, how in (
-            ("prefix", baselines.Prefix, as_installed, 512, "512 rows a batch"),
-            ("prefix_64_rows", baselines.Prefix, as_installed, 64, "64 rows a batch"),
-            ("prefix_2048_rows", baselines.Prefix, as_installed, 2048, "2,048 rows a batch"),
-            ("prefix_onednn", baselines.Prefix, onednn, 512, "with oneDNN for MKL"),
-            ("prefix_bfloat16", baselines.RoundedPrefix, as_installed, 512, "bfloat16 (autocast)"),
-        ):
-            timed[name] = _Timed(
-                what=f"prefix-cached torch loop, {how}",
-                baseline=kind(model, **reads, batch=batch),
-                sample=PREFIX_SAMPLE,
+    batches, timed = _BATCHES[device], {}
+    for number_type in types:
+        model = baselines.torch_model(engine.decoder, number_type, device)
+        ways = []
+        if "hooks" in against:
+            ways.append(("hooks", baselines.Hooks, model, batches.hooks, number_type))
+        if "prefix" in against:
+            first, *others = batches.prefix
+            ways.append(("prefix", baselines.Prefix, model, first, number_type))
+            for rows in others:
+                ways.append((f"prefix_{rows}_rows", baselines.Prefix, model, rows, number_type))
+            if (device, number_type) == ("cpu", "float32"):
+                onednn = baselines.torch_model(engine.decoder, onednn=True)
+                how = "float32, with oneDNN for MKL"
+                ways.append(("prefix_onednn", baselines.Prefix, onednn, first, how))
+                how = "bfloat16 (autocast)"
+                ways.append(("prefix_autocast", baselines.RoundedPrefix, model, first, how))
+        for name, kind, of, rows, how in ways:
+            timed[_named(name, number_type)] = _Timed(
+                what=f"{kind.what}, {rows:,} rows a batch, {how}",
+                baseline=kind(of, **reads, batch=rows, tf32=number_type == "tf32"),
+                sample=batches.hooks_sample if kind is baselines.Hooks else batches.prefix_sample,
             )
     return timed
 
@@ -623,7 +651,7 @@ def _with_baselines(
             picked = picked.astype(int)
             if not number:  # what is made once is not timed
                 of.baseline.effects(layers[picked[:64]], neurons[picked[:64]])
-            seconds = _seconds(
+            seconds = timing.seconds(
                 functools.partial(of.baseline.effects, layers[picked], neurons[picked])
             )
             speeds[name].append(len(picked) / seconds)

@@ -147,10 +147,9 @@ def _by_runs(decoder: Decoder, pair: Pair) -> dict[str, PairEffects]:
         hooks = baselines.Hooks(model, base_ids, source_ids, pair.harmful_ids[0], pair.safe_ids[0])
         return hooks.effects(layers, neurons).reshape(shape)
 
-    torch_model = baselines.torch_model(decoder, onednn=False)
     found = {}
     for dtype in ("float32", "bfloat16"):
-        torch_model = baselines.in_dtype(torch_model, dtype)
+        torch_model = baselines.torch_model(decoder, dtype)
         found[dtype] = PairEffects(
             y_base=math.nan,
             y_source=math.nan,

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from jaxmed.data.pairs import Pair
+from jaxmed.engine import rates
 from models.config import DecoderConfig, Rotary
 from models.decoder import Decoder
 from models.products import numbers_on_host, stored
@@ -104,6 +106,24 @@ def with_layers(config: DecoderConfig, layers: int) -> DecoderConfig:
     if not layers:
         return config
     return dataclasses.replace(config, num_layers=layers, windows=(None,) * layers)
+
+
+def shape(preset: str, *, layers: int = 0, dtype: str = "") -> DecoderConfig:
+    """A preset's shape, with so many blocks (0: its own) and weights of that type ("": its own)."""
+    config = with_layers(PRESETS[preset].config, layers)
+    return dataclasses.replace(config, dtype=dtype or config.dtype)
+
+
+def decoder_at(
+    config: DecoderConfig, precision: str, say: Callable[[str], None], rows: int | None = None
+) -> Decoder:
+    """A random decoder with its products in one of `products.PRECISIONS`, or as `rates.AUTO` has
+    it for so many rows; `say` is told beforehand."""
+    say(f"making {config.num_layers} layers of random weights in {config.dtype}")
+    decoder = random_decoder(config)
+    if precision == rates.AUTO:
+        precision = rates.exact_precision(decoder, rows)
+    return decoder.at_precision(precision)
 
 
 def random_decoder(config: DecoderConfig) -> Decoder:

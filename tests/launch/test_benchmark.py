@@ -24,13 +24,25 @@ def test_flags_that_would_say_nothing_are_refused():
     assert "--json=/nowhere/figures.json: its folder cannot be written" in done.stderr
 
 
+def test_lists_and_generation_refuse_what_would_say_nothing_to_them():
+    done = process.call("benchmark", "--lists", "--neurons=8")
+    assert done.returncode == 1
+    assert "--neurons says nothing to --lists" in done.stderr
+    done = process.call("benchmark", "--generate", "--matmul_precision=auto,split2")
+    assert done.returncode == 1
+    assert "--generate: --matmul_precision=split2: not one of auto, float32, split3" in done.stderr
+    done = process.call("benchmark", "--against_types=bfloat16")
+    assert done.returncode == 1
+    assert "--against_types needs --against=K" in done.stderr
+
+
 def test_compiling_refuses_what_would_say_nothing_to_it():
     done = process.call("benchmark", "--compile_for=v5e:2x2", "--rounds=2")
     assert done.returncode == 1
     assert "--rounds says nothing to --compile_for" in done.stderr
     done = process.call("benchmark", "--rows=8")
     assert done.returncode == 1
-    assert "--rows needs --compile_for=K" in done.stderr
+    assert "--rows needs --generate or --compile_for=K" in done.stderr
     done = process.call("benchmark", "--compile_for=v5e:2x2", "--model=m", "--preset=llama-3.2-1b")
     assert done.returncode == 1
     assert "--preset says nothing to --model, whose config.json gives the shape" in done.stderr

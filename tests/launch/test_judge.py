@@ -192,6 +192,7 @@ def test_a_stopped_run_goes_on_and_judges_only_what_is_missing(model, responses,
     assert [found[name] for name in same] == pytest.approx([expected[n] for n in same], abs=1e-5)
     assert len(log.read_text().splitlines()) == 4
     assert read(out)[1]["judge_text_and_weights"] == about["judge_text_and_weights"]
+    assert about["judge_precisions"] == {OWN["name"]: "float32"}
 
 
 def test_another_text_is_another_judge(model, responses, tmp_path):

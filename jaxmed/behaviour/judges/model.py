@@ -112,6 +112,11 @@ class JudgeModel:
             text += longest.answer.spellings[0]
 
     @property
+    def precision(self) -> str:
+        """How it multiplies by its weights, one of `products.EXACT`."""
+        return self.decoder.products.precision
+
+    @property
     def basis(self) -> tuple[float, dict, object, str | None]:
         """The least mass of a verdict, its template, the chat template that writes its messages,
         and a hash of its weights; None for what it has not."""

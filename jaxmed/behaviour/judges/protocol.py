@@ -134,6 +134,12 @@ def fingerprint(judge: Judge) -> str:
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
 
+def precisions(judges: Sequence[Judge]) -> dict[str, str]:
+    """By name, how the judges that are models multiply by their weights."""
+    found = {judge.name: getattr(judge, "precision", None) for judge in judges}
+    return {name: precision for name, precision in found.items() if precision is not None}
+
+
 def named_exchanges(exchanges: Sequence[Exchange]) -> list[Exchange]:
     """Exchanges that messages can name."""
     return [

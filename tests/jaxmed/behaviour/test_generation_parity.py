@@ -61,5 +61,5 @@ def test_the_baseline_of_the_benchmark_generates_the_same():
         decoder, prompts.tolist(), stop=(), sampling=Sampling(20), batch_size=4
     )
     for onednn in (False, True):
-        baseline = baselines.Generate(baselines.torch_model(decoder, onednn), prompts, 20)
+        baseline = baselines.Generate(baselines.torch_model(decoder, onednn=onednn), prompts, 20)
         assert baseline().tolist() == [list(response.tokens) for response in found]

@@ -11,6 +11,7 @@ from jaxmed.validation.benchmark import (
     GenerationFigures,
 )
 from jaxmed.validation.chips import CompiledProgram, Half
+from jaxmed.validation.lists import ListFigures, ListSpeed
 from jaxmed.validation.numerical_error import NumericalError
 from tests.jaxmed.report.told import check_golden
 
@@ -36,6 +37,7 @@ GENERATION = GenerationFigures(
     preset="small",
     device="1 x cpu",
     dtype="float32",
+    precision="split3",
     layers=3,
     batch=8,
     prompt_tokens=128,
@@ -95,6 +97,23 @@ def test_speed_of_generation():
     lines = benchmark.generation_table(compared)
     assert [line.partition("  ")[0] for line in lines[-2:]] == ["another", "transformers' generate"]
     check_golden("generation_speed", lines)
+
+
+def test_speed_of_lists():
+    figures = ListFigures(
+        preset="small",
+        device="1 x cpu",
+        dtype="float32",
+        precision="split3",
+        layers=3,
+        tokens=64,
+        lists=(
+            ListSpeed("layer", "last", 12.34, 0.01234, 1.234e9, 1e11),
+            ListSpeed("head", "prompt", 1.23, 123.4, 1.234e12, 1e10),
+        ),
+        peak_memory_bytes=2**31,
+    )
+    check_golden("list_speed", benchmark.lists_table(figures))
 
 
 def test_compiled_programs():

@@ -55,12 +55,35 @@ def test_both_baselines_give_the_plain_definition(case):
         (baselines.Prefix, None, True),
         (baselines.Prefix, 50, False),
     ):
-        model = baselines.torch_model(decoder, onednn)
+        model = baselines.torch_model(decoder, onednn=onednn)
         asked = (model, prompt, pair.counterfactual_ids, HARMFUL, SAFE, batch)
         found = baseline(*asked).effects(layers, neurons)
         error = np.abs(found - reference[layers, neurons]).max() / largest_logit
         print(f"\n{baseline.__name__}, oneDNN {onednn}: {error:.1e} of the largest logit")
         assert error <= TOLERANCE
+
+
+def test_a_baseline_runs_in_its_type_and_leaves_torch_as_it_was():
+    torch = baselines.torch
+    seen = []
+
+    class Loop(baselines.Prefix):
+        def patched(self, layers, neurons):
+            seen.append((self.residual.dtype, torch.backends.cuda.matmul.allow_tf32))
+            return super().patched(layers, neurons)
+
+    decoder, ids = tiny.decoder("llama"), [8, 9, 10, 11]
+    units = np.array([0, 1]), np.array([3, 5])
+    found = {}
+    for number_type in ("float32", "tf32", "bfloat16"):
+        model = baselines.torch_model(decoder, number_type)
+        loop = Loop(model, ids, ids[::-1], HARMFUL, SAFE, tf32=number_type == "tf32")
+        found[number_type] = loop.effects(*units)
+        assert not torch.backends.cuda.matmul.allow_tf32
+    assert seen == [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False)]
+    # On a CPU TF32 changes nothing; bfloat16 rounds.
+    np.testing.assert_array_equal(found["tf32"], found["float32"])
+    assert (found["bfloat16"] != found["float32"]).any()
 
 
 def test_other_families_are_refused():

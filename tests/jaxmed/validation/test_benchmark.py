@@ -8,11 +8,12 @@ import types
 import numpy as np
 import pytest
 
+from jaxmed import validation
 from jaxmed.behaviour import generation
 from jaxmed.engine import scan
 from jaxmed.question.effects import PairEffects
 from jaxmed.report import benchmark as report
-from jaxmed.validation import benchmark, presets
+from jaxmed.validation import benchmark, presets, timing
 from models import products
 from models.errors import InputError
 from tests import tiny
@@ -36,7 +37,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     made = Clock()
-    monkeypatch.setattr(benchmark, "_clock", made)
+    monkeypatch.setattr(timing, "clock", made)
     return made
 
 
@@ -158,13 +159,22 @@ def test_generation_is_timed_plain_and_with_a_hold(clock, small, monkeypatch):
     seconds = {"plain": iter([50, 2, 4, 3]), "held": iter([50, 3, 5, 3])}
 
     def generate(decoder, prompts, *, holds, **_):
+        assert (decoder.dtype, decoder.products.precision) == ("bfloat16", "split3")
         assert len(prompts) == 4 and {len(prompt) for prompt in prompts} == {9}
         clock.now += next(seconds["held" if holds else "plain"])
 
     monkeypatch.setattr(generation, "generate", generate)
     figures = benchmark.measure_generation(
-        "small", rounds=3, batch=4, prompt_tokens=9, new_tokens=6, say=lambda text: None
+        "small",
+        dtype="bfloat16",
+        precision="split3",
+        rounds=3,
+        batch=4,
+        prompt_tokens=9,
+        new_tokens=6,
+        say=lambda text: None,
     )
+    assert (figures.dtype, figures.precision) == ("bfloat16", "split3")
     assert (figures.batch, figures.prompt_tokens, figures.new_tokens) == (4, 9, 6)
     assert figures.tokens_per_second == 4 * 6 / 3
     assert figures.held_tokens_per_second == 4 * 6 / 3
@@ -175,20 +185,137 @@ def test_generation_is_timed_plain_and_with_a_hold(clock, small, monkeypatch):
 
 
 def test_what_cannot_be_compared_is_refused():
-    with pytest.raises(InputError, match="generation here in bfloat16 .*: no comparison"):
-        benchmark.measure_generation("llama-3.2-1b", say=print, against=("transformers",))
+    on_a_cpu = {"say": print, "against_types": ("float32", "tf32")}
+    with pytest.raises(InputError, match="against_types=tf32: a CPU has no such products"):
+        benchmark.measure_generation("llama-3.2-1b", against=("transformers",), **on_a_cpu)
+    with pytest.raises(InputError, match="against_types=tf32: a CPU has no such products"):
+        benchmark.measure("12x768", against=("hooks",), **on_a_cpu)
+    with pytest.raises(InputError, match="matmul_precision=split2: .* take float32 or split3"):
+        benchmark.measure_generation("12x768", say=print, precision="split2")
     with pytest.raises(InputError, match="leave out neurons"):
         benchmark.measure("12x768", say=print, screen=10, neurons=100)
 
 
-def test_operations_are_those_of_the_blocks_after_each_neuron(small):
-    """By hand: only the neurons of the first layer have a block after theirs."""
-    engine = benchmark._Engine(
+class FakeTorch:
+    """Stands for `baselines`, which needs torch: keeps what was made of which model."""
+
+    class Hooks:
+        what = "hooks"
+
+        def __init__(self, model, **reads):
+            self.model, self.batch, self.tf32 = model, reads["batch"], reads["tf32"]
+
+        def effects(self, layers, neurons):
+            raise NotImplementedError
+
+    class Prefix(Hooks):
+        what = "loop"
+
+    class RoundedPrefix(Prefix):
+        pass
+
+    class Generate(Hooks):
+        what = "generate"
+
+        def __init__(self, model, prompts, new_tokens, tf32):
+            self.model, self.tf32 = model, tf32
+
+        def __call__(self):
+            made.append(("generate", *self.model[1:], self.tf32))
+
+    def __init__(self, gpu):
+        self._gpu = gpu
+
+    def sees_gpu(self):
+        return self._gpu
+
+    @staticmethod
+    def torch_model(decoder, number_type="float32", device="cpu", onednn=False):
+        return decoder, number_type, device, onednn
+
+
+made = []  # by fakes that were called
+
+
+@pytest.fixture
+def engine(small):
+    return benchmark._Engine(
         decoder=presets.random_decoder(small),
         pair=presets.random_pair(small, 6),
         chosen=benchmark.spread(small, 0),
         memory=2**30,
     )
+
+
+def ways(timed):
+    """Of each baseline: its class, model without the decoder, rows, whether in TF32, sample."""
+    return {
+        name: (
+            type(of.baseline).__name__,
+            *of.baseline.model[1:],
+            of.baseline.batch,
+            of.baseline.tf32,
+            of.sample,
+        )
+        for name, of in timed.items()
+    }
+
+
+def test_on_a_gpu_baselines_run_there_in_every_type(engine, monkeypatch):
+    monkeypatch.setattr(validation, "baselines", FakeTorch(gpu=True), raising=False)
+    monkeypatch.setattr(benchmark.jax, "default_backend", lambda: "gpu")
+    device = benchmark._torch_device(benchmark.BASELINE_TYPES)
+    timed = benchmark._baselines(engine, ("hooks", "prefix"), device, benchmark.BASELINE_TYPES)
+    assert ways(timed) == {
+        "hooks": ("Hooks", "float32", "cuda", False, 512, False, 1024),
+        "prefix": ("Prefix", "float32", "cuda", False, 16384, False, 131072),
+        "hooks_tf32": ("Hooks", "tf32", "cuda", False, 512, True, 1024),
+        "prefix_tf32": ("Prefix", "tf32", "cuda", False, 16384, True, 131072),
+        "hooks_bfloat16": ("Hooks", "bfloat16", "cuda", False, 512, False, 1024),
+        "prefix_bfloat16": ("Prefix", "bfloat16", "cuda", False, 16384, False, 131072),
+    }
+    assert timed["prefix_tf32"].what == "loop, 16,384 rows a batch, tf32"
+    monkeypatch.setattr(validation, "baselines", FakeTorch(gpu=False), raising=False)
+    with pytest.raises(InputError, match="jaxmed runs on .* and torch sees no such GPU"):
+        benchmark._torch_device(("float32",))
+
+
+def test_on_a_cpu_the_loop_runs_with_onednn_and_by_autocast_as_well(engine, monkeypatch):
+    monkeypatch.setattr(validation, "baselines", FakeTorch(gpu=True), raising=False)
+    device = benchmark._torch_device(("float32", "bfloat16"))
+    timed = benchmark._baselines(engine, ("prefix",), device, ("float32", "bfloat16"))
+    assert ways(timed) == {
+        "prefix": ("Prefix", "float32", "cpu", False, 512, False, 9216),
+        "prefix_64_rows": ("Prefix", "float32", "cpu", False, 64, False, 9216),
+        "prefix_2048_rows": ("Prefix", "float32", "cpu", False, 2048, False, 9216),
+        "prefix_onednn": ("Prefix", "float32", "cpu", True, 512, False, 9216),
+        "prefix_autocast": ("RoundedPrefix", "float32", "cpu", False, 512, False, 9216),
+        "prefix_bfloat16": ("Prefix", "bfloat16", "cpu", False, 512, False, 9216),
+        "prefix_64_rows_bfloat16": ("Prefix", "bfloat16", "cpu", False, 64, False, 9216),
+        "prefix_2048_rows_bfloat16": ("Prefix", "bfloat16", "cpu", False, 2048, False, 9216),
+    }
+
+
+def test_generation_is_timed_against_transformers_where_jax_is(small, monkeypatch):
+    monkeypatch.setattr(validation, "baselines", FakeTorch(gpu=True), raising=False)
+    monkeypatch.setattr(generation, "generate", lambda *args, **kwargs: None)
+    asked = {"against": ("transformers",), "rounds": 1, "say": lambda text: None}
+    made.clear()
+    found = benchmark.measure_generation("small", **asked, against_types=("float32", "bfloat16"))
+    assert list(found.baselines) == ["transformers", "transformers_onednn", "transformers_bfloat16"]
+    assert found.baselines["transformers_onednn"].what == "generate, float32, with oneDNN for MKL"
+    on_cpu = [("float32", "cpu", False), ("float32", "cpu", True), ("bfloat16", "cpu", False)]
+    # Each once before what is timed, and then in turn.
+    assert made == [("generate", *way, False) for way in on_cpu + on_cpu]
+    monkeypatch.setattr(benchmark, "_torch_device", lambda types: "cuda")
+    made.clear()
+    found = benchmark.measure_generation("small", **asked, against_types=("tf32",))
+    assert list(found.baselines) == ["transformers_tf32"]
+    assert made == 2 * [("generate", "tf32", "cuda", False, True)]
+
+
+def test_operations_are_those_of_the_blocks_after_each_neuron(engine):
+    """By hand: only the neurons of the first layer have a block after theirs."""
     heads, kv = 4 * 8, 2 * 8
     block = 2 * (24 * heads + 2 * 24 * kv + heads * 24 + 3 * 24 * 40)
     assert engine.product_operations == 40 * block
@@ -212,6 +339,12 @@ def test_a_sample_is_spread_over_all_layers(small):
     np.testing.assert_array_equal(chosen.sum(axis=1), [8, 8])
     with pytest.raises(InputError, match="neurons=81: the model has 80"):
         benchmark.spread(small, 81)
+
+
+def test_a_shape_is_the_presets_but_for_what_is_asked(small):
+    assert presets.shape("small") == small
+    cut = presets.shape("small", layers=1, dtype="bfloat16")
+    assert (cut.num_layers, cut.windows, cut.dtype) == (1, (None,), "bfloat16")
 
 
 def test_every_preset_can_be_cut_to_any_number_of_layers():
