@@ -78,4 +78,4 @@ def test_in_a_row(prompts, tmp_path):
     )
     assert (clamped / "report.html").is_file()
     run = json.loads((clamped / "run.json").read_text())
-    assert len(run["units"]) == 5
+    assert len(run["chosen"]) == 5
