@@ -114,7 +114,7 @@ def accepted(function, folder):
 
 def headers(folder):
     """All that is looked at before the shapes are compared with the config's."""
-    family = families.get(checkpoint._read_config(folder, ()).family)
+    family = families.get(checkpoint.read_config(folder).family)
     return checkpoint._headers(folder, family)
 
 
