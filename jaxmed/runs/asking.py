@@ -178,14 +178,7 @@ def load(settings: AnswerSettings, say: Callable[[str], None] = sweep.say) -> An
     Raises:
         InputError: as `models.load`; or a setting of texts cannot be used.
     """
-    loaded = loading.load(
-        settings.model,
-        settings.adapter,
-        settings.dtype,
-        settings.ignore_config,
-        settings.matmul_precision,
-        rows=cost.most_rows(jax.default_backend()),
-    )
+    loaded = loading.load(settings, rows=cost.most_rows(jax.default_backend()))
     encoder = loading.encoder(
         loaded.tokenizer,
         chat=settings.chat,

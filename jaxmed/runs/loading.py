@@ -37,44 +37,31 @@ class Loaded:
     tokenizer: typing.Any
 
 
-def load(
-    model: str,
-    adapter: str,
-    dtype: str,
-    ignore_config: Collection[str],
-    matmul_precision: str,
-    rows: int | None = None,
-) -> Loaded:
-    """Loads a checkpoint.
-
-    Args:
-        model: folder or Hugging Face hub id.
-        adapter: folder or hub id of a LoRA adapter that is merged into it; "" for none.
-        dtype: of the parameters; "" for the checkpoint's own.
-        ignore_config: as in `models.load`.
-        matmul_precision: one of `products.PRECISIONS`, or `rates.AUTO`.
-        rows: as of `rates.exact_precision`.
-
-    Raises:
-        InputError: as `models.load`.
-    """
-    folder, merged = checkpoint.resolve(model), checkpoint.resolve_adapter(adapter)
-    decoder, tokenizer = models.load(
-        folder,
-        adapter=merged,
-        dtype=dtype or None,
-        ignore_config=ignore_config,
-    )
-    if matmul_precision == rates.AUTO:
-        matmul_precision = rates.exact_precision(decoder, rows)
-    return Loaded(folder, merged, decoder.at_precision(matmul_precision), tokenizer)
-
-
 @typing.runtime_checkable
 class Settled(typing.Protocol):
-    """Settings of what is settled when a run begins, and the folder of the run."""
+    """Settings of what is loaded, of what is settled when a run begins, and of its folder."""
 
     __dataclass_fields__: typing.ClassVar[dict[str, typing.Any]]
+
+    @property
+    def model(self) -> str:
+        """Folder or Hugging Face hub id."""
+        ...
+
+    @property
+    def adapter(self) -> str:
+        """Folder or hub id of a LoRA adapter that is merged into it; "" for none."""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """Of the parameters; "" for the checkpoint's own."""
+        ...
+
+    @property
+    def ignore_config(self) -> Collection[str]:
+        """As in `models.load`."""
+        ...
 
     @property
     def date(self) -> str:
@@ -103,6 +90,30 @@ class Settled(typing.Protocol):
 
 
 Settings = typing.TypeVar("Settings", bound=Settled)
+
+
+def load(settings: Settled, rows: int | None = None) -> Loaded:
+    """Loads the checkpoint of a run.
+
+    Args:
+        settings: which, and how it is multiplied.
+        rows: as of `rates.exact_precision`.
+
+    Raises:
+        InputError: as `models.load`.
+    """
+    folder = checkpoint.resolve(settings.model)
+    adapter = checkpoint.resolve_adapter(settings.adapter)
+    decoder, tokenizer = models.load(
+        folder,
+        adapter=adapter,
+        dtype=settings.dtype or None,
+        ignore_config=settings.ignore_config,
+    )
+    precision = settings.matmul_precision
+    if precision == rates.AUTO:
+        precision = rates.exact_precision(decoder, rows)
+    return Loaded(folder, adapter, decoder.at_precision(precision), tokenizer)
 
 
 def settled(settings: Settings) -> Settings:

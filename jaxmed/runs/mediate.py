@@ -285,13 +285,7 @@ def measure(settings: MediateSettings, *, progress: bool = True) -> tuple[Result
     say = sweep.teller(progress)
     _check_files(settings)
     say(f"Loading {settings.model}")
-    loaded = loading.load(
-        settings.model,
-        settings.adapter,
-        settings.dtype,
-        settings.ignore_config,
-        settings.matmul_precision,
-    )
+    loaded = loading.load(settings)
     decoder, tokenizer = loaded.decoder, loaded.tokenizer
     settings = dataclasses.replace(settings, matmul_precision=decoder.products.precision)
     check_counts(settings, decoder.config)
