@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, Int
 from jaxmed.engine import capture, cost
 from jaxmed.engine.capture import Frame
 from jaxmed.engine.difference import difference
+from jaxmed.engine.hoisting import hoisted
 from jaxmed.engine.plan import ALL_POSITIONS, Units
 from jaxmed.engine.rules import rules
 from jaxmed.question.metrics import (
@@ -230,10 +231,11 @@ def carry(
     def run_half(f, value, stage, differences):
         """What reads the stream at a stage, for the rows that have joined by then; the others
         wait."""
+        change = change_of(decoder, f, value)
 
         def run_batch(index, differences):
             batch = differences[index]
-            moved = batch + changes_of(decoder, f, value, batch)
+            moved = batch + jax.vmap(change)(batch)
             joined = (stages[index] <= stage)[:, None, None]
             batch = jnp.where(joined, moved, batch)
             return jax.lax.dynamic_update_index_in_dim(differences, batch, index, axis=0)
@@ -291,8 +293,10 @@ def read_changes(
     def y(residual):
         return read(decoder, metric, residual, reading, last_prompt)
 
+    change = change_of(decoder, y, residual)
+
     def read_batch(index, found):
-        batch = changes_of(decoder, y, residual, differences[index])
+        batch = jax.vmap(change)(differences[index])
         return jax.lax.dynamic_update_index_in_dim(found, batch, index, axis=0)
 
     last = 2 * decoder.config.num_layers
@@ -301,12 +305,10 @@ def read_changes(
     return jax.lax.fori_loop(0, live, read_batch, nothing)
 
 
-def changes_of(
-    decoder: Decoder, f: Callable, value: Float[Array, "S d"], changes: Float[Array, "B S d"]
-):
-    """f(value + change) - f(value) for every change of a batch; the value stays unbatched."""
+def change_of(decoder: Decoder, f: Callable, value: Float[Array, "S d"]) -> Callable:
+    """The function d -> f(value + d) - f(value); what depends on the value alone is computed now."""
     exact = difference(f, rules=rules(decoder.products))
-    return jax.vmap(lambda change: exact((value,), (change,))[1])(changes)
+    return hoisted(lambda change: exact((value,), (change,))[1], value)
 
 
 def _untapped(site, value):
