@@ -15,7 +15,7 @@ The identities, with b = a + d (they follow from algebra and addition theorems; 
 are marked):
 
     linear                    A d
-    a1 a2, dot_general        d1 (a2 + d2) + a1 d2, or for numbers d1 a2 + (a1 + d1) d2
+    a1 a2, dot_general        d1 a2 + (a1 + d1) d2, or for numbers d1 (a2 + d2) + a1 d2
     a1 / a2                   (d1 - (a1 / a2) d2) / (a2 + d2)
     a^n                       d (b^(n-1) + b^(n-2) a + ... + a^(n-1)), by repeated squaring
     a^-n                      the same for 1 / a, whose difference is -d / (a b)
@@ -623,12 +623,15 @@ def _elementwise(name: str):
 
 
 def _product_change(product: Callable, a, b, da, db):
-    """f(a + da, b + db) - f(a, b) = f(da, b + db) + f(a, db) for a bilinear f."""
+    """f(a + da, b + db) - f(a, b) = f(da, b) + f(a + da, db) for a bilinear f.
+
+    In a batch of differences the first of both products has one operand for all of them.
+    """
     if da is None:
         return product(a, db)
     if db is None:
         return product(da, b)
-    return product(da, b + db) + product(a, db)
+    return product(da, b) + product(a + da, db)
 
 
 @_elementwise("mul")
@@ -1135,22 +1138,18 @@ def weighted_sum(
 _SAFE_EXPONENT = 30
 
 
-def inverse_rms(a: Value, d: Value, eps: ArrayLike) -> tuple[Array, Array]:
+def inverse_rms(
+    a: Value, d: Value, eps: ArrayLike, *, mean: Callable[[Value], Array]
+) -> tuple[Array, Array]:
     """The rule of 1 / sqrt(mean(a^2) + eps) over the last axis, which is kept.
 
     The changed mean square is formed from a + d, so that no large entry is left behind in it.
+    `mean` is the last axis' mean, kept, in the form that is fast on the device.
     """
-    mean_square = _last_axis_mean(jnp.square(a)) + eps
-    change = _last_axis_mean(d * (2 * a + d))
-    changed = _last_axis_mean(jnp.square(a + d)) + eps
+    mean_square = mean(jnp.square(a)) + eps
+    change = mean(d * (2 * a + d))
+    changed = mean(jnp.square(a + d)) + eps
     return lax.rsqrt(mean_square), _rsqrt_change(mean_square, changed, change)
-
-
-def _last_axis_mean(x: Value) -> Array:
-    """As a product with a vector, which XLA's CPU backend forms ten times faster than the sum where
-    an axis of the batch has length 1."""
-    weights = jnp.full((x.shape[-1], 1), 1 / x.shape[-1], x.dtype)
-    return jnp.dot(x, weights, precision=lax.Precision.HIGHEST)
 
 
 def silu(a: Value, d: Value) -> tuple[Value, Value]:

@@ -228,21 +228,6 @@ def carry(
     traits = decoder.traits
     first_stages = jnp.min(stages, axis=1)
 
-    def run_half(f, value, stage, differences):
-        """What reads the stream at a stage, for the rows that have joined by then; the others
-        wait."""
-        change = change_of(decoder, f, value)
-
-        def run_batch(index, differences):
-            batch = differences[index]
-            moved = batch + jax.vmap(change)(batch)
-            joined = (stages[index] <= stage)[:, None, None]
-            batch = jnp.where(joined, moved, batch)
-            return jax.lax.dynamic_update_index_in_dim(differences, batch, index, axis=0)
-
-        with jax.named_scope(f.__name__):
-            return jax.lax.fori_loop(0, jnp.sum(first_stages <= stage), run_batch, differences)
-
     def run_layer(layer, differences):
         block = decoder.ready(decoder.block(layer))
         prefix = _at_layer(frame.prefix, layer)
@@ -253,14 +238,30 @@ def carry(
         def feed(x):
             return block.feed(x, _untapped)
 
+        def both(x):
+            return attend(x) + feed(x)
+
+        # What reads the residual stream: its value there, and the stage.
         if decoder.config.parallel:
+            parts = [(both, frame.inputs[layer], 2 * layer)]
+        else:
+            parts = [
+                (attend, frame.inputs[layer], 2 * layer),
+                (feed, frame.middles[layer], 2 * layer + 1),
+            ]
+        changes = [(change_of(decoder, f, value), stage) for f, value, stage in parts]
 
-            def both(x):
-                return attend(x) + feed(x)
+        def run_batch(index, differences):
+            batch = differences[index]
+            for change, stage in changes:
+                joined = (stages[index] <= stage)[:, None]
+                added = jax.vmap(change, in_axes=1, out_axes=1)(batch)
+                # A row that has not joined waits.
+                batch = jnp.where(joined, batch + added, batch)
+            return jax.lax.dynamic_update_index_in_dim(differences, batch, index, axis=0)
 
-            return run_half(both, frame.inputs[layer], 2 * layer, differences)
-        differences = run_half(attend, frame.inputs[layer], 2 * layer, differences)
-        return run_half(feed, frame.middles[layer], 2 * layer + 1, differences)
+        live = jnp.sum(first_stages <= parts[-1][-1])
+        return jax.lax.fori_loop(0, live, run_batch, differences)
 
     return jax.lax.fori_loop(
         jnp.min(first_stages) // 2, decoder.config.num_layers, run_layer, differences
@@ -296,7 +297,7 @@ def read_changes(
     change = change_of(decoder, y, residual)
 
     def read_batch(index, found):
-        batch = jax.vmap(change)(differences[index])
+        batch = jax.vmap(change, in_axes=1)(differences[index])
         return jax.lax.dynamic_update_index_in_dim(found, batch, index, axis=0)
 
     last = 2 * decoder.config.num_layers
