@@ -221,9 +221,9 @@ def _propagate(policy: Policy, jaxpr: core.Jaxpr, consts, values, changes) -> tu
 
 def _rule(policy: Policy, equation, inputs, changes) -> Rule:
     name = equation.primitive.name
-    if name == "jit" and (named := _named_rule(policy, equation)):
-        if all(change is None for change in changes[named.changing :]):
-            return _as_a_whole(named)
+    named = _named_rule(policy, equation) if name == "jit" else None
+    if named and all(change is None for change in changes[named.changing :]):
+        return _as_a_whole(named)
     if name in _TAKES_DISCRETE:
         return _RULES[name]
     # A change of an integer is never small, so that direct evaluation is the accurate one.

@@ -12,8 +12,8 @@ from jaxmed.engine.difference import NamedRule, Several, exp_change
 from jaxmed.question.metrics import logsumexp_last_axis
 from models.layers import (
     inverse_rms_last_axis,
-    sums_of,
     softmax_last_axis,
+    sums_of,
     weighted_sum,
 )
 from models.products import Products, multiplied
