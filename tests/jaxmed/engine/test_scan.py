@@ -196,7 +196,7 @@ def carry_jaxpr(decoder, size=2, batches=2, rows=3):
     frame = jax.eval_shape(
         lambda d: capture.frame(d, capture.capture(d, tuple(range(8))), 8 - size, size), decoder
     )
-    shape = batches, rows, size, decoder.config.hidden_size
+    shape = batches, size, rows, decoder.config.hidden_size
     return jax.make_jaxpr(propagate.carry)(
         decoder,
         frame,
@@ -281,14 +281,15 @@ def test_a_batch_takes_no_more_memory_than_planned(metric, granularity, group_si
     branches = term.branches_after(UNEQUAL.prompt_ids)
     trace = capture.capture(decoder, UNEQUAL.prompt_ids + term.response, branches)
     frame = capture.frame(decoder, trace, work.start, work.size)
-    differences = jax.ShapeDtypeStruct((batches, rows, work.size, 96), np.float32)
+    differences = jax.ShapeDtypeStruct((batches, work.size, rows, 96), np.float32)
     stages = jax.ShapeDtypeStruct((batches, rows), np.int32)
     change = getattr(trace, work.site.value)[:, : work.size]
     compiled = [
         propagate.enter.lower(decoder, change, None, *[stages] * 3, work.site, group_size),
         propagate.carry.lower(decoder, frame, stages, differences, 2),
         propagate.read_changes.lower(
-            *(decoder, frame, stages, differences, term.reading, 11), question.metric
+            *(decoder, frame, stages, differences, term.reading, 11),
+            *(question.metric, term.whole_vocabulary),
         ),
     ]
     for function in compiled:
@@ -359,16 +360,15 @@ def test_an_embedding_edit_goes_through_the_engine():
             base, source, Site.EMBEDDING, rows, rows - 1, np.isin(rows, (4, 9))
         )
         units = plan.Units.grid(1, positions=(4, 9))
-        entering = propagate.enter(
-            decoder, change, None, units.layers, units.units, units.positions, Site.EMBEDDING, 1
-        )
+        places = (array[None] for array in (units.layers, units.units, units.positions))
+        entering = propagate.enter(decoder, change, None, *places, Site.EMBEDDING, 1)
         frame = capture.frame(decoder, base, 0, 16)
         stages = plan.stage(decoder.config, Site.EMBEDDING, units.layers)
         blocks = propagate.blocks_to_carry(decoder.config, 16, term.reading)
-        carried = propagate.carry(decoder, frame, stages[None], entering[None], blocks)
+        carried = propagate.carry(decoder, frame, stages[None], entering, blocks)
         found = propagate.read_changes(
             *(decoder, frame, stages[None], carried, term.reading, 11),
-            question.metric,
+            *(question.metric, term.whole_vocabulary),
         )[0]
         tokens = np.array(UNEQUAL.prompt_ids)
 
