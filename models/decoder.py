@@ -23,6 +23,7 @@ from models.layers import Cache, Span, Tap, Traits
 from models.products import Products
 from models.shapes import (
     AnyArray,
+    Branches,
     GivenPositions,
     GivenTokens,
     GivenValid,
@@ -30,6 +31,7 @@ from models.shapes import (
     Layer,
     Positions,
     Residual,
+    Rows,
     SiteValue,
     Stacked,
     Tokens,
@@ -51,6 +53,7 @@ class Trace:
     Attributes:
         positions: rotary position of each token, [T].
         valid: which of them are tokens and not padding, [T].
+        branches: as in `Span`, [T].
         embedding: what enters the first block, [T, d].
         residual, layer, attention, mlp: [L, T, d].
         head: [L, T, H, h].
@@ -60,6 +63,7 @@ class Trace:
 
     positions: Int[Array, "*batch T"]
     valid: Bool[Array, "*batch T"]
+    branches: Int[Array, "*batch T"] | None = None
     embedding: Float[Array, "*batch T d"] | None = None
     residual: Float[Array, "*batch L T d"] | None = None
     layer: Float[Array, "*batch L T d"] | None = None
@@ -120,10 +124,12 @@ class Block(nnx.Module):
         traits: Traits,
         prefix: Cache | None,
         tap: Tap,
-    ) -> tuple[Residual, KeyValues, KeyValues]:
-        """What attention adds to the block's input x; and this span's keys and values."""
+        rows: Rows | None = None,
+    ) -> tuple[Float[Array, "R d"], KeyValues, KeyValues]:
+        """What attention adds to the block's input x, at some rows of the span or at all; and this
+        span's keys and values."""
         normed = _normed(self.attention_norm, x)
-        written, key, value = self.attention(normed, at, traits, prefix, tap)
+        written, key, value = self.attention(normed, at, traits, prefix, tap, rows)
         return tap(Site.ATTENTION, _normed(self.attention_post_norm, written)), key, value
 
     def feed(self, x: Residual, tap: Tap) -> Residual:
@@ -222,9 +228,9 @@ class Decoder(nnx.Module):
                 module.kernel = nnx.Param(weight)
         return block
 
-    def span(self, positions: Positions, valid: Valid) -> Span:
+    def span(self, positions: Positions, valid: Valid, branches: Branches | None = None) -> Span:
         """What the blocks must know of the positions that they compute."""
-        return layers.span(self.config, positions, valid, self.compute_dtype)
+        return layers.span(self.config, positions, valid, self.compute_dtype, branches)
 
     def unembed(
         self, residual: Float[Array, "R d"], tokens: Int[AnyArray, "K"] | None = None
@@ -312,6 +318,7 @@ class Decoder(nnx.Module):
         edits: list[Edit] | None = None,
         cache: Cache | None = None,
         valid: GivenValid | None = None,
+        branches: Branches | None = None,
         positions: GivenPositions | None = None,
         sites: Sequence[str] | None = None,
     ) -> tuple[Float[Array, "*B P V"], Trace]:
@@ -323,6 +330,10 @@ class Decoder(nnx.Module):
             cache: keys and values of a prefix that these tokens continue; with a batch, one per
                 row (a leading axis B).
             valid: which tokens are not padding; all by default. Padding may stand on either side.
+            branches: which of several continuations each token belongs to, [T], from 1; 0 for what
+                all of them continue. A token sees those of its own branch and those of 0 that
+                stand before it, and is numbered as if there were no others. Shared by the rows of
+                a batch.
             positions: indices of the tokens whose logits are wanted, [P], or with a batch [B, P];
                 all by default. The logits of a long text are large, and few of them are read. The
                 trace has all positions.
@@ -347,13 +358,13 @@ class Decoder(nnx.Module):
         if positions is not None:
             positions = jnp.asarray(positions, int)
             positions = jnp.broadcast_to(positions, tokens.shape[:-1] + positions.shape[-1:])
-        self._check(tokens, edits, valid, cache)
+        self._check(tokens, edits, valid, cache, branches)
         self._check_asked(tokens, positions, sites)
         # In one order, so that one program serves all.
         sites = tuple(name for name in KEPT if name in sites)
         if tokens.ndim == 1:
-            return _run(self, tokens, edits, cache, valid, positions, sites)
-        return jax.vmap(lambda t, c, v, p: _run(self, t, edits, c, v, p, sites))(
+            return _run(self, tokens, edits, cache, valid, branches, positions, sites)
+        return jax.vmap(lambda t, c, v, p: _run(self, t, edits, c, v, branches, p, sites))(
             tokens, cache, valid, positions
         )
 
@@ -368,7 +379,7 @@ class Decoder(nnx.Module):
                 "tokens, counted from 0"
             )
 
-    def _check(self, tokens, edits: list[Edit], valid, cache: Cache | None) -> None:
+    def _check(self, tokens, edits: list[Edit], valid, cache: Cache | None, branches) -> None:
         """Refuses what array indexing and broadcasting would silently take for something else."""
         config = self.config
         units = {Site.HEAD: config.num_heads, Site.NEURON: config.intermediate_size}
@@ -390,7 +401,13 @@ class Decoder(nnx.Module):
                 )
         if not _known_inside(tokens, config.vocab_size):
             raise ValueError(f"a token id is outside the vocabulary of {config.vocab_size}")
+        if branches is not None and branches.shape != tokens.shape[-1:]:
+            raise ValueError(
+                f"there are branches of {branches.shape} tokens, the run has {tokens.shape[-1]}"
+            )
         longest = jnp.sum(valid, axis=-1)
+        if branches is not None:
+            longest = 1 + jnp.max(_numbered(jnp.asarray(valid), branches), axis=-1)
         longest = longest if cache is None else longest + jnp.sum(cache.valid, axis=-1)
         if not _known_inside(longest, config.max_positions + 1):
             raise ValueError(
@@ -398,10 +415,10 @@ class Decoder(nnx.Module):
                 f"{config.max_positions} positions"
             )
 
-    def _run(self, tokens, edits, cache, valid, positions, sites):
+    def _run(self, tokens, edits, cache, valid, branches, positions, sites):
         """One sequence."""
         first = 0 if cache is None else jnp.sum(cache.valid)
-        at = self.span(first + jnp.maximum(jnp.cumsum(valid) - 1, 0), valid)
+        at = self.span(first + jnp.maximum(_numbered(valid, branches), 0), valid, branches)
         embedding = self.embed(tokens, at)
         embedding = editing.apply(edits, Site.EMBEDDING, jnp.zeros((), int), embedding)
         x, kept = self.run_blocks(
@@ -414,7 +431,16 @@ class Decoder(nnx.Module):
         if Site.EMBEDDING in sites:
             kept |= {"embedding": embedding}
         x = x if positions is None else jnp.take(x, positions, axis=0, mode="clip")
-        return self.unembed(x), Trace(positions=at.positions, valid=valid, **kept)
+        return self.unembed(x), Trace(at.positions, valid, branches, **kept)
+
+
+def _numbered(valid: Bool[Array, "*B T"], branches: Branches | None) -> Int[Array, "*B T"]:
+    """The number of each token among those that it sees, from 0; for padding that of the token
+    before it, -1 where there is none."""
+    if branches is None:
+        return jnp.cumsum(valid, axis=-1) - 1
+    seen = jnp.tril(layers.same_branch(branches, branches))
+    return jnp.sum(valid[..., None, :] & seen, axis=-1) - 1
 
 
 def _token_ids(given) -> AnyArray:

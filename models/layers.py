@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from models import products
 from models.config import ACTIVATIONS, DecoderConfig, Rotary
 from models.products import Products
-from models.shapes import Heads, KeyValues, Layer, Neurons, Residual, SiteValue
+from models.shapes import AnyArray, Heads, KeyValues, Layer, Neurons, Residual, Rows, SiteValue
 from models.sites import Site
 
 # Shows a site's value to whoever runs the layer, who may record it, replace it, or both.
@@ -51,12 +51,21 @@ class Span:
         valid: which of them are tokens and not padding, [T].
         cos, sin: of the rotary angles of each of the model's R rotary embeddings, [R, T, r / 2],
             where r is the number of channels that are rotated; R = 0 if there is none.
+        branches: which of several continuations each token belongs to, [T]; 0 for what all of them
+            continue. None where there are not several.
     """
 
     positions: Int[Array, "*batch T"]
     valid: Bool[Array, "*batch T"]
     cos: Float[Array, "*batch R T half"]
     sin: Float[Array, "*batch R T half"]
+    branches: Int[Array, "*batch T"] | None = None
+
+    def at(self, rows: Int[Array, "R"]) -> "Span":
+        """Some of its positions."""
+        branches = None if self.branches is None else self.branches[rows]
+        cos, sin = self.cos[:, rows], self.sin[:, rows]
+        return Span(self.positions[rows], self.valid[rows], cos, sin, branches)
 
 
 @jax.tree_util.register_dataclass
@@ -126,7 +135,7 @@ def rotary_scale(rotary: Rotary) -> float:
     return max(1.0, 1 + np.log(stretch) / np.log(original)) ** 0.5
 
 
-def span(config: DecoderConfig, positions, valid, dtype) -> Span:
+def span(config: DecoderConfig, positions, valid, dtype, branches=None) -> Span:
     """The span at given rotary positions; the angles are computed in `dtype`."""
     cos, sin = [], []
     for rotary in filter(None, (config.rotary, config.window_rotary)):
@@ -135,9 +144,8 @@ def span(config: DecoderConfig, positions, valid, dtype) -> Span:
         cos.append(jnp.cos(angle) * rotary_scale(rotary))
         sin.append(jnp.sin(angle) * rotary_scale(rotary))
     nothing = jnp.zeros((0, len(positions), 0), dtype)
-    return Span(
-        positions, valid, jnp.stack(cos) if cos else nothing, jnp.stack(sin) if sin else nothing
-    )
+    cos, sin = (jnp.stack(of) if of else nothing for of in (cos, sin))
+    return Span(positions, valid, cos, sin, branches)
 
 
 def rotate(x: Float[Array, "T N h"], at: Span, rotary: Int[Array, ""]) -> Float[Array, "T N h"]:
@@ -241,10 +249,21 @@ def norm(config: DecoderConfig, size: int, dtype) -> RMSNorm | LayerNorm:
     return kind(size, config.norm_eps, config.norm_offset, dtype)
 
 
-def visible(queries: Span, key_positions, key_valid, window) -> Bool[Array, "T S"]:
-    """Key j is visible to query i if it is a token, and i - window < j <= i."""
+def visible(
+    queries: Span, key_positions, key_valid, window, key_branches=None
+) -> Bool[Array, "T S"]:
+    """Key j is visible to query i if it is a token, and i - window < j <= i; and if it belongs to
+    the query's branch or to what all branches continue, as keys without branches do."""
     distance = queries.positions[:, None] - key_positions
-    return key_valid & (distance >= 0) & (distance < window)
+    seen = key_valid & (distance >= 0) & (distance < window)
+    if key_branches is None or queries.branches is None:
+        return seen
+    return seen & same_branch(queries.branches, key_branches)
+
+
+def same_branch(queries: Int[AnyArray, "T"], keys: Int[AnyArray, "S"]) -> Bool[Array, "T S"]:
+    """Whether key j belongs to the branch of query i, or to what all branches continue."""
+    return jnp.equal(keys, 0) | jnp.equal(keys, queries[:, None])
 
 
 def _nothing_before(keys: KeyValues, values: KeyValues) -> Cache:
@@ -302,10 +321,13 @@ class Attention(nnx.Module):
         traits: Traits,
         prefix: Cache | None,
         tap: Tap,
-    ) -> tuple[Residual, KeyValues, KeyValues]:
-        """What attention writes, and the keys and values of these positions."""
-        length = x.shape[0]
-        query = rotate(self._heads(self.query(x), self.query_norm), at, traits.rotary)
+        rows: Rows | None = None,
+    ) -> tuple[Float[Array, "R d"], KeyValues, KeyValues]:
+        """What attention writes, at some rows of the span or at all; and the span's keys and
+        values."""
+        asking, wanted = (x, at) if rows is None else (x[rows], at.at(rows))
+        length = len(asking)
+        query = rotate(self._heads(self.query(asking), self.query_norm), wanted, traits.rotary)
         key = rotate(self._heads(self.key(x), self.key_norm), at, traits.rotary)
         value = self._heads(self.value(x))
 
@@ -313,17 +335,17 @@ class Attention(nnx.Module):
         if prefix is None:
             prefix = _nothing_before(key, value)
 
-        def seen(scores, positions, valid):
+        def seen(scores, positions, valid, branches=None):
             scores = scores * traits.score_scale
             scores = scores if self.score_cap is None else capped(scores, self.score_cap)
             # A finite mask, put on after scaling, keeps every difference finite.
-            mask = visible(at, positions, valid, traits.window)
+            mask = visible(wanted, positions, valid, traits.window, branches)
             return jnp.where(mask, scores, jnp.finfo(scores.dtype).min / 4)
 
         earlier = scores_of(query, prefix.keys.astype(x.dtype))
         heads = weighted_sum(
             seen(earlier, prefix.positions, prefix.valid),
-            seen(scores_of(query, key), at.positions, at.valid),
+            seen(scores_of(query, key), at.positions, at.valid, at.branches),
             value,
             prefix.values.astype(x.dtype),
         )

@@ -23,6 +23,8 @@ Stacked = Float[Array, "L T ..."]  # of any site, in all layers
 Tokens = Int[Array, "T"]  # token ids
 Positions = Int[Array, "T"]  # rotary positions
 Valid = Bool[Array, "T"]  # which positions are tokens, and not padding
+Branches = Int[AnyArray, "T"]  # which continuation each token belongs to; 0 for what all continue
+Rows = Int[Array, "R"]  # some of the positions of a span
 Layer = Int[ArrayLike, ""]  # index of a layer, which may be known only at run time
 
 # What a user gives: NumPy's arrays or lists as well, of one sequence or of a batch.

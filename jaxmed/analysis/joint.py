@@ -20,11 +20,12 @@ from jaxmed.engine.propagate import read
 from jaxmed.engine.scan import Run, pair_effects
 from jaxmed.question import positions
 from jaxmed.question.effects import PairEffects
-from jaxmed.question.metrics import Metric, Reading, Term
+from jaxmed.question.joined import Joined, Readings
+from jaxmed.question.metrics import Metric
 from jaxmed.question.question import Question
 from models.decoder import Decoder
 from models.edits import Edit
-from models.shapes import AnyArray
+from models.shapes import AnyArray, Branches
 from models.sites import Site
 
 
@@ -50,17 +51,18 @@ def joint_pair(
         Effects whose NIE and TIE hold one array, "joint", [N].
     """
 
-    def evaluate(base: Run, source: Run, term: Term, swapped: bool):
+    def evaluate(base: Run, source: Run, term: Joined, swapped: bool):
         response = len(term.response)
         edited = positions.edited(pair, question.positions, question.align, response)
         edited = edited.swapped() if swapped else edited
-        tokens, valid = capture.pad(base.tokens)
+        tokens, valid, _ = capture.pad(base.tokens)
         is_edited = np.zeros(len(tokens), bool)
         is_edited[edited.base] = True
         found = joint_changes(
             decoder,
             tokens=tokens,
             valid=valid,
+            branches=base.trace.branches,
             values=capture.aligned(source.trace, Site.NEURON, edited, len(tokens)),
             edited=is_edited,
             sets=sets,
@@ -82,10 +84,11 @@ def joint_changes(
     *,
     tokens: Int[AnyArray, "T"],
     valid: Bool[AnyArray, "T"],
+    branches: Branches | None,
     values: Float[AnyArray, "L T I"],
     edited: Bool[AnyArray, "T"],
     sets: Bool[AnyArray, "N L I"],
-    reading: Reading,
+    reading: Readings,
     last_prompt: Int[ArrayLike, ""],
     metric: Metric,
     at_once: int,
@@ -98,7 +101,7 @@ def joint_changes(
             for layer in range(decoder.config.num_layers)
         ]
         # Only the rows that are read: logits of all positions of all sets would be large.
-        residual = decoder(tokens, edits=edits, valid=valid)[1].residual
+        residual = decoder(tokens, edits=edits, valid=valid, branches=branches)[1].residual
         assert residual is not None  # a run keeps all sites unless some are named
         return read(decoder, metric, residual[-1], reading, last_prompt)
 

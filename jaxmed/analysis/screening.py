@@ -23,7 +23,8 @@ from jaxmed.engine import capture
 from jaxmed.engine.propagate import read
 from jaxmed.engine.scan import Run, pair_effects
 from jaxmed.question import positions, sites
-from jaxmed.question.metrics import Metric, Reading, Term
+from jaxmed.question.joined import Joined, Readings
+from jaxmed.question.metrics import Metric
 from jaxmed.question.positions import Edited
 from jaxmed.question.question import Question, shapes
 from models.decoder import Decoder, Trace
@@ -84,7 +85,7 @@ def scores(
         raise ValueError(f"{steps} steps: at least 1 is needed")
     fractions = (np.arange(steps) + 0.5) / steps if steps > 1 else np.zeros(1)
 
-    def evaluate(base: Run, source: Run, term: Term, swapped: bool):
+    def evaluate(base: Run, source: Run, term: Joined, swapped: bool):
         edited = positions.edited(pair, question.positions, question.align, len(term.response))
         found = unit_slopes(
             decoder,
@@ -131,7 +132,7 @@ def unit_slopes(
     changes: dict[Site, Float[Array, "L T ..."]],
     path: Float[Array, "T d"] | None,
     fractions: Float[Array, "steps"],
-    reading: Reading,
+    reading: Readings,
     last_prompt: Int[Array, ""],
     metric: Metric,
     group_size: int,
@@ -142,7 +143,7 @@ def unit_slopes(
     over runs whose embeddings lie the given fractions of the path from those of `trace`. The
     derivative is taken in s and not in the activations: no gradient [L, T, I] is stored.
     """
-    at = decoder.span(trace.positions, trace.valid)
+    at = decoder.span(trace.positions, trace.valid, trace.branches)
     units = {
         Site.NEURON: sites.group_count(decoder.config, group_size),
         Site.HEAD: decoder.config.num_heads,

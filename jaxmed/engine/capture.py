@@ -46,31 +46,50 @@ def bucket(length: int, smallest: int = 1) -> int:
     return max(smallest, 1 << (length - 1).bit_length())
 
 
-def capture(decoder: Decoder, tokens: tuple[int, ...]) -> Trace:
+def capture(
+    decoder: Decoder, tokens: tuple[int, ...], branches: tuple[int, ...] | None = None
+) -> Trace:
     """Every site's value in a plain run, padded on the right to a bucket's length.
 
     One compiled function serves all runs of a bucket, so that equal prompts give equal bits.
+
+    Args:
+        decoder: the model.
+        tokens: the run's.
+        branches: as in `Span`.
     """
-    return _capture(decoder, *pad(tokens))
+    return _capture(decoder, *pad(tokens, branches))
 
 
-def pad(tokens: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens padded on the right to a bucket's length, and which of them are no padding, [N]."""
+def pad(
+    tokens: tuple[int, ...], branches: tuple[int, ...] | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Tokens padded on the right to a bucket's length, which of them are no padding, and their
+    branches if they have any, [N]."""
     length = bucket(len(tokens), SHORTEST)
-    padded = np.zeros(length, np.int32)
-    padded[: len(tokens)] = tokens
-    return padded, np.arange(length) < len(tokens)
+
+    def padded(numbers: tuple[int, ...]) -> np.ndarray:
+        return np.pad(np.array(numbers, np.int32), (0, length - len(numbers)))
+
+    valid = np.arange(length) < len(tokens)
+    return padded(tokens), valid, None if branches is None else padded(branches)
 
 
 @jax.jit
-def _capture(decoder: Decoder, tokens: Int[Array, "N"], valid: Bool[Array, "N"]) -> Trace:
-    return decoder(tokens, valid=valid)[1]
+def _capture(
+    decoder: Decoder,
+    tokens: Int[Array, "N"],
+    valid: Bool[Array, "N"],
+    branches: Int[Array, "N"] | None,
+) -> Trace:
+    return decoder(tokens, valid=valid, branches=branches)[1]
 
 
 def frame(decoder: Decoder, trace: Trace, start: int, size: int) -> Frame:
     """The run cut at the span [start, start + size).
 
-    Positions of the span beyond the run's end are padding: nothing before them can see them.
+    The prefix has no branches: it ends before any of them begins. Positions of the span beyond the
+    run's end are padding.
     """
     return _frame(decoder, trace, start, size, bucket(start, SHORTEST) if start else 0)
 
@@ -86,7 +105,7 @@ def _frame(decoder: Decoder, trace: Trace, start: Int[Array, ""], size: int, pre
         prefix = Cache(
             keys=take(kept(trace, "keys"), before),
             values=take(kept(trace, "values"), before),
-            positions=before,
+            positions=jnp.take(trace.positions, before, mode="clip"),
             valid=before < start,
         )
     inputs = take(inputs, rows)
@@ -94,7 +113,11 @@ def _frame(decoder: Decoder, trace: Trace, start: Int[Array, ""], size: int, pre
         inputs=inputs,
         middles=inputs[:-1] + take(kept(trace, "attention"), rows),
         prefix=prefix,
-        span=decoder.span(rows, jnp.ones(size, bool)),
+        span=decoder.span(
+            jnp.take(trace.positions, rows, mode="clip"),
+            jnp.take(trace.valid, rows, mode="fill", fill_value=False),
+            None if trace.branches is None else jnp.take(trace.branches, rows, mode="clip"),
+        ),
     )
 
 

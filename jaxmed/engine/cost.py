@@ -4,15 +4,19 @@ All batches but those of the reference are sized here, and all operations counte
 there is, `engine.memory` tells; what is computed of each pair, `engine.plan`.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 from jax.typing import DTypeLike
+from jaxtyping import Float
 
 from jaxmed.data.pairs import Pair
 from jaxmed.engine import capture, plan
 from jaxmed.engine.plan import Work
-from jaxmed.question.metrics import VOCABULARY_CHUNK, Term
+from jaxmed.question import joined, positions
+from jaxmed.question.joined import Joined
+from jaxmed.question.metrics import VOCABULARY_CHUNK
+from jaxmed.question.positions import Positions
 from jaxmed.question.question import Question
 from models.config import DecoderConfig
 from models.errors import InputError
@@ -31,6 +35,27 @@ def block_operations(config: DecoderConfig) -> float:
     return 2.0 * sum(block_weights(config))
 
 
+def runs(config: DecoderConfig, pair: Pair, question: Question) -> list[Joined]:
+    """The runs that the terms of a metric are read off: one for all of them where their prompt is
+    edited, unless long responses make scores between them, which no response needs, dearer than
+    what it saves; and one for each where responses are edited."""
+    terms = question.metric.terms(pair)
+    each = joined.apart(terms)
+    if question.positions == Positions.RESPONSE:
+        return each
+    one = joined.together(terms)
+
+    def needed(run: Joined) -> float:
+        """Of the blocks for a unit that is edited where the question says."""
+        edited = positions.edited(pair, question.positions, question.align)
+        last = len(pair.prompt_ids) - 1
+        length = last + 1 + int(np.max(run.reading.offsets))
+        first = min([last, *edited.base.tolist()])
+        return (length - first) * sum(_position_operations(config, first, length - first))
+
+    return [one] if needed(one) <= sum(map(needed, each)) else each
+
+
 def operations(
     config: DecoderConfig,
     pair: Pair,
@@ -40,26 +65,86 @@ def operations(
 ) -> float:
     """Floating-point operations of the matrix products that a pair's scan needs."""
     return sum(
-        batch_operations(config, work, term, plan.stage(config, work.site, work.units.layers))
-        for term in question.metric.terms(pair)
-        for swapped in (False, True)
-        for work in plan.plan(config, pair, term, question, granularities, swapped, chosen)
+        float(np.sum(needed_operations(config, work, term)))
+        for term, work in _works(config, pair, question, granularities, chosen)
     )
 
 
-def batch_operations(config: DecoderConfig, work: Work, term: Term, stages) -> float:
-    """Two per multiply-add, in the blocks that follow each unit and in the metric."""
-    width, head_dim = config.hidden_size, config.head_dim
+def operations_done(
+    config: DecoderConfig,
+    pair: Pair,
+    question: Question,
+    granularities: Iterable[str],
+    *,
+    batching: Callable[[Work, Joined], tuple[int, int]],
+    chosen: Mapping[str, np.ndarray] | None = None,
+) -> float:
+    """Those of the products that its scan makes: also for the padding of spans, for rows that wait
+    in their batch until their stage has come, and for those that no unit fills.
+
+    Args:
+        config, pair, question, granularities, chosen: as in `operations`.
+        batching: batches of a chunk and rows of a batch, as the function of that name gives them.
+    """
+    total = 0.0
+    for term, work in _works(config, pair, question, granularities, chosen):
+        batches, rows = batching(work, term)
+        for part in work.units.chunks(batches, rows, config.num_layers):
+            first = np.min(plan.stage(config, work.site, part.layers), axis=1)
+            each = _unit_operations(config, first, work.start, work.size, term, padded=True)
+            total += rows * float(np.sum(each))
+    return total
+
+
+def _works(
+    config: DecoderConfig,
+    pair: Pair,
+    question: Question,
+    granularities: Iterable[str],
+    chosen: Mapping[str, np.ndarray] | None,
+) -> Iterator[tuple[Joined, Work]]:
+    """All that is computed of a pair, with what is read of it."""
+    for term in runs(config, pair, question):
+        for swapped in (False, True):
+            for work in plan.plan(config, pair, term, question, granularities, swapped, chosen):
+                yield term, work
+
+
+def needed_operations(config: DecoderConfig, work: Work, term: Joined) -> Float[np.ndarray, "U"]:
+    """What each unit needs, in the blocks that follow it and in the metric."""
+    stages = plan.stage(config, work.site, work.units.layers)
+    start = work.start + work.size - work.needed
+    return _unit_operations(config, stages, start, work.needed, term)
+
+
+def _unit_operations(
+    config: DecoderConfig, stages, start, size, term: Joined, padded: bool = False
+) -> Float[np.ndarray, "U"]:
+    """Two per multiply-add, for units that join the residual stream at these stages and whose spans
+    begin at `start` and have `size` positions; 0 past the last stage."""
+    last = 2 * config.num_layers
+    rows = len(term.reading.offsets) if padded else term.rows
+    # In the last block no other position needs more than keys and values.
+    asked = np.minimum(size, rows)
+    halves = np.maximum(0, last - np.asarray(stages))
+    attention, mlp = _position_operations(config, _prefix_size(start) if padded else start, size)
+    keys = 2.0 * 2 * config.hidden_size * _kv_width(config)
+    # A parallel block is entered before both of its halves.
+    attended, fed = halves // 2, (halves + 1) // 2
+    blocks = size * (attention * attended + mlp * fed)
+    blocks -= (size - asked) * ((attention - keys) * (attended > 0) + mlp * (fed > 0))
+    tokens = max(np.size(part.reading.tokens) for part in term.reading.parts)
+    tokens = config.vocab_size if term.whole_vocabulary else tokens
+    read = 2.0 * rows * config.hidden_size * tokens
+    return np.where(np.asarray(stages) <= last, blocks + read, 0.0)
+
+
+def _position_operations(config: DecoderConfig, start, size):
+    """Of the products of attention and MLP, for one of `size` positions after `start` others."""
     projections, mlp = block_weights(config)
     # Scores and values: each a product with the prefix, and two with the span.
-    attention = 2 * config.num_heads * head_dim * (work.start + 2 * work.size)
-    last = 2 * config.num_layers
-    real = np.asarray(stages)[np.asarray(stages) <= last]
-    halves = np.sum(last - real), np.sum((last - real + 1) // 2)
-    blocks = (projections + attention) * (halves[0] - halves[1]) + mlp * halves[1]
-    tokens = config.vocab_size if term.whole_vocabulary else np.size(term.reading.tokens)
-    read = len(real) * len(term.reading.offsets) * width * tokens
-    return 2.0 * (work.size * float(blocks) + float(read))
+    attention = 2 * _head_width(config) * (start + 2 * size)
+    return 2.0 * (projections + attention), 2.0 * mlp
 
 
 def run_operations(config: DecoderConfig, pair: Pair, question: Question) -> float:
@@ -67,7 +152,7 @@ def run_operations(config: DecoderConfig, pair: Pair, question: Question) -> flo
     width, head_dim = config.hidden_size, config.head_dim
     weights = sum(block_weights(config))
     total = 0.0
-    for term in question.metric.terms(pair):
+    for term in runs(config, pair, question):
         for prompt in (pair.prompt_ids, pair.counterfactual_ids):
             length = len(prompt) + len(term.response)
             attention = 2 * config.num_heads * head_dim * length
@@ -93,7 +178,7 @@ def positions_together(platform: str) -> int:
 
 
 def batching(
-    config: DecoderConfig, dtype: DTypeLike, work: Work, term: Term, memory: int, platform: str
+    config: DecoderConfig, dtype: DTypeLike, work: Work, term: Joined, memory: int, platform: str
 ) -> tuple[int, int]:
     """Batches of a chunk, and units of a batch, that fit the memory.
 
@@ -126,7 +211,9 @@ def batching(
     return _BATCHES, min(rows, _power_of_two(fits))
 
 
-def _bytes(config: DecoderConfig, dtype: np.dtype, work: Work, term: Term) -> tuple[int, int, int]:
+def _bytes(
+    config: DecoderConfig, dtype: np.dtype, work: Work, term: Joined
+) -> tuple[int, int, int]:
     """Bytes that carrying takes beside the weights: at any rate, for each unit of a batch, and for
     each unit of a chunk."""
     number = max(4, dtype.itemsize)  # of activations, which are float32 at least
@@ -161,7 +248,7 @@ def _vector_numbers(config: DecoderConfig, work: Work) -> tuple[int, int]:
     return work.vectors.size, len(work.vectors) * (config.hidden_size + work.size)
 
 
-def _reading_numbers(config: DecoderConfig, term: Term) -> int:
+def _reading_numbers(config: DecoderConfig, term: Joined) -> int:
     """Numbers that reading the metric takes for each unit."""
     rows = len(term.reading.offsets)
     chunk = min(VOCABULARY_CHUNK, config.vocab_size) if term.whole_vocabulary else 0
@@ -184,7 +271,7 @@ _JUDGED = 4096
 _LOGITS = 2**22
 
 
-def runs_at_once(config: DecoderConfig, term: Term, length: int, memory: int) -> int:
+def runs_at_once(config: DecoderConfig, term: Joined, length: int, memory: int) -> int:
     """How many whole runs of that length fit the memory: a power of two, at least 1, at most 64."""
     numbers = length * (_block_numbers(config) + _head_width(config))
     numbers += 4 * config.num_heads * length**2 + _reading_numbers(config, term)

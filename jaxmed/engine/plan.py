@@ -13,7 +13,7 @@ from jaxmed.engine import capture
 from jaxmed.question import positions as positions_lib
 from jaxmed.question import question as question_lib
 from jaxmed.question.directions import Directions
-from jaxmed.question.metrics import Term
+from jaxmed.question.joined import Joined
 from jaxmed.question.positions import Edited, Positions
 from jaxmed.question.question import Question
 from jaxmed.question.sites import SITES
@@ -22,6 +22,11 @@ from models.sites import Site
 
 # The position of a unit that is edited at every edited position.
 ALL_POSITIONS = -1
+
+# Lengths that spans are padded to, in each octave. Each is compiled, and what many units save by
+# the finer ones is worth it.
+_LENGTHS, _LENGTHS_OF_MANY = 2, 8
+_MANY = 2048  # units
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +84,7 @@ class Work:
         units: the units; their positions are relative to the span's start.
         edited: the edited positions.
         start, size: the span's first position, and its padded length.
+        needed: of each unit, the positions from its first edited one to the last that is read, [U].
         place: index of the units in the granularity's effects.
         vectors: where the units are directions of the site, theirs, [U', size of the site]; `units`
             are then indices into them.
@@ -90,6 +96,7 @@ class Work:
     edited: Edited
     start: int
     size: int
+    needed: np.ndarray
     place: tuple[np.ndarray, ...]
     vectors: np.ndarray | None = None
 
@@ -97,20 +104,23 @@ class Work:
         """The units that a mask of the granularity's effects chooses."""
         here = chosen[self.place]
         return dataclasses.replace(
-            self, units=self.units.subset(here), place=tuple(index[here] for index in self.place)
+            self,
+            units=self.units.subset(here),
+            needed=self.needed[here],
+            place=tuple(index[here] for index in self.place),
         )
 
 
 def plan(
     config: DecoderConfig,
     pair: Pair,
-    term: Term,
+    term: Joined,
     question: Question,
     granularities: Iterable[str],
     swapped: bool,
     chosen: Mapping[str, np.ndarray] | None = None,
 ) -> list[Work]:
-    """What is to be computed for one term of a metric and one estimand.
+    """What is to be computed for one run of a metric and one estimand.
 
     Units whose every edited position comes after the last one that is read are left out: their
     effect is exactly 0. With `swapped` the patches are made in the source run. Of a granularity
@@ -120,7 +130,7 @@ def plan(
     first_read, last_read = (
         prompt_length - 1 + int(extreme(term.reading.offsets)) for extreme in (np.min, np.max)
     )
-    work = []
+    work, chosen = [], chosen or {}
     for granularity in granularities:
         which = Positions.PROMPT if granularity == "token" else question.positions
         edited = positions_lib.edited(pair, which, question.align, len(term.response))
@@ -131,24 +141,28 @@ def plan(
         if not len(edited.base):
             continue
         if granularity == "token":
-            work += _token_work(config, edited, columns, last_read)
+            work += _token_work(config, edited, columns, (first_read, last_read))
             continue
-        start, size = _span(min(int(edited.base[0]), first_read), last_read)
+        shape = question_lib.shapes(config, pair, question, [granularity])[granularity]
+        count = np.sum(chosen.get(granularity, np.ones(shape)))
+        first = min(int(edited.base[0]), first_read)
+        start, size = _span(first, last_read, _LENGTHS_OF_MANY if count >= _MANY else _LENGTHS)
+        needed = last_read + 1 - first
         if granularity == "direction":
-            work += _direction_work(question.directions, edited, start, size)
+            work += _direction_work(question.directions, edited, start, size, needed)
             continue
         for index, site in enumerate(SITES[granularity]):
             units = Units.grid(config.num_layers, question_lib.unit_count(config, question, site))
             place = {"module": (units.layers, np.full(len(units), index)), "layer": (units.layers,)}
             place = place.get(granularity, (units.layers, units.units))
-            work.append(Work(granularity, site, units, edited, start, size, place))
-    chosen = chosen or {}
+            lengths = np.full(len(units), needed)
+            work.append(Work(granularity, site, units, edited, start, size, lengths, place))
     work = [w.only(chosen[w.granularity]) if w.granularity in chosen else w for w in work]
     return [w for w in work if len(w.units)]
 
 
 def _direction_work(
-    directions: Directions | None, edited: Edited, start: int, size: int
+    directions: Directions | None, edited: Edited, start: int, size: int, needed: int
 ) -> Iterator[Work]:
     """The given directions, site by site."""
     if directions is None:
@@ -158,32 +172,34 @@ def _direction_work(
         which = np.arange(count, dtype=np.int32)
         units = Units(of_site.layers, which, np.full(count, ALL_POSITIONS, np.int32))
         place = (of_site.layers, np.full(count, index), of_site.numbers)
-        yield Work("direction", site, units, edited, start, size, place, of_site.vectors)
+        lengths = np.full(count, needed)
+        yield Work("direction", site, units, edited, start, size, lengths, place, of_site.vectors)
 
 
-def _token_work(config, edited: Edited, columns: np.ndarray, last_read: int) -> list[Work]:
+def _token_work(config, edited: Edited, columns: np.ndarray, read: tuple[int, int]) -> list[Work]:
     """Each position alone, in groups of positions whose spans have the same padded length."""
-    spans = [_span(position, last_read, smallest=16) for position in edited.base.tolist()]
+    firsts = np.minimum(edited.base, read[0])
+    spans = [_span(first, read[1], _LENGTHS, smallest=16) for first in firsts.tolist()]
     work = []
     for start, size in sorted(set(spans)):
         here = np.array([span == (start, size) for span in spans])
         group = Edited(edited.base[here], edited.source[here])
         units = Units.grid(config.num_layers, positions=group.base - start)
         place = np.tile(columns[here], config.num_layers)
+        needed = np.tile(read[1] + 1 - firsts[here], config.num_layers)
         for index, site in enumerate(SITES["token"]):
             site_place = (units.layers, np.full(len(units), index), place)
-            work.append(Work("token", site, units, group, start, size, site_place))
+            work.append(Work("token", site, units, group, start, size, needed, site_place))
     return work
 
 
-def _span(first: int, last: int, smallest: int = 1) -> tuple[int, int]:
-    """Start and padded length of the span that holds all edited and read positions.
-
-    Its length is 1, 4, 16 or a larger power of two: each length is compiled once.
-    """
-    length = last - first + 1
-    size = next((size for size in (1, 4) if smallest <= size and length <= size), 0)
-    size = size or capture.bucket(length, smallest=16)
+def _span(first: int, last: int, lengths: int, smallest: int = 1) -> tuple[int, int]:
+    """Start and padded length of the span that holds all edited and read positions, with so many
+    lengths in each octave: with eight 1, 2, ..., 16, 18, ..., 32, 36, ...; with two 1, 2, 3, 4, 6,
+    8, 12, 16, ..."""
+    length = max(smallest, last - first + 1)
+    step = max(1, capture.bucket(length) // 2 // lengths)
+    size = -(-length // step) * step
     return max(0, last + 1 - size), size
 
 

@@ -4,7 +4,7 @@ An intervention changes the residual stream by some D at some point of the netwo
 the same for every granularity: carry D through the later blocks and read the metric. So
 
     enter(site, layer, unit) -> D, and the stage where it joins the residual stream
-    carry(stage, D)          -> the change of the last block's output
+    carry(stage, D)          -> the change of the last block's output, or of its input
     read_changes             -> dY
 
 Differences alone are carried (`engine.difference`): the base run is computed once for a whole batch
@@ -16,12 +16,14 @@ go through the model in chunks of n batches of B.
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from jaxmed.engine import capture, cost
@@ -30,16 +32,17 @@ from jaxmed.engine.difference import difference
 from jaxmed.engine.hoisting import hoisted
 from jaxmed.engine.plan import ALL_POSITIONS, Units
 from jaxmed.engine.rules import rules
+from jaxmed.question.joined import Readings
 from jaxmed.question.metrics import (
     VOCABULARY_CHUNK,
     Metric,
-    Reading,
     logsumexp_last_axis,
 )
 from models import products
 from models.config import DecoderConfig
 from models.decoder import Decoder, Trace
 from models.products import Products
+from models.shapes import Layer, Rows
 from models.sites import Site
 
 # The modules whose inside a site is; what they write goes through a norm in some families.
@@ -214,8 +217,9 @@ def carry(
     frame: Frame,
     stages: Int[Array, "n B"],
     differences: Float[Array, "n S B d"],
+    blocks: Int[ArrayLike, ""],
 ) -> Float[Array, "n S B d"]:
-    """The exact change of the last block's output when D joins the residual stream.
+    """The exact change of a block's output when D joins the residual stream.
 
     Each row's D joins at its own stage. The loop over layers starts at the first that any row
     needs, and in each layer the loop over batches stops after the last batch that has joined: both
@@ -229,69 +233,99 @@ def carry(
         stages: where each D joins, in increasing order; past the last stage for a row that is
             padding.
         differences: D; its buffer is reused for the result.
+        blocks: how many of the model's blocks D is carried through; see `blocks_to_carry`.
     """
-    traits = decoder.traits
     first_stages = jnp.min(stages, axis=1)
 
     def run_layer(layer, differences):
-        block = decoder.ready(decoder.block(layer))
-        prefix = _at_layer(frame.prefix, layer)
-
-        def attend(x):
-            return block.attend(x, frame.span, traits.at(layer), prefix, _untapped)[0]
-
-        def feed(x):
-            return block.feed(x, _untapped)
-
-        def both(x):
-            return attend(x) + feed(x)
-
-        # What reads the residual stream, its value there, and the stage.
-        halves = [
-            (attend, frame.inputs[layer], 2 * layer),
-            (feed, frame.middles[layer], 2 * layer + 1),
-        ]
-        if decoder.config.parallel:
-            halves = [(both, frame.inputs[layer], 2 * layer)]
-        changes = [(f.__name__, change_of(decoder, f, value), at) for f, value, at in halves]
+        halves = _halves(decoder, frame, layer)
 
         def run_batch(index, differences):
             batch = differences[index]
-            for half, change, stage in changes:
-                with jax.named_scope(half):
-                    added = jax.vmap(change, in_axes=1, out_axes=1)(batch)
-                    # A row that has not joined waits.
-                    batch = jnp.where((stages[index] <= stage)[:, None], batch + added, batch)
-                    batch = _laid_out(batch, decoder.products)
+            for half in halves:
+                batch = half.add(batch, stages[index])
+                batch = _laid_out(batch, decoder.products)
             return jax.lax.dynamic_update_index_in_dim(differences, batch, index, axis=0)
 
-        last = halves[-1][-1]
-        live = jnp.sum(first_stages <= last)
+        live = jnp.sum(first_stages <= halves[-1].stage)
         return jax.lax.fori_loop(0, live, run_batch, differences)
 
-    return jax.lax.fori_loop(
-        jnp.min(first_stages) // 2, decoder.config.num_layers, run_layer, differences
-    )
+    return jax.lax.fori_loop(jnp.min(first_stages) // 2, blocks, run_layer, differences)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Half:
+    """A half of a block, or a whole one whose modules are parallel.
+
+    Attributes:
+        name: of what it does.
+        stage: where it reads the residual stream.
+        change: of what it adds to the stream, by that of the stream.
+        rows: where in the span it adds; None for everywhere.
+    """
+
+    name: str
+    stage: Int[ArrayLike, ""]
+    change: Callable
+    rows: Rows | None
+
+    def add(self, batch: Float[Array, "S B d"], stages: Int[Array, "B"]) -> Float[Array, "R B d"]:
+        """The change of the stream after it. A row of the batch that has not joined waits."""
+        with jax.named_scope(self.name):
+            added = jax.vmap(self.change, in_axes=1, out_axes=1)(batch)
+            batch = batch if self.rows is None else batch[self.rows]
+            return jnp.where((stages <= self.stage)[:, None], batch + added, batch)
+
+
+def _halves(decoder: Decoder, frame: Frame, layer: Layer, rows: Rows | None = None) -> list[_Half]:
+    """A block, half by half. With rows, all of the span goes in, and what comes out is at these."""
+    block = decoder.ready(decoder.block(layer))
+    prefix = _at_layer(frame.prefix, layer)
+    inputs, middles = frame.inputs[layer], frame.middles[layer]
+
+    def attend(x):
+        traits = decoder.traits.at(layer)
+        return block.attend(x, frame.span, traits, prefix, _untapped, rows)[0]
+
+    def feed(x):
+        return block.feed(x, _untapped)
+
+    def both(x):
+        return attend(x) + feed(x if rows is None else x[rows])
+
+    if decoder.config.parallel:
+        return [_Half("both", 2 * layer, change_of(decoder, both, inputs), rows)]
+    middles = middles if rows is None else middles[rows]
+    return [
+        _Half("attend", 2 * layer, change_of(decoder, attend, inputs), rows),
+        _Half("feed", 2 * layer + 1, change_of(decoder, feed, middles), None),
+    ]
+
+
+def blocks_to_carry(config: DecoderConfig, size: int, reading: Readings) -> int:
+    """How many blocks `carry` goes through: all, but for the last where few positions of the span
+    are read. `read_changes` runs that one, at these."""
+    return config.num_layers - (len(reading.offsets) < size)
 
 
 @functools.partial(jax.jit, static_argnames=("metric", "whole_vocabulary"))
 def read_changes(
     decoder: Decoder,
-    residual: Float[Array, "S d"],
+    frame: Frame,
     stages: Int[Array, "n B"],
     differences: Float[Array, "n S B d"],
-    reading: Reading,
+    reading: Readings,
     last_prompt: Int[Array, ""],
     metric: Metric,
     whole_vocabulary: bool,
 ) -> Float[Array, "n B"]:
-    """dY: the exact change of the metric when the last block's output changes.
+    """dY: the exact change of the metric, by what `carry` gives for `blocks_to_carry`.
 
     Args:
         decoder: the model.
-        residual: the base run's output of the last block.
+        frame: the base run.
         stages: as in `carry`; of batches that are all padding nothing is read.
-        differences: the changes of that output.
+        differences: the changes of the last block's output, or of its input.
         reading: what the metric reads.
         last_prompt: index in the span of the last prompt token, from which the reading's offsets
             count.
@@ -299,15 +333,15 @@ def read_changes(
         whole_vocabulary: as in `metrics.Term`.
     """
     rows = last_prompt + reading.offsets
-    base = residual[rows]
-    last = 2 * decoder.config.num_layers
-    live = jnp.sum(jnp.min(stages, axis=1) <= last)
+    base = frame.inputs[-1][rows]
+    ended = _at_the_end(decoder, frame, stages, differences, rows)
+    live = jnp.sum(jnp.min(stages, axis=1) <= 2 * decoder.config.num_layers)
 
     def in_batches(change: Callable, changes: Float[Array, "n *R B"] | None, shape: tuple):
         """The change of each batch, from those of its rows and what else has changed in it."""
 
         def run_batch(index, found):
-            moved = differences[index][rows]
+            moved = ended[index]
             if changes is None:
                 batch = jax.vmap(change, in_axes=1, out_axes=-1)(moved)
             else:
@@ -319,7 +353,7 @@ def read_changes(
     if not whole_vocabulary:
 
         def y(x):
-            return metric.value(_RowLogits(decoder, x), reading)
+            return _value(metric, _RowLogits(decoder, x), reading)
 
         return in_batches(change_of(decoder, y, base), None, stages.shape)
 
@@ -335,7 +369,7 @@ def read_changes(
         return (added(base, total), changes), None
 
     def y_of_both(x, total):
-        return metric.value(_RowLogits(decoder, x, total), reading)
+        return _value(metric, _RowLogits(decoder, x, total), reading)
 
     nothing = _RowLogits(decoder, base).of_no_chunk()
     unchanged = jnp.zeros((len(stages), *nothing.shape, stages.shape[1]), differences.dtype)
@@ -344,6 +378,30 @@ def read_changes(
     )
     change = change_of(decoder, y_of_both, base, total)
     return in_batches(change, changes, stages.shape)
+
+
+def _at_the_end(
+    decoder: Decoder,
+    frame: Frame,
+    stages: Int[Array, "n B"],
+    differences: Float[Array, "n S B d"],
+    rows: Rows,
+) -> Float[Array, "n R B d"]:
+    """The changes of the last block's output at some rows. Of the other positions of a span only
+    keys and values matter in that block, so that it is run here where the rows are fewer."""
+    ended = differences[:, rows]
+    if len(rows) >= differences.shape[1]:
+        return ended
+    halves = _halves(decoder, frame, decoder.config.num_layers - 1, rows)
+
+    def run_batch(index, ended):
+        batch = differences[index]
+        for half in halves:
+            batch = half.add(batch, stages[index])
+        return jax.lax.dynamic_update_index_in_dim(ended, batch, index, axis=0)
+
+    live = jnp.sum(jnp.min(stages, axis=1) <= halves[-1].stage)
+    return jax.lax.fori_loop(0, live, run_batch, ended)
 
 
 def change_of(decoder: Decoder, f: Callable, *values: Float[Array, "..."]) -> Callable:
@@ -393,8 +451,11 @@ class _RowLogits:
 
     def log_normaliser(self) -> Float[Array, "R"]:
         """Log-sum-exp over the vocabulary."""
-        if self.total is not None:
-            return self.total
+        return self._all_chunks if self.total is None else self.total
+
+    @functools.cached_property
+    def _all_chunks(self) -> Float[Array, "R"]:
+        """Log-sum-exp over the vocabulary, formed once for all terms."""
 
         def add(total, start):
             return self.add_chunk(total, start), None
@@ -420,15 +481,40 @@ def _chunk_starts(config: DecoderConfig) -> Int[Array, "chunk"]:
     return jnp.arange(0, config.vocab_size, min(VOCABULARY_CHUNK, config.vocab_size))
 
 
+@dataclasses.dataclass(frozen=True)
+class _PartLogits:
+    """The logits of one term, whose rows are some of a run's."""
+
+    of_run: _RowLogits
+    rows: Rows
+
+    def of(self, tokens: Int[Array, "K"]) -> Float[Array, "R K"]:
+        """Logits of the given tokens."""
+        return self.of_run.decoder.unembed(self.of_run.rows[self.rows], tokens)
+
+    def log_normaliser(self) -> Float[Array, "R"]:
+        """Log-sum-exp over the vocabulary."""
+        return self.of_run.log_normaliser()[self.rows]
+
+
+def _value(metric: Metric, logits: _RowLogits, reading: Readings) -> Float[Array, ""]:
+    """Y, as the sum of its terms."""
+    values = (
+        part.sign * metric.value(_PartLogits(logits, part.rows), part.reading)
+        for part in reading.parts
+    )
+    return functools.reduce(operator.add, values)
+
+
 def read(decoder, metric, residual, reading, last_prompt):
-    """Y, from the last block's output at the positions of a run or a span, [S, d]."""
+    """Y, from the last block's output at the positions of a run, [N, d]."""
     rows = residual[last_prompt + reading.offsets]
-    return metric.value(_RowLogits(decoder, rows), reading)
+    return _value(metric, _RowLogits(decoder, rows), reading)
 
 
 @functools.partial(jax.jit, static_argnames=("metric",))
 def plain_value(
-    decoder: Decoder, trace: Trace, reading: Reading, last_prompt: Int[Array, ""], metric: Metric
+    decoder: Decoder, trace: Trace, reading: Readings, last_prompt: Int[Array, ""], metric: Metric
 ) -> Float[Array, ""]:
     """Y of a captured run whose last prompt token is at `last_prompt`."""
     return read(decoder, metric, capture.kept(trace, "residual")[-1], reading, last_prompt)

@@ -1,6 +1,7 @@
 """A scan: NIE and TIE of every unit of a pair."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ from jaxmed.engine.capture import Frame
 from jaxmed.engine.plan import Work
 from jaxmed.question import question as question_lib
 from jaxmed.question.effects import PairEffects
-from jaxmed.question.metrics import Term
+from jaxmed.question.joined import Joined
 from jaxmed.question.question import Question
 from models.decoder import Decoder, Trace
 from models.shapes import AnyArray
@@ -23,10 +24,10 @@ from models.shapes import AnyArray
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A plain run of a prompt and a response.
+    """A plain run of a prompt and the responses that are read after it.
 
     Attributes:
-        tokens: the prompt's tokens and the response's.
+        tokens: the prompt's tokens and the responses'.
         prompt_length: tokens of the prompt.
         trace: every site's value.
     """
@@ -36,9 +37,10 @@ class Run:
     trace: Trace
 
 
-# From the run that is patched, the run whose values are put in, the term, and whether the former is
-# the source run, to what was found: the name of an array of effects, an index of it, and dY there.
-Evaluate = Callable[[Run, Run, Term, bool], Iterable[tuple[str, Any, np.ndarray]]]
+# From the run that is patched, the run whose values are put in, what is read of them, and whether
+# the former is the source run, to what was found: the name of an array of effects, an index of it,
+# and dY there.
+Evaluate = Callable[[Run, Run, Joined, bool], Iterable[tuple[str, Any, np.ndarray]]]
 
 
 def scan_pair(
@@ -82,7 +84,7 @@ def scan_pair(
         on_operations=on_operations,
     )
 
-    def evaluate(base: Run, source: Run, term: Term, swapped: bool):
+    def evaluate(base: Run, source: Run, term: Joined, swapped: bool):
         works = plan.plan(decoder.config, pair, term, question, granularities, swapped, chosen)
         for start, size in sorted({(work.start, work.size) for work in works}):
             frame = capture.frame(decoder, base.trace, start, size)
@@ -129,7 +131,7 @@ def _scan_work(
     source: Run,
     frame: Frame,
     work: Work,
-    term: Term,
+    term: Joined,
     question: Question,
     conditions: _Conditions,
 ) -> Float[np.ndarray, "U"]:
@@ -143,13 +145,16 @@ def _scan_work(
         config, decoder.dtype, work, term, conditions.memory, jax.default_backend()
     )
     units, directions = work.units, None
+    blocks = propagate.blocks_to_carry(config, work.size, term.reading)
+    needed = cost.needed_operations(config, work, term)
     if work.vectors is not None:
         directions = propagate.direction_writes(decoder, change, work.site, units, work.vectors)
         units = units.numbered()
     found: list[np.ndarray] = []
     # A chunk is collected when the next one is under way, so that the device does not wait.
     under_way: tuple[Array, float] | None = None
-    for part in units.chunks(batches=batches, rows=rows, padding_layer=config.num_layers):
+    parts = units.chunks(batches=batches, rows=rows, padding_layer=config.num_layers)
+    for start, part in zip(itertools.count(0, batches * rows), parts, strict=False):
         if directions is None:
             entering = propagate.enter(
                 decoder,
@@ -169,12 +174,12 @@ def _scan_work(
         if conditions.rotation is not None:
             entering = entering @ conditions.rotation.astype(entering.dtype)
         stages = plan.stage(config, work.site, part.layers)
-        residual = propagate.carry(decoder, frame, stages, entering)
+        carried = propagate.carry(decoder, frame, stages, entering, blocks)
         y = propagate.read_changes(
             decoder,
-            frame.inputs[-1],
+            frame,
             stages,
-            residual,
+            carried,
             term.reading,
             base.prompt_length - 1 - work.start,
             question.metric,
@@ -182,7 +187,7 @@ def _scan_work(
         )
         if under_way is not None:
             found.append(_collect(under_way, conditions.on_operations))
-        under_way = y, cost.batch_operations(config, work, term, stages)
+        under_way = y, float(np.sum(needed[start : start + batches * rows]))
     if under_way is not None:
         found.append(_collect(under_way, conditions.on_operations))
     return np.concatenate(found)[: len(units)]
@@ -205,14 +210,15 @@ def pair_effects(
     result_shapes: Mapping[str, tuple[int, ...]],
     evaluate: Evaluate,
 ) -> PairEffects:
-    """NIE and TIE of one pair, however they are found: both runs of every term, and the terms' sum.
+    """NIE and TIE of one pair, however they are found, in the runs that the metric's terms are read
+    off.
 
     Args:
         decoder: the model.
         pair: the pair.
         question: the metric and the positions.
         result_shapes: by name, of the arrays of effects.
-        evaluate: finds the changes dY of a term.
+        evaluate: finds the changes dY of a run.
 
     Raises:
         DataError: the pair does not fit the model or the question.
@@ -220,16 +226,16 @@ def pair_effects(
     question_lib.check(decoder.config, pair, question, result_shapes)
     nie, tie = ({name: np.zeros(shape) for name, shape in result_shapes.items()} for _ in range(2))
     y_base = y_source = 0.0
-    for term in question.metric.terms(pair):
+    for term in cost.runs(decoder.config, pair, question):
         base, base_y = _captured(decoder, pair.prompt_ids, term, question)
         source, source_y = _captured(decoder, pair.counterfactual_ids, term, question)
-        y_base += term.sign * base_y
-        y_source += term.sign * source_y
+        y_base += base_y
+        y_source += source_y
         for name, place, changes in evaluate(base, source, term, False):
-            nie[name][place] += term.sign * changes
+            nie[name][place] += changes
         # TIE = Y(x') - Y(x', Z<-Z(x)): the patch is made in the source run, and counted down.
         for name, place, changes in evaluate(source, base, term, True):
-            tie[name][place] -= term.sign * changes
+            tie[name][place] -= changes
     for total in (nie, tie):
         # What is no unit has no effect, not one of 0.
         if "token" in total:
@@ -241,10 +247,10 @@ def pair_effects(
 
 
 def _captured(
-    decoder: Decoder, prompt: tuple[int, ...], term: Term, question: Question
+    decoder: Decoder, prompt: tuple[int, ...], term: Joined, question: Question
 ) -> tuple[Run, float]:
-    """The plain run of a prompt with a term's response, and what the metric reads of it."""
+    """The plain run of a prompt with the responses, and what the metric reads of it."""
     tokens, last_prompt = prompt + term.response, len(prompt) - 1
-    trace = capture.capture(decoder, tokens)
+    trace = capture.capture(decoder, tokens, term.branches_after(prompt))
     y = propagate.plain_value(decoder, trace, term.reading, last_prompt, question.metric)
     return Run(tokens, len(prompt), trace), float(y)

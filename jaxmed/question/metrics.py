@@ -329,7 +329,7 @@ def _padded(offsets, tokens, weights) -> Reading:
     """Rows rounded up to a multiple of 8: responses of other lengths share a compilation."""
     extra = -len(tokens) % 8
     return Reading(
-        offsets=np.pad(offsets, (0, extra)),
+        offsets=np.pad(offsets, (0, extra), mode="edge"),
         tokens=np.pad(tokens, (0, extra)),
         weights=np.pad(weights, (0, extra)),
     )

@@ -413,7 +413,7 @@ class _Engine:
         self.decoder, self.pair, self.chosen = decoder, pair, chosen
         self.question = Question(LogitDifference())
         self._memory = memory
-        config, (term,) = decoder.config, self.question.metric.terms(pair)
+        config, (term,) = decoder.config, cost.runs(decoder.config, pair, self.question)
         (work,) = plan.plan(
             config, pair, term, self.question, ["neuron"], False, {"neuron": chosen}
         )

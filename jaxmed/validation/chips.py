@@ -19,7 +19,8 @@ from jax.sharding import SingleDeviceSharding
 
 from jaxmed.engine import cost, memory, propagate
 from jaxmed.engine.plan import Work
-from jaxmed.question.metrics import LogitDifference, Term
+from jaxmed.question.joined import Joined
+from jaxmed.question.metrics import LogitDifference
 from jaxmed.question.question import Question
 from jaxmed.validation import presets, programs
 from jaxmed.validation.compiled import Text
@@ -354,7 +355,7 @@ def recorded(asked: Asked, chip: Chip, precision: str) -> Recorder:
     record, decoder = Recorder(), _decoder(config, precision)
     left = _memory_left(asked, decoder, chip)
 
-    def batching(work: Work, term: Term) -> tuple[int, int]:
+    def batching(work: Work, term: Joined) -> tuple[int, int]:
         batches, rows = cost.batching(config, config.dtype, work, term, left, "tpu")
         return batches, asked.rows or rows
 

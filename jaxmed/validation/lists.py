@@ -4,7 +4,11 @@ bound by other things than neurons are."""
 import dataclasses
 from collections.abc import Callable
 
+import jax
+
 from jaxmed.engine import cost, memory, rates, scan
+from jaxmed.engine.plan import Work
+from jaxmed.question.joined import Joined
 from jaxmed.question.metrics import LogitDifference
 from jaxmed.question.positions import Positions
 from jaxmed.question.question import Question
@@ -26,6 +30,7 @@ class ListSpeed:
         first_seconds: of the first run, compilation of what no list before it had included.
         seconds: of a pair, both estimands and captures; median over the runs after the first.
         operations: floating-point operations that the algorithm needs for them.
+        operations_done: those that the scan makes, with what it pads.
         operations_per_second: operations / seconds.
     """
 
@@ -34,6 +39,7 @@ class ListSpeed:
     first_seconds: float
     seconds: float
     operations: float
+    operations_done: float
     operations_per_second: float
 
 
@@ -79,8 +85,13 @@ def measure(
         def run(question=question, granularity=granularity) -> None:
             scan.scan_pair(decoder, pair, question, [granularity], memory=left)
 
+        def batching(work: Work, term: Joined) -> tuple[int, int]:
+            platform = jax.default_backend()
+            return cost.batching(config, decoder.dtype, work, term, left, platform)
+
         first, median = timing.first_and_median(run, rounds)
         operations = cost.operations(config, pair, question, [granularity])
+        done = cost.operations_done(config, pair, question, [granularity], batching=batching)
         found.append(
             ListSpeed(
                 granularity=granularity,
@@ -88,6 +99,7 @@ def measure(
                 first_seconds=first,
                 seconds=median,
                 operations=operations,
+                operations_done=done,
                 operations_per_second=operations / median,
             )
         )

@@ -20,11 +20,11 @@ from jaxmed.behaviour import batches, generation, likelihood
 from jaxmed.behaviour.judges import model as judging
 from jaxmed.behaviour.sampling import Choice
 from jaxmed.data.pairs import Pair
-from jaxmed.engine import capture, plan, propagate
+from jaxmed.engine import capture, cost, plan, propagate
 from jaxmed.engine.plan import Work
 from jaxmed.question import directions as directions_lib
 from jaxmed.question.directions import Directions, SiteDirections
-from jaxmed.question.metrics import Term
+from jaxmed.question.joined import Joined
 from jaxmed.question.question import Question
 from jaxmed.question.sites import SITES
 from models.config import DecoderConfig
@@ -152,7 +152,7 @@ def of_scan(
     question: Question,
     granularities: Iterable[str],
     *,
-    batching: Callable[[Work, Term], tuple[int, int]],
+    batching: Callable[[Work, Joined], tuple[int, int]],
 ) -> None:
     """The programs of a scan of a pair, in the order in which `engine.scan` calls them.
 
@@ -163,9 +163,16 @@ def of_scan(
             one length: the estimand that starts from the source run then has the same programs.
         batching: batches of a chunk and rows of a batch.
     """
-    for term in question.metric.terms(pair):
+    for term in cost.runs(decoder.config, pair, question):
         tokens, last_prompt = pair.prompt_ids + term.response, len(pair.prompt_ids) - 1
-        trace = record("", lambda decoder, tokens=tokens: capture.capture(decoder, tokens), decoder)
+        branches = term.branches_after(pair.prompt_ids)
+        trace = record(
+            "",
+            lambda decoder, tokens=tokens, branches=branches: capture.capture(
+                decoder, tokens, branches
+            ),
+            decoder,
+        )
         record(
             question.metric.name,
             lambda decoder, trace, reading, last: propagate.plain_value(
@@ -196,7 +203,7 @@ def _of_work(
     decoder: Decoder,
     trace: Any,
     work: Work,
-    term: Term,
+    term: Joined,
     question: Question,
     *,
     sizes: tuple[int, int],
@@ -248,33 +255,35 @@ def _of_work(
             *(decoder, along, added, written, part.layers, part.units, part.positions),
         )
     stages = plan.stage(decoder.config, site, part.layers)
-    residual = record(
+    blocks = propagate.blocks_to_carry(decoder.config, size, term.reading)
+    carried = record(
         chunk,
         propagate.carry,
-        *(decoder, frame, stages, entering),
+        *(decoder, frame, stages, entering, blocks),
         carried=Carried(n, rows, size, 0 if frame.prefix is None else frame.prefix.keys.shape[1]),
     )
     record(
         f"{question.metric.name}, {chunk}",
-        lambda decoder, base, stages, residual, reading, last: propagate.read_changes(
+        lambda decoder, frame, stages, carried, reading, last: propagate.read_changes(
             decoder,
-            base[-1],
+            frame,
             stages,
-            residual,
+            carried,
             reading,
             last,
             question.metric,
             term.whole_vocabulary,
         ),
-        *(decoder, frame.inputs, stages, residual, term.reading, last_prompt),
+        *(decoder, frame, stages, carried, term.reading, last_prompt),
     )
 
 
 def of_gradients(record: Recorder, decoder: Decoder, pair: Pair, question: Question) -> None:
     """The programs of screening, for every granularity that has gradients."""
-    term = question.metric.terms(pair)[0]
+    term = cost.runs(decoder.config, pair, question)[0]
     tokens = pair.prompt_ids + term.response
-    trace = record("", lambda decoder: capture.capture(decoder, tokens), decoder)
+    branches = term.branches_after(pair.prompt_ids)
+    trace = record("", lambda decoder: capture.capture(decoder, tokens, branches), decoder)
     for granularity, sites in SITES.items():
         if granularity in ("token", "direction"):
             continue
@@ -298,16 +307,18 @@ def of_gradients(record: Recorder, decoder: Decoder, pair: Pair, question: Quest
 
 def of_joint_sets(record: Recorder, decoder: Decoder, pair: Pair, question: Question) -> None:
     """The program of joint sets, two at once."""
-    config, term = decoder.config, question.metric.terms(pair)[0]
-    tokens, valid = capture.pad(pair.prompt_ids + term.response)
+    config, term = decoder.config, cost.runs(decoder.config, pair, question)[0]
+    branches = term.branches_after(pair.prompt_ids)
+    tokens, valid, branches = capture.pad(pair.prompt_ids + term.response, branches)
     of_neurons = config.num_layers, config.intermediate_size
     values = jax.ShapeDtypeStruct((of_neurons[0], len(tokens), of_neurons[1]), np.float32)
     record(
         "2 at once",
-        lambda decoder, tokens, valid, values, sets, reading, last: joint.joint_changes(
+        lambda decoder, tokens, valid, branches, values, sets, reading, last: joint.joint_changes(
             decoder,
             tokens=tokens,
             valid=valid,
+            branches=branches,
             values=values,
             edited=valid,
             sets=sets,
@@ -317,7 +328,7 @@ def of_joint_sets(record: Recorder, decoder: Decoder, pair: Pair, question: Ques
             at_once=2,
         ),
         decoder,
-        *(tokens, valid, values, np.zeros((4, *of_neurons), bool)),
+        *(tokens, valid, branches, values, np.zeros((4, *of_neurons), bool)),
         *(term.reading, len(pair.prompt_ids) - 1),
     )
 

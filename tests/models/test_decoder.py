@@ -363,3 +363,20 @@ def test_tokens_outside_the_vocabulary_are_refused_and_a_list_is_taken(llama):
 def test_what_is_no_token_ids_is_told_what_to_give(given, message):
     with pytest.raises(TypeError, match=f"^tokens: {message}"):
         decoder_lib._token_ids(given)
+
+
+def test_branches_are_runs_of_their_own(distinct):
+    """Three tokens, and two continuations that do not see each other; the windows are shorter."""
+    first, second = TOKENS[3:5], np.array([11, 12, 13])
+    together = np.concatenate([TOKENS[:3], first, second])
+    branches = np.array([0, 0, 0, 1, 1, 2, 2, 2])
+    logits, trace = distinct(together, branches=branches)
+    assert trace.positions.tolist() == [0, 1, 2, 3, 4, 3, 4, 5]
+    for branch, continuation in ((1, first), (2, second)):
+        alone, _ = distinct(np.concatenate([TOKENS[:3], continuation]))
+        rows = np.flatnonzero((branches == 0) | (branches == branch))
+        np.testing.assert_allclose(logits[rows], alone, atol=2e-6)
+    # That one sees the other would show.
+    assert np.abs(logits[5:] - distinct(together)[0][5:]).max() > 1e-3
+    with pytest.raises(ValueError, match=r"branches of \(7,\) tokens, the run has 8"):
+        distinct(together, branches=branches[1:])

@@ -266,9 +266,9 @@ def test_padding_does_not_matter(monkeypatch):
         decoder = model("float64")
         expected = np.array(screening.scores(decoder, UNEQUAL, question, steps=3))
 
-        def padded_with_a_word(tokens, pad=capture.pad):
-            padded, valid = pad(tokens)
-            return np.where(valid, padded, 17), valid
+        def padded_with_a_word(tokens, branches=None, pad=capture.pad):
+            padded, valid, branches = pad(tokens, branches)
+            return np.where(valid, padded, 17), valid, branches
 
         with monkeypatch.context() as patched:
             patched.setattr(capture, "pad", padded_with_a_word)

@@ -131,7 +131,7 @@ def test_a_pair_alone_is_the_pair_among_others():
 
 
 def neuron_work(decoder, question):
-    term = question.metric.terms(UNEQUAL)[0]
+    (term,) = cost.runs(decoder.config, UNEQUAL, question)
     return plan.plan(decoder.config, UNEQUAL, term, question, ["neuron"], False)[0], term
 
 
@@ -199,33 +199,38 @@ def test_no_product_of_the_base_run_is_in_the_loop_over_batches(family, precisio
         assert all(map(any, products))
 
 
+def frame_shapes(decoder, size):
+    """Of a run of 8 tokens, cut before the last `size`."""
+    return jax.eval_shape(
+        lambda d: capture.frame(d, capture.capture(d, tuple(range(8))), 8 - size, size), decoder
+    )
+
+
 def reading_jaxpr(decoder, metric, size=4, batches=2, rows=3):
     """What reads a metric, from shapes."""
     metric = METRICS[metric]
     term = metric.terms(UNEQUAL)[0]
-    width, dtype = decoder.config.hidden_size, decoder.compute_dtype
+    shape = batches, size, rows, decoder.config.hidden_size
     return jax.make_jaxpr(
         lambda *given: propagate.read_changes(*given, 0, metric, term.whole_vocabulary)
     )(
         decoder,
-        jax.ShapeDtypeStruct((size, width), dtype),
+        frame_shapes(decoder, size),
         jax.ShapeDtypeStruct((batches, rows), jnp.int32),
-        jax.ShapeDtypeStruct((batches, size, rows, width), dtype),
+        jax.ShapeDtypeStruct(shape, decoder.compute_dtype),
         term.reading,
     )
 
 
 def carry_jaxpr(decoder, size=2, batches=2, rows=3):
-    """What carries differences, from the shapes of a run of 8 tokens."""
-    frame = jax.eval_shape(
-        lambda d: capture.frame(d, capture.capture(d, tuple(range(8))), 8 - size, size), decoder
-    )
+    """What carries differences, from shapes."""
     shape = batches, size, rows, decoder.config.hidden_size
-    return jax.make_jaxpr(propagate.carry)(
+    return jax.make_jaxpr(propagate.carry, static_argnums=4)(
         decoder,
-        frame,
+        frame_shapes(decoder, size),
         jax.ShapeDtypeStruct((batches, rows), jnp.int32),
         jax.ShapeDtypeStruct(shape, decoder.compute_dtype),
+        decoder.config.num_layers,
     )
 
 
@@ -297,20 +302,21 @@ def test_a_batch_takes_no_more_memory_than_planned(metric, granularity, group_si
     """What XLA allocates for the compiled functions, which does not grow with the units."""
     decoder = tiny.decoder("llama", hidden_size=96, intermediate_size=384, head_dim=64)
     question = question_lib.Question(METRICS[metric], Positions.PROMPT, group_size=group_size)
-    term = question.metric.terms(UNEQUAL)[0]
+    (term,) = cost.runs(decoder.config, UNEQUAL, question)
     (work,) = plan.plan(decoder.config, UNEQUAL, term, question, [granularity], False)
     memory = 32 * 2**20
     batches, rows = cost.batching(decoder.config, np.float32, work, term, memory, "cpu")
-    trace = capture.capture(decoder, UNEQUAL.prompt_ids + term.response)
+    branches = term.branches_after(UNEQUAL.prompt_ids)
+    trace = capture.capture(decoder, UNEQUAL.prompt_ids + term.response, branches)
     frame = capture.frame(decoder, trace, work.start, work.size)
     differences = jax.ShapeDtypeStruct((batches, work.size, rows, 96), np.float32)
     stages = jax.ShapeDtypeStruct((batches, rows), np.int32)
     change = getattr(trace, work.site.value)[:, : work.size]
     compiled = [
         propagate.enter.lower(decoder, change, None, *[stages] * 3, work.site, group_size),
-        propagate.carry.lower(decoder, frame, stages, differences),
+        propagate.carry.lower(decoder, frame, stages, differences, 2),
         propagate.read_changes.lower(
-            *(decoder, frame.inputs[-1], stages, differences, term.reading, 11),
+            *(decoder, frame, stages, differences, term.reading, 11),
             *(question.metric, term.whole_vocabulary),
         ),
     ]
@@ -369,9 +375,9 @@ def test_two_compilations_serve_all_layers_and_granularities():
 def test_an_embedding_edit_goes_through_the_engine():
     """No granularity has the embedding as its site, but the engine takes it as any other."""
     question = question_lib.Question(METRICS["logit"])
-    term = METRICS["logit"].terms(UNEQUAL)[0]
     with jax.enable_x64(True):
         decoder = tiny.decoder("llama", dtype="float64")
+        (term,) = cost.runs(decoder.config, UNEQUAL, question)
         base, source = (
             capture.capture(decoder, ids)
             for ids in (UNEQUAL.prompt_ids, UNEQUAL.counterfactual_ids)
@@ -382,14 +388,14 @@ def test_an_embedding_edit_goes_through_the_engine():
             base, source, Site.EMBEDDING, rows, rows - 1, np.isin(rows, (4, 9))
         )
         units = plan.Units.grid(1, positions=(4, 9))
-        entering = propagate.enter(
-            decoder, change, None, units.layers, units.units, units.positions, Site.EMBEDDING, 1
-        )
+        places = (array[None] for array in (units.layers, units.units, units.positions))
+        entering = propagate.enter(decoder, change, None, *places, Site.EMBEDDING, 1)
         frame = capture.frame(decoder, base, 0, 16)
         stages = plan.stage(decoder.config, Site.EMBEDDING, units.layers)
-        residual = propagate.carry(decoder, frame, stages[None], entering[None])
+        blocks = propagate.blocks_to_carry(decoder.config, 16, term.reading)
+        carried = propagate.carry(decoder, frame, stages[None], entering, blocks)
         found = propagate.read_changes(
-            *(decoder, frame.inputs[-1], stages[None], residual, term.reading, 11),
+            *(decoder, frame, stages[None], carried, term.reading, 11),
             *(question.metric, term.whole_vocabulary),
         )[0]
         tokens = np.array(UNEQUAL.prompt_ids)

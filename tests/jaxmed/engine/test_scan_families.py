@@ -16,6 +16,7 @@ from tests.jaxmed.scans import (
     compiled_without_optimising,
     define,
     largest,
+    pair,
     some_directions,
     worst,
 )
@@ -83,3 +84,19 @@ def test_padding_of_runs_and_prefixes_changes_nothing(family, tmp_path, monkeypa
         monkeypatch.setattr(capture, "SHORTEST", 64)
         padded = scan.scan_pair(decoder, UNEQUAL, question, names)
     assert worst(padded, found) <= 1e-13
+
+
+@pytest.mark.parametrize("family", tiny.costly_families(["mistral", *tiny.STRUCTURES, "gpt2"]))
+def test_responses_that_share_a_run_give_the_plain_definition(family):
+    """In which each has a run of its own. The responses are as long as some windows."""
+    asked = pair(12, 11, harmful=6, safe=7)
+    question = question_lib.Question(metrics.ResponseLogprobDifference(), Positions.PROMPT)
+    names = ("layer", "module")
+    with jax.enable_x64(True), compiled_without_optimising():
+        decoder = tiny.decoder(family, dtype="float64")
+        assert len(cost.runs(decoder.config, asked, question)) == 1
+        reference = define(decoder, asked, question, names)
+        found = scan.scan_pair(decoder, asked, question, names)
+        assert largest(reference) > 1e-2
+        assert worst(found, reference) <= 1e-12
+        assert found.y_base == pytest.approx(reference.y_base, rel=1e-12)

@@ -108,8 +108,8 @@ def test_speed_of_lists():
         layers=3,
         tokens=64,
         lists=(
-            ListSpeed("layer", "last", 12.34, 0.01234, 1.234e9, 1e11),
-            ListSpeed("head", "prompt", 1.23, 123.4, 1.234e12, 1e10),
+            ListSpeed("layer", "last", 12.34, 0.01234, 1.234e9, 2e9, 1e11),
+            ListSpeed("head", "prompt", 1.23, 123.4, 1.234e12, 1.3e12, 1e10),
         ),
         peak_memory_bytes=2**31,
     )

@@ -1,0 +1,111 @@
+"""What is computed for what is needed: spans, runs, operations."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from jaxmed.engine import cost, plan
+from jaxmed.question import metrics
+from jaxmed.question.positions import Positions
+from jaxmed.question.question import Question
+from jaxmed.validation import presets
+from models.config import Rotary
+from tests import tiny
+from tests.jaxmed.scans import UNEQUAL, pair
+
+LOGIT, RESPONSE = metrics.LogitDifference(), metrics.ResponseLogprobDifference()
+# The shape of SmolLM2-135M.
+SMALL = presets.llama(
+    dtype="float32",
+    vocab_size=49152,
+    tie_embeddings=True,
+    rotary=Rotary(kind="default", theta=10000.0),
+    hidden_size=576,
+    intermediate_size=1536,
+    num_layers=30,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=64,
+)
+
+
+def batching(work, term):
+    return cost.batching(SMALL, np.float32, work, term, 2**34, "cpu")
+
+
+@pytest.mark.parametrize("intermediate_size, most, lengths", [(1000, 1.125, 56), (40, 1.5, 18)])
+def test_spans_are_little_longer_than_what_is_needed(intermediate_size, most, lengths):
+    """Of many units less than of few."""
+    config = tiny.config("llama", intermediate_size=intermediate_size, max_positions=512)
+    question = Question(LOGIT, Positions.PROMPT)
+    found = {}
+    for length in range(3, 513):
+        asked = pair(length, length)
+        (term,) = cost.runs(config, asked, question)
+        (work,) = plan.plan(config, asked, term, question, ["neuron"], False)
+        assert np.all(work.needed == length)
+        assert work.start == 0
+        found[length] = work.size
+    assert all(length <= size <= most * length for length, size in found.items() if length > 4)
+    # Those of one and two positions are not among these.
+    assert len(set(found.values())) == lengths - 2
+
+
+def test_the_prompt_is_computed_with_little_padding():
+    """65 tokens are one more than a power of two."""
+    question = Question(LOGIT, Positions.PROMPT)
+    asked, names = pair(65, 65), ["layer", "module", "head", "neuron"]
+    done = cost.operations_done(SMALL, asked, question, names, batching=batching)
+    assert 1 <= done / cost.operations(SMALL, asked, question, names) <= 1.15
+
+
+def test_operations_are_those_of_the_blocks_that_follow():
+    """Of a neuron of the first of two blocks, at the last position of a prompt of 8."""
+    config = tiny.config("llama", num_layers=2)
+    chosen = {"neuron": np.zeros((2, 40), bool)}
+    chosen["neuron"][0, 3] = True
+    width, inner, heads, keys = 24, 40, 32, 16
+    block = width * (2 * heads + 2 * keys) + 3 * width * inner
+    scores = 2 * heads * (7 + 2)
+    needed = cost.operations(config, pair(8, 8), Question(LOGIT), ["neuron"], chosen)
+    assert needed == 2 * 2 * (block + scores + 2 * width)
+    # Of three positions only keys and values are needed at two.
+    asked = Question(LOGIT, Positions.PROMPT)
+    needed = cost.operations(config, pair(3, 3), asked, ["neuron"], chosen)
+    at_all = 2 * width * keys
+    assert needed == 2 * 2 * (block + 2 * heads * 6 + 2 * at_all + 2 * width)
+
+
+def test_responses_share_a_run_where_that_is_less_work():
+    def runs(length, positions, config=SMALL):
+        return cost.runs(config, pair(64, 64, length, length), Question(RESPONSE, positions))
+
+    assert len(runs(20, Positions.PROMPT)) == 1
+    assert len(runs(20, Positions.RESPONSE)) == 2
+    # Scores between long responses are more than the prompt.
+    assert len(runs(1000, Positions.LAST)) == 2
+    shared, apart = (
+        sum(
+            np.sum(cost.needed_operations(SMALL, work, term))
+            for term in terms
+            for work in plan.plan(
+                SMALL, asked, term, Question(RESPONSE, Positions.PROMPT), ["neuron"], False
+            )
+        )
+        for asked in [pair(65, 65, 20, 20)]
+        for terms in (
+            cost.runs(SMALL, asked, Question(RESPONSE, Positions.PROMPT)),
+            cost.runs(SMALL, asked, Question(RESPONSE, Positions.RESPONSE)),
+        )
+    )
+    assert shared <= 0.7 * apart
+
+
+def test_a_prompt_that_is_one_position_longer_begins_with_it():
+    """Where the prompts are of unequal lengths and aligned at their ends."""
+    question = Question(LOGIT, Positions.PROMPT)
+    config = dataclasses.replace(tiny.config("llama"), max_positions=512)
+    (term,) = cost.runs(config, UNEQUAL, question)
+    work = plan.plan(config, UNEQUAL, term, question, ["head"], False)[0]
+    assert (work.start, work.size, work.needed[0]) == (0, 12, 11)
