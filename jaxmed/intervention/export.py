@@ -13,9 +13,11 @@ import json
 import math
 from collections.abc import Callable, Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Shaped
 
 from jaxmed.behaviour.answering import AnsweringModel
 from jaxmed.files import reading
@@ -36,11 +38,18 @@ def damped(decoder: Decoder, units: Sequence[Unit], strength: float) -> Decoder:
         else:
             kernel = copy.blocks.attention.output.kernel
             rows = np.repeat(mask[..., 0], config.head_dim, axis=1)
-        kept, place = kernel[...], np.nonzero(rows)
-        old = products.numbers(kept[place])
-        scaled = (old.astype(jnp.float32) * (1 - strength)).astype(old.dtype)
-        kernel[...] = kept.at[place].set(products.stored(scaled))
+        kernel[...] = _scaled_rows(kernel[...], np.nonzero(rows), 1 - strength)
     return copy
+
+
+@jax.jit
+def _scaled_rows(
+    weight: Shaped[Array, "L units d"], place: tuple[np.ndarray, ...], factor: float
+) -> Shaped[Array, "L units d"]:
+    """A weight, as it is kept, some of whose rows are multiplied by a factor."""
+    old = products.numbers(weight[place])
+    scaled = (old.astype(jnp.float32) * factor).astype(old.dtype)
+    return weight.at[place].set(products.stored(scaled))
 
 
 class Criterion(enum.StrEnum):
