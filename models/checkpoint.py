@@ -34,6 +34,7 @@ import tqdm
 import transformers
 from flax import nnx
 from huggingface_hub.errors import StrictDataclassError
+from jaxtyping import Array, Shaped
 
 from jaxmed.files import reading
 from models import adapters, cache, families, hf_config, placement, weights
@@ -43,7 +44,7 @@ from models.errors import InputError, failures_as
 from models.families.family import Family
 from models.placement import Placing
 from models.products import numbers_on_host
-from models.shapes import AnyArray
+from models.shapes import Layer
 from models.weights import Path, Row
 
 SINGLE_FILE = "model.safetensors"
@@ -1039,7 +1040,7 @@ def _write_json(file: pathlib.Path, content: Mapping) -> None:
 
 
 @jax.jit
-def _of_layer(stacked: AnyArray, layer: int) -> jax.Array:
+def _of_layer(stacked: Shaped[Array, "L ..."], layer: Layer) -> Shaped[Array, "..."]:
     return stacked[layer]
 
 

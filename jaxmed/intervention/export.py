@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Shaped
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int, Shaped
 
 from jaxmed.behaviour.answering import AnsweringModel
 from jaxmed.files import reading
@@ -25,6 +26,7 @@ from jaxmed.intervention.outcomes import ClampOutcome
 from jaxmed.intervention.units import Unit, masks
 from models import checkpoint, products
 from models.decoder import Decoder
+from models.shapes import AnyArray
 from models.sites import Site
 
 
@@ -44,7 +46,9 @@ def damped(decoder: Decoder, units: Sequence[Unit], strength: float) -> Decoder:
 
 @jax.jit
 def _scaled_rows(
-    weight: Shaped[Array, "L units d"], place: tuple[np.ndarray, ...], factor: float
+    weight: Shaped[Array, "L units d"],
+    place: tuple[Int[AnyArray, "rows"], ...],
+    factor: Float[ArrayLike, ""],
 ) -> Shaped[Array, "L units d"]:
     """A weight, as it is kept, some of whose rows are multiplied by a factor."""
     old = products.numbers(weight[place])

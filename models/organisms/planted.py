@@ -20,9 +20,10 @@ import operator
 from collections.abc import Mapping
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import ArrayLike
+from jaxtyping import Int
 
 from models.config import DecoderConfig
 from models.decoder import Decoder
@@ -248,13 +249,13 @@ def plant(
     for name, index, planted in _planted_values(config, blueprint, rng):
         values[name][index] = planted
     fixed = jax.tree.map(
-        lambda weight: jnp.asarray(np.full(weight.shape, Role.FIXED, np.int32)), decoder
+        lambda weight: jax.device_put(np.full(weight.shape, Role.FIXED, np.int32)), decoder
     )
     return _with_weights(decoder, values), _with_weights(fixed, roles)
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
-def _random(config: DecoderConfig, seed: int) -> Decoder:
+def _random(config: DecoderConfig, seed: Int[ArrayLike, ""]) -> Decoder:
     return Decoder(config, rngs=nnx.Rngs(jax.random.key(seed)))
 
 
@@ -262,7 +263,7 @@ def _with_weights(decoder: Decoder, values: Mapping[str, np.ndarray]) -> Decoder
     """A copy that has these parameters, by name, and shares the others."""
     copy = nnx.clone(decoder)
     for name, value in values.items():
-        operator.attrgetter(name)(copy)[...] = jnp.asarray(value)
+        operator.attrgetter(name)(copy)[...] = jax.device_put(value)
     return copy
 
 
