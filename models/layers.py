@@ -158,6 +158,25 @@ def softmax_last_axis(scores: Float[Array, "... n"]) -> Float[Array, "... n"]:
 
 
 @jax.jit
+def weighted_sum(
+    earlier_scores: Float[Array, "K G T P"],
+    scores: Float[Array, "K G T S"],
+    values: Float[Array, "S K h"],
+    earlier_values: Float[Array, "P K h"],
+) -> Float[Array, "T K G h"]:
+    """The sum of values, each weighted by the softmax of all scores of its query. Named, as
+    `softmax_last_axis` is.
+
+    The scores are joined, the values never: under vmap over the span the product with earlier
+    values is then one matrix product, with one operand for the whole batch.
+    """
+    weights = softmax_last_axis(jnp.concatenate([earlier_scores, scores], axis=-1))
+    earlier, now = jnp.split(weights, [earlier_scores.shape[-1]], axis=-1)
+    heads = jnp.einsum("kgts,skh->tkgh", now, values)
+    return heads + jnp.einsum("kgts,skh->tkgh", earlier, earlier_values)
+
+
+@jax.jit
 def inverse_rms_last_axis(
     x: Float[Array, "... d"], eps: Float[ArrayLike, ""]
 ) -> Float[Array, "... 1"]:
@@ -202,6 +221,12 @@ def visible(queries: Span, key_positions, key_valid, window) -> Bool[Array, "T S
     """Key j is visible to query i if it is a token, and i - window < j <= i."""
     distance = queries.positions[:, None] - key_positions
     return key_valid & (distance >= 0) & (distance < window)
+
+
+def _nothing_before(keys: KeyValues, values: KeyValues) -> Cache:
+    """A prefix of no tokens."""
+    nowhere = jnp.zeros(0, int)
+    return Cache(keys[:0], values[:0], nowhere, nowhere == 0)
 
 
 class Linear(nnx.Module):
@@ -261,25 +286,22 @@ class Attention(nnx.Module):
         value = self._heads(self.value(x))
 
         query = query.reshape(length, self.num_kv_heads, -1, self.head_dim)
-        scores = jnp.einsum("tkgh,skh->kgts", query, key)
-        mask = visible(at, at.positions, at.valid, traits.window)
-        if prefix is not None:
-            # The scores are joined, the keys and values never: under vmap over the span, prefix
-            # products then stay one matrix product with one operand for the whole batch.
-            before = jnp.einsum("tkgh,skh->kgts", query, prefix.keys.astype(x.dtype))
-            scores = jnp.concatenate([before, scores], axis=-1)
-            seen = visible(at, prefix.positions, prefix.valid, traits.window)
-            mask = jnp.concatenate([seen, mask], axis=-1)
-        scores = scores * traits.score_scale
-        if self.score_cap is not None:
-            scores = capped(scores, self.score_cap)
-        # A finite mask, put on after scaling, keeps every difference finite.
-        weights = softmax_last_axis(jnp.where(mask, scores, jnp.finfo(scores.dtype).min / 4))
-        heads = jnp.einsum("kgts,skh->tkgh", weights[..., -length:], value)
-        if prefix is not None:
-            heads = heads + jnp.einsum(
-                "kgts,skh->tkgh", weights[..., :-length], prefix.values.astype(x.dtype)
-            )
+        if prefix is None:
+            prefix = _nothing_before(key, value)
+
+        def scores(keys, positions, valid):
+            found = jnp.einsum("tkgh,skh->kgts", query, keys) * traits.score_scale
+            found = found if self.score_cap is None else capped(found, self.score_cap)
+            # A finite mask, put on after scaling, keeps every difference finite.
+            mask = visible(at, positions, valid, traits.window)
+            return jnp.where(mask, found, jnp.finfo(found.dtype).min / 4)
+
+        heads = weighted_sum(
+            scores(prefix.keys.astype(x.dtype), prefix.positions, prefix.valid),
+            scores(key, at.positions, at.valid),
+            value,
+            prefix.values.astype(x.dtype),
+        )
         heads = tap(Site.HEAD, heads.reshape(length, -1, self.head_dim))
         return self.write(heads), key, value
 

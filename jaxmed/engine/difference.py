@@ -15,7 +15,7 @@ The identities, with b = a + d (they follow from algebra and addition theorems; 
 are marked):
 
     linear                    A d
-    a1 a2, dot_general        d1 (a2 + d2) + a1 d2, or for numbers d1 a2 + (a1 + d1) d2
+    a1 a2, dot_general        d1 a2 + (a1 + d1) d2, or for numbers d1 (a2 + d2) + a1 d2
     a1 / a2                   (d1 - (a1 / a2) d2) / (a2 + d2)
     a^n                       d (b^(n-1) + b^(n-2) a + ... + a^(n-1)), by repeated squaring
     a^-n                      the same for 1 / a, whose difference is -d / (a b)
@@ -62,6 +62,7 @@ it is known to epsilon, times d in the result.
 """
 
 import dataclasses
+import functools
 import inspect
 import math
 import operator
@@ -91,7 +92,7 @@ class Policy:
     """
 
     fallback: bool
-    named: Mapping[str, tuple[str, "NamedRule"]]
+    named: Mapping[str, tuple[str, "Several"]]
 
 
 # From the policy, an equation of the jaxpr, its operands' values and their differences to the
@@ -102,6 +103,21 @@ Rule = Callable[[Policy, core.JaxprEqn, list, list], tuple[list, list]]
 # arguments to the function's output and its difference.
 NamedRule = Callable[..., tuple[Array, Array]]
 
+
+@dataclasses.dataclass(frozen=True)
+class Several:
+    """A rule of a function whose first arguments change, any of them.
+
+    Attributes:
+        rule: from these arguments, their differences and the other arguments to the function's
+            output and its difference.
+        changing: how many they are.
+    """
+
+    rule: NamedRule
+    changing: int
+
+
 _RULES: dict[str, Rule] = {}
 # Those that know what to do with a discrete operand that changes.
 _TAKES_DISCRETE: set[str] = set()
@@ -110,7 +126,7 @@ _TAKES_DISCRETE: set[str] = set()
 def difference(
     f: Callable,
     *,
-    rules: Mapping[Callable, NamedRule] = types.MappingProxyType({}),
+    rules: Mapping[Callable, NamedRule | Several] = types.MappingProxyType({}),
     fallback: bool = False,
 ) -> Callable[[tuple, tuple], tuple[PyTree, PyTree]]:
     """The function (x, d) -> (f(x), f(x + d) - f(x)).
@@ -119,7 +135,8 @@ def difference(
         f: a function of arrays (or pytrees of them), made of primitives that have a rule.
         rules: of compiled functions (`jax.jit`) that f may call, as wholes; each applies where the
             first argument alone changes. A jaxpr holds no functions, but the name of each and
-            where it is written: a function is known by its name and its file.
+            where it is written: a function is known by its name and its file. `Several` has a rule
+            of a function whose first arguments change.
         fallback: evaluate a primitive that has no rule at both x and x + d, and subtract: correct,
             but rounded relative to the value.
 
@@ -153,10 +170,11 @@ def difference(
     return differenced
 
 
-def _by_name(rules: Mapping[Callable, NamedRule]) -> dict[str, tuple[str, NamedRule]]:
+def _by_name(rules: Mapping[Callable, NamedRule | Several]) -> dict[str, tuple[str, Several]]:
     """The rules as `Policy.named` has them."""
     named = {}
     for function, rule in rules.items():
+        rule = rule if isinstance(rule, Several) else Several(rule, changing=1)
         written = inspect.unwrap(function)
         if written.__name__ in named:
             raise ValueError(f"two functions named '{written.__name__}' are given rules")
@@ -204,8 +222,9 @@ def _propagate(policy: Policy, jaxpr: core.Jaxpr, consts, values, changes) -> tu
 
 def _rule(policy: Policy, equation, inputs, changes) -> Rule:
     name = equation.primitive.name
-    if name == "jit" and _only_first(changes) and (named := _named_rule(policy, equation)):
-        return _as_a_whole(named)
+    if name == "jit" and (named := _named_rule(policy, equation)):
+        if all(change is None for change in changes[named.changing :]):
+            return _as_a_whole(named)
     if name in _TAKES_DISCRETE:
         return _RULES[name]
     # A change of an integer is never small, so that direct evaluation is the accurate one.
@@ -225,23 +244,20 @@ def _rule(policy: Policy, equation, inputs, changes) -> Rule:
     )
 
 
-def _named_rule(policy: Policy, equation) -> NamedRule | None:
+def _named_rule(policy: Policy, equation) -> Several | None:
     """The rule of the compiled function that an equation calls, if it was given one."""
     file, rule = policy.named.get(equation.params["name"], (None, None))
     where = _open(equation.params["jaxpr"])[0].debug_info.func_src_info
     return rule if file is not None and (where is None or file in where) else None
 
 
-def _as_a_whole(named: NamedRule) -> Rule:
+def _as_a_whole(named: Several) -> Rule:
     def rule(policy, equation, inputs, changes):
-        output, change = named(inputs[0], changes[0], *inputs[1:])
+        first, others = inputs[: named.changing], inputs[named.changing :]
+        output, change = named.rule(*first, *map(_dense, first, changes), *others)
         return [output], [change]
 
     return rule
-
-
-def _only_first(changes) -> bool:
-    return all(change is None for change in changes[1:])
 
 
 def _evaluate(equation, inputs, **params) -> list:
@@ -607,12 +623,15 @@ def _elementwise(name: str):
 
 
 def _product_change(product: Callable, a, b, da, db):
-    """f(a + da, b + db) - f(a, b) = f(da, b + db) + f(a, db) for a bilinear f."""
+    """f(a + da, b + db) - f(a, b) = f(da, b) + f(a + da, db) for a bilinear f.
+
+    In a batch of differences the first of both products has one operand for all of them.
+    """
     if da is None:
         return product(a, db)
     if db is None:
         return product(da, b)
-    return product(da, b + db) + product(a, db)
+    return product(da, b) + product(a + da, db)
 
 
 @_elementwise("mul")
@@ -1060,22 +1079,77 @@ def logsumexp(a: Value, d: Value) -> tuple[Array, Array]:
     return jax.nn.logsumexp(a, axis=-1), _Exponentials(a, d).logsumexp_change()
 
 
-def inverse_rms(a: Value, d: Value, eps: ArrayLike) -> tuple[Array, Array]:
+def weighted_sum(
+    earlier_scores: Value,
+    scores: Value,
+    values: Value,
+    d_earlier: Value,
+    d_scores: Value,
+    d_values: Value,
+    earlier_values: Value,
+) -> tuple[Array, Array]:
+    """The rule of the softmax's sum over values, sum of p v, in few passes over the scores.
+
+    With p = softmax(a) and any constant c, t = p expm1(d - c) and T = sum(t) give the change
+
+        (sum of t (v + dv) - T sum of p v + sum of p dv) / (1 + T).
+
+    c is the mean of d by p, so that T >= 0 (Jensen's inequality) and nothing cancels in 1 + T; it
+    is raised where an exponential would overflow. What t lacks, by the rounding of c, it lacks in
+    T as well.
+    """
+    before = earlier_scores.shape[-1]
+    a = jnp.concatenate([earlier_scores, scores], axis=-1)
+    largest = jnp.max(a, axis=-1, keepdims=True)
+    log_p = a - largest
+    log_p = log_p - jnp.log(jnp.sum(jnp.exp(log_p), axis=-1, keepdims=True))
+    p = jnp.exp(log_p)
+    parts = [
+        (p[..., :before], log_p[..., :before], d_earlier),
+        (p[..., before:], log_p[..., before:], d_scores),
+    ]
+
+    def over_keys(reduce, combine, f):
+        return functools.reduce(combine, [reduce(f(*part), -1, keepdims=True) for part in parts])
+
+    mean = over_keys(jnp.sum, jnp.add, lambda p, log_p, d: p * d)
+    reduce_max = functools.partial(jnp.max, initial=-jnp.inf)
+    highest = over_keys(reduce_max, jnp.maximum, lambda p, log_p, d: log_p + d)
+    c = mean + jnp.maximum(highest - mean - _SAFE_EXPONENT, 0)
+
+    def weight_change(p, log_p, d):
+        d = d - c
+        return _exp_change(p, jnp.exp(log_p + d), d)
+
+    total = over_keys(jnp.sum, jnp.add, weight_change)
+    earlier_t, t = (weight_change(*part) for part in parts)
+
+    def summed(weights, values):
+        return jnp.einsum("kgts,skh->tkgh", weights, values)
+
+    output = summed(p[..., before:], values) + summed(p[..., :before], earlier_values)
+    moved = summed(earlier_t, earlier_values) + summed(t, values + d_values)
+    moved = moved + summed(p[..., before:], d_values)
+    total = jnp.moveaxis(total, 2, 0)
+    return output, (moved - total * output) / (1 + total)
+
+
+# Beyond which no exponential is let grow, of weights that are 1 at most before they change.
+_SAFE_EXPONENT = 30
+
+
+def inverse_rms(
+    a: Value, d: Value, eps: ArrayLike, *, mean: Callable[[Value], Array]
+) -> tuple[Array, Array]:
     """The rule of 1 / sqrt(mean(a^2) + eps) over the last axis, which is kept.
 
     The changed mean square is formed from a + d, so that no large entry is left behind in it.
+    `mean` is the last axis' mean, kept, in the form that is fast on the device.
     """
-    mean_square = _last_axis_mean(jnp.square(a)) + eps
-    change = _last_axis_mean(d * (2 * a + d))
-    changed = _last_axis_mean(jnp.square(a + d)) + eps
+    mean_square = mean(jnp.square(a)) + eps
+    change = mean(d * (2 * a + d))
+    changed = mean(jnp.square(a + d)) + eps
     return lax.rsqrt(mean_square), _rsqrt_change(mean_square, changed, change)
-
-
-def _last_axis_mean(x: Value) -> Array:
-    """As a product with a vector, which XLA's CPU backend forms ten times faster than the sum where
-    an axis of the batch has length 1."""
-    weights = jnp.full((x.shape[-1], 1), 1 / x.shape[-1], x.dtype)
-    return jnp.dot(x, weights, precision=lax.Precision.HIGHEST)
 
 
 def silu(a: Value, d: Value) -> tuple[Value, Value]:

@@ -21,11 +21,13 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
 from jaxmed.engine import capture, cost
 from jaxmed.engine.capture import Frame
 from jaxmed.engine.difference import difference
+from jaxmed.engine.hoisting import hoisted
 from jaxmed.engine.plan import ALL_POSITIONS, Units
 from jaxmed.engine.rules import rules
 from jaxmed.question.metrics import (
@@ -35,7 +37,9 @@ from jaxmed.question.metrics import (
     logsumexp_last_axis,
 )
 from models import products
+from models.config import DecoderConfig
 from models.decoder import Decoder, Trace
+from models.products import Products
 from models.sites import Site
 
 # The modules whose inside a site is; what they write goes through a norm in some families.
@@ -47,12 +51,12 @@ def enter(
     decoder: Decoder,
     change: Float[Array, "L S ..."],
     written: Float[Array, "L S d"] | None,
-    layers: Int[Array, "*chunk"],
-    units: Int[Array, "*chunk"],
-    positions: Int[Array, "*chunk"],
+    layers: Int[Array, "n B"],
+    units: Int[Array, "n B"],
+    positions: Int[Array, "n B"],
     site: Site,
     group_size: int,
-) -> Float[Array, "*chunk S d"]:
+) -> Float[Array, "n S B d"]:
     """D: what each unit's edit adds to the residual stream where it joins it.
 
     Args:
@@ -178,11 +182,11 @@ def enter_directions(
     along: Float[Array, "U S"],
     added: Float[Array, "U d"],
     written: Float[Array, "L S d"] | None,
-    layers: Int[Array, "*chunk"],
-    which: Int[Array, "*chunk"],
-    positions: Int[Array, "*chunk"],
+    layers: Int[Array, "n B"],
+    which: Int[Array, "n B"],
+    positions: Int[Array, "n B"],
     site: Site,
-) -> Float[Array, "*chunk S d"]:
+) -> Float[Array, "n S B d"]:
     """D of directions, as `enter` gives it of other units: v (v . change), written."""
     change = along[which][..., None] * added[which][..., None, :]
     if written is not None:
@@ -195,11 +199,13 @@ def enter_directions(
     return _at_position(change, positions)
 
 
-def _at_position(written: Float[Array, "*chunk S d"], positions: Int[Array, "*chunk"]):
+def _at_position(
+    written: Float[Array, "n B S d"], positions: Int[Array, "n B"]
+) -> Float[Array, "n S B d"]:
     """What is written, where the unit is edited at one position only, at that one."""
     positions = positions[..., None]
     here = (positions == ALL_POSITIONS) | (positions == jnp.arange(written.shape[-2]))
-    return jnp.where(here[..., None], written, 0)
+    return jnp.swapaxes(jnp.where(here[..., None], written, 0), -3, -2)
 
 
 @functools.partial(jax.jit, donate_argnames=("differences",))
@@ -207,15 +213,15 @@ def carry(
     decoder: Decoder,
     frame: Frame,
     stages: Int[Array, "n B"],
-    differences: Float[Array, "n B S d"],
-) -> Float[Array, "n B S d"]:
+    differences: Float[Array, "n S B d"],
+) -> Float[Array, "n S B d"]:
     """The exact change of the last block's output when D joins the residual stream.
 
     Each row's D joins at its own stage. The loop over layers starts at the first that any row
     needs, and in each layer the loop over batches stops after the last batch that has joined: both
     are known at run time only, so that one compilation serves all layers and granularities, and
-    nothing is computed for a batch before its stage. A layer's weights are fetched and made ready,
-    and its base values computed, once for all batches.
+    nothing is computed for a batch before its layer. A layer's weights are fetched and made ready,
+    and its base values computed, once for all batches (`hoisted`).
 
     Args:
         decoder: the model; `Decoder.at_precision` says how differences are multiplied.
@@ -227,20 +233,6 @@ def carry(
     traits = decoder.traits
     first_stages = jnp.min(stages, axis=1)
 
-    def run_half(f, value, stage, differences):
-        """What reads the stream at a stage, for the rows that have joined by then; the others
-        wait."""
-
-        def run_batch(index, differences):
-            batch = differences[index]
-            moved = batch + changes_of(decoder, f, value, batch)
-            joined = (stages[index] <= stage)[:, None, None]
-            batch = jnp.where(joined, moved, batch)
-            return jax.lax.dynamic_update_index_in_dim(differences, batch, index, axis=0)
-
-        with jax.named_scope(f.__name__):
-            return jax.lax.fori_loop(0, jnp.sum(first_stages <= stage), run_batch, differences)
-
     def run_layer(layer, differences):
         block = decoder.ready(decoder.block(layer))
         prefix = _at_layer(frame.prefix, layer)
@@ -251,29 +243,47 @@ def carry(
         def feed(x):
             return block.feed(x, _untapped)
 
+        def both(x):
+            return attend(x) + feed(x)
+
+        # What reads the residual stream, its value there, and the stage.
+        halves = [
+            (attend, frame.inputs[layer], 2 * layer),
+            (feed, frame.middles[layer], 2 * layer + 1),
+        ]
         if decoder.config.parallel:
+            halves = [(both, frame.inputs[layer], 2 * layer)]
+        changes = [(f.__name__, change_of(decoder, f, value), at) for f, value, at in halves]
 
-            def both(x):
-                return attend(x) + feed(x)
+        def run_batch(index, differences):
+            batch = differences[index]
+            for half, change, stage in changes:
+                with jax.named_scope(half):
+                    added = jax.vmap(change, in_axes=1, out_axes=1)(batch)
+                    # A row that has not joined waits.
+                    batch = jnp.where((stages[index] <= stage)[:, None], batch + added, batch)
+                    batch = _laid_out(batch, decoder.products)
+            return jax.lax.dynamic_update_index_in_dim(differences, batch, index, axis=0)
 
-            return run_half(both, frame.inputs[layer], 2 * layer, differences)
-        differences = run_half(attend, frame.inputs[layer], 2 * layer, differences)
-        return run_half(feed, frame.middles[layer], 2 * layer + 1, differences)
+        last = halves[-1][-1]
+        live = jnp.sum(first_stages <= last)
+        return jax.lax.fori_loop(0, live, run_batch, differences)
 
     return jax.lax.fori_loop(
         jnp.min(first_stages) // 2, decoder.config.num_layers, run_layer, differences
     )
 
 
-@functools.partial(jax.jit, static_argnames=("metric",))
+@functools.partial(jax.jit, static_argnames=("metric", "whole_vocabulary"))
 def read_changes(
     decoder: Decoder,
     residual: Float[Array, "S d"],
     stages: Int[Array, "n B"],
-    differences: Float[Array, "n B S d"],
+    differences: Float[Array, "n S B d"],
     reading: Reading,
     last_prompt: Int[Array, ""],
     metric: Metric,
+    whole_vocabulary: bool,
 ) -> Float[Array, "n B"]:
     """dY: the exact change of the metric when the last block's output changes.
 
@@ -286,27 +296,70 @@ def read_changes(
         last_prompt: index in the span of the last prompt token, from which the reading's offsets
             count.
         metric: the metric.
+        whole_vocabulary: as in `metrics.Term`.
     """
-
-    def y(residual):
-        return read(decoder, metric, residual, reading, last_prompt)
-
-    def read_batch(index, found):
-        batch = changes_of(decoder, y, residual, differences[index])
-        return jax.lax.dynamic_update_index_in_dim(found, batch, index, axis=0)
-
+    rows = last_prompt + reading.offsets
+    base = residual[rows]
     last = 2 * decoder.config.num_layers
     live = jnp.sum(jnp.min(stages, axis=1) <= last)
-    nothing = jnp.zeros(stages.shape, differences.dtype)
-    return jax.lax.fori_loop(0, live, read_batch, nothing)
+
+    def in_batches(change: Callable, changes: Float[Array, "n *R B"] | None, shape: tuple):
+        """The change of each batch, from those of its rows and what else has changed in it."""
+
+        def run_batch(index, found):
+            moved = differences[index][rows]
+            if changes is None:
+                batch = jax.vmap(change, in_axes=1, out_axes=-1)(moved)
+            else:
+                batch = jax.vmap(change, in_axes=(1, -1), out_axes=-1)(moved, changes[index])
+            return jax.lax.dynamic_update_index_in_dim(found, batch, index, axis=0)
+
+        return jax.lax.fori_loop(0, live, run_batch, jnp.zeros(shape, differences.dtype))
+
+    if not whole_vocabulary:
+
+        def y(x):
+            return metric.value(_RowLogits(decoder, x), reading)
+
+        return in_batches(change_of(decoder, y, base), None, stages.shape)
+
+    # Chunk by chunk of the vocabulary: its weights and base logits serve all batches.
+    def with_chunk(state, start):
+        total, changes = state
+
+        def added(x, total):
+            return _RowLogits(decoder, x).add_chunk(total, start)
+
+        change = change_of(decoder, added, base, total)
+        changes = in_batches(change, changes, changes.shape)
+        return (added(base, total), changes), None
+
+    def y_of_both(x, total):
+        return metric.value(_RowLogits(decoder, x, total), reading)
+
+    nothing = _RowLogits(decoder, base).of_no_chunk()
+    unchanged = jnp.zeros((len(stages), *nothing.shape, stages.shape[1]), differences.dtype)
+    (total, changes), _ = jax.lax.scan(
+        with_chunk, (nothing, unchanged), _chunk_starts(decoder.config)
+    )
+    change = change_of(decoder, y_of_both, base, total)
+    return in_batches(change, changes, stages.shape)
 
 
-def changes_of(
-    decoder: Decoder, f: Callable, value: Float[Array, "S d"], changes: Float[Array, "B S d"]
-):
-    """f(value + change) - f(value) for every change of a batch; the value stays unbatched."""
+def change_of(decoder: Decoder, f: Callable, *values: Float[Array, "..."]) -> Callable:
+    """The function of changes d -> f(values + d) - f(values); what depends on the values alone is
+    computed now."""
     exact = difference(f, rules=rules(decoder.products))
-    return jax.vmap(lambda change: exact((value,), (change,))[1])(changes)
+    change = hoisted(lambda changes: exact(values, changes)[1], values)
+    return lambda *changes: change(changes)
+
+
+def _laid_out(batch: Float[Array, "S B d"], how: Products) -> Float[Array, "S B d"]:
+    """A batch with its rows one after another in memory. The TPU's compiler may lay them side by
+    side, which takes two copies of a chunk and half as long again in the MLP."""
+    if how.platform != "tpu":
+        return batch
+    return with_layout_constraint(batch, Layout(major_to_minor=(0, 1, 2)))
 
 
 def _untapped(site, value):
@@ -322,10 +375,17 @@ def _at_layer(prefix, layer):
 
 @dataclasses.dataclass(frozen=True)
 class _RowLogits:
-    """The logits at rows of the last block's output, a chunk of the vocabulary at a time."""
+    """The logits at rows of the last block's output, a chunk of the vocabulary at a time.
+
+    Attributes:
+        decoder: the model.
+        rows: of the last block's output.
+        total: the log-normalisers, where they are known.
+    """
 
     decoder: Decoder
     rows: Float[Array, "R d"]
+    total: Float[Array, "R"] | None = None
 
     def of(self, tokens: Int[Array, "K"]) -> Float[Array, "R K"]:
         """Logits of the given tokens."""
@@ -333,19 +393,31 @@ class _RowLogits:
 
     def log_normaliser(self) -> Float[Array, "R"]:
         """Log-sum-exp over the vocabulary."""
-        size = self.decoder.config.vocab_size
-        chunk = min(VOCABULARY_CHUNK, size)
-        lowest = jnp.finfo(self.rows.dtype).min / 4
+        if self.total is not None:
+            return self.total
 
         def add(total, start):
-            tokens = start + jnp.arange(chunk)
-            logits = self.of(jnp.minimum(tokens, size - 1))
-            logits = jnp.where(tokens < size, logits, lowest)
-            both = jnp.stack([total, logsumexp_last_axis(logits)], axis=-1)
-            return logsumexp_last_axis(both), None
+            return self.add_chunk(total, start), None
 
-        nothing = jnp.full(self.rows.shape[0], lowest)
-        return jax.lax.scan(add, nothing, jnp.arange(0, size, chunk))[0]
+        return jax.lax.scan(add, self.of_no_chunk(), _chunk_starts(self.decoder.config))[0]
+
+    def of_no_chunk(self) -> Float[Array, "R"]:
+        """Log-sum-exp over no token, and finite."""
+        return jnp.full(self.rows.shape[0], jnp.finfo(self.rows.dtype).min / 4)
+
+    def add_chunk(self, total: Float[Array, "R"], start: Int[Array, ""]) -> Float[Array, "R"]:
+        """Log-sum-exp over the tokens of a total and those of the chunk that starts there."""
+        size = self.decoder.config.vocab_size
+        tokens = start + jnp.arange(min(VOCABULARY_CHUNK, size))
+        logits = self.of(jnp.minimum(tokens, size - 1))
+        logits = jnp.where(tokens < size, logits, jnp.finfo(logits.dtype).min / 4)
+        both = jnp.stack([total, logsumexp_last_axis(logits)], axis=-1)
+        return logsumexp_last_axis(both)
+
+
+def _chunk_starts(config: DecoderConfig) -> Int[Array, "chunk"]:
+    """First tokens of the vocabulary's chunks."""
+    return jnp.arange(0, config.vocab_size, min(VOCABULARY_CHUNK, config.vocab_size))
 
 
 def read(decoder, metric, residual, reading, last_prompt):

@@ -178,6 +178,7 @@ def _scan_work(
             term.reading,
             base.prompt_length - 1 - work.start,
             question.metric,
+            term.whole_vocabulary,
         )
         if under_way is not None:
             found.append(_collect(under_way, conditions.on_operations))

@@ -418,7 +418,7 @@ def products(decoder: Decoder) -> dict[str, Callable]:
 
     def change(linear: Callable, differences: jax.Array) -> jax.Array:
         value = jnp.zeros(differences.shape[1:], differences.dtype)
-        return propagate.changes_of(decoder, linear, value, differences)
+        return jax.vmap(propagate.change_of(decoder, linear, value))(differences)
 
     def of_attention(block, stream, heads, neurons):
         attention = block.attention

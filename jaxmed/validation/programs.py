@@ -257,7 +257,14 @@ def _of_work(
     record(
         f"{question.metric.name}, {chunk}",
         lambda decoder, base, stages, residual, reading, last: propagate.read_changes(
-            decoder, base[-1], stages, residual, reading, last, question.metric
+            decoder,
+            base[-1],
+            stages,
+            residual,
+            reading,
+            last,
+            question.metric,
+            term.whole_vocabulary,
         ),
         *(decoder, frame.inputs, stages, residual, term.reading, last_prompt),
     )
