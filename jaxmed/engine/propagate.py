@@ -22,11 +22,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.layout import Layout, with_layout_constraint
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxmed.engine import capture, cost
 from jaxmed.engine.capture import Frame
-from jaxmed.engine.difference import difference
+from jaxmed.engine.difference import Several, difference
 from jaxmed.engine.hoisting import hoisted
 from jaxmed.engine.plan import ALL_POSITIONS, Units
 from jaxmed.engine.rules import rules
@@ -208,12 +208,39 @@ def _at_position(
     return jnp.swapaxes(jnp.where(here[..., None], written, 0), -3, -2)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Forced:
+    """Neurons whose change is given in each row, at the edited positions.
+
+    Attributes:
+        change: their new value minus that of the base run, [L, S, I].
+        edited: which positions of the span are edited, [S].
+        members: which neurons, [n, B, L, I].
+    """
+
+    change: Float[Array, "L S I"]
+    edited: Bool[Array, "S"]
+    members: Bool[Array, "n B L I"]
+
+    @property
+    def nothing(self) -> tuple[Float[Array, "S I"], Bool[Array, "S I"]]:
+        """What `at` would give of a row without members."""
+        return jnp.zeros_like(self.change[0]), jnp.zeros(self.change.shape[1:], bool)
+
+    def at(self, layer, batch) -> tuple[Float[Array, "S I"], Bool[Array, "B S I"]]:
+        """The change of a layer's neurons, and which of them have it in each row of a batch."""
+        members = self.members[batch, :, layer, None]
+        return self.change[layer], members & self.edited[:, None]
+
+
 @functools.partial(jax.jit, donate_argnames=("differences",))
 def carry(
     decoder: Decoder,
     frame: Frame,
     stages: Int[Array, "n B"],
     differences: Float[Array, "n S B d"],
+    forced: Forced | None = None,
 ) -> Float[Array, "n S B d"]:
     """The exact change of the last block's output when D joins the residual stream.
 
@@ -229,6 +256,8 @@ def carry(
         stages: where each D joins, in increasing order; past the last stage for a row that is
             padding.
         differences: D; its buffer is reused for the result.
+        forced: neurons whose change is given, whatever is carried to them. A row joins by the stage
+            whose reader has the first of them.
     """
     traits = decoder.traits
     first_stages = jnp.min(stages, axis=1)
@@ -237,15 +266,20 @@ def carry(
         block = decoder.ready(decoder.block(layer))
         prefix = _at_layer(frame.prefix, layer)
 
-        def attend(x):
+        def attend(x, *_):
             return block.attend(x, frame.span, traits.at(layer), prefix, _untapped)[0]
 
-        def feed(x):
-            return block.feed(x, _untapped)
+        def feed(x, *given):
+            def tap(site, value):
+                return with_change(value, *given) if given and site == Site.NEURON else value
 
-        def both(x):
-            return attend(x) + feed(x)
+            return block.feed(x, tap)
 
+        def both(x, *given):
+            return attend(x) + feed(x, *given)
+
+        # Of the base run, nothing is forced.
+        unforced = () if forced is None else forced.nothing
         # What reads the residual stream, its value there, and the stage.
         halves = [
             (attend, frame.inputs[layer], 2 * layer),
@@ -253,13 +287,17 @@ def carry(
         ]
         if decoder.config.parallel:
             halves = [(both, frame.inputs[layer], 2 * layer)]
-        changes = [(f.__name__, change_of(decoder, f, value), at) for f, value, at in halves]
+        changes = [
+            (f.__name__, change_of(decoder, f, value, *unforced), at) for f, value, at in halves
+        ]
 
         def run_batch(index, differences):
             batch = differences[index]
+            given = () if forced is None else forced.at(layer, index)
+            in_axes = (1, None, 0)[: 1 + len(given)]
             for half, change, stage in changes:
                 with jax.named_scope(half):
-                    added = jax.vmap(change, in_axes=1, out_axes=1)(batch)
+                    added = jax.vmap(change, in_axes, out_axes=1)(batch, *given)
                     # A row that has not joined waits.
                     batch = jnp.where((stages[index] <= stage)[:, None], batch + added, batch)
                     batch = _laid_out(batch, decoder.products)
@@ -346,10 +384,10 @@ def read_changes(
     return in_batches(change, changes, stages.shape)
 
 
-def change_of(decoder: Decoder, f: Callable, *values: Float[Array, "..."]) -> Callable:
+def change_of(decoder: Decoder, f: Callable, *values: Shaped[Array, "..."]) -> Callable:
     """The function of changes d -> f(values + d) - f(values); what depends on the values alone is
     computed now."""
-    exact = difference(f, rules=rules(decoder.products))
+    exact = difference(f, rules={**rules(decoder.products), with_change: _FORCED})
     change = hoisted(lambda changes: exact(values, changes)[1], values)
     return lambda *changes: change(changes)
 
@@ -360,6 +398,23 @@ def _laid_out(batch: Float[Array, "S B d"], how: Products) -> Float[Array, "S B 
     if how.platform != "tpu":
         return batch
     return with_layout_constraint(batch, Layout(major_to_minor=(0, 1, 2)))
+
+
+@jax.jit
+def with_change(
+    value: Float[Array, "..."], change: Float[Array, "..."], where: Bool[Array, "..."]
+) -> Float[Array, "..."]:
+    """The value itself, whose difference `change_of` takes to be that of `change` where it says."""
+    del change, where
+    return value
+
+
+def _forced(value, change, where, carried, forced, forced_where):
+    del change, where
+    return value, jnp.where(forced_where, forced, carried)
+
+
+_FORCED = Several(_forced, changing=3)
 
 
 def _untapped(site, value):
