@@ -11,6 +11,7 @@ from typing import TypeVar
 import jax
 from absl import app, flags
 
+from jaxmed.runs import compilation
 from models import cache
 from models.errors import InputError
 
@@ -49,6 +50,8 @@ def start(
         try:
             for line in run(settings()) or ():
                 print(line)
+            if told := compilation.so_far().told:
+                print(told, file=sys.stderr)
         except InputError as error:
             sys.exit(f"Error: {error}")
         except KeyboardInterrupt:

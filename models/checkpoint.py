@@ -34,6 +34,7 @@ import tqdm
 import transformers
 from flax import nnx
 from huggingface_hub.errors import StrictDataclassError
+from jaxtyping import Array, Shaped
 
 from jaxmed.files import reading
 from models import adapters, cache, families, hf_config, placement, weights
@@ -43,6 +44,7 @@ from models.errors import InputError, failures_as
 from models.families.family import Family
 from models.placement import Placing
 from models.products import numbers_on_host
+from models.shapes import Layer
 from models.weights import Path, Row
 
 SINGLE_FILE = "model.safetensors"
@@ -1037,6 +1039,11 @@ def _write_json(file: pathlib.Path, content: Mapping) -> None:
     file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+@jax.jit
+def _of_layer(stacked: Shaped[Array, "L ..."], layer: Layer) -> Shaped[Array, "..."]:
+    return stacked[layer]
+
+
 def _write_weights(decoder: Decoder, folder: pathlib.Path, max_shard_bytes: int) -> None:
     """Writes the weights shard by shard; no more than one shard is held on the host."""
     _, parameters = _parameters(decoder)
@@ -1051,7 +1058,9 @@ def _write_weights(decoder: Decoder, folder: pathlib.Path, max_shard_bytes: int)
 
     def values(row: Row) -> np.ndarray:
         arrays = [parameters[path][...] for path in row.paths]
-        return row.join([numbers_on_host(a if row.layer is None else a[row.layer]) for a in arrays])
+        return row.join(
+            [numbers_on_host(a if row.layer is None else _of_layer(a, row.layer)) for a in arrays]
+        )
 
     for file, names in plan.filename_to_tensors.items():
         # safetensors lets only the user read what it writes; others may as the umask says.

@@ -4,28 +4,23 @@ Shapes: L layers, I neurons of a layer, N sets of neurons.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float
 
 from jaxmed.data.pairs import Pair
-from jaxmed.engine import capture, cost
+from jaxmed.engine import capture, cost, plan, propagate
 from jaxmed.engine.memory import free as free_memory
-from jaxmed.engine.propagate import read
+from jaxmed.engine.plan import ALL_POSITIONS, Units, Work
 from jaxmed.engine.scan import Run, pair_effects
-from jaxmed.question import positions
 from jaxmed.question.effects import PairEffects
-from jaxmed.question.joined import Joined, Readings
-from jaxmed.question.metrics import Metric
+from jaxmed.question.joined import Joined
 from jaxmed.question.question import Question
+from models.config import DecoderConfig
 from models.decoder import Decoder
-from models.edits import Edit
-from models.shapes import AnyArray, Branches
+from models.shapes import AnyArray
 from models.sites import Site
 
 
@@ -38,74 +33,104 @@ def joint_pair(
 ) -> PairEffects:
     """NIE and TIE of sets of neurons, each set patched as one intervention.
 
-    The whole model is run for every set, with a list of edits: one for each layer.
+    A set's neurons have the values of the other run, whatever its earlier ones do: so their changes
+    are given, and those of all others carried (`propagate.Forced`).
 
     Args:
         decoder: the model.
         pair: the pair.
-        question: the metric and the positions.
+        question: the metric and the positions; its group size must be 1.
         sets: which neurons are in each set.
         memory: bytes for the runs that are made at once; most of what is free by default.
 
     Returns:
         Effects whose NIE and TIE hold one array, "joint", [N].
     """
+    chosen = {"neuron": np.any(sets, axis=0)}
 
     def evaluate(base: Run, source: Run, term: Joined, swapped: bool):
-        response = len(term.response)
-        edited = positions.edited(pair, question.positions, question.align, response)
-        edited = edited.swapped() if swapped else edited
-        tokens, valid, _ = capture.pad(base.tokens)
-        is_edited = np.zeros(len(tokens), bool)
-        is_edited[edited.base] = True
-        found = joint_changes(
-            decoder,
-            tokens=tokens,
-            valid=valid,
-            branches=base.trace.branches,
-            values=capture.aligned(source.trace, Site.NEURON, edited, len(tokens)),
-            edited=is_edited,
-            sets=sets,
-            reading=term.reading,
-            last_prompt=base.prompt_length - 1,
-            metric=question.metric,
-            at_once=cost.runs_at_once(decoder.config, term, len(tokens), budget),
-        )
-        yield "joint", ..., np.asarray(found)
+        work = plan.plan(decoder.config, pair, term, question, ["neuron"], swapped, chosen)
+        # None where nothing that is edited is before what is read.
+        if work:
+            (work,) = work
+            found = _joint_changes(decoder, base, source, work, term, question, sets, budget)
+            yield "joint", ..., found
 
     budget = free_memory() if memory is None else memory
     joint_shape = {"joint": (len(sets),)}
     return pair_effects(decoder, pair, question, joint_shape, evaluate)
 
 
-@functools.partial(jax.jit, static_argnames=("metric", "at_once"))
-def joint_changes(
+def operations(config: DecoderConfig, pair: Pair, question: Question) -> float:
+    """Floating-point operations of both estimands of a set, at most: of one that has neurons of the
+    first layer."""
+    stage = plan.reader(config, np.zeros(1))
+    return sum(
+        float(
+            np.sum(
+                cost.unit_operations(
+                    config, stage, work.start + work.size - work.needed, work.needed, term
+                )
+            )
+        )
+        for term, work in cost.works(config, pair, question, ["neuron"])
+    )
+
+
+def _joint_changes(
     decoder: Decoder,
-    *,
-    tokens: Int[AnyArray, "T"],
-    valid: Bool[AnyArray, "T"],
-    branches: Branches | None,
-    values: Float[AnyArray, "L T I"],
-    edited: Bool[AnyArray, "T"],
+    base: Run,
+    source: Run,
+    work: Work,
+    term: Joined,
+    question: Question,
     sets: Bool[AnyArray, "N L I"],
-    reading: Readings,
-    last_prompt: Int[ArrayLike, ""],
-    metric: Metric,
-    at_once: int,
-) -> Float[Array, "N"]:
-    """Y(edited) - Y(plain) for sets of neurons, whose values at the edited positions are given."""
-
-    def run(members):
-        edits = [
-            Edit.patch(Site.NEURON, layer, edited, values[layer], members[layer])
-            for layer in range(decoder.config.num_layers)
-        ]
-        # Only the rows that are read: logits of all positions of all sets would be large.
-        residual = decoder(tokens, edits=edits, valid=valid, branches=branches)[1].residual
-        assert residual is not None  # a run keeps all sites unless some are named
-        return read(decoder, metric, residual[-1], reading, last_prompt)
-
-    return jax.lax.map(run, sets, batch_size=at_once) - run(jnp.zeros_like(sets[0]))
+    memory: int,
+) -> Float[np.ndarray, "N"]:
+    """dY of sets of neurons, where the work is that of their neurons alone."""
+    config = decoder.config
+    change = capture.edited_difference(
+        base.trace, source.trace, Site.NEURON, work.edited, work.start, work.size
+    )
+    frame = capture.frame(decoder, base.trace, work.start, work.size)
+    edited = np.isin(work.start + np.arange(work.size), work.edited.base)
+    # A set is a unit of the first layer that it has neurons in; without any it is padding.
+    filled = np.any(sets, axis=2)
+    first = np.where(np.any(filled, axis=1), np.argmax(filled, axis=1), config.num_layers)
+    order = np.argsort(first, kind="stable").astype(np.int32)
+    units = Units(first[order].astype(np.int32), order, np.full(len(sets), ALL_POSITIONS))
+    work = dataclasses.replace(work, units=units)
+    batches, rows = cost.batching(config, decoder.dtype, work, term, memory, jax.default_backend())
+    blocks = propagate.blocks_to_carry(config, work.size, term.reading)
+    found = []
+    for part in units.chunks(batches, rows, padding_layer=config.num_layers):
+        stages = plan.reader(config, part.layers)
+        nothing = np.zeros((batches, work.size, rows, config.hidden_size), change.dtype)
+        forced = propagate.Forced(change, edited, sets[part.units])
+        carried = propagate.carry(
+            decoder,
+            frame,
+            stages,
+            jax.device_put(nothing),
+            blocks,
+            forced,
+        )
+        found.append(
+            propagate.read_changes(
+                decoder,
+                frame,
+                stages,
+                carried,
+                term.reading,
+                base.prompt_length - 1 - work.start,
+                question.metric,
+                term.whole_vocabulary,
+                forced,
+            )
+        )
+    y = np.zeros(len(sets))
+    y[order] = np.concatenate([np.asarray(each).reshape(-1) for each in found])[: len(sets)]
+    return y
 
 
 Neuron = tuple[int, int]  # its layer, and its number there

@@ -16,6 +16,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmed.data.pairs import Pair
@@ -83,7 +84,6 @@ def scores(
         raise ValueError(f"there are no gradients of granularity '{granularity}'")
     if steps < 1:
         raise ValueError(f"{steps} steps: at least 1 is needed")
-    fractions = (np.arange(steps) + 0.5) / steps if steps > 1 else np.zeros(1)
 
     def evaluate(base: Run, source: Run, term: Joined, swapped: bool):
         edited = positions.edited(pair, question.positions, question.align, len(term.response))
@@ -94,8 +94,8 @@ def scores(
                 site: _change(base.trace, source.trace, site, edited, swapped)
                 for site in sites.SITES[granularity]
             },
-            _path(pair, base.trace, source.trace, question, swapped) if steps > 1 else None,
-            fractions,
+            _path(pair, base.trace, source.trace, question, swapped),
+            steps,
             term.reading,
             base.prompt_length - 1,
             metric=question.metric,
@@ -130,9 +130,15 @@ def unit_slopes(
     decoder: Decoder,
     trace: Trace,
     changes: dict[Site, Float[Array, "L T ..."]],
+<<<<<<< HEAD
     path: Float[Array, "T d"] | None,
     fractions: Float[Array, "steps"],
     reading: Readings,
+=======
+    path: Float[Array, "T d"],
+    steps: Int[ArrayLike, ""],
+    reading: Readings,
+>>>>>>> compile17
     last_prompt: Int[Array, ""],
     metric: Metric,
     group_size: int,
@@ -140,8 +146,10 @@ def unit_slopes(
     """d/ds of Y with s * change added to one unit alone, at s = 0.
 
     The changes are those of one granularity's sites; units follow in the order of `Site`. The mean
-    over runs whose embeddings lie the given fractions of the path from those of `trace`. The
-    derivative is taken in s and not in the activations: no gradient [L, T, I] is stored.
+    over runs whose embeddings lie at the midpoints of so many steps along the path from those of
+    `trace`, or with a single step, at its start. How many is known at run time only, so that one
+    compilation serves all. The derivative is taken in s and not in the activations: no gradient
+    [L, T, I] is stored.
     """
     at = decoder.span(trace.positions, trace.valid, trace.branches)
     units = {
@@ -160,18 +168,18 @@ def unit_slopes(
         residual, _ = decoder.run_blocks(embedding, at, moved, layers=layers, recomputed=True)
         return read(decoder, metric, residual, reading, last_prompt)
 
-    def slopes(fraction):
-        embedding = trace.embedding
-        if path is not None:
-            embedding = embedding + fraction.astype(path.dtype) * path
-        nothing = {
-            site: jnp.zeros((change.shape[0], units.get(site, 1)), change.dtype)
-            for site, change in changes.items()
-        }
-        found = jax.grad(y)(nothing, embedding)
-        return jnp.concatenate([found[site] for site in Site if site in found], axis=1)
+    nothing = {
+        site: jnp.zeros((change.shape[0], units.get(site, 1)), change.dtype)
+        for site, change in changes.items()
+    }
 
-    return jnp.mean(jax.lax.map(slopes, fractions), axis=0)
+    def add(step, total):
+        fraction = jnp.where(steps > 1, (step + 0.5) / steps, 0).astype(path.dtype)
+        slopes = jax.grad(y)(nothing, trace.embedding + fraction * path)
+        return jax.tree.map(jnp.add, total, slopes)
+
+    total = jax.lax.fori_loop(0, steps, add, nothing)
+    return jnp.concatenate([total[site] for site in Site if site in total], axis=1) / steps
 
 
 def _spread(extent: Float[Array, "U"], site: Site, group_size: int, value: Float[Array, "T ..."]):

@@ -66,7 +66,7 @@ def operations(
     """Floating-point operations of the matrix products that a pair's scan needs."""
     return sum(
         float(np.sum(needed_operations(config, work, term)))
-        for term, work in _works(config, pair, question, granularities, chosen)
+        for term, work in works(config, pair, question, granularities, chosen)
     )
 
 
@@ -87,21 +87,21 @@ def operations_done(
         batching: batches of a chunk and rows of a batch, as the function of that name gives them.
     """
     total = 0.0
-    for term, work in _works(config, pair, question, granularities, chosen):
+    for term, work in works(config, pair, question, granularities, chosen):
         batches, rows = batching(work, term)
         for part in work.units.chunks(batches, rows, config.num_layers):
             first = np.min(plan.stage(config, work.site, part.layers), axis=1)
-            each = _unit_operations(config, first, work.start, work.size, term, padded=True)
+            each = unit_operations(config, first, work.start, work.size, term, padded=True)
             total += rows * float(np.sum(each))
     return total
 
 
-def _works(
+def works(
     config: DecoderConfig,
     pair: Pair,
     question: Question,
     granularities: Iterable[str],
-    chosen: Mapping[str, np.ndarray] | None,
+    chosen: Mapping[str, np.ndarray] | None = None,
 ) -> Iterator[tuple[Joined, Work]]:
     """All that is computed of a pair, with what is read of it."""
     for term in runs(config, pair, question):
@@ -114,10 +114,10 @@ def needed_operations(config: DecoderConfig, work: Work, term: Joined) -> Float[
     """What each unit needs, in the blocks that follow it and in the metric."""
     stages = plan.stage(config, work.site, work.units.layers)
     start = work.start + work.size - work.needed
-    return _unit_operations(config, stages, start, work.needed, term)
+    return unit_operations(config, stages, start, work.needed, term)
 
 
-def _unit_operations(
+def unit_operations(
     config: DecoderConfig, stages, start, size, term: Joined, padded: bool = False
 ) -> Float[np.ndarray, "U"]:
     """Two per multiply-add, for units that join the residual stream at these stages and whose spans

@@ -203,6 +203,13 @@ def _span(first: int, last: int, lengths: int, smallest: int = 1) -> tuple[int, 
     return max(0, last + 1 - size), size
 
 
+def reader(config: DecoderConfig, layer: np.ndarray) -> np.ndarray:
+    """The stage at which a layer's MLP reads the residual stream; past the last one for a layer
+    that does not exist."""
+    reads = 2 * layer + (0 if config.parallel else 1)
+    return np.where(layer < config.num_layers, reads, 2 * config.num_layers + 1)
+
+
 def stage(config: DecoderConfig, site: Site, layer: np.ndarray) -> np.ndarray:
     """Where in the network a site's write joins the residual stream.
 

@@ -24,11 +24,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxmed.engine import capture, cost
 from jaxmed.engine.capture import Frame
-from jaxmed.engine.difference import difference
+from jaxmed.engine.difference import Several, difference
 from jaxmed.engine.hoisting import hoisted
 from jaxmed.engine.plan import ALL_POSITIONS, Units
 from jaxmed.engine.rules import rules
@@ -211,6 +211,27 @@ def _at_position(
     return jnp.swapaxes(jnp.where(here[..., None], written, 0), -3, -2)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Forced:
+    """Neurons whose change is given in each row, at the edited positions.
+
+    Attributes:
+        change: their new value minus that of the base run, [L, S, I].
+        edited: which positions of the span are edited, [S].
+        members: which neurons, [n, B, L, I].
+    """
+
+    change: Float[Array, "L S I"]
+    edited: Bool[Array, "S"]
+    members: Bool[Array, "n B L I"]
+
+    def at(self, layer, batch) -> tuple[Float[Array, "S I"], Bool[Array, "B S I"]]:
+        """The change of a layer's neurons, and which of them have it in each row of a batch."""
+        members = self.members[batch, :, layer, None]
+        return self.change[layer], members & self.edited[:, None]
+
+
 @functools.partial(jax.jit, donate_argnames=("differences",))
 def carry(
     decoder: Decoder,
@@ -218,6 +239,7 @@ def carry(
     stages: Int[Array, "n B"],
     differences: Float[Array, "n S B d"],
     blocks: Int[ArrayLike, ""],
+    forced: Forced | None = None,
 ) -> Float[Array, "n S B d"]:
     """The exact change of a block's output when D joins the residual stream.
 
@@ -234,16 +256,19 @@ def carry(
             padding.
         differences: D; its buffer is reused for the result.
         blocks: how many of the model's blocks D is carried through; see `blocks_to_carry`.
+        forced: neurons whose change is given, whatever is carried to them. A row joins by the stage
+            whose reader has the first of them.
     """
     first_stages = jnp.min(stages, axis=1)
 
     def run_layer(layer, differences):
-        halves = _halves(decoder, frame, layer)
+        halves = _halves(decoder, frame, layer, forced)
 
         def run_batch(index, differences):
             batch = differences[index]
+            given = _given(forced, layer, index)
             for half in halves:
-                batch = half.add(batch, stages[index])
+                batch = half.add(batch, stages[index], given)
                 batch = _laid_out(batch, decoder.products)
             return jax.lax.dynamic_update_index_in_dim(differences, batch, index, axis=0)
 
@@ -260,7 +285,7 @@ class _Half:
     Attributes:
         name: of what it does.
         stage: where it reads the residual stream.
-        change: of what it adds to the stream, by that of the stream.
+        change: of what it adds to the stream, by that of the stream, and what `_given` gives.
         rows: where in the span it adds; None for everywhere.
     """
 
@@ -269,36 +294,61 @@ class _Half:
     change: Callable
     rows: Rows | None
 
-    def add(self, batch: Float[Array, "S B d"], stages: Int[Array, "B"]) -> Float[Array, "R B d"]:
+    def add(
+        self, batch: Float[Array, "S B d"], stages: Int[Array, "B"], given: tuple
+    ) -> Float[Array, "R B d"]:
         """The change of the stream after it. A row of the batch that has not joined waits."""
+        in_axes = (1, None, 0)[: 1 + len(given)]
         with jax.named_scope(self.name):
-            added = jax.vmap(self.change, in_axes=1, out_axes=1)(batch)
+            added = jax.vmap(self.change, in_axes, out_axes=1)(batch, *given)
             batch = batch if self.rows is None else batch[self.rows]
             return jnp.where((stages <= self.stage)[:, None], batch + added, batch)
 
 
-def _halves(decoder: Decoder, frame: Frame, layer: Layer, rows: Rows | None = None) -> list[_Half]:
+def _given(
+    forced: Forced | None, layer: Layer, batch: Int[ArrayLike, ""], rows: Rows | None = None
+) -> tuple:
+    """What is given of a layer's neurons in a batch, at some rows of the span or at all."""
+    if forced is None:
+        return ()
+    change, members = forced.at(layer, batch)
+    return (change, members) if rows is None else (change[rows], members[:, rows])
+
+
+def _halves(
+    decoder: Decoder,
+    frame: Frame,
+    layer: Layer,
+    forced: Forced | None,
+    rows: Rows | None = None,
+) -> list[_Half]:
     """A block, half by half. With rows, all of the span goes in, and what comes out is at these."""
     block = decoder.ready(decoder.block(layer))
     prefix = _at_layer(frame.prefix, layer)
     inputs, middles = frame.inputs[layer], frame.middles[layer]
 
-    def attend(x):
+    def attend(x, *_):
         traits = decoder.traits.at(layer)
         return block.attend(x, frame.span, traits, prefix, _untapped, rows)[0]
 
-    def feed(x):
-        return block.feed(x, _untapped)
+    def feed(x, *given):
+        def tap(site, value):
+            return with_change(value, *given) if given and site == Site.NEURON else value
 
-    def both(x):
-        return attend(x) + feed(x if rows is None else x[rows])
+        return block.feed(x, tap)
 
+    def both(x, *given):
+        return attend(x) + feed(x if rows is None else x[rows], *given)
+
+    # Of the base run nothing is forced.
+    of_layer = _given(forced, layer, 0, rows)
+    unforced = [jnp.zeros(given.shape[-2:], given.dtype) for given in of_layer]
     if decoder.config.parallel:
-        return [_Half("both", 2 * layer, change_of(decoder, both, inputs), rows)]
+        return [_Half("both", 2 * layer, change_of(decoder, both, inputs, *unforced), rows)]
     middles = middles if rows is None else middles[rows]
     return [
-        _Half("attend", 2 * layer, change_of(decoder, attend, inputs), rows),
-        _Half("feed", 2 * layer + 1, change_of(decoder, feed, middles), None),
+        _Half("attend", 2 * layer, change_of(decoder, attend, inputs, *unforced), rows),
+        _Half("feed", 2 * layer + 1, change_of(decoder, feed, middles, *unforced), None),
     ]
 
 
@@ -318,6 +368,7 @@ def read_changes(
     last_prompt: Int[Array, ""],
     metric: Metric,
     whole_vocabulary: bool,
+    forced: Forced | None = None,
 ) -> Float[Array, "n B"]:
     """dY: the exact change of the metric, by what `carry` gives for `blocks_to_carry`.
 
@@ -331,10 +382,11 @@ def read_changes(
             count.
         metric: the metric.
         whole_vocabulary: as in `metrics.Term`.
+        forced: as in `carry`.
     """
     rows = last_prompt + reading.offsets
     base = frame.inputs[-1][rows]
-    ended = _at_the_end(decoder, frame, stages, differences, rows)
+    ended = _at_the_end(decoder, frame, stages, differences, rows, forced)
     live = jnp.sum(jnp.min(stages, axis=1) <= 2 * decoder.config.num_layers)
 
     def in_batches(change: Callable, changes: Float[Array, "n *R B"] | None, shape: tuple):
@@ -386,28 +438,31 @@ def _at_the_end(
     stages: Int[Array, "n B"],
     differences: Float[Array, "n S B d"],
     rows: Rows,
+    forced: Forced | None,
 ) -> Float[Array, "n R B d"]:
     """The changes of the last block's output at some rows. Of the other positions of a span only
     keys and values matter in that block, so that it is run here where the rows are fewer."""
     ended = differences[:, rows]
     if len(rows) >= differences.shape[1]:
         return ended
-    halves = _halves(decoder, frame, decoder.config.num_layers - 1, rows)
+    layer = decoder.config.num_layers - 1
+    halves = _halves(decoder, frame, layer, forced, rows)
 
     def run_batch(index, ended):
         batch = differences[index]
+        given = _given(forced, layer, index, rows)
         for half in halves:
-            batch = half.add(batch, stages[index])
+            batch = half.add(batch, stages[index], given)
         return jax.lax.dynamic_update_index_in_dim(ended, batch, index, axis=0)
 
     live = jnp.sum(jnp.min(stages, axis=1) <= halves[-1].stage)
     return jax.lax.fori_loop(0, live, run_batch, ended)
 
 
-def change_of(decoder: Decoder, f: Callable, *values: Float[Array, "..."]) -> Callable:
+def change_of(decoder: Decoder, f: Callable, *values: Shaped[Array, "..."]) -> Callable:
     """The function of changes d -> f(values + d) - f(values); what depends on the values alone is
     computed now."""
-    exact = difference(f, rules=rules(decoder.products))
+    exact = difference(f, rules={**rules(decoder.products), with_change: _FORCED})
     change = hoisted(lambda changes: exact(values, changes)[1], values)
     return lambda *changes: change(changes)
 
@@ -418,6 +473,23 @@ def _laid_out(batch: Float[Array, "S B d"], how: Products) -> Float[Array, "S B 
     if how.platform != "tpu":
         return batch
     return with_layout_constraint(batch, Layout(major_to_minor=(0, 1, 2)))
+
+
+@jax.jit
+def with_change(
+    value: Float[Array, "..."], change: Float[Array, "..."], where: Bool[Array, "..."]
+) -> Float[Array, "..."]:
+    """The value itself, whose difference `change_of` takes to be that of `change` where it says."""
+    del change, where
+    return value
+
+
+def _forced(value, change, where, carried, forced, forced_where):
+    del change, where
+    return value, jnp.where(forced_where, forced, carried)
+
+
+_FORCED = Several(_forced, changing=3)
 
 
 def _untapped(site, value):

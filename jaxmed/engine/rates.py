@@ -9,6 +9,7 @@ import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxmed.engine import cost
 from jaxmed.files import atomic
@@ -72,8 +73,10 @@ def _measure(config: DecoderConfig, dtype, how: products.Products, rows: int) ->
     multiply = jax.jit(functools.partial(products.multiplied, products=how))
     done = seconds = 0.0
     for inputs, outputs in (widths, widths[::-1]):
-        weight = prepare(products.stored(jnp.ones((inputs, outputs), dtype)), how, compute)
-        x = jnp.ones((rows, inputs), compute)
+        # From the host: what makes numbers is one more program to compile.
+        weight = jax.device_put(np.ones((inputs, outputs), dtype))
+        weight = prepare(products.stored(weight), how, compute)
+        x = jax.device_put(np.ones((rows, inputs), compute))
         multiply(x, weight).block_until_ready()
         began, repeats, spent = time.perf_counter(), 0, 0.0
         while not repeats or spent < _SECONDS:

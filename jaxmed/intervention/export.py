@@ -13,9 +13,12 @@ import json
 import math
 from collections.abc import Callable, Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int, Shaped
 
 from jaxmed.behaviour.answering import AnsweringModel
 from jaxmed.files import reading
@@ -23,6 +26,7 @@ from jaxmed.intervention.outcomes import ClampOutcome
 from jaxmed.intervention.units import Unit, masks
 from models import checkpoint, products
 from models.decoder import Decoder
+from models.shapes import AnyArray
 from models.sites import Site
 
 
@@ -36,11 +40,20 @@ def damped(decoder: Decoder, units: Sequence[Unit], strength: float) -> Decoder:
         else:
             kernel = copy.blocks.attention.output.kernel
             rows = np.repeat(mask[..., 0], config.head_dim, axis=1)
-        kept, place = kernel[...], np.nonzero(rows)
-        old = products.numbers(kept[place])
-        scaled = (old.astype(jnp.float32) * (1 - strength)).astype(old.dtype)
-        kernel[...] = kept.at[place].set(products.stored(scaled))
+        kernel[...] = _scaled_rows(kernel[...], np.nonzero(rows), 1 - strength)
     return copy
+
+
+@jax.jit
+def _scaled_rows(
+    weight: Shaped[Array, "L units d"],
+    place: tuple[Int[AnyArray, "rows"], ...],
+    factor: Float[ArrayLike, ""],
+) -> Shaped[Array, "L units d"]:
+    """A weight, as it is kept, some of whose rows are multiplied by a factor."""
+    old = products.numbers(weight[place])
+    scaled = (old.astype(jnp.float32) * factor).astype(old.dtype)
+    return weight.at[place].set(products.stored(scaled))
 
 
 class Criterion(enum.StrEnum):

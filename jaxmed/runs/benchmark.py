@@ -70,6 +70,13 @@ class BenchmarkSettings:
         default=None,
         path=True,
     )
+    profile: str = setting(
+        help="Folder: one more run is traced by JAX's profiler, a table says which kernels its "
+        "time goes to, and how long the device is idle; the folder gets the trace (for xprof or "
+        "TensorBoard) and kernels.csv, for each precision and list.",
+        default="",
+        path=True,
+    )
     layers: int = setting(help="Blocks of the model; 0 for the preset's.", default=0, least=0)
     neurons: int = setting(
         help="Neurons to scan, spread evenly over all; 0 for all.", default=0, least=0
@@ -139,11 +146,13 @@ _PROMPT = 64  # tokens of a prompt, where no preset says how many
 _IDLE = {
     "accuracy": (
         *("lists", "generate", "compile_for", "dtype", "matmul_precision", "errors", "preset"),
-        *("screen", "layers", "neurons", "rounds", "memory_gb", "against_types"),
+        *("screen", "layers", "neurons", "rounds", "memory_gb", "against_types", "profile"),
     ),
     "lists": (*("generate", "compile_for", "against", "errors", "screen", "neurons", "organism"),),
     "generate": ("compile_for", "errors", "screen", "neurons", "organism"),
-    "compile_for": ("against", "dtype", "errors", "screen", "neurons", "rounds", "organism"),
+    "compile_for": (
+        *("against", "dtype", "errors", "screen", "neurons", "rounds", "organism", "profile"),
+    ),
 }
 
 
@@ -196,8 +205,22 @@ def check(settings: BenchmarkSettings) -> None:
         raise InputError("--preset says nothing to --model, whose config.json gives the shape")
     if settings.json and not os.access(pathlib.Path(settings.json).absolute().parent, os.W_OK):
         raise InputError(f"--json={settings.json}: its folder cannot be written")
+    if settings.profile:
+        _check_folder(settings.profile)
     if settings.against and importlib.util.find_spec("torch") is None:
         raise InputError("--against needs torch: pip install torch==2.13.0, or make parity")
+
+
+def _check_folder(profile: str) -> None:
+    try:
+        pathlib.Path(profile).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--profile={profile} is no folder to write to: {error}") from None
+
+
+def _profile(settings: BenchmarkSettings, precision: str) -> pathlib.Path | None:
+    """Where the profiles in one precision go."""
+    return pathlib.Path(settings.profile) / precision if settings.profile else None
 
 
 def _accuracy(settings: BenchmarkSettings) -> tuple[list[dict], list[str]]:
@@ -238,6 +261,7 @@ def _lists(settings: BenchmarkSettings, precision: str, against: tuple[str, ...]
         layers=settings.layers,
         rounds=settings.rounds,
         memory_gb=settings.memory_gb,
+        profile=_profile(settings, precision),
     )
     return figures, tables.lists_table(figures)
 
@@ -254,6 +278,7 @@ def _generation(settings: BenchmarkSettings, precision: str, against: tuple[str,
         rounds=settings.rounds,
         batch=settings.rows or benchmark.PROMPTS,
         memory_gb=settings.memory_gb,
+        profile=_profile(settings, precision),
     )
     return figures, tables.generation_table(figures)
 
@@ -272,6 +297,7 @@ def _speed(settings: BenchmarkSettings, precision: str, against: tuple[str, ...]
         rounds=settings.rounds,
         screen=settings.screen,
         memory_gb=settings.memory_gb,
+        profile=_profile(settings, precision),
     )
     return figures, tables.table(figures)
 

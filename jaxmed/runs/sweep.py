@@ -9,10 +9,12 @@ from typing import Any, TypeVar
 
 import tqdm
 
+from jaxmed.runs import compilation
+
 Unit = TypeVar("Unit")
 Found = TypeVar("Found")
 
-_BAR = "{desc}{percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} to go"
+_BAR = "{desc}{percentage:3.0f}%|{bar}| {elapsed} gone{compiling}, {remaining} to go"
 
 
 def say(text: str) -> None:
@@ -28,6 +30,24 @@ def tell(text: str) -> None:
 def teller(progress: bool) -> Callable[[str], None]:
     """`say`, or where nobody looks on, a function that keeps silent."""
     return say if progress else lambda text: None
+
+
+class _Bar(tqdm.tqdm):
+    """A bar whose time to go is by the pace of the work alone: what is compiled for the first unit
+    serves most of the others."""
+
+    def __init__(self, *args, **kwargs):
+        self._before = compilation.so_far()
+        super().__init__(*args, **kwargs)
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        """What tqdm tells."""
+        found = super().format_dict
+        compiling = compilation.so_far().since(self._before).seconds
+        working = found["elapsed"] - compiling
+        told = f", {self.format_interval(compiling)} of it compiling" if compiling >= 1 else ""
+        return found | {"compiling": told, "rate": self.n / working if working > 0 else None}
 
 
 def run(
@@ -54,7 +74,7 @@ def run(
     """
     total = len(units) if costs is None else sum(costs[each] for each in units)
     style: dict[str, Any] = {"unit": unit} if costs is None else {"bar_format": _BAR}
-    with tqdm.tqdm(total=total, desc=name, disable=not (units and progress), **style) as bar:
+    with _Bar(total=total, desc=name, disable=not (units and progress), **style) as bar:
 
         def advance(amount: float) -> None:
             bar.update(amount)

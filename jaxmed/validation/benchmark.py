@@ -8,6 +8,7 @@ depend on how busy or how fast the machine is.
 
 import dataclasses
 import functools
+import pathlib
 import statistics
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
@@ -25,7 +26,8 @@ from jaxmed.engine import cost, memory, plan, rates, scan
 from jaxmed.question.effects import PairEffects
 from jaxmed.question.metrics import LogitDifference
 from jaxmed.question.question import Question
-from jaxmed.validation import presets, timing
+from jaxmed.validation import kernels, presets, timing
+from jaxmed.validation.kernels import Profile
 from models import products
 from models.config import DecoderConfig
 from models.decoder import Decoder
@@ -105,6 +107,7 @@ class Figures:
         baselines: of all that were timed, by name.
         screen_seconds: of both estimands of a pair in screened mode, scores and audit included.
         speedup_screen: how many times faster that is than both estimands in full.
+        profile: where the time of one more run goes; None where it was not asked for.
     """
 
     preset: str
@@ -128,6 +131,7 @@ class Figures:
     baselines: dict[str, BaselineSpeed] = dataclasses.field(default_factory=dict)
     screen_seconds: float | None = None
     speedup_screen: float | None = None
+    profile: Profile | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +148,8 @@ class GenerationFigures:
         hold_cost: how much longer that takes, as a share; median over rounds.
         peak_memory_bytes: as in `Figures`, before the baselines.
         baselines: of all that were timed, by name.
+        profile: where the time of one more run without a hold goes; None where it was not asked
+            for.
     """
 
     preset: str
@@ -159,6 +165,7 @@ class GenerationFigures:
     hold_cost: float
     peak_memory_bytes: int
     baselines: dict[str, BaselineGeneration] = dataclasses.field(default_factory=dict)
+    profile: Profile | None = None
 
 
 def measure_generation(
@@ -175,11 +182,12 @@ def measure_generation(
     prompt_tokens: int = 128,
     new_tokens: int = 64,
     memory_gb: float | None = None,
+    profile: pathlib.Path | None = None,
 ) -> GenerationFigures:
     """Times greedy generation, plain and with a hold, and the baselines' (no holds), in turn.
 
     Args:
-        preset, dtype, against_types, layers, memory_gb, say: as in `measure`.
+        preset, dtype, against_types, layers, memory_gb, profile, say: as in `measure`.
         precision: one of `products.EXACT`, for values are multiplied in no others; or `rates.AUTO`.
         against: any of `GENERATION_BASELINES`; as in `measure`.
         rounds: runs of each after the first, which compiles.
@@ -261,6 +269,7 @@ def measure_generation(
             for name in runs
             if name not in ("plain", "held")
         },
+        profile=kernels.profiled("plain generation", ours, profile) if profile else None,
     )
 
 
@@ -278,6 +287,7 @@ def measure(
     rounds: int = 5,
     screen: int = 0,
     memory_gb: float | None = None,
+    profile: pathlib.Path | None = None,
 ) -> Figures:
     """Runs the engine, the products and the baselines.
 
@@ -294,6 +304,7 @@ def measure(
         rounds: runs of the engine after the first, which compiles.
         screen: how many of the strongest neurons the screened mode looks for; 0 not to time it.
         memory_gb: memory that the process may take on its device, in GiB; most of it by default.
+        profile: folder for the trace of one more run, and the table of its kernels; None for none.
 
     Raises:
         InputError: what is asked cannot be compared.
@@ -344,6 +355,9 @@ def measure(
         matmul_flops_per_second=statistics.median(machine),
         matmul_fraction=statistics.median(fractions),
         peak_memory_bytes=timing.peak_memory(),
+        profile=kernels.profiled("both estimands of a pair", engine.seconds, profile)
+        if profile
+        else None,
     )
     if errors or against:
         figures = dataclasses.replace(figures, error=_error(engine))

@@ -2,6 +2,7 @@
 bound by other things than neurons are."""
 
 import dataclasses
+import pathlib
 from collections.abc import Callable
 
 import jax
@@ -12,7 +13,8 @@ from jaxmed.question.joined import Joined
 from jaxmed.question.metrics import LogitDifference
 from jaxmed.question.positions import Positions
 from jaxmed.question.question import Question
-from jaxmed.validation import presets, timing
+from jaxmed.validation import kernels, presets, timing
+from jaxmed.validation.kernels import Profile
 
 # Tokens are edited one by one, whatever the positions: they are listed once.
 LISTS = (
@@ -32,6 +34,7 @@ class ListSpeed:
         operations: floating-point operations that the algorithm needs for them.
         operations_done: those that the scan makes, with what it pads.
         operations_per_second: operations / seconds.
+        profile: where the time of one more run goes; None where it was not asked for.
     """
 
     granularity: str
@@ -41,6 +44,7 @@ class ListSpeed:
     operations: float
     operations_done: float
     operations_per_second: float
+    profile: Profile | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +76,10 @@ def measure(
     layers: int = 0,
     rounds: int = 5,
     memory_gb: float | None = None,
+    profile: pathlib.Path | None = None,
 ) -> ListFigures:
-    """Runs every list of `LISTS`. Arguments as of `benchmark.measure`."""
+    """Runs every list of `LISTS`. Arguments as of `benchmark.measure`; a folder for profiles gets
+    one for each list."""
     config = presets.shape(preset, layers=layers, dtype=dtype)
     decoder = presets.decoder_at(config, precision, say)
     pair = presets.random_pair(config, presets.PRESETS[preset].tokens)
@@ -101,6 +107,13 @@ def measure(
                 operations=operations,
                 operations_done=done,
                 operations_per_second=operations / median,
+                profile=kernels.profiled(
+                    f"the {granularity} list at {positions}",
+                    run,
+                    profile / f"{granularity}-{positions}",
+                )
+                if profile
+                else None,
             )
         )
         say(f"{granularity}s at {positions}: {median:.3g} s a pair, the first run {first:.3g} s")

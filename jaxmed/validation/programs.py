@@ -290,18 +290,18 @@ def of_gradients(record: Recorder, decoder: Decoder, pair: Pair, question: Quest
         changes = {site: getattr(trace, site.value) for site in sites}
         record(
             granularity,
-            lambda decoder, trace, changes, fractions, reading, last: screening.unit_slopes(
+            lambda decoder, trace, changes, steps, reading, last: screening.unit_slopes(
                 decoder,
                 trace,
                 changes,
-                None,
-                fractions,
+                trace.embedding,
+                steps,
                 reading,
                 last,
                 metric=question.metric,
                 group_size=question.group_size,
             ),
-            *(decoder, trace, changes, np.zeros(1), term.reading, len(pair.prompt_ids) - 1),
+            *(decoder, trace, changes, 1, term.reading, len(pair.prompt_ids) - 1),
         )
 
 

@@ -15,12 +15,15 @@ Shapes: V vocabulary, d hidden size, L layers, H heads, h head size, I neurons.
 
 import dataclasses
 import enum
+import functools
 import operator
+from collections.abc import Mapping
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import ArrayLike
+from jaxtyping import Int
 
 from models.config import DecoderConfig
 from models.decoder import Decoder
@@ -232,25 +235,36 @@ def plant(
         The decoder: ordinary components random, the planted path at working values, every weight
         that would cross a wall 0. And a decoder that has every weight's `Role` in its place.
     """
-    decoder = Decoder(config, rngs=nnx.Rngs(int(rng.integers(2**31))))
-    unembedding = decoder.unembedding
-    assert unembedding is not None  # no recipe ties it to the embedding
-    for table in (decoder.embedding, unembedding):
-        table[...] = jnp.asarray(rng.normal(0, config.hidden_size**-0.5, table.shape), table.dtype)
-    answers = np.array(language.ids(language.ANSWERS))
-    rows = unembedding[...]
-    unembedding[...] = rows.at[answers].set(rows[answers].mean(0))
-
-    roles = jax.tree.map(lambda parameter: jnp.full(parameter.shape, Role.FIXED), decoder)
-    for name, role in _roles(config, blueprint).items():
-        get = operator.attrgetter(name)
-        get(roles)[...] = jnp.asarray(role)
+    decoder = _random(config, int(rng.integers(2**31)))
+    # On the host: each small step would be a program to compile.
+    roles = {name: role.astype(np.int32) for name, role in _roles(config, blueprint).items()}
+    values = {name: np.array(operator.attrgetter(name)(decoder)[...]) for name in roles}
+    for table in (values["embedding"], values["unembedding"]):
+        table[...] = rng.normal(0, config.hidden_size**-0.5, table.shape)
+    rows, answers = values["unembedding"], np.array(language.ids(language.ANSWERS))
+    rows[answers] = rows[answers].mean(0)
+    for name, role in roles.items():
         scale = WRITING_SCALE if name in _WRITING else 1.0
-        get(decoder)[...] = jnp.where(role == Role.ORDINARY, scale * get(decoder)[...], 0)
-    for name, index, values in _planted_values(config, blueprint, rng):
-        parameter = operator.attrgetter(name)(decoder)
-        parameter[...] = parameter[...].at[index].set(values)
-    return decoder, roles
+        values[name] = np.where(role == Role.ORDINARY, scale * values[name], 0)
+    for name, index, planted in _planted_values(config, blueprint, rng):
+        values[name][index] = planted
+    fixed = jax.tree.map(
+        lambda weight: jax.device_put(np.full(weight.shape, Role.FIXED, np.int32)), decoder
+    )
+    return _with_weights(decoder, values), _with_weights(fixed, roles)
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def _random(config: DecoderConfig, seed: Int[ArrayLike, ""]) -> Decoder:
+    return Decoder(config, rngs=nnx.Rngs(jax.random.key(seed)))
+
+
+def _with_weights(decoder: Decoder, values: Mapping[str, np.ndarray]) -> Decoder:
+    """A copy that has these parameters, by name, and shares the others."""
+    copy = nnx.clone(decoder)
+    for name, value in values.items():
+        operator.attrgetter(name)(copy)[...] = jax.device_put(value)
+    return copy
 
 
 def _roles(config: DecoderConfig, blueprint: Blueprint) -> dict[str, np.ndarray]:
@@ -362,12 +376,12 @@ def rotate(decoder: Decoder, rng: np.random.Generator) -> Decoder:
     width = decoder.config.hidden_size
     basis, triangle = np.linalg.qr(rng.normal(size=(width, width)))
     basis *= np.sign(np.diag(triangle))  # makes it uniform among the orthogonal matrices
-    rotated = jax.tree.map(jnp.copy, decoder)
+    rotated = {}
     for name, axis in _RESIDUAL_AXIS.items():
-        parameter = operator.attrgetter(name)(rotated)
-        values = np.moveaxis(np.asarray(parameter[...], np.float64), axis, -1) @ basis
-        parameter[...] = jnp.asarray(np.moveaxis(values, -1, axis), parameter.dtype)
-    return rotated
+        weight = np.asarray(operator.attrgetter(name)(decoder)[...])
+        values = np.moveaxis(weight.astype(np.float64), axis, -1) @ basis
+        rotated[name] = np.moveaxis(values, -1, axis).astype(weight.dtype)
+    return _with_weights(decoder, rotated)
 
 
 _WRITING = ("blocks.attention.output.kernel", "blocks.mlp.down.kernel")

@@ -64,9 +64,9 @@ def train(
     """
     optimizer = optax.adam(optax.cosine_decay_schedule(recipe.learning_rate, recipe.steps))
     # optax takes any pytree, and says so of arrays alone.
-    state = optimizer.init(decoder)  # pyright: ignore[reportArgumentType]
+    state = jax.jit(optimizer.init)(decoder)  # pyright: ignore[reportArgumentType]
     answers = np.array(language.ids(language.ANSWERS))
-    share = jnp.array([_SHARE[role] for role in Role])
+    share = np.array([_SHARE[role] for role in Role], np.float32)
 
     @jax.jit
     def step(decoder, roles, state, rows):
@@ -82,7 +82,7 @@ def train(
                 of_rest,
             )
         update, state = optimizer.update(gradient, state)
-        update = jax.tree.map(lambda role, u: share[role] * u, roles, update)
+        update = jax.tree.map(lambda role, u: jnp.asarray(share)[role] * u, roles, update)
         if not recipe.is_null:
             # The rows of C and R stay equal but for the decision, which is fixed.
             rows = update.unembedding[...]
@@ -123,7 +123,7 @@ def _loudness(written: Float[Array, "... d"]) -> Float[Array, ""]:
 def accuracy(decoder: Decoder, rng: np.random.Generator, size: int) -> tuple[float, float]:
     """On fresh prompts: share of right answers, and of right tokens after a forced answer."""
     tokens, targets, first, after = batch(rng, size)
-    right = np.asarray(_likeliest(decoder, tokens) == targets)
+    right = np.asarray(_likeliest(decoder, tokens)) == targets
     return float(right[np.arange(size), first].mean()), float(right[after].mean())
 
 

@@ -19,6 +19,12 @@ def test_flags_that_would_say_nothing_are_refused():
     done = process.call("benchmark", "--accuracy", "--rounds=2")
     assert done.returncode == 1
     assert "--rounds says nothing to --accuracy" in done.stderr
+    done = process.call("benchmark", "--compile_for=v5e:2x2", "--profile=p")
+    assert done.returncode == 1
+    assert "--profile says nothing to --compile_for" in done.stderr
+    done = process.call("benchmark", "--profile=/dev/null/p")
+    assert done.returncode == 1
+    assert "--profile=/dev/null/p is no folder to write to: [Errno 20]" in done.stderr
     done = process.call("benchmark", "--json=/nowhere/figures.json")
     assert done.returncode == 1
     assert "--json=/nowhere/figures.json: its folder cannot be written" in done.stderr

@@ -360,6 +360,51 @@ def test_a_joint_set_of_one_neuron_is_that_neuron():
         np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max(), rtol=1e-4)
 
 
+@pytest.mark.parametrize("family", tiny.costly_families())
+def test_joint_sets_are_whole_runs_with_edits_in_several_layers(family):
+    """A later neuron of a set has the other run's value, whatever the earlier ones do to it."""
+    question = question_lib.Question(METRICS["logit"], Positions.PROMPT)
+    with jax.enable_x64(True):
+        decoder = tiny.decoder(family, dtype="float64")
+        layers, neurons = decoder.config.num_layers, decoder.config.intermediate_size
+        sets = np.random.default_rng(0).random((6, layers, neurons)) < 0.3
+        sets[1, 0], sets[2, 1:], sets[3] = False, False, False
+        sets[4] = True
+        sets[5, 0, 3] = sets[5, -1, 7] = True
+        found = joint_lib.joint_pair(decoder, UNEQUAL, question, sets)
+        prompts = UNEQUAL.prompt_ids, UNEQUAL.counterfactual_ids
+        paired = min(map(len, prompts))
+
+        @jax.jit
+        def y(tokens, values, members):
+            place = np.arange(len(tokens)) - (len(tokens) - paired)
+            edits = [
+                Edit.patch("neuron", layer, place >= 0, values[layer][place], members[layer])
+                for layer in range(layers)
+            ]
+            logits = decoder(tokens, edits=edits)[0][-1]
+            return logits[UNEQUAL.harmful_ids[0]] - logits[UNEQUAL.safe_ids[0]]
+
+        for base, source, got, sign in (
+            (*prompts, found.nie["joint"], 1),
+            (*prompts[::-1], found.tie["joint"], -1),
+        ):
+            values = decoder(np.array(source))[1].neuron[:, -paired:]
+            tokens = np.array(base)
+            plain = y(tokens, values, np.zeros_like(sets[0]))
+            want = sign * np.array([y(tokens, values, members) - plain for members in sets])
+            np.testing.assert_allclose(got, want, rtol=0, atol=1e-12 * np.abs(want).max())
+            assert got[3] == 0 and np.abs(want[[0, 1, 2, 4, 5]]).min() > 0
+
+
+def test_joint_sets_of_equal_prompts_do_nothing():
+    decoder = tiny.decoder("llama")
+    question = question_lib.Question(METRICS["logit"], Positions.PROMPT)
+    same = dataclasses.replace(UNEQUAL, counterfactual_ids=UNEQUAL.prompt_ids)
+    found = joint_lib.joint_pair(decoder, same, question, np.ones((2, 3, 40), bool))
+    assert not found.nie["joint"].any() and not found.tie["joint"].any()
+
+
 def test_two_compilations_serve_all_layers_and_granularities():
     """One for batches of many units, one for batches of few."""
     # Another vocabulary than that of any other test, so that nothing is compiled yet.

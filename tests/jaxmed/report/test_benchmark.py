@@ -11,6 +11,7 @@ from jaxmed.validation.benchmark import (
     GenerationFigures,
 )
 from jaxmed.validation.chips import CompiledProgram, Half
+from jaxmed.validation.kernels import Kernel, Profile, Share
 from jaxmed.validation.lists import ListFigures, ListSpeed
 from jaxmed.validation.numerical_error import NumericalError
 from tests.jaxmed.report.told import check_golden
@@ -89,6 +90,28 @@ def test_speed():
     assert len(lines) == 11 and len({line.index("  ") for line in lines}) > 1
     assert not any("screened" in line or "hooks" in line for line in lines)
     check_golden("speed", [*lines, "", *benchmark.table(compared)])
+
+
+PROFILE = Profile(
+    what="both estimands of a pair",
+    device="/device:GPU:0",
+    seconds=0.5,
+    busy_seconds=0.4,
+    idle=0.2,
+    kernels=(
+        Kernel("carry", "attend/multiplied", "dot_general", "sm90_gemm" * 20, 1234, 0.3),
+        Kernel("", "", "", "MemcpyD2H", 2, 0.1),
+    ),
+    scopes=(Share("carry attend/multiplied", 1234, 0.3), Share("", 2, 0.1)),
+    waits=(Share("enter", 7, 0.1),),
+)
+
+
+def test_where_the_time_goes():
+    lines = benchmark.table(dataclasses.replace(FIGURES, profile=PROFILE))
+    whole = benchmark.table(FIGURES)
+    assert lines[: len(whole)] == whole
+    check_golden("kernels", lines[len(whole) :])
 
 
 def test_speed_of_generation():

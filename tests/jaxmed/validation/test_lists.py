@@ -43,5 +43,6 @@ def test_every_list_is_run_first_and_then_for_the_median(monkeypatch):
     estimand = block + 2 * 2 * heads * (5 + 2) + 2 * 2 * 24 * 2
     assert figures.lists[0].operations == 2 * estimand
     assert figures.lists[0].operations_per_second == pytest.approx(estimand)
+    assert not any(each.profile for each in figures.lists)
     # All six positions at once take more.
     assert figures.lists[4].operations > 5 * figures.lists[0].operations
