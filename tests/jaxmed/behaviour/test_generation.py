@@ -97,14 +97,27 @@ def test_a_step_with_a_hold_of_nothing_has_the_same_logits(family):
     """What the loop does in every step, by itself: cache and logits, bit by bit."""
     model, lengths = decoder(family), np.array([7, 32, 2, 1], np.int32)
     tokens = np.random.default_rng(1).integers(0, 61, (ROWS, 32)).astype(np.int32)
-    blocks, last = generation.unstacked(model), tokens[:, 0]
-    step = jax.jit(generation._step, static_argnums=7)
+    layers = generation.layered(model)
+    step = jax.jit(generation._step)
 
     def run(holds):
         holds = holding.fitted(model.config, holds, ROWS)
-        x, cache = generation.prefill(model, holds, tokens, lengths, 16)
-        after, cache = step(model, blocks, holds, cache, last, lengths, np.int32(0), 16)
-        return model.unembed(x), model.unembed(after), cache
+        rows = generation.empty(
+            model, layers, rows=ROWS, length=32, room=16, kept_as=np.dtype("float32")
+        )
+        rows = generation.fill(
+            model,
+            layers,
+            holds,
+            rows,
+            fresh=np.arange(ROWS),
+            count=np.int32(ROWS),
+            tokens=tokens,
+            lengths=lengths,
+            together=2,
+        )
+        after, cache, newest = step(model, layers, holds, rows, tokens[:, 0], lengths)
+        return model.unembed(rows.x), model.unembed(after), cache, newest
 
     for held, free in zip(*(jax.tree.leaves(run(h)) for h in (nothing(family), [])), strict=True):
         np.testing.assert_array_equal(held, free)
@@ -112,11 +125,11 @@ def test_a_step_with_a_hold_of_nothing_has_the_same_logits(family):
 
 def test_one_program_serves_all_holds_of_a_site_and_all_settings():
     answers(PROMPTS, holds=[hold(Site.NEURON)])
-    compiled = generation.prefill._cache_size(), generation.decode._cache_size()
+    compiled = generation.fill._cache_size(), generation.advance._cache_size()
     everywhere = Hold.affine("neuron", np.zeros((3, 1)), np.zeros((1, 40)), at_prompt=False)
     few = Sampling(max_tokens=5, temperature=0.7, top_p=0.9, top_k=4)
     answers(PROMPTS, holds=[everywhere], sampling=few, stop={1})
-    assert (generation.prefill._cache_size(), generation.decode._cache_size()) == compiled
+    assert (generation.fill._cache_size(), generation.advance._cache_size()) == compiled
 
 
 def test_each_prompt_may_have_its_own_shift():
@@ -169,11 +182,12 @@ def test_a_stop_token_ends_a_response_and_a_limit_cuts_it():
         assert found == Generated(free[1].tokens[:first], stopped)
 
 
-def test_progress_counts_the_prompts():
-    counts = []
-    assert len(answers(PROMPTS + LONG, progress=counts.append)) == 7
-    assert counts == [2, 4, 1]
-    assert answers([]) == []
+def test_responses_are_told_as_they_end():
+    told = []
+    found = answers(PROMPTS + LONG, ended=told.append)
+    assert [len(each) for each in told] == [2, 4, 1]  # the longest prompts first; batches of four
+    assert {key: value for each in told for key, value in each.items()} == dict(enumerate(found))
+    assert answers([], ended=told.append) == [] and len(told) == 3
 
 
 @pytest.mark.parametrize(
@@ -229,7 +243,9 @@ def test_the_batch_fits_the_memory():
     model, prompts = decoder(), [[1], [1] * 60]
 
     def rows(memory, holds=()):
-        found = batches.sizes(model, holds, prompts, room=16, memory=memory)
+        found = batches.answered_together(
+            model, holds, prompts, room=16, kept_as="float32", memory=memory
+        )
         assert list(found) == [64, 32]  # the longest first: if it does not fit, that shows at once
         return [found[32], found[64]]
 
@@ -253,8 +269,8 @@ def test_products_are_float32(monkeypatch):
         return run
 
     for module, name in (
-        (generation, "prefill"),
-        (generation, "decode"),
+        (generation, "fill"),
+        (generation, "advance"),
         (likelihood, "response_logprobs"),
         (likelihood, "response_divergences"),
     ):

@@ -180,7 +180,7 @@ def test_every_sample_is_generated_once_the_longest_prompts_first(generated, tmp
 
 
 def test_a_stopped_run_goes_on_to_the_same_file(generated, tmp_path, monkeypatch):
-    monkeypatch.setattr(responses, "_AT_ONCE", 2)
+    monkeypatch.setattr(responses, "_TOGETHER", 2)
     (tmp_path / "whole").mkdir()
     whole = responses.response_log(tmp_path / "whole")
     fill(whole, samples=3)
