@@ -107,6 +107,7 @@ def answered_together(
     *,
     room: int,
     kept_as: DTypeLike,
+    converted: int = 0,
     memory: int | None = None,
     batch_size: int | None = None,
 ) -> dict[int, int]:
@@ -116,6 +117,7 @@ def answered_together(
         decoder, holds, prompts: what is run.
         room: slots of a row for generated tokens.
         kept_as: type of keys and values.
+        converted: numbers of weights that are in memory in another form as well.
         memory, batch_size: as in `sizes`.
     """
 
@@ -129,7 +131,7 @@ def answered_together(
             memory=memory,
             platform=jax.default_backend(),
             held=_own_numbers(holds),
-            narrow=decoder.dtype.itemsize < 4,
+            converted=converted,
         )
 
     return _sizes(prompts, fits, memory, batch_size)

@@ -47,6 +47,7 @@ CACHE_DTYPES = ("", "bfloat16")  # of keys and values that are kept; "" is the a
 # After so many steps at most, rows that have ended are given prompts that wait.
 _STEPS = 32
 _NOBODY = -1
+_WIDENED = 2**22  # numbers of a vocabulary's vectors that are widened together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +114,7 @@ def generate(
         prompts,
         room=room,
         kept_as=kept_as,
+        converted=_converted(decoder),
         memory=memory,
         batch_size=batch_size,
     )
@@ -270,6 +272,28 @@ def _through(run: Callable, x: Float[Array, "B T d"], blocks: Layers, cache: Lay
         x, beside = run(x, layer, block, None if cache is None else cache[layer])
         found.append(beside)
     return x, tuple(found)
+
+
+def _in_chunks(decoder: Decoder) -> bool:
+    """Whether logits are made for a part of the vocabulary after the other. XLA's CPU backend would
+    else have all its vectors in memory a second time, widened."""
+    how = decoder.products
+    return how.platform == "cpu" and how.parts is None and decoder.dtype.itemsize < 4
+
+
+def _tokens_of_a_chunk(decoder: Decoder) -> int:
+    config = decoder.config
+    return min(config.vocab_size, max(1, _WIDENED // config.hidden_size))
+
+
+def _converted(decoder: Decoder) -> int:
+    """Numbers of 16-bit weights that are in memory in another form at one time: a layer's, and the
+    vocabulary's or a chunk of them."""
+    if decoder.dtype.itemsize >= 4:
+        return 0
+    config = decoder.config
+    tokens = _tokens_of_a_chunk(decoder) if _in_chunks(decoder) else config.vocab_size
+    return sum(cost.block_weights(config)) + tokens * config.hidden_size
 
 
 # --- Rows ----------------------------------------------------------------------------------------
@@ -444,7 +468,7 @@ def advance(
 
     def step(state):
         done, rows = state
-        logits = decoder.unembed(rows.x)
+        logits = _logits(decoder, rows.x)
         finite = rows.finite & (~rows.going | jnp.all(jnp.isfinite(logits), axis=-1))
         token = choice(logits, seeds, rows.counts)
         going = rows.going & finite & ~is_stop[token]
@@ -455,6 +479,20 @@ def advance(
         return done + 1, Rows(x, cache, newest, tokens, counts, going, finite)
 
     return lax.while_loop(goes_on, step, (0, rows))[1]
+
+
+def _logits(decoder: Decoder, x: Float[Array, "B d"]) -> Float[Array, "B V"]:
+    """Logits of all tokens."""
+    if not _in_chunks(decoder):
+        return decoder.unembed(x)
+    size, chunk = decoder.config.vocab_size, _tokens_of_a_chunk(decoder)
+
+    def add(number, logits):
+        first = jnp.minimum(number * chunk, size - chunk)
+        found = decoder.unembed(x, first + jnp.arange(chunk))
+        return lax.dynamic_update_slice_in_dim(logits, found, first, axis=-1)
+
+    return lax.fori_loop(0, -(-size // chunk), add, jnp.zeros((len(x), size), x.dtype))
 
 
 def _step(

@@ -235,7 +235,7 @@ def answers_at_once(
     memory: int,
     platform: str,
     held: int = 0,
-    narrow: bool = False,
+    converted: int = 0,
 ) -> int:
     """How many prompts are answered together, as `rows_at_once` has it.
 
@@ -245,17 +245,15 @@ def answers_at_once(
         length: tokens that each prompt is padded to.
         room: slots of each row for generated tokens.
         held: numbers of each row's own interventions.
-        narrow: whether weights are of 16 bits; those of the vocabulary are then widened once.
+        converted: numbers of weights that are in memory in another form as well.
     """
     kept = 2 * config.num_layers * _kv_width(config)
     number = np.dtype(dtype).itemsize
     row = kept * (length + room) * np.dtype(kept_as).itemsize
     row += (held + 6 * config.vocab_size) * number
     prompts = prompts_together(length, most_rows(platform), platform)
-    beside = prompts * (2 * kept * length + _run_numbers(config, length)) * number
-    if narrow:
-        beside += config.vocab_size * config.hidden_size * number
-    return _rows(row, beside, length, memory, platform)
+    beside = prompts * (2 * kept * length + _run_numbers(config, length)) + converted
+    return _rows(row, beside * number, length, memory, platform)
 
 
 def prompts_together(length: int, rows: int, platform: str) -> int:

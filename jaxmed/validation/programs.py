@@ -331,29 +331,38 @@ def of_answers(
     count = rows(length, room)
     tokens, lengths = np.zeros((count, length), np.int32), np.full(count, len(prompt), np.int32)
     targets = np.zeros((count, room), np.int32)
-    choice = Choice(
-        keys=jax.eval_shape(jax.vmap(jax.random.key), np.zeros(count, np.uint32)),
-        temperature=jnp.float32(0),
-        top_p=jnp.float32(1),
-        top_k=jnp.int32(0),
-    )
-    blocks = record("", generation.unstacked, decoder)
     of_neurons = np.ones((config.num_layers, config.intermediate_size), np.float32)
     held = [Hold.affine("neuron", of_neurons, of_neurons)]
+    together = cost.prompts_together(length, count, decoder.products.platform)
+    own = {"lengths": lengths, "seeds": np.zeros(count, np.uint32)}
+    fresh = np.arange(-(-count // together) * together, dtype=np.int32)
+    bounds = dict.fromkeys(("max_tokens", "most_steps", "most_ended"), np.int32(room))
+    is_stop = np.zeros(config.vocab_size, bool)
+    begin = functools.partial(generation.fill, together=together)
+    make = functools.partial(
+        generation.empty,
+        rows=count,
+        length=length,
+        room=room,
+        kept_as=jnp.dtype(decoder.compute_dtype),
+    )
     for name, holds in (("plain", []), ("with a hold", held)):
         what = f"{name}, {count} rows of {length} tokens"
-        x, cache = record(
+        layers = decoder.blocks
+        empty = record(what, lambda decoder, layers: make(decoder, layers), decoder, layers)
+        rows_begun = record(
             what,
-            lambda decoder, holds, tokens, lengths: generation.prefill(
-                decoder, holds, tokens, lengths, room
-            ),
-            *(decoder, holds, tokens, lengths),
+            lambda decoder, layers, holds, rows, own: begin(decoder, layers, holds, rows, **own),
+            *(decoder, layers, holds, empty),
+            {"fresh": fresh, "count": np.int32(count), "tokens": tokens, "lengths": lengths},
         )
         record(
             f"{what}, {room} new",
-            lambda *arguments: generation.decode(*arguments, room=room),
-            *(decoder, blocks, holds, x, cache, lengths, choice),
-            *(np.zeros(config.vocab_size, bool), np.ones(count, bool), np.int32(room)),
+            lambda decoder, layers, holds, rows, own: generation.advance(
+                decoder, layers, holds, rows, **own
+            ),
+            *(decoder, layers, holds, rows_begun),
+            own | bounds | {"choice": Choice.of(Sampling()), "is_stop": is_stop},
         )
         for read in (likelihood.response_logprobs, likelihood.response_divergences):
             record(what, read, decoder, holds, tokens, lengths, lengths, targets)

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -166,6 +167,114 @@ def test_the_size_of_a_batch_makes_no_difference_without_ties(batch_size):
     )
 
 
+def ending():
+    """Prompts of one length, and stop tokens that end their responses after few and many."""
+    prompts = np.random.default_rng(2).integers(0, 61, (14, 5)).tolist()
+    return prompts, set(range(0, 61, 12))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_that_ends_is_given_the_next_prompt(temperature, monkeypatch):
+    """Which is answered as if it had been asked alone, its own shift and seed with it."""
+    prompts, stop = ending()
+    drawn = Sampling(max_tokens=40, temperature=temperature)
+    held = hold(Site.MLP, prompts=len(prompts))
+    told, steps = [], []
+    advance = generation.advance
+
+    def counted(*arguments, **named):
+        steps.append((int(named["most_steps"]), int(named["most_ended"])))
+        return advance(*arguments, **named)
+
+    monkeypatch.setattr(generation, "advance", counted)
+    found = answers(prompts, stop=stop, sampling=drawn, holds=[held], ended=told.append)
+    assert len({len(response.tokens) for response in found}) > 4
+    assert len(told) > len(prompts) / ROWS + 1  # not all rows of a batch together
+    assert steps[0] == (32, 4) and steps[-1][1] == ROWS
+    assert sorted(index for each in told for index in each) == list(range(len(prompts)))
+    for index in (0, 5, 9, 13):
+        own = Hold.affine("mlp", held.scale, held.shift[index][None])
+        alone = answers(
+            [prompts[index]], stop=stop, sampling=drawn, holds=[own], seeds=[index], batch_size=ROWS
+        )
+        assert alone == [found[index]]
+
+
+def test_a_prompt_waits_no_longer_than_32_steps(monkeypatch):
+    """Where too few rows have ended for their prompts to be run together."""
+    prompts, _ = ending()
+    drawn = Sampling(max_tokens=48, temperature=1.0)
+    free = answers(prompts[:5], sampling=drawn)
+    stop = {free[0].tokens[3]}  # ends the first row; another may go on to the limit
+    whole = answers(prompts[:5], sampling=drawn, stop=stop, batch_size=8)
+    monkeypatch.setattr(generation.cost, "prompts_together", lambda *shape: ROWS)
+    told = []
+    assert answers(prompts[:5], sampling=drawn, stop=stop, ended=told.append) == whole
+    assert len(told) > 1 and 0 in told[0]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_keys_and_values_may_be_kept_in_bfloat16(family, monkeypatch):
+    """They are rounded as they are kept, and nothing else is; it takes half of their memory."""
+    kept = []
+    empty = generation.empty
+
+    def watched(*arguments, **named):
+        kept.append(empty(*arguments, **named))
+        return jax.tree.map(jnp.copy, kept[-1])
+
+    monkeypatch.setattr(generation, "empty", watched)
+    plain = answers(PROMPTS, family)
+    rounded = answers(PROMPTS, family, cache_dtype="bfloat16")
+    sizes = [sum(leaf.nbytes for leaf in jax.tree.leaves(rows.cache)) for rows in kept]
+    assert len(kept) == 2 and sizes[0] == 2 * sizes[1]
+    # The first token reads what was not rounded.
+    assert [r.tokens[0] for r in rounded] == [p.tokens[0] for p in plain]
+    logits = logits_after_one_more(family, "bfloat16"), logits_after_one_more(family, "")
+    error = np.abs(logits[0] - logits[1]).max() / np.abs(logits[1]).max()
+    assert 1e-6 < error < 2**-6
+
+
+def logits_after_one_more(family, cache_dtype):
+    """Those after a generated token, by the cache."""
+    model, lengths = decoder(family), np.array([7, 32, 2, 1], np.int32)
+    tokens = np.random.default_rng(1).integers(0, 61, (ROWS, 32)).astype(np.int32)
+    layers, kept_as = generation.layered(model), np.dtype(cache_dtype or "float32")
+    rows = generation.empty(model, layers, rows=ROWS, length=32, room=16, kept_as=kept_as)
+    shared = {"fresh": np.arange(ROWS), "count": np.int32(ROWS), "together": 2}
+    rows = generation.fill(model, layers, [], rows, tokens=tokens, lengths=lengths, **shared)
+    after, *_ = jax.jit(generation._step)(model, layers, [], rows, tokens[:, 0], lengths)
+    return np.asarray(model.unembed(after))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_layers_of_a_stack_and_of_arrays_of_their_own_are_the_same(dtype, monkeypatch):
+    """A float32 model on a CPU reads the latter, which lie where they lie in the stack."""
+    model = tiny.decoder("llama", dtype=dtype)
+    layers = generation.layered(model)
+    assert isinstance(layers, tuple) == (dtype == "float32")
+    found = generate(model, PROMPTS, stop=(), sampling=FEW, batch_size=ROWS)
+    if dtype == "float32":
+        stack, own = model.blocks.mlp.up.kernel[...], layers[0].mlp.up.kernel[...]
+        assert own.unsafe_buffer_pointer() == stack.unsafe_buffer_pointer()
+        monkeypatch.setattr(generation, "layered", lambda decoder: decoder.blocks)
+        assert generate(model, PROMPTS, stop=(), sampling=FEW, batch_size=ROWS) == found
+    else:
+        wide = tiny.decoder("llama", dtype=dtype)
+        in_parts = wide.at_precision("split3")
+        assert generate(in_parts, PROMPTS, stop=(), sampling=FEW, batch_size=ROWS) == found
+
+
+def test_a_vocabulary_in_chunks_has_the_same_logits(monkeypatch):
+    """Of a 16-bit model on a CPU, the last of which overlaps with the one before."""
+    model = tiny.decoder("llama", dtype="bfloat16")
+    x = np.random.default_rng(0).normal(size=(3, model.config.hidden_size)).astype(np.float32)
+    assert generation._in_chunks(model)
+    monkeypatch.setattr(generation, "_WIDENED", 8 * model.config.hidden_size)
+    found = jax.jit(generation._logits)(model, x)
+    np.testing.assert_allclose(found, model.unembed(x), rtol=1e-6, atol=1e-6)
+
+
 def test_a_stop_token_ends_a_response_and_a_limit_cuts_it():
     free = answers(PROMPTS)
     stop = free[1].tokens[5]
@@ -209,6 +318,7 @@ def test_responses_are_told_as_they_end():
         ({"sampling": Sampling(top_p=1.5)}, "top_p = 1.5"),
         ({"sampling": Sampling(top_k=-1)}, "top_k = -1"),
         ({"batch_size": 0}, "batch_size = 0"),
+        ({"cache_dtype": "float16"}, "cache_dtype = 'float16': not one of bfloat16"),
         ({"memory": 1000, "batch_size": None}, "too little for a single prompt"),
     ],
 )
