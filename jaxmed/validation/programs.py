@@ -6,6 +6,7 @@ the shapes that the next step takes.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -18,9 +19,9 @@ from jax.extend import core as jaxpr_lib
 from jaxmed.analysis import joint, screening
 from jaxmed.behaviour import batches, generation, likelihood
 from jaxmed.behaviour.judges import model as judging
-from jaxmed.behaviour.sampling import Choice
+from jaxmed.behaviour.sampling import Choice, Sampling
 from jaxmed.data.pairs import Pair
-from jaxmed.engine import capture, plan, propagate
+from jaxmed.engine import capture, cost, plan, propagate
 from jaxmed.engine.plan import Work
 from jaxmed.question import directions as directions_lib
 from jaxmed.question.directions import Directions, SiteDirections
@@ -331,39 +332,34 @@ def of_answers(
     count = rows(length, room)
     tokens, lengths = np.zeros((count, length), np.int32), np.full(count, len(prompt), np.int32)
     targets = np.zeros((count, room), np.int32)
+    layers, together = decoder.blocks, cost.prompts_together(length, count, decoder.products.platform)
+    groups = -(-count // together)
+    prompts = {"tokens": tokens, "lengths": lengths, "count": np.int32(count)}
+    prompts |= {"fresh": np.arange(groups * together, dtype=np.int32)}
+    answers = {"lengths": lengths, "seeds": np.zeros(count, np.uint32)}
+    answers |= {"choice": Choice.of(Sampling()), "is_stop": np.zeros(config.vocab_size, bool)}
+    answers |= dict.fromkeys(("max_tokens", "most_steps", "most_ended"), np.int32(room))
+
+    def begin(decoder, layers, holds, given):
+        empty = generation.empty(
+            decoder,
+            layers,
+            rows=count,
+            length=length,
+            room=room,
+            kept_as=jnp.dtype(decoder.compute_dtype),
+        )
+        return generation.fill(decoder, layers, holds, empty, together=together, **given)
+
+    def go_on(decoder, layers, holds, rows, given):
+        return generation.advance(decoder, layers, holds, rows, **given)
+
     of_neurons = np.ones((config.num_layers, config.intermediate_size), np.float32)
     held = [Hold.affine("neuron", of_neurons, of_neurons)]
-    together = cost.prompts_together(length, count, decoder.products.platform)
-    own = {"lengths": lengths, "seeds": np.zeros(count, np.uint32)}
-    fresh = np.arange(-(-count // together) * together, dtype=np.int32)
-    bounds = dict.fromkeys(("max_tokens", "most_steps", "most_ended"), np.int32(room))
-    is_stop = np.zeros(config.vocab_size, bool)
-    begin = functools.partial(generation.fill, together=together)
-    make = functools.partial(
-        generation.empty,
-        rows=count,
-        length=length,
-        room=room,
-        kept_as=jnp.dtype(decoder.compute_dtype),
-    )
     for name, holds in (("plain", []), ("with a hold", held)):
         what = f"{name}, {count} rows of {length} tokens"
-        layers = decoder.blocks
-        empty = record(what, lambda decoder, layers: make(decoder, layers), decoder, layers)
-        rows_begun = record(
-            what,
-            lambda decoder, layers, holds, rows, own: begin(decoder, layers, holds, rows, **own),
-            *(decoder, layers, holds, empty),
-            {"fresh": fresh, "count": np.int32(count), "tokens": tokens, "lengths": lengths},
-        )
-        record(
-            f"{what}, {room} new",
-            lambda decoder, layers, holds, rows, own: generation.advance(
-                decoder, layers, holds, rows, **own
-            ),
-            *(decoder, layers, holds, rows_begun),
-            own | bounds | {"choice": Choice.of(Sampling()), "is_stop": is_stop},
-        )
+        rows_begun = record(what, begin, decoder, layers, holds, prompts)
+        record(f"{what}, {room} new", go_on, decoder, layers, holds, rows_begun, answers)
         for read in (likelihood.response_logprobs, likelihood.response_divergences):
             record(what, read, decoder, holds, tokens, lengths, lengths, targets)
     record(
