@@ -183,7 +183,7 @@ def _responses(
         fresh = np.flatnonzero(answered == _NOBODY)[: len(waiting)]
         for row in fresh:
             answered[row] = waiting.popleft()
-            prompt = prompts[answered[row]]
+            prompt = prompts[int(answered[row])]
             tokens[row] = batches.padded([prompt], length, left=True)
             lengths[row] = len(prompt)
         of_rows = np.maximum(answered, 0)

@@ -52,9 +52,7 @@ def fitted(config: DecoderConfig, holds: Sequence[Hold], prompts: int) -> list[H
 def of_prompts(holds: Sequence[Hold], prompts: Int[AnyArray, "B"]) -> list[Hold]:
     """The holds of these prompts alone, in this order."""
     return [
-        dataclasses.replace(hold, shift=hold.shift[prompts])
-        if hold.of_each_prompt
-        else hold
+        dataclasses.replace(hold, shift=hold.shift[prompts]) if hold.of_each_prompt else hold
         for hold in holds
     ]
 

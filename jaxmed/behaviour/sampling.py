@@ -8,12 +8,12 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Shaped, UInt
 
 from models.errors import InputError
+from models.shapes import AnyArray
 
 _ALL_BUT_SIGN = 2**31 - 1
 
@@ -56,22 +56,24 @@ class Choice:
         temperature, top_p, top_k: as in `Sampling`.
     """
 
-    temperature: Float[ArrayLike, ""]
-    top_p: Float[ArrayLike, ""]
-    top_k: Int[ArrayLike, ""]
+    temperature: Float[Array, ""]
+    top_p: Float[Array, ""]
+    top_k: Int[Array, ""]
 
     @classmethod
     def of(cls, sampling: Sampling) -> "Choice":
         """As the settings have it."""
         return cls(
-            np.float32(sampling.temperature), np.float32(sampling.top_p), np.int32(sampling.top_k)
+            temperature=jnp.float32(sampling.temperature),
+            top_p=jnp.float32(sampling.top_p),
+            top_k=jnp.int32(sampling.top_k),
         )
 
     def __call__(
         self,
         logits: Float[ArrayLike, "B V"],
-        seeds: UInt[ArrayLike, "B"],
-        steps: Int[ArrayLike, "B"],
+        seeds: UInt[AnyArray, "B"],
+        steps: Int[AnyArray, "B"],
     ) -> Int[Array, "B"]:
         """The next token of each row.
 
@@ -88,7 +90,7 @@ class Choice:
             scores = (scores - jnp.max(scores, axis=-1, keepdims=True)) / self.temperature
             restricted = (self.top_k > 0) | (self.top_p < 1)
             scores = lax.cond(restricted, jax.vmap(self.restrict), lambda x: x, scores)
-            return jax.vmap(_draw)(scores, seeds, steps)
+            return jax.vmap(_draw)(scores, jnp.asarray(seeds), jnp.asarray(steps))
 
         def likeliest():
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -114,9 +116,7 @@ class Choice:
         return jnp.where(kept | (self.top_p >= 1), scores, -jnp.inf)
 
 
-def _draw(
-    scores: Float[Array, "V"], seed: UInt[Array, ""], step: Int[Array, ""]
-) -> Int[Array, ""]:
+def _draw(scores: Float[Array, "V"], seed: UInt[Array, ""], step: Int[Array, ""]) -> Int[Array, ""]:
     key = jax.random.fold_in(jax.random.key(seed), step)
     return jax.random.categorical(key, scores).astype(jnp.int32)
 

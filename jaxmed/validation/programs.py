@@ -6,7 +6,6 @@ the shapes that the next step takes.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -332,7 +331,10 @@ def of_answers(
     count = rows(length, room)
     tokens, lengths = np.zeros((count, length), np.int32), np.full(count, len(prompt), np.int32)
     targets = np.zeros((count, room), np.int32)
-    layers, together = decoder.blocks, cost.prompts_together(length, count, decoder.products.platform)
+    layers, together = (
+        decoder.blocks,
+        cost.prompts_together(length, count, decoder.products.platform),
+    )
     groups = -(-count // together)
     prompts = {"tokens": tokens, "lengths": lengths, "count": np.int32(count)}
     prompts |= {"fresh": np.arange(groups * together, dtype=np.int32)}
