@@ -137,24 +137,39 @@ def _whole(x, weight, products: Products):
 def _in_parts(products: Products, x, weight):
     assert products.parts is not None
     parts = _cut(x, products.parts)
-    # Those that matter of the pairs x1 w1, x2 w1, x1 w2, ...; the smallest first, so that they are
-    # not lost in what has been summed.
+    if products.platform == "cpu":
+        return _by_rows(parts, weight, x.dtype)
+    places = _places(products.parts, len(weight))
+    # One product along all parts is faster than several on a GPU.
+    return _product(
+        jnp.concatenate([parts[of_x] for of_x, _ in places], axis=-1),
+        jnp.concatenate([weight[of_weight] for _, of_weight in places], axis=-2),
+        x.dtype,
+    )
+
+
+def _by_rows(parts, weight, dtype):
+    """One product for each part of the weight, whose rows are those of all parts of x that go with
+    it: the weight is read once, which is most of the work where rows are few."""
+    products = [
+        _product(jnp.stack(parts[: len(parts) - of_weight]), weight[of_weight], dtype)
+        for of_weight in range(min(len(weight), len(parts)))
+    ]
+    first, *rest = (
+        products[of_weight][of_x] for of_x, of_weight in _places(len(parts), len(weight))
+    )
+    return sum(rest, first)
+
+
+def _places(parts: int, weight_parts: int) -> list[tuple[int, int]]:
+    """Which pairs of parts matter, x1 w1, x2 w1, x1 w2, ...; the smallest first, so that they are
+    not lost in what has been summed."""
     places = [
         (of_x, of_weight)
-        for of_weight in range(min(len(weight), products.parts))
-        for of_x in range(products.parts - of_weight)
+        for of_weight in range(min(weight_parts, parts))
+        for of_x in range(parts - of_weight)
     ]
-    places.sort(key=sum, reverse=True)
-    pairs = [(parts[of_x], weight[of_weight]) for of_x, of_weight in places]
-    if products.platform != "cpu":
-        # One product along all parts is faster than several on a GPU.
-        return _product(
-            jnp.concatenate([part for part, _ in pairs], axis=-1),
-            jnp.concatenate([factor for _, factor in pairs], axis=-2),
-            x.dtype,
-        )
-    first, *rest = (_product(part, factor, x.dtype) for part, factor in pairs)
-    return sum(rest, first)
+    return sorted(places, key=sum, reverse=True)
 
 
 def _product(x, weight, dtype):

@@ -33,6 +33,7 @@ class AnsweringModel:
         encoder: makes tokens of prompts and answers.
         stop: the tokens that end a response.
         memory_gb: all that a run may take on its device, as in `memory.free`.
+        cache_dtype: type that keys and values are kept in, as `generation.generate` takes it.
         adapter: folder of what was merged into the checkpoint; None where nothing was.
         not_followed: what its generation_config.json asks for otherwise, as `not_followed` gives
             it.
@@ -43,6 +44,7 @@ class AnsweringModel:
     encoder: Encoder
     stop: frozenset[int]
     memory_gb: float | None = None
+    cache_dtype: str = ""
     not_followed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     adapter: pathlib.Path | None = None
 
@@ -240,6 +242,7 @@ def answer(
                     sampling=sampling,
                     samples=samples,
                     seed=seed,
+                    cache_dtype=model.cache_dtype,
                     memory=budget,
                     progress=shown.update,
                 )

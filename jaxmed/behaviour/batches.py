@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Int
 
 from jaxmed.engine import capture, cost
@@ -67,10 +68,8 @@ def sizes(
     holds: Sequence[Hold],
     sequences: Sequence[Sequence[int]],
     *,
-    room: int = 0,
     kept: int = 0,
     runs: int = 1,
-    weights: int = 0,
     memory: int | None = None,
     batch_size: int | None = None,
 ) -> dict[int, int]:
@@ -78,35 +77,84 @@ def sizes(
 
     Args:
         decoder, holds, sequences: what is run.
-        room: slots of the cache for generated tokens.
         kept: numbers that are kept of every position.
         runs: how many there are of each sequence.
-        weights: bytes of weights that are there a second time.
         memory: bytes; `memory.free()` by default.
         batch_size: rows of all batches; by default a power of two that fits the memory.
 
     Raises:
         InputError: the longest sequence does not fit, or `batch_size` is no number of rows.
     """
+
+    def fits(length, memory):
+        return cost.rows_at_once(
+            decoder.config,
+            decoder.compute_dtype,
+            length=length,
+            memory=memory,
+            platform=jax.default_backend(),
+            runs=runs,
+            held=kept * length + _own_numbers(holds),
+        )
+
+    return _sizes(sequences, fits, memory, batch_size)
+
+
+def answered_together(
+    decoder: Decoder,
+    holds: Sequence[Hold],
+    prompts: Sequence[Sequence[int]],
+    *,
+    room: int,
+    kept_as: DTypeLike,
+    converted: int = 0,
+    memory: int | None = None,
+    batch_size: int | None = None,
+) -> dict[int, int]:
+    """As `sizes`, of batches in which text is generated.
+
+    Args:
+        decoder, holds, prompts: what is run.
+        room: slots of a row for generated tokens.
+        kept_as: type of keys and values.
+        converted: numbers of weights that are in memory in another form as well.
+        memory, batch_size: as in `sizes`.
+    """
+
+    def fits(length, memory):
+        return cost.answers_at_once(
+            decoder.config,
+            decoder.compute_dtype,
+            kept_as,
+            length=length,
+            room=room,
+            memory=memory,
+            platform=jax.default_backend(),
+            held=_own_numbers(holds),
+            converted=converted,
+        )
+
+    return _sizes(prompts, fits, memory, batch_size)
+
+
+def _sizes(
+    sequences: Sequence[Sequence[int]],
+    fits: Callable[[int, int], int],
+    memory: int | None,
+    batch_size: int | None,
+) -> dict[int, int]:
     lengths = sorted(set(map(padded_length, sequences)), reverse=True)
     if batch_size is not None:
         if batch_size < 1:
             raise InputError(f"batch_size = {batch_size}: must be at least 1")
         return dict.fromkeys(lengths, batch_size)
-    left = (device_memory.free() if memory is None else memory) - weights
-    return {
-        length: cost.rows_at_once(
-            decoder.config,
-            decoder.compute_dtype,
-            length=length,
-            memory=left,
-            platform=jax.default_backend(),
-            runs=runs,
-            room=room,
-            held=kept * length + sum(hold.shift[0].size for hold in holds if hold.of_each_prompt),
-        )
-        for length in lengths
-    }
+    left = device_memory.free() if memory is None else memory
+    return {length: fits(length, left) for length in lengths}
+
+
+def _own_numbers(holds: Sequence[Hold]) -> int:
+    """Of each prompt's own shifts."""
+    return sum(hold.shift[0].size for hold in holds if hold.of_each_prompt)
 
 
 def check_prompts(config: DecoderConfig, prompts: Sequence[Sequence[int]], more: int = 0) -> None:

@@ -1,41 +1,53 @@
 """Text that a model generates, plain or under interventions that last through generation.
 
-Prompts are padded on the left, so that all rows of a batch write their next key and value in the
-same slot of the cache; each row keeps its own rotary positions. A batch takes two compiled
-functions: one runs the prompts, one is the loop over generated tokens. Both are the same for all
-prompts of a bucket of lengths, all sampling settings and all holds of a site.
+The rows of a batch are at steps of their own. A row that has ended is given the next prompt that
+waits, while the others go on: a list of prompts takes two compiled functions, one that runs prompts
+and gives them to rows (`fill`), and one that is the loop over generated tokens (`advance`). Both
+are the same for all prompts of a bucket of lengths, all sampling settings and all holds of a site.
 
 What a prompt is answered depends on the prompt, its own seed and its own holds: batches are of one
-size, rows that no prompt fills hold a dummy, and a prompt is padded to the bucket of its own length
-and not of its neighbours'. So the same program computes it in any company and order. Another
-`batch_size` (as another `memory` may bring) or bucket of `max_tokens` is another program, which may
-round otherwise in the last bits: its tokens are the same unless two tie within that rounding.
+size, a prompt is padded (on the left) to the bucket of its own length and not of its neighbours',
+and a row's keys and values lie where they would lie in any other. So the same program computes it
+in any company and order. Another `batch_size` (as another `memory` may bring) or bucket of
+`max_tokens` is another program, which may round otherwise in the last bits: its tokens are the same
+unless two tie within that rounding.
 
 Products with weights are made as the decoder's `at_precision` says, in float32 or as exactly; all
 others are float32 on every device.
 
-Shapes are named in `models.shapes`; B are the rows of a batch, N the padded length of a prompt, M
-the generated tokens that there is room for, C = N + M the slots of the cache, V the vocabulary.
+Shapes are named in `models.shapes`; B are the rows of a batch, G those whose prompts are run
+together, N the padded length of a prompt, M the generated tokens that there is room for, C = N + M
+the slots of a row's keys and values, V the vocabulary.
 """
 
+import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, UInt
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, Shaped, UInt
 
 from jaxmed.behaviour import batches, holding
 from jaxmed.behaviour.sampling import Choice, Sampling
+from jaxmed.engine import cost
 from models import edits
-from models.decoder import Block, Decoder
+from models.decoder import Decoder
 from models.edits import Hold, Part
 from models.errors import InputError
 from models.layers import Cache, Span
+from models.products import numbers, stored
 
 PRECISION = "float32"  # of products of activations
+CACHE_DTYPES = ("", "bfloat16")  # of keys and values that are kept; "" is the activations' own
+# After so many steps at most, rows that have ended are given prompts that wait.
+_STEPS = 32
+_NOBODY = -1
+_WIDENED = 2**22  # numbers of a vocabulary's vectors that are widened together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +72,10 @@ def generate(
     sampling: Sampling = Sampling(),  # noqa: B008 (it is frozen)
     seeds: Sequence[int] | None = None,
     holds: Sequence[Hold] = (),
+    cache_dtype: str = "",
     batch_size: int | None = None,
     memory: int | None = None,
-    progress: Callable[[int], object] | None = None,
+    ended: Callable[[dict[int, Generated]], object] | None = None,
 ) -> list[Generated]:
     """One response to each prompt.
 
@@ -73,9 +86,10 @@ def generate(
         sampling: how tokens are chosen.
         seeds: one for each prompt, in [0, 2^32); which number it is by default.
         holds: interventions, made together; a shift of each prompt's own has them in their order.
+        cache_dtype: type that keys and values are kept in, one of `CACHE_DTYPES`.
         batch_size: rows of a batch; by default as many as fit the memory, up to a constant.
         memory: bytes for all but the decoder; `memory.free()` by default.
-        progress: told after each batch how many prompts it has answered.
+        ended: told of responses as they end, by the numbers of their prompts.
 
     Raises:
         InputError: a prompt is empty, too long for the model or has a token outside the
@@ -88,52 +102,40 @@ def generate(
     sampling.check()
     _check_seeds(seeds, len(prompts))
     _check_stop(stop, config.vocab_size)
+    if cache_dtype not in CACHE_DTYPES:
+        raise InputError(f"cache_dtype = {cache_dtype!r}: not one of {', '.join(CACHE_DTYPES[1:])}")
     batches.check_prompts(config, prompts, sampling.max_tokens)
     holds = holding.fitted(config, holds, len(prompts))
     room = batches.room_for(sampling.max_tokens)
-    rows = batches.sizes(
+    kept_as = jnp.dtype(cache_dtype or decoder.compute_dtype)
+    rows = batches.answered_together(
         decoder,
         holds,
         prompts,
         room=room,
-        weights=_copied(decoder),
+        kept_as=kept_as,
+        converted=_converted(decoder),
         memory=memory,
         batch_size=batch_size,
     )
-    blocks = unstacked(decoder)
-    is_stop = np.zeros(config.vocab_size, bool)
-    is_stop[list(stop)] = True
     responses = {}
-    for length, members in batches.by_length(prompts, rows.__getitem__):
-        dummies = rows[length] - len(members)
-        found = _answer(
+    for length, members in batches.by_length(prompts, lambda length: len(prompts)):
+        for found in _responses(
             decoder,
-            blocks,
-            [prompts[member] for member in members] + [(0,)] * dummies,
-            filled=len(members),
+            holds,
+            {member: prompts[member] for member in members},
+            seeds=np.array(seeds, np.uint32),
+            rows=rows[length],
             length=length,
             room=room,
-            seeds=np.array([seeds[member] for member in members] + [0] * dummies, np.uint32),
-            holds=holding.of_prompts(holds, members + members[:1] * dummies),
-            is_stop=is_stop,
+            kept_as=kept_as,
+            is_stop=np.isin(np.arange(config.vocab_size), list(stop)),
             sampling=sampling,
-        )
-        for member, response in zip(members, found, strict=True):
-            if response is None:
-                raise InputError(holding.not_finite(holds))
-            responses[member] = response
-        if progress is not None:
-            progress(len(members))
+        ):
+            responses |= found
+            if ended is not None:
+                ended(found)
     return [responses[index] for index in range(len(prompts))]
-
-
-def _copied(decoder: Decoder) -> int:
-    """Bytes of weights that are there a second time: of the blocks as they are unstacked, and of
-    what is made of 16-bit ones once for all tokens."""
-    blocks = jax.tree.leaves(decoder.blocks)
-    table = decoder.embedding if decoder.unembedding is None else decoder.unembedding
-    made = [leaf.size for leaf in (*blocks, table[...]) if leaf.dtype.itemsize == 2]
-    return sum(leaf.nbytes for leaf in blocks) + 4 * sum(made)
 
 
 def _check_seeds(seeds: Sequence[int], prompts: int) -> None:
@@ -151,199 +153,416 @@ def _check_stop(stop: Collection[int], vocabulary: int) -> None:
         )
 
 
-def _answer(
+def _responses(
     decoder: Decoder,
-    blocks: tuple[Block, ...],
-    prompts: Sequence[Sequence[int]],
+    holds: Sequence[Hold],
+    prompts: Mapping[int, Sequence[int]],
     *,
-    filled: int,
+    seeds: UInt[np.ndarray, "prompt"],
+    rows: int,
     length: int,
     room: int,
-    seeds: UInt[np.ndarray, "B"],
-    holds: Sequence[Hold],
+    kept_as: jnp.dtype,
     is_stop: Bool[np.ndarray, "V"],
     sampling: Sampling,
-) -> list[Generated | None]:
-    """The responses to the first `filled` rows of a batch; None where logits were not finite."""
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    choice = Choice(
-        keys=jax.vmap(jax.random.key)(seeds),
-        temperature=jnp.float32(sampling.temperature),
-        top_p=jnp.float32(sampling.top_p),
-        top_k=jnp.int32(sampling.top_k),
-    )
-    tokens = batches.padded(prompts, length, left=True)
-    x, cache = prefill(decoder, holds, tokens, lengths, room)
-    generated = decode(
-        decoder,
-        blocks,
-        holds,
-        x,
-        cache,
-        lengths=lengths,
-        choice=choice,
-        is_stop=is_stop,
-        going=np.arange(len(prompts)) < filled,
-        max_tokens=np.int32(sampling.max_tokens),
-        room=room,
-    )
-    rows = list(zip(*map(np.asarray, generated), strict=True))
-    return [
-        Generated(tuple(row[:count].tolist()), bool(stopped)) if finite else None
-        for row, count, stopped, finite in rows[:filled]
-    ]
+) -> Iterator[dict[int, Generated]]:
+    """Responses to prompts of one padded length, by their numbers, as they end.
+
+    Raises:
+        InputError: logits are not finite.
+    """
+    layers = layered(decoder)
+    choice = Choice.of(sampling)
+    together = cost.prompts_together(length, rows, jax.default_backend())
+    waiting = collections.deque(prompts)
+    answered = np.full(rows, _NOBODY)  # which prompt a row answers
+    tokens = np.zeros((rows, length), np.int32)
+    lengths = np.ones(rows, np.int32)
+    state = empty(decoder, layers, rows=rows, length=length, room=room, kept_as=kept_as)
+    while waiting or (answered != _NOBODY).any():
+        fresh = np.flatnonzero(answered == _NOBODY)[: len(waiting)]
+        for row in fresh:
+            answered[row] = waiting.popleft()
+            prompt = prompts[int(answered[row])]
+            tokens[row] = batches.padded([prompt], length, left=True)
+            lengths[row] = len(prompt)
+        of_rows = np.maximum(answered, 0)
+        held = holding.of_prompts(holds, of_rows)
+        if len(fresh):
+            state = fill(
+                decoder,
+                layers,
+                held,
+                state,
+                fresh=_padded(fresh, together, rows),
+                count=np.int32(len(fresh)),
+                tokens=tokens,
+                lengths=lengths,
+                together=together,
+            )
+        state = advance(
+            decoder,
+            layers,
+            held,
+            state,
+            lengths=lengths,
+            seeds=seeds[of_rows],
+            choice=choice,
+            is_stop=is_stop,
+            max_tokens=np.int32(sampling.max_tokens),
+            most_steps=np.int32(_STEPS if waiting else room),
+            most_ended=np.int32(min(together, len(waiting)) if waiting else rows),
+        )
+        parts = state.going, state.finite, state.counts, state.tokens
+        going, finite, counts, written = map(np.asarray, parts)
+        ended = np.flatnonzero((answered != _NOBODY) & ~going)
+        if not finite[ended].all():
+            raise InputError(holding.not_finite(holds))
+        found = {
+            int(answered[row]): Generated(
+                tuple(written[row, : counts[row]].tolist()), bool(counts[row] < sampling.max_tokens)
+            )
+            for row in ended
+        }
+        answered[ended] = _NOBODY
+        if found:
+            yield found
+
+
+def _padded(fresh: Int[np.ndarray, "F"], together: int, rows: int) -> Int[np.ndarray, "R"]:
+    """Rows in whole groups, with one that does not exist where there are no more."""
+    padded = np.full(-(-rows // together) * together, rows, np.int32)
+    padded[: len(fresh)] = fresh
+    return padded
+
+
+# --- Layers --------------------------------------------------------------------------------------
+
+# What there is of every layer: stacked along a leading axis, or a tuple with one for each.
+Layers = Any
+
+
+def layered(decoder: Decoder) -> Layers:
+    """The blocks as the loop over tokens reads them.
+
+    A stack is read layer by layer. XLA's CPU backend then copies a layer's weights out of the
+    stack. For those that are widened as they are read this costs nothing; for others it takes
+    longer than to multiply a few rows with them. So the latter are made an array for each layer,
+    which lies where it lies in the stack.
+    """
+    stacked = jax.tree.leaves(decoder.blocks)
+    in_memory = all(len(leaf.sharding.device_set) == 1 for leaf in stacked)
+    if decoder.products.platform != "cpu" or decoder.dtype.itemsize < 4 or not in_memory:
+        return decoder.blocks
+    host = jax.tree.map(np.asarray, decoder.blocks)
+
+    def block(layer):
+        return jax.tree.map(lambda leaf: jax.device_put(leaf[layer], may_alias=True), host)
+
+    return tuple(map(block, range(decoder.config.num_layers)))
+
+
+def _through(run: Callable, x: Float[Array, "B T d"], blocks: Layers, cache: Layers):
+    """x after `run(x, layer, block, cache)` of every layer; and what each gives beside it."""
+    if not isinstance(blocks, tuple):
+        count = len(jax.tree.leaves(blocks)[0])
+        return lax.scan(lambda x, own: run(x, *own), x, (jnp.arange(count), blocks, cache))
+    found = []
+    for layer, block in enumerate(blocks):
+        x, beside = run(x, layer, block, None if cache is None else cache[layer])
+        found.append(beside)
+    return x, tuple(found)
+
+
+def _in_chunks(decoder: Decoder) -> bool:
+    """Whether logits are made for a part of the vocabulary after the other. XLA's CPU backend would
+    else have all its vectors in memory a second time, widened."""
+    how = decoder.products
+    return how.platform == "cpu" and how.parts is None and decoder.dtype.itemsize < 4
+
+
+def _tokens_of_a_chunk(decoder: Decoder) -> int:
+    config = decoder.config
+    return min(config.vocab_size, max(1, _WIDENED // config.hidden_size))
+
+
+def _converted(decoder: Decoder) -> int:
+    """Numbers of 16-bit weights that are in memory in another form at one time: a layer's, and the
+    vocabulary's or a chunk of them."""
+    if decoder.dtype.itemsize >= 4:
+        return 0
+    config = decoder.config
+    tokens = _tokens_of_a_chunk(decoder) if _in_chunks(decoder) else config.vocab_size
+    return sum(cost.block_weights(config)) + tokens * config.hidden_size
+
+
+# --- Rows ----------------------------------------------------------------------------------------
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Kept:
-    """A layer's keys and values, laid out as the products with them read them.
-
-    The newest ones are written at the start of the next step, before what is kept is read: written
-    after it was read, all that is kept would be copied in every step.
+class Rows:
+    """What the rows of a batch have come to.
 
     Attributes:
-        keys, values: of the slots, [B, K, C, h].
-        newest_key, newest_value: of the last position that was run, [B, 1, K, h].
+        x: the last block's output at the last position that was run.
+        cache: of every layer keys and values of the slots, [B, K, C, h], laid out as the products
+            with them read them.
+        newest: of every layer keys and values of the last position that was run, [B, 1, K, h].
+            They are written to their slots at the start of the next step, before what is kept is
+            read: written after it was read, all that is kept would be copied in every step.
+        tokens: those that were generated; beyond `counts` they mean nothing.
+        counts: how many they are.
+        going: which rows go on.
+        finite: whether all logits were.
     """
 
-    keys: Float[Array, "B K C h"]
-    values: Float[Array, "B K C h"]
-    newest_key: Float[Array, "B 1 K h"]
-    newest_value: Float[Array, "B 1 K h"]
-
-    def with_newest_at(self, slot: Int[Array, ""]) -> "Kept":
-        """With the newest ones in their slot."""
-
-        def write(kept, newest):
-            return jax.lax.dynamic_update_slice(kept, newest.swapaxes(1, 2), (0, 0, slot, 0))
-
-        return dataclasses.replace(
-            self,
-            keys=write(self.keys, self.newest_key),
-            values=write(self.values, self.newest_value),
-        )
+    x: Float[Array, "B d"]
+    cache: Layers
+    newest: Layers
+    tokens: Int[Array, "B M"]
+    counts: Int[Array, "B"]
+    going: Bool[Array, "B"]
+    finite: Bool[Array, "B"]
 
 
-@functools.partial(jax.jit, static_argnames="room")
-def prefill(
+@functools.partial(jax.jit, static_argnames=("rows", "length", "room", "kept_as"))
+def empty(
+    decoder: Decoder, layers: Layers, *, rows: int, length: int, room: int, kept_as: jnp.dtype
+) -> Rows:
+    """Rows that answer nothing."""
+    config = decoder.config
+
+    def of_layers(*shape):
+        def zeros(*stack):
+            part = stored(jnp.zeros((*stack, *shape), kept_as))
+            return part, part
+
+        if isinstance(layers, tuple):
+            return tuple(zeros() for _ in layers)
+        return zeros(config.num_layers)
+
+    return Rows(
+        x=jnp.zeros((rows, config.hidden_size), decoder.compute_dtype),
+        cache=of_layers(rows, config.num_kv_heads, length + room, config.head_dim),
+        newest=of_layers(rows, 1, config.num_kv_heads, config.head_dim),
+        tokens=jnp.zeros((rows, room), jnp.int32),
+        counts=jnp.zeros(rows, jnp.int32),
+        going=jnp.zeros(rows, bool),
+        finite=jnp.ones(rows, bool),
+    )
+
+
+@functools.partial(jax.jit, static_argnames="together", donate_argnames="rows")
+def fill(
     decoder: Decoder,
+    layers: Layers,
     holds: Sequence[Hold],
+    rows: Rows,
+    *,
+    fresh: Int[Array, "R"],
+    count: Int[Array, ""],
     tokens: Int[Array, "B N"],
     lengths: Int[Array, "B"],
-    room: int,
-) -> tuple[Float[Array, "B d"], list[Kept]]:
-    """The last block's output at the last position of prompts padded on the left, and what is kept
-    of all positions, with room for the tokens that follow."""
-    size = tokens.shape[1]
-    parts = jnp.where(jnp.arange(size) == size - 1, Part.LAST, Part.PROMPT)
+    together: int,
+) -> Rows:
+    """Runs prompts, and has their rows begin.
 
-    def run(tokens, length, holds):
-        valid = jnp.arange(size) >= size - length
-        x, kept = holding.run_blocks(decoder, holds, tokens, valid, parts, keep=("keys", "values"))
-        return x[-1], kept["keys"], kept["values"]
+    Args:
+        decoder, layers: the model.
+        holds: of all rows.
+        rows: what they have come to.
+        fresh: which of them begin, in whole groups; a row that does not exist stands for none.
+        count: how many begin.
+        tokens: all rows' prompts, padded on the left.
+        lengths: of the prompts.
+        together: rows of a group, whose prompts are run together.
+    """
 
-    def padded(stacked):
-        return jnp.pad(stacked.swapaxes(1, 2), [(0, 0), (0, 0), (0, room), (0, 0)])
+    def run_group(state):
+        done, rows = state
+        group = lax.dynamic_slice_in_dim(fresh, done, together)
+        x, keys_values = _run_prompts(
+            decoder, layers, holding.of_prompts(holds, group), tokens[group], lengths[group]
+        )
+        return done + together, _begun(rows, group, x, keys_values)
 
-    x, *stacked = holding.over_rows(run, holds)(tokens, lengths, holds)
-    layers = [[part[:, layer] for part in stacked] for layer in range(decoder.config.num_layers)]
-    cache = [Kept(*map(padded, layer), *(part[:, -1:] for part in layer)) for layer in layers]
-    return x, cache
+    return lax.while_loop(lambda state: state[0] < count, run_group, (0, rows))[1]
 
 
-@functools.partial(jax.jit, static_argnames="room")
-def decode(
+def _run_prompts(
     decoder: Decoder,
-    blocks: tuple[Block, ...],
+    layers: Layers,
     holds: Sequence[Hold],
-    x: Float[Array, "B d"],
-    cache: list[Kept],
+    tokens: Int[Array, "G N"],
+    lengths: Int[Array, "G"],
+) -> tuple[Float[Array, "G d"], Layers]:
+    """The last block's output at the prompts' last positions; keys and values at all."""
+    place = jnp.arange(tokens.shape[1])
+    valid = place >= len(place) - lengths[:, None]
+    at = jax.vmap(decoder.span)(jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0), valid)
+    parts = jnp.where(place == len(place) - 1, Part.LAST, Part.PROMPT)
+    x = jax.vmap(decoder.embed)(tokens, at)
+    x, keys_values = _run_blocks(decoder, layers, holds, x, at, parts)
+    return x[:, -1], keys_values
+
+
+def _begun(rows: Rows, group: Int[Array, "G"], x: Float[Array, "G d"], keys_values: Layers) -> Rows:
+    """The rows, those of the group at the end of their prompts; see `_run_prompts`."""
+
+    def write_prompt(kept, new):
+        new = _in_type_of(kept, new.swapaxes(-2, -3))
+        return kept.at[..., group, :, : new.shape[-2], :].set(new, mode="drop")
+
+    def write_newest(kept, new):
+        return kept.at[..., group, :, :, :].set(_in_type_of(kept, new[..., -1:, :, :]), mode="drop")
+
+    def put(values, new):
+        return values.at[group].set(new, mode="drop")
+
+    return dataclasses.replace(
+        rows,
+        x=put(rows.x, x),
+        cache=jax.tree.map(write_prompt, rows.cache, keys_values),
+        newest=jax.tree.map(write_newest, rows.newest, keys_values),
+        counts=put(rows.counts, 0),
+        going=put(rows.going, True),
+        finite=put(rows.finite, True),
+    )
+
+
+@functools.partial(jax.jit, donate_argnames="rows")
+def advance(
+    decoder: Decoder,
+    layers: Layers,
+    holds: Sequence[Hold],
+    rows: Rows,
+    *,
     lengths: Int[Array, "B"],
+    seeds: UInt[Array, "B"],
     choice: Choice,
     is_stop: Bool[Array, "V"],
-    going: Bool[Array, "B"],
     max_tokens: Int[Array, ""],
-    room: int,
-) -> tuple[Int[Array, "B M"], Int[Array, "B"], Bool[Array, "B"], Bool[Array, "B"]]:
-    """Tokens that follow the prompts, how many they are without the stop token, whether there was
-    one, and whether all logits were finite. Rows go on until they stop, or have others; those that
-    are not going never start.
+    most_steps: Int[Array, ""],
+    most_ended: Int[Array, ""],
+) -> Rows:
+    """Generates tokens until so many steps are made, or so many rows do not go on.
 
     What one step's blocks write, the next step reads: the two are not fused, and so round the same
     whatever edits there are.
+
+    Args:
+        decoder, layers: the model.
+        holds, lengths, seeds: of the rows: of what they answer.
+        rows: what they have come to.
+        choice: how tokens are chosen.
+        is_stop: which tokens end a response.
+        max_tokens: of a response.
+        most_steps: after which it ends.
+        most_ended: rows that do not go on, at which it ends.
     """
 
     def goes_on(state):
-        step, _, _, _, going, *_ = state
-        return (step < max_tokens) & jnp.any(going)
+        step, rows = state
+        return (step < most_steps) & (jnp.sum(~rows.going) < most_ended)
 
-    def advance(state):
-        step, x, cache, tokens, going, counts, finite = state
-        logits = decoder.unembed(x)
-        finite &= ~going | jnp.all(jnp.isfinite(logits), axis=-1)
-        token = choice(logits, step)
-        going &= finite & ~is_stop[token]
-        written = jnp.where(going, token, 0)[:, None]
-        tokens = jax.lax.dynamic_update_slice(tokens, written, (0, step))
-        x, cache = _step(decoder, blocks, holds, cache, token, lengths, step, room)
-        return step + 1, x, cache, tokens, going, counts + going, finite
+    def step(state):
+        done, rows = state
+        logits = _logits(decoder, rows.x)
+        finite = rows.finite & (~rows.going | jnp.all(jnp.isfinite(logits), axis=-1))
+        token = choice(logits, seeds, rows.counts)
+        going = rows.going & finite & ~is_stop[token]
+        tokens = rows.tokens.at[jnp.arange(len(token)), rows.counts].set(token, mode="drop")
+        counts = rows.counts + going
+        x, cache, newest = _step(decoder, layers, holds, rows, token, lengths)
+        going &= counts < max_tokens
+        return done + 1, Rows(x, cache, newest, tokens, counts, going, finite)
 
-    rows = len(lengths)
-    nothing = jnp.zeros((rows, room), jnp.int32), going, jnp.zeros(rows, jnp.int32)
-    all_finite = jnp.ones(rows, bool)
-    state = jax.lax.while_loop(goes_on, advance, (0, x, cache, *nothing, all_finite))
-    _, _, _, tokens, unfinished, counts, finite = state
-    return tokens, counts, ~unfinished, finite
+    return lax.while_loop(goes_on, step, (0, rows))[1]
+
+
+def _logits(decoder: Decoder, x: Float[Array, "B d"]) -> Float[Array, "B V"]:
+    """Logits of all tokens."""
+    if not _in_chunks(decoder):
+        return decoder.unembed(x)
+    size, chunk = decoder.config.vocab_size, _tokens_of_a_chunk(decoder)
+
+    def add(number, logits):
+        first = jnp.minimum(number * chunk, size - chunk)
+        found = decoder.unembed(x, first + jnp.arange(chunk))
+        return lax.dynamic_update_slice_in_dim(logits, found, first, axis=-1)
+
+    return lax.fori_loop(0, -(-size // chunk), add, jnp.zeros((len(x), size), x.dtype))
 
 
 def _step(
     decoder: Decoder,
-    blocks: tuple[Block, ...],
+    layers: Layers,
     holds: Sequence[Hold],
-    cache: list[Kept],
-    tokens: Int[Array, "B"],
+    rows: Rows,
+    token: Int[Array, "B"],
     lengths: Int[Array, "B"],
-    step: Int[Array, ""],
-    room: int,
-) -> tuple[Float[Array, "B d"], list[Kept]]:
-    """The last block's output at the generated tokens of a step, and the cache with them."""
-    slots = jnp.arange(cache[0].keys.shape[2])
-    filled = len(slots) - room + step
-    at = jax.vmap(decoder.span)((lengths + step)[:, None], jnp.ones((len(tokens), 1), bool))
-    x = jax.vmap(decoder.embed)(tokens[:, None], at)
-    positions = slots - (len(slots) - room - lengths)[:, None]
-    valid = (positions >= 0) & (slots < filled)
-    after = []
-    for layer, (block, kept) in enumerate(zip(blocks, cache, strict=True)):
-        kept = kept.with_newest_at(filled - 1)
-        run = holding.over_rows(functools.partial(_run_block, decoder, block, layer), holds)
-        x, *newest = run(x, at, positions, valid, kept.keys, kept.values, holds)
-        after.append(Kept(kept.keys, kept.values, *newest))
-    return x[:, 0], after
+) -> tuple[Float[Array, "B d"], Layers, Layers]:
+    """Runs each row's next token; x, cache and newest as in `Rows`."""
+    size = jax.tree.leaves(rows.cache)[0].shape[-2] - rows.tokens.shape[1]
+    filled = size + rows.counts
 
+    def write(kept, newest):
+        newest = jnp.moveaxis(newest[..., 0, :, :], -3, 0)
+        return kept.at[..., jnp.arange(len(filled)), :, filled - 1, :].set(newest)
 
-def _run_block(
-    decoder: Decoder,
-    block: Block,
-    layer: int,
-    x: Float[Array, "1 d"],
-    at: Span,
-    positions: Int[Array, "C"],
-    valid: Bool[Array, "C"],
-    keys: Float[Array, "K C h"],
-    values: Float[Array, "K C h"],
-    holds: Sequence[Hold],
-) -> tuple[Float[Array, "1 d"], Float[Array, "1 K h"], Float[Array, "1 K h"]]:
-    """A block's output at one generated token of one row, and its keys and values there."""
-    prefix = Cache(keys.swapaxes(0, 1), values.swapaxes(0, 1), positions, valid)
+    cache = jax.tree.map(write, rows.cache, rows.newest)
+    slots = jnp.arange(size + rows.tokens.shape[1])
+    positions = slots - (size - lengths)[:, None]
+    seen = positions, (positions >= 0) & (slots < filled[:, None])
+    one = jnp.ones((len(token), 1), bool)
+    at = jax.vmap(decoder.span)((lengths + rows.counts)[:, None], one)
+    x = jax.vmap(decoder.embed)(token[:, None], at)
     parts = jnp.full(1, Part.GENERATED)
-    tap = decoder.tap(lambda site, value: edits.hold(holds, site, layer, parts, value))
-    return block.run(x, at, decoder.traits.at(layer), prefix, tap)
+    x, newest = _run_blocks(decoder, layers, holds, x, at, parts, cache, seen)
+    return x[:, 0], cache, jax.tree.map(_in_type_of, rows.newest, newest)
 
 
-@jax.jit
-def unstacked(decoder: Decoder) -> tuple[Block, ...]:
-    """The blocks, each with weights of its own: a loop over stacked ones would copy each layer's
-    out of the stack for every token, which takes longer than multiplying with them."""
-    return tuple(decoder.block(layer) for layer in range(decoder.config.num_layers))
+def _in_type_of(kept: Shaped[Array, "..."], new: Float[Array, "..."]) -> Shaped[Array, "..."]:
+    """Keys or values as they are kept."""
+    return stored(new.astype(numbers(kept).dtype))
+
+
+def _run_blocks(
+    decoder: Decoder,
+    layers: Layers,
+    holds: Sequence[Hold],
+    x: Float[Array, "B T d"],
+    at: Span,
+    parts: Int[Array, "T"],
+    cache: Layers = None,
+    seen: tuple[Int[Array, "B C"], Bool[Array, "B C"]] | None = None,
+) -> tuple[Float[Array, "B T d"], Layers]:
+    """Runs all blocks on some positions of each row.
+
+    Args:
+        decoder, layers: the model.
+        holds: of the rows.
+        x: what enters the first block.
+        at: the positions.
+        parts: which `Part` each belongs to.
+        cache: keys and values that come before, as in `Rows`; None where nothing does.
+        seen: positions of its slots, and which of them hold something.
+
+    Returns:
+        The last block's output; and of every layer keys and values, [B, T, K, h].
+    """
+
+    def run_layer(x, layer, block, kept):
+        def run_row(x, at, kept, seen, holds):
+            prefix = None
+            if kept is not None:
+                keys, values = (numbers(part).swapaxes(0, 1) for part in kept)
+                prefix = Cache(keys, values, *seen)
+            tap = decoder.tap(lambda site, value: edits.hold(holds, site, layer, parts, value))
+            x, key, value = block.run(x, at, decoder.traits.at(layer), prefix, tap)
+            return x, (key, value)
+
+        return holding.over_rows(run_row, holds)(x, at, kept, seen, holds)
+
+    return _through(run_layer, x, layers, cache)

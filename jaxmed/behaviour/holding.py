@@ -15,12 +15,13 @@ from models import edits
 from models.config import DecoderConfig
 from models.decoder import Decoder
 from models.edits import Hold
-from models.shapes import Residual, Stacked, Tokens, Valid
+from models.shapes import AnyArray, Residual, Stacked, Tokens, Valid
 from models.sites import Site
 
 
 def fitted(config: DecoderConfig, holds: Sequence[Hold], prompts: int) -> list[Hold]:
     """The holds with scale and shift of the site's full shape, so that all compile to one program.
+    Shifts of each prompt's own stay on the host: a batch has those of its prompts.
 
     Raises:
         ValueError: a hold does not fit the model or the number of prompts.
@@ -42,17 +43,16 @@ def fitted(config: DecoderConfig, holds: Sequence[Hold], prompts: int) -> list[H
                     f"the hold of {hold.site} has a {name} of {part.shape}; it must be {whole}, or "
                     "1 where all are the same"
                 )
-            parts.append(jnp.broadcast_to(part, whole))
-        found.append(dataclasses.replace(hold, scale=parts[0], shift=parts[1]))
+            parts.append(np.broadcast_to(np.asarray(part), whole))
+        shift = parts[1] if hold.of_each_prompt else jnp.asarray(parts[1])
+        found.append(dataclasses.replace(hold, scale=jnp.asarray(parts[0]), shift=shift))
     return found
 
 
-def of_prompts(holds: Sequence[Hold], prompts: Sequence[int]) -> list[Hold]:
+def of_prompts(holds: Sequence[Hold], prompts: Int[AnyArray, "B"]) -> list[Hold]:
     """The holds of these prompts alone, in this order."""
     return [
-        dataclasses.replace(hold, shift=hold.shift[np.array(prompts)])
-        if hold.of_each_prompt
-        else hold
+        dataclasses.replace(hold, shift=hold.shift[prompts]) if hold.of_each_prompt else hold
         for hold in holds
     ]
 

@@ -107,7 +107,7 @@ def _forced(
         filled = members + members[:1] * (rows[length] - len(members))
         values = read(
             decoder,
-            holding.of_prompts(holds, filled),
+            holding.of_prompts(holds, np.array(filled)),
             tokens=batches.padded([runs[member][:-1] for member in filled], length),
             lengths=np.array([len(sequences[member][0]) for member in filled], np.int32),
             ends=np.array([len(runs[member]) - 1 for member in filled], np.int32),

@@ -33,7 +33,10 @@ from models.errors import InputError
 EXCHANGES = "exchanges.jsonl"
 FILES = ("responses.jsonl", "verdicts.jsonl", EXCHANGES)
 NGRAM = 4  # tokens; see `repetition`
-_AT_ONCE = 64  # responses that are generated, or judged, before they are written
+_AT_ONCE = 64  # responses that are judged before verdicts are written
+# Prompts of which one follows the other as rows of a batch end: the more, the fewer rows wait for
+# the last. All their own holds are in memory together.
+_TOGETHER = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,6 +214,7 @@ def generate(
     sampling: Sampling,
     samples: int = 1,
     seed: int = 0,
+    cache_dtype: str = "",
     memory: int | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> None:
@@ -225,8 +229,8 @@ def generate(
         sampling: how tokens are chosen.
         samples: how many responses each prompt gets.
         seed: of all samples.
-        memory: bytes for generation, as in `generation.generate`.
-        progress: told how many responses were added.
+        cache_dtype, memory: as in `generation.generate`.
+        progress: told how many responses were added, as they are.
 
     Raises:
         InputError: as `generation.generate`.
@@ -241,28 +245,31 @@ def generate(
     # that shows at once, and what is still to come takes no longer than what is done.
     todo.sort(key=lambda item: -len(asked[item[0]].tokens))
     reader = None if tokenizer is None else TextTokenizer(tokenizer)
-    for first in range(0, len(todo), _AT_ONCE):
-        part = todo[first : first + _AT_ONCE]
+    for first in range(0, len(todo), _TOGETHER):
+        part = todo[first : first + _TOGETHER]
         rows = np.array([row for row, _ in part])
-        found = generation.generate(
+
+        def keep(found: dict[int, generation.Generated], part=part) -> None:
+            values = {}
+            for index, response in found.items():
+                row, sample = part[index]
+                key = Key(condition.name, asked[row].prompt.id, sample)
+                values[key] = _with_text(reader, asked[row], response)
+            log.append(values)
+            if progress is not None:
+                progress(len(values))
+
+        generation.generate(
             decoder,
             [asked[row].tokens for row in rows],
             stop=stop,
             sampling=sampling,
             seeds=[seed_of(asked[row].prompt.id, sample, seed) for row, sample in part],
             holds=condition.holds(rows),
+            cache_dtype=cache_dtype,
             memory=memory,
+            ended=keep,
         )
-        log.append(
-            {
-                Key(condition.name, asked[row].prompt.id, sample): _with_text(
-                    reader, asked[row], response
-                )
-                for (row, sample), response in zip(part, found, strict=True)
-            }
-        )
-        if progress is not None:
-            progress(len(part))
 
 
 def _with_text(reader: TextTokenizer | None, one: Asked, found: generation.Generated) -> Response:

@@ -8,10 +8,14 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Shaped, UInt
 
 from models.errors import InputError
+from models.shapes import AnyArray
+
+_ALL_BUT_SIGN = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,45 +53,101 @@ class Choice:
     """How the tokens of a batch are chosen; arrays, so that one program serves all settings.
 
     Attributes:
-        keys: of each row, from its seed.
         temperature, top_p, top_k: as in `Sampling`.
     """
 
-    keys: Key[Array, "B"]
     temperature: Float[Array, ""]
     top_p: Float[Array, ""]
     top_k: Int[Array, ""]
 
+    @classmethod
+    def of(cls, sampling: Sampling) -> "Choice":
+        """As the settings have it."""
+        return cls(
+            temperature=jnp.float32(sampling.temperature),
+            top_p=jnp.float32(sampling.top_p),
+            top_k=jnp.int32(sampling.top_k),
+        )
+
     def __call__(
-        self, logits: Float[ArrayLike, "B V"], step: Int[ArrayLike, ""]
+        self,
+        logits: Float[ArrayLike, "B V"],
+        seeds: UInt[AnyArray, "B"],
+        steps: Int[AnyArray, "B"],
     ) -> Int[Array, "B"]:
-        """The tokens of a step; where nothing is drawn, nothing is sorted."""
+        """The next token of each row.
+
+        Args:
+            logits: by which it is chosen.
+            seeds: of the rows.
+            steps: which of its tokens it is; a seed's draws differ from step to step.
+        """
         logits = jnp.asarray(logits)
 
         def draw():
-            scores = logits.astype(jnp.float32) / self.temperature
+            # The likeliest has 0: by however little it is divided, nothing overflows.
+            scores = logits.astype(jnp.float32)
+            scores = (scores - jnp.max(scores, axis=-1, keepdims=True)) / self.temperature
             restricted = (self.top_k > 0) | (self.top_p < 1)
-            scores = jax.lax.cond(restricted, jax.vmap(self.restrict), lambda x: x, scores)
-            keys = jax.vmap(lambda key: jax.random.fold_in(key, step))(self.keys)
-            return jax.vmap(jax.random.categorical)(keys, scores).astype(jnp.int32)
+            scores = lax.cond(restricted, jax.vmap(self.restrict), lambda x: x, scores)
+            return jax.vmap(_draw)(scores, jnp.asarray(seeds), jnp.asarray(steps))
 
         def likeliest():
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
-        return jax.lax.cond(self.temperature > 0, draw, likeliest)
+        return lax.cond(self.temperature > 0, draw, likeliest)
 
     def restrict(self, scores: Float[ArrayLike, "V"]) -> Float[Array, "V"]:
         """Log-probabilities, up to a constant, with -inf where a token is not to be drawn.
 
         First the top k, ties with the last of them included; then, of what is left, the fewest
-        tokens that reach the probability top p. That order, and which of equals go, are those of
-        transformers.
+        tokens that reach the probability top p. That order, and which of equals go (those that come
+        first in the vocabulary), are those of transformers.
         """
         scores = jnp.asarray(scores)
-        size = len(scores)
-        ascending = jnp.argsort(scores)
-        last = scores[ascending[size - jnp.clip(self.top_k, 1, size)]]
+        last = _threshold(scores, jnp.ones_like(scores), jnp.clip(self.top_k, 1, len(scores)))
         scores = jnp.where((self.top_k > 0) & (scores < last), -jnp.inf, scores)
-        below = jnp.cumsum(jax.nn.softmax(scores[ascending]))
-        dropped = (below <= 1 - self.top_p) & (jnp.arange(size) < size - 1) & (self.top_p < 1)
-        return jnp.where(jnp.zeros(size, bool).at[ascending].set(dropped), -jnp.inf, scores)
+        chances = jax.nn.softmax(scores)
+        last = _threshold(scores, chances, self.top_p)
+        above, equal = scores > last, scores == last
+        missing = self.top_p - jnp.sum(jnp.where(above, chances, 0))
+        needed = jnp.ceil(missing / jnp.max(jnp.where(equal, chances, 0)))
+        kept = above | equal & (jnp.cumsum(equal[::-1])[::-1] <= needed)
+        return jnp.where(kept | (self.top_p >= 1), scores, -jnp.inf)
+
+
+def _draw(scores: Float[Array, "V"], seed: UInt[Array, ""], step: Int[Array, ""]) -> Int[Array, ""]:
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    return jax.random.categorical(key, scores).astype(jnp.int32)
+
+
+def _threshold(
+    scores: Float[Array, "V"], weights: Float[Array, "V"], amount: Shaped[ArrayLike, ""]
+) -> Float[Array, ""]:
+    """The largest number such that the weights of scores from it on reach an amount; -inf if there
+    is none.
+
+    Found by bisection of all float32 numbers, in their order: that takes 32 sums, which is much
+    less than to sort a vocabulary.
+    """
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = (low & high) + ((low ^ high) >> 1)  # without overflow
+        reached = jnp.sum(jnp.where(scores >= _numbered(middle), weights, 0)) >= amount
+        return jnp.where(reached, middle, low), jnp.where(reached, high, middle)
+
+    bounds = _number(jnp.full((), -jnp.inf)), _number(jnp.max(scores)) + 1
+    return _numbered(lax.fori_loop(0, 32, halve, bounds)[0])
+
+
+def _number(x: Float[Array, ""]) -> Int[Array, ""]:
+    """Which float32 number it is, counted so that larger ones come later."""
+    bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
+    return jnp.where(bits < 0, bits ^ _ALL_BUT_SIGN, bits)
+
+
+def _numbered(number: Int[Array, ""]) -> Float[Array, ""]:
+    """The float32 number that has this one."""
+    bits = jnp.where(number < 0, number ^ _ALL_BUT_SIGN, number)
+    return lax.bitcast_convert_type(bits, jnp.float32)

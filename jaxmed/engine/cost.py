@@ -264,6 +264,10 @@ def _prefix_size(start: int) -> int:
 # Rows of a batch of text, if they fit the memory.
 _ROWS = {"cpu": 16}
 _ROWS_ON_ACCELERATORS = 64
+# Positions of prompts that are run together when rows of a batch begin. More are not multiplied
+# faster; with fewer, less is run in vain where a single row begins.
+_PROMPT_POSITIONS = {"cpu": 128}
+_PROMPT_POSITIONS_ON_ACCELERATORS = 2048
 _SETS = 64  # runs with an edited set that are made together, at most
 # Tokens of a batch that a judge reads, padding included: attention scores grow with its length.
 _JUDGED = 4096
@@ -287,7 +291,6 @@ def rows_at_once(
     memory: int,
     platform: str,
     runs: int = 1,
-    room: int = 0,
     held: int = 0,
 ) -> int:
     """How many rows a batch of text has: a power of two that fits the memory, up to a constant.
@@ -295,27 +298,71 @@ def rows_at_once(
     Args:
         config: the model.
         dtype: of its activations.
-        length: tokens that each row's prompt, or prompt and response, is padded to.
+        length: tokens that each row's prompt and response are padded to.
         memory: bytes.
         platform: JAX's name of the kind of device.
         runs: how many runs there are of each row, one beside the other.
-        room: slots of each run's cache for generated tokens.
         held: numbers of each row's own interventions, and those that are kept of its run.
 
     Raises:
         InputError: not even one row fits.
     """
-    # The prompt's keys and values are there twice while the cache is made of them.
-    cache = 2 * config.num_layers * _kv_width(config) * (2 * length + room)
-    run = length * _block_numbers(config) + 3 * config.num_heads * length**2
-    row = (runs * cache + run + held + 6 * config.vocab_size) * np.dtype(dtype).itemsize
-    if memory < row:
+    keys_values = 2 * config.num_layers * _kv_width(config) * 2 * length
+    row = runs * keys_values + _run_numbers(config, length) + held + 6 * config.vocab_size
+    return _rows(row * np.dtype(dtype).itemsize, 0, length, memory, platform)
+
+
+def answers_at_once(
+    config: DecoderConfig,
+    dtype: DTypeLike,
+    kept_as: DTypeLike,
+    *,
+    length: int,
+    room: int,
+    memory: int,
+    platform: str,
+    held: int = 0,
+    converted: int = 0,
+) -> int:
+    """How many prompts are answered together, as `rows_at_once` has it.
+
+    Args:
+        config, dtype, memory, platform: as there.
+        kept_as: type of keys and values.
+        length: tokens that each prompt is padded to.
+        room: slots of each row for generated tokens.
+        held: numbers of each row's own interventions.
+        converted: numbers of weights that are in memory in another form as well.
+    """
+    kept = 2 * config.num_layers * _kv_width(config)
+    number = np.dtype(dtype).itemsize
+    row = kept * (length + room) * np.dtype(kept_as).itemsize
+    row += (held + 6 * config.vocab_size) * number
+    prompts = prompts_together(length, most_rows(platform), platform)
+    beside = prompts * (2 * kept * length + _run_numbers(config, length)) + converted
+    return _rows(row, beside * number, length, memory, platform)
+
+
+def prompts_together(length: int, rows: int, platform: str) -> int:
+    """How many of a batch's prompts are run together before they are answered."""
+    positions = _PROMPT_POSITIONS.get(platform, _PROMPT_POSITIONS_ON_ACCELERATORS)
+    return max(1, min(rows, positions // length))
+
+
+def _run_numbers(config: DecoderConfig, length: int) -> int:
+    """Of a plain run, in memory at one time."""
+    return length * _block_numbers(config) + 3 * config.num_heads * length**2
+
+
+def _rows(row: int, beside: int, length: int, memory: int, platform: str) -> int:
+    """Rows of so many bytes each, and so many beside them all."""
+    if memory < beside + row:
         raise InputError(
             f"the memory that is left, {memory / 2**30:.4f} GiB, is too little for a single prompt "
-            f"of {length} tokens, {row / 2**30:.4f} GiB: take a larger device, shorter prompts or "
-            "fewer tokens"
+            f"of {length} tokens, {(beside + row) / 2**30:.4f} GiB: take a larger device, shorter "
+            "prompts or fewer tokens"
         )
-    return min(most_rows(platform), _power_of_two(memory // row))
+    return min(most_rows(platform), _power_of_two((memory - beside) // row))
 
 
 def most_rows(platform: str) -> int:

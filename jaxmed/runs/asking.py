@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 
-from jaxmed.behaviour import answering
+from jaxmed.behaviour import answering, generation
 from jaxmed.behaviour.answering import AnsweringModel
 from jaxmed.behaviour.judges import named, protocol, rules
 from jaxmed.behaviour.judges.protocol import Judge
@@ -133,6 +133,14 @@ class AnswerSettings:
         default=rates.AUTO,
         choices=(rates.AUTO, *products.EXACT),
     )
+    cache_dtype: str = setting(
+        help="Type in which keys and values of earlier tokens are kept while a response is "
+        "generated: by default that of the activations. bfloat16 halves their memory, so that more "
+        "rows fit; it rounds them to 8 bits, by which logits change about as in a model that runs "
+        "in bfloat16, and some responses with them. What is measured on responses is not rounded.",
+        default="",
+        choices=generation.CACHE_DTYPES,
+    )
     ignore_config: tuple[str, ...] = like(MediateSettings, "ignore_config")
     memory_gb: float | None = like(MediateSettings, "memory_gb")
     skip_bad_prompts: bool = setting(
@@ -213,6 +221,7 @@ def load(settings: AnswerSettings, say: Callable[[str], None] = sweep.say) -> An
         encoder,
         stop,
         memory_gb=settings.memory_gb,
+        cache_dtype=settings.cache_dtype,
         not_followed=not_followed,
         adapter=loaded.adapter,
     )

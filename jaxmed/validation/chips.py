@@ -380,9 +380,12 @@ def recorded(asked: Asked, chip: Chip, precision: str) -> Recorder:
 
 def _rows(asked: Asked, left: int, length: int, room: int) -> int:
     """Rows of a batch of text, both runs of a divergence in it."""
-    return asked.rows or cost.rows_at_once(
-        asked.config, "float32", length=length, memory=left, platform="tpu", runs=2, room=room
-    )
+    if asked.rows:
+        return asked.rows
+    shared = {"length": length, "memory": left, "platform": "tpu"}
+    read = cost.rows_at_once(asked.config, "float32", runs=2, **shared)
+    answered = cost.answers_at_once(asked.config, "float32", "float32", room=room, **shared)
+    return min(read, answered)
 
 
 def _memory_left(asked: Asked, decoder: Decoder, chip: Chip) -> int:

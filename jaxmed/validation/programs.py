@@ -18,7 +18,7 @@ from jax.extend import core as jaxpr_lib
 from jaxmed.analysis import joint, screening
 from jaxmed.behaviour import batches, generation, likelihood
 from jaxmed.behaviour.judges import model as judging
-from jaxmed.behaviour.sampling import Choice
+from jaxmed.behaviour.sampling import Choice, Sampling
 from jaxmed.data.pairs import Pair
 from jaxmed.engine import capture, cost, plan, propagate
 from jaxmed.engine.plan import Work
@@ -349,30 +349,37 @@ def of_answers(
     count = rows(length, room)
     tokens, lengths = np.zeros((count, length), np.int32), np.full(count, len(prompt), np.int32)
     targets = np.zeros((count, room), np.int32)
-    choice = Choice(
-        keys=jax.eval_shape(jax.vmap(jax.random.key), np.zeros(count, np.uint32)),
-        temperature=jnp.float32(0),
-        top_p=jnp.float32(1),
-        top_k=jnp.int32(0),
+    layers, together = (
+        decoder.blocks,
+        cost.prompts_together(length, count, decoder.products.platform),
     )
-    blocks = record("", generation.unstacked, decoder)
+    groups = -(-count // together)
+    prompts = {"tokens": tokens, "lengths": lengths, "count": np.int32(count)}
+    prompts |= {"fresh": np.arange(groups * together, dtype=np.int32)}
+    answers = {"lengths": lengths, "seeds": np.zeros(count, np.uint32)}
+    answers |= {"choice": Choice.of(Sampling()), "is_stop": np.zeros(config.vocab_size, bool)}
+    answers |= dict.fromkeys(("max_tokens", "most_steps", "most_ended"), np.int32(room))
+
+    def begin(decoder, layers, holds, given):
+        empty = generation.empty(
+            decoder,
+            layers,
+            rows=count,
+            length=length,
+            room=room,
+            kept_as=jnp.dtype(decoder.compute_dtype),
+        )
+        return generation.fill(decoder, layers, holds, empty, together=together, **given)
+
+    def go_on(decoder, layers, holds, rows, given):
+        return generation.advance(decoder, layers, holds, rows, **given)
+
     of_neurons = np.ones((config.num_layers, config.intermediate_size), np.float32)
     held = [Hold.affine("neuron", of_neurons, of_neurons)]
     for name, holds in (("plain", []), ("with a hold", held)):
         what = f"{name}, {count} rows of {length} tokens"
-        x, cache = record(
-            what,
-            lambda decoder, holds, tokens, lengths: generation.prefill(
-                decoder, holds, tokens, lengths, room
-            ),
-            *(decoder, holds, tokens, lengths),
-        )
-        record(
-            f"{what}, {room} new",
-            lambda *arguments: generation.decode(*arguments, room=room),
-            *(decoder, blocks, holds, x, cache, lengths, choice),
-            *(np.zeros(config.vocab_size, bool), np.ones(count, bool), np.int32(room)),
-        )
+        rows_begun = record(what, begin, decoder, layers, holds, prompts)
+        record(f"{what}, {room} new", go_on, decoder, layers, holds, rows_begun, answers)
         for read in (likelihood.response_logprobs, likelihood.response_divergences):
             record(what, read, decoder, holds, tokens, lengths, lengths, targets)
     record(

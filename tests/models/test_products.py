@@ -210,7 +210,8 @@ def test_in_parts_every_product_with_a_weight_takes_bfloat16():
         if equation.primitive.name == "dot_general"
     ]
     of_weights = [pair for pair in operands if "bfloat16" in [one.dtype.name for one in pair]]
-    assert len(of_weights) == 3 * (7 + 1)  # seven in a block, one in the unembedding
+    assert len(of_weights) == 7 + 1  # seven in a block, one in the unembedding
+    assert all(values.shape[0] == 3 for values, _ in of_weights)  # each with all three parts
     assert all(one.dtype == jnp.bfloat16 for pair in of_weights for one in pair)
     # Scores and values.
     assert len(operands) - len(of_weights) == 2

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -97,14 +98,27 @@ def test_a_step_with_a_hold_of_nothing_has_the_same_logits(family):
     """What the loop does in every step, by itself: cache and logits, bit by bit."""
     model, lengths = decoder(family), np.array([7, 32, 2, 1], np.int32)
     tokens = np.random.default_rng(1).integers(0, 61, (ROWS, 32)).astype(np.int32)
-    blocks, last = generation.unstacked(model), tokens[:, 0]
-    step = jax.jit(generation._step, static_argnums=7)
+    layers = generation.layered(model)
+    step = jax.jit(generation._step)
 
     def run(holds):
         holds = holding.fitted(model.config, holds, ROWS)
-        x, cache = generation.prefill(model, holds, tokens, lengths, 16)
-        after, cache = step(model, blocks, holds, cache, last, lengths, np.int32(0), 16)
-        return model.unembed(x), model.unembed(after), cache
+        rows = generation.empty(
+            model, layers, rows=ROWS, length=32, room=16, kept_as=np.dtype("float32")
+        )
+        rows = generation.fill(
+            model,
+            layers,
+            holds,
+            rows,
+            fresh=np.arange(ROWS),
+            count=np.int32(ROWS),
+            tokens=tokens,
+            lengths=lengths,
+            together=2,
+        )
+        after, cache, newest = step(model, layers, holds, rows, tokens[:, 0], lengths)
+        return model.unembed(rows.x), model.unembed(after), cache, newest
 
     for held, free in zip(*(jax.tree.leaves(run(h)) for h in (nothing(family), [])), strict=True):
         np.testing.assert_array_equal(held, free)
@@ -112,11 +126,11 @@ def test_a_step_with_a_hold_of_nothing_has_the_same_logits(family):
 
 def test_one_program_serves_all_holds_of_a_site_and_all_settings():
     answers(PROMPTS, holds=[hold(Site.NEURON)])
-    compiled = generation.prefill._cache_size(), generation.decode._cache_size()
+    compiled = generation.fill._cache_size(), generation.advance._cache_size()
     everywhere = Hold.affine("neuron", np.zeros((3, 1)), np.zeros((1, 40)), at_prompt=False)
     few = Sampling(max_tokens=5, temperature=0.7, top_p=0.9, top_k=4)
     answers(PROMPTS, holds=[everywhere], sampling=few, stop={1})
-    assert (generation.prefill._cache_size(), generation.decode._cache_size()) == compiled
+    assert (generation.fill._cache_size(), generation.advance._cache_size()) == compiled
 
 
 def test_each_prompt_may_have_its_own_shift():
@@ -153,6 +167,103 @@ def test_the_size_of_a_batch_makes_no_difference_without_ties(batch_size):
     )
 
 
+SHORT = np.random.default_rng(2).integers(0, 61, (14, 5)).tolist()
+
+
+def test_a_row_that_ends_is_given_the_next_prompt(monkeypatch):
+    """Which is answered as if it had been asked alone, its own shift and seed with it."""
+    monkeypatch.setattr(generation.cost, "prompts_together", lambda *shape: 1)
+    drawn, held = Sampling(40, 1.0), hold(Site.MLP, prompts=len(SHORT))
+    free = answers(SHORT, sampling=drawn, holds=[held])
+    stop = {free[index].tokens[2 * index] for index in (0, 3, 8, 11)}
+    told = []
+    found = answers(SHORT, stop=stop, sampling=drawn, holds=[held], ended=told.append)
+    assert sorted(index for each in told for index in each) == list(range(len(SHORT)))
+    lengths = [next((i for i, t in enumerate(r.tokens) if t in stop), 40) for r in free]
+    assert found == [
+        Generated(response.tokens[:length], length < 40)
+        for response, length in zip(free, lengths, strict=True)
+    ]
+    assert len(set(lengths)) > 3 and len(told) > 6  # not all rows of a batch together
+    for index in (1, 9):
+        own = Hold.affine("mlp", held.scale, held.shift[index][None])
+        asked = {"stop": stop, "sampling": drawn, "holds": [own], "seeds": [index]}
+        assert answers([SHORT[index]], **asked) == [found[index]]
+
+
+def test_a_prompt_waits_no_longer_than_32_steps(monkeypatch):
+    """Where too few rows have ended for their prompts to be run together."""
+    monkeypatch.setattr(generation.cost, "prompts_together", lambda *shape: ROWS)
+    drawn, told = Sampling(40, 1.0), []
+    free = answers(SHORT[:8], sampling=drawn)
+    stop = next(t for t in free[0].tokens if any(t not in r.tokens[:32] for r in free[1:ROWS]))
+    answers(SHORT[:8], sampling=drawn, stop={stop}, ended=told.append)
+    assert 0 in told[0] and len(told[0]) < ROWS
+    assert all(stop in free[index].tokens[:32] for index in told[0])
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_keys_and_values_may_be_kept_in_bfloat16(family, monkeypatch):
+    """They are rounded as they are kept, and nothing else is; it takes half of their memory."""
+    kept = []
+    empty = generation.empty
+
+    def watched(*arguments, **named):
+        kept.append(empty(*arguments, **named))
+        return jax.tree.map(jnp.copy, kept[-1])
+
+    monkeypatch.setattr(generation, "empty", watched)
+    plain = answers(PROMPTS, family)
+    rounded = answers(PROMPTS, family, cache_dtype="bfloat16")
+    sizes = [sum(leaf.nbytes for leaf in jax.tree.leaves(rows.cache)) for rows in kept]
+    assert len(kept) == 2 and sizes[0] == 2 * sizes[1]
+    # The first token reads what was not rounded.
+    assert [r.tokens[0] for r in rounded] == [p.tokens[0] for p in plain]
+    logits = logits_after_one_more(family, "bfloat16"), logits_after_one_more(family, "")
+    error = np.abs(logits[0] - logits[1]).max() / np.abs(logits[1]).max()
+    assert 1e-6 < error < 2**-6
+
+
+def logits_after_one_more(family, cache_dtype):
+    """Those after a generated token, by the cache."""
+    model, lengths = decoder(family), np.array([7, 32, 2, 1], np.int32)
+    tokens = np.random.default_rng(1).integers(0, 61, (ROWS, 32)).astype(np.int32)
+    layers, kept_as = generation.layered(model), np.dtype(cache_dtype or "float32")
+    rows = generation.empty(model, layers, rows=ROWS, length=32, room=16, kept_as=kept_as)
+    shared = {"fresh": np.arange(ROWS), "count": np.int32(ROWS), "together": 2}
+    rows = generation.fill(model, layers, [], rows, tokens=tokens, lengths=lengths, **shared)
+    after, *_ = jax.jit(generation._step)(model, layers, [], rows, tokens[:, 0], lengths)
+    return np.asarray(model.unembed(after))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_layers_of_a_stack_and_of_arrays_of_their_own_are_the_same(dtype, monkeypatch):
+    """A float32 model on a CPU reads the latter, which lie where they lie in the stack."""
+    model = tiny.decoder("llama", dtype=dtype)
+    layers = generation.layered(model)
+    assert isinstance(layers, tuple) == (dtype == "float32")
+    found = generate(model, PROMPTS, stop=(), sampling=FEW, batch_size=ROWS)
+    if dtype == "float32":
+        stack, own = model.blocks.mlp.up.kernel[...], layers[0].mlp.up.kernel[...]
+        assert own.unsafe_buffer_pointer() == stack.unsafe_buffer_pointer()
+        monkeypatch.setattr(generation, "layered", lambda decoder: decoder.blocks)
+        assert generate(model, PROMPTS, stop=(), sampling=FEW, batch_size=ROWS) == found
+    else:
+        wide = tiny.decoder("llama", dtype=dtype)
+        in_parts = wide.at_precision("split3")
+        assert generate(in_parts, PROMPTS, stop=(), sampling=FEW, batch_size=ROWS) == found
+
+
+def test_a_vocabulary_in_chunks_has_the_same_logits(monkeypatch):
+    """Of a 16-bit model on a CPU, the last of which overlaps with the one before."""
+    model = tiny.decoder("llama", dtype="bfloat16")
+    x = np.random.default_rng(0).normal(size=(3, model.config.hidden_size)).astype(np.float32)
+    assert generation._in_chunks(model)
+    monkeypatch.setattr(generation, "_WIDENED", 8 * model.config.hidden_size)
+    found = jax.jit(generation._logits)(model, x)
+    np.testing.assert_allclose(found, model.unembed(jnp.asarray(x)), rtol=1e-6, atol=1e-6)
+
+
 def test_a_stop_token_ends_a_response_and_a_limit_cuts_it():
     free = answers(PROMPTS)
     stop = free[1].tokens[5]
@@ -169,11 +280,12 @@ def test_a_stop_token_ends_a_response_and_a_limit_cuts_it():
         assert found == Generated(free[1].tokens[:first], stopped)
 
 
-def test_progress_counts_the_prompts():
-    counts = []
-    assert len(answers(PROMPTS + LONG, progress=counts.append)) == 7
-    assert counts == [2, 4, 1]
-    assert answers([]) == []
+def test_responses_are_told_as_they_end():
+    told = []
+    found = answers(PROMPTS + LONG, ended=told.append)
+    assert [len(each) for each in told] == [2, 4, 1]  # the longest prompts first; batches of four
+    assert {key: value for each in told for key, value in each.items()} == dict(enumerate(found))
+    assert answers([], ended=told.append) == [] and len(told) == 3
 
 
 @pytest.mark.parametrize(
@@ -195,6 +307,7 @@ def test_progress_counts_the_prompts():
         ({"sampling": Sampling(top_p=1.5)}, "top_p = 1.5"),
         ({"sampling": Sampling(top_k=-1)}, "top_k = -1"),
         ({"batch_size": 0}, "batch_size = 0"),
+        ({"cache_dtype": "float16"}, "cache_dtype = 'float16': not one of bfloat16"),
         ({"memory": 1000, "batch_size": None}, "too little for a single prompt"),
     ],
 )
@@ -229,16 +342,19 @@ def test_the_batch_fits_the_memory():
     model, prompts = decoder(), [[1], [1] * 60]
 
     def rows(memory, holds=()):
-        found = batches.sizes(model, holds, prompts, room=16, memory=memory)
+        found = batches.answered_together(
+            model, holds, prompts, room=16, kept_as="float32", memory=memory
+        )
         assert list(found) == [64, 32]  # the longest first: if it does not fit, that shows at once
         return [found[32], found[64]]
 
-    sizes = np.array([rows(2**n) for n in range(20, 30)])
+    first = 850_000
+    sizes = np.array([rows(first * 2**n) for n in range(10)])
     assert (np.diff(sizes, axis=0) >= 0).all() and (sizes[0] < sizes[-1]).all()
     assert (sizes[:, 0] >= sizes[:, 1]).all() and (sizes[0, 0] > sizes[0, 1])
     assert all(row.bit_count() == 1 for row in sizes.ravel().tolist())
-    held = holding.fitted(model.config, [hold(Site.NEURON, prompts=2)] * 999, 2)
-    assert rows(2**20, held)[0] < sizes[0, 0]
+    held = holding.fitted(model.config, [hold(Site.NEURON, prompts=2)] * 99, 2)
+    assert rows(first, held)[0] < sizes[0, 0]
 
 
 def test_products_are_float32(monkeypatch):
@@ -253,8 +369,8 @@ def test_products_are_float32(monkeypatch):
         return run
 
     for module, name in (
-        (generation, "prefill"),
-        (generation, "decode"),
+        (generation, "fill"),
+        (generation, "advance"),
         (likelihood, "response_logprobs"),
         (likelihood, "response_divergences"),
     ):

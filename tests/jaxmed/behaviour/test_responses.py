@@ -37,10 +37,8 @@ def generated(monkeypatch):
 
     def generate(decoder, prompts, **options):
         calls.append((prompts, options))
-        return [
-            Generated((len(prompt), seed % 7), seed % 2 == 0)
-            for prompt, seed in zip(prompts, options["seeds"], strict=True)
-        ]
+        for index, (prompt, seed) in enumerate(zip(prompts, options["seeds"], strict=True)):
+            options["ended"]({index: Generated((len(prompt), seed % 7), seed % 2 == 0)})
 
     monkeypatch.setattr(generation, "generate", generate)
     return calls
@@ -164,23 +162,23 @@ def test_seeds_differ_and_stay():
 
 def test_every_sample_is_generated_once_the_longest_prompts_first(generated, tmp_path):
     log, added = responses.response_log(tmp_path), []
-    fill(log, tokenizer=None, seed=5, memory=9, progress=added.append)
+    fill(log, tokenizer=None, seed=5, memory=9, cache_dtype="bfloat16", progress=added.append)
     [(prompts, options)] = generated
-    assert list(map(len, prompts)) == [9, 9, 5, 5, 3, 3] and added == [6]
+    assert list(map(len, prompts)) == [9, 9, 5, 5, 3, 3] and added == [1] * 6
     assert options["seeds"] == [responses.seed_of(p, s, 5) for p in "bca" for s in range(2)]
     assert (options["stop"], options["memory"], options["holds"]) == ([3], 9, ())
-    assert options["sampling"] == Sampling(4, 1.0)
+    assert (options["sampling"], options["cache_dtype"]) == (Sampling(4, 1.0), "bfloat16")
     assert set(log.values) == set(responses.keys(["plain"], asked(), 2))
     seed = responses.seed_of("c", 1, 5)
     assert log.values[Key("plain", "c", 1)] == Response((5, seed % 7), None, seed % 2 == 0)
     fill(log, seed=5, progress=added.append)
-    assert len(generated) == 1 and added == [6]
+    assert len(generated) == 1 and added == [1] * 6
     fill(log, samples=3, seed=5, progress=added.append)
-    assert list(map(len, generated[1][0])) == [9, 5, 3] and added == [6, 3]
+    assert list(map(len, generated[1][0])) == [9, 5, 3] and added == [1] * 9
 
 
 def test_a_stopped_run_goes_on_to_the_same_file(generated, tmp_path, monkeypatch):
-    monkeypatch.setattr(responses, "_AT_ONCE", 2)
+    monkeypatch.setattr(responses, "_TOGETHER", 2)
     (tmp_path / "whole").mkdir()
     whole = responses.response_log(tmp_path / "whole")
     fill(whole, samples=3)

@@ -68,7 +68,8 @@ def test_judges_read_the_answer_alone(tokenizer, tmp_path, monkeypatch):
     asked = [Asked(Prompt(name, name, "harmful", "A"), ids(tokenizer, ASKS)) for name in said]
 
     def generate(decoder, prompts, **options):
-        return [Generated(ids(tokenizer, text), True) for text in said.values()]
+        texts = enumerate(said.values())
+        options["ended"]({index: Generated(ids(tokenizer, text), True) for index, text in texts})
 
     monkeypatch.setattr(generation, "generate", generate)
     log = responses.response_log(tmp_path)

@@ -85,7 +85,7 @@ def answer(monkeypatch):
         found = [Generated(words.ids(text), True) for text in answers]
 
         def generate(decoder, prompts, **options):
-            return (found * len(prompts))[: len(prompts)]
+            options["ended"]({i: found[i % len(found)] for i in range(len(prompts))})
 
         monkeypatch.setattr(generation, "generate", generate)
 
@@ -491,7 +491,7 @@ def test_a_run_can_be_judged_otherwise(run, answer):
 
 
 def test_a_stopped_run_goes_on_to_equal_files(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(responses, "_AT_ONCE", 10)
+    monkeypatch.setattr(responses, "_TOGETHER", 10)
     rows, generate, asked = HARMFUL + BENIGN, generation.generate, []
 
     def count(decoder, prompts, **options):
@@ -538,6 +538,21 @@ def test_a_folder_can_be_paired_otherwise_and_sampled_further(run, monkeypatch):
         run(*HARMFUL)
     run(*HARMFUL, temperature=0.5, overwrite=True)
     assert len(asked) == 4 * 3 + 3 * 6
+
+
+def test_keys_and_values_are_kept_as_asked(run, monkeypatch):
+    generate, seen = generation.generate, []
+
+    def watched(decoder, prompts, **options):
+        seen.append(options.pop("cache_dtype"))
+        return generate(decoder, prompts, **options)
+
+    monkeypatch.setattr(generation, "generate", watched)
+    found = run(*HARMFUL, *BENIGN, cache_dtype="bfloat16")
+    assert set(seen) == {"bfloat16"}
+    assert json.loads((found.folder / "run.json").read_text())["cache_dtype"] == "bfloat16"
+    with pytest.raises(InputError, match="other settings: --cache_dtype was .bfloat16., is now"):
+        run(*HARMFUL, *BENIGN)
 
 
 def test_another_kind_of_run_is_not_gone_on_with(run, tmp_path, monkeypatch):
