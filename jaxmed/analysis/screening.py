@@ -130,15 +130,9 @@ def unit_slopes(
     decoder: Decoder,
     trace: Trace,
     changes: dict[Site, Float[Array, "L T ..."]],
-<<<<<<< HEAD
-    path: Float[Array, "T d"] | None,
-    fractions: Float[Array, "steps"],
-    reading: Readings,
-=======
     path: Float[Array, "T d"],
     steps: Int[ArrayLike, ""],
     reading: Readings,
->>>>>>> compile17
     last_prompt: Int[Array, ""],
     metric: Metric,
     group_size: int,

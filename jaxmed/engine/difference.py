@@ -1092,7 +1092,7 @@ def inverse_rms(
     return lax.rsqrt(mean_square), _rsqrt_change(mean_square, changed, change)
 
 
-def silu(a: Value, d: Value) -> tuple[Value, Value]:
+def silu(a: Value, d: Value) -> tuple[Array, Array]:
     """The rule of a s(a); s(a + d) is known to its own rounding even where it all but vanishes."""
     s_a = lax.logistic(a)
     s_b, _ = _logistic_pair(a + d)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxmed.engine import difference
-from jaxmed.engine.difference import NamedRule, Several, exp_change
+from jaxmed.engine.difference import NamedRule, Several, Value, exp_change
 from jaxmed.question.metrics import logsumexp_last_axis
 from models.layers import (
     inverse_rms_last_axis,
@@ -38,11 +38,11 @@ def rules(products: Products) -> Mapping[Callable, NamedRule | Several]:
     }
 
 
-def _mean(x: Array) -> Array:
+def _mean(x: Value) -> Array:
     return jnp.mean(x, axis=-1, keepdims=True)
 
 
-def _mean_by_product(x: Array) -> Array:
+def _mean_by_product(x: Value) -> Array:
     """XLA's CPU backend forms the product with a vector ten times faster than the sum where an axis
     of the batch has length 1."""
     weights = jnp.full((x.shape[-1], 1), 1 / x.shape[-1], x.dtype)

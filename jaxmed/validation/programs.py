@@ -306,30 +306,37 @@ def of_gradients(record: Recorder, decoder: Decoder, pair: Pair, question: Quest
 
 
 def of_joint_sets(record: Recorder, decoder: Decoder, pair: Pair, question: Question) -> None:
-    """The program of joint sets, two at once."""
+    """The programs of joint sets, two at once, that a scan does not have."""
     config, term = decoder.config, cost.runs(decoder.config, pair, question)[0]
+    (work,) = plan.plan(config, pair, term, question, ["neuron"], False)
+    tokens, size = pair.prompt_ids + term.response, work.size
     branches = term.branches_after(pair.prompt_ids)
-    tokens, valid, branches = capture.pad(pair.prompt_ids + term.response, branches)
-    of_neurons = config.num_layers, config.intermediate_size
-    values = jax.ShapeDtypeStruct((of_neurons[0], len(tokens), of_neurons[1]), np.float32)
+    trace = record("", lambda decoder: capture.capture(decoder, tokens, branches), decoder)
+    frame = record(
+        "", lambda decoder, trace: capture.frame(decoder, trace, work.start, size), decoder, trace
+    )
+    dtype = decoder.compute_dtype
+    forced = propagate.Forced(
+        change=jax.ShapeDtypeStruct((config.num_layers, size, config.intermediate_size), dtype),
+        edited=jax.ShapeDtypeStruct((size,), bool),
+        members=jax.ShapeDtypeStruct((1, 2, config.num_layers, config.intermediate_size), bool),
+    )
+    stages = plan.reader(config, np.zeros((1, 2), np.int32))
+    what = "2 sets of neurons"
+    carried = record(
+        what,
+        propagate.carry,
+        *(decoder, frame, stages, np.zeros((1, size, 2, config.hidden_size), dtype)),
+        *(propagate.blocks_to_carry(config, size, term.reading), forced),
+    )
     record(
-        "2 at once",
-        lambda decoder, tokens, valid, branches, values, sets, reading, last: joint.joint_changes(
-            decoder,
-            tokens=tokens,
-            valid=valid,
-            branches=branches,
-            values=values,
-            edited=valid,
-            sets=sets,
-            reading=reading,
-            last_prompt=last,
-            metric=question.metric,
-            at_once=2,
+        what,
+        lambda decoder, frame, stages, carried, reading, last, forced: propagate.read_changes(
+            *(decoder, frame, stages, carried, reading, last),
+            *(question.metric, term.whole_vocabulary, forced),
         ),
-        decoder,
-        *(tokens, valid, branches, values, np.zeros((4, *of_neurons), bool)),
-        *(term.reading, len(pair.prompt_ids) - 1),
+        *(decoder, frame, stages, carried, term.reading),
+        *(len(pair.prompt_ids) - 1 - work.start, forced),
     )
 
 
