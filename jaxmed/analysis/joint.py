@@ -18,6 +18,7 @@ from jaxmed.engine.scan import Run, pair_effects
 from jaxmed.question.effects import PairEffects
 from jaxmed.question.metrics import Term
 from jaxmed.question.question import Question
+from models.config import DecoderConfig
 from models.decoder import Decoder
 from models.shapes import AnyArray
 from models.sites import Site
@@ -60,6 +61,17 @@ def joint_pair(
     return pair_effects(decoder, pair, question, joint_shape, evaluate)
 
 
+def operations(config: DecoderConfig, pair: Pair, question: Question) -> float:
+    """Floating-point operations of both estimands of a set, at most: of one that has neurons of the
+    first layer."""
+    return sum(
+        cost.batch_operations(config, work, term, plan.reader(config, np.zeros(1)))
+        for term in question.metric.terms(pair)
+        for swapped in (False, True)
+        for work in plan.plan(config, pair, term, question, ["neuron"], swapped)
+    )
+
+
 def _joint_changes(
     decoder: Decoder,
     base: Run,
@@ -78,8 +90,8 @@ def _joint_changes(
     frame = capture.frame(decoder, base.trace, work.start, work.size)
     edited = np.isin(work.start + np.arange(work.size), work.edited.base)
     # A set is a unit of the first layer that it has neurons in; without any it is padding.
-    filled = sets.any(axis=2)
-    first = np.where(filled.any(axis=1), filled.argmax(axis=1), config.num_layers)
+    filled = np.any(sets, axis=2)
+    first = np.where(np.any(filled, axis=1), np.argmax(filled, axis=1), config.num_layers)
     order = np.argsort(first, kind="stable").astype(np.int32)
     units = Units(first[order].astype(np.int32), order, np.full(len(sets), ALL_POSITIONS))
     work = dataclasses.replace(work, units=units)

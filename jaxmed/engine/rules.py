@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Bool, Float
 
 from jaxmed.engine import difference
 from jaxmed.engine.difference import NamedRule, Several
@@ -13,7 +13,24 @@ from jaxmed.question.metrics import logsumexp_last_axis
 from models.layers import inverse_rms_last_axis, softmax_last_axis, weighted_sum
 from models.products import Products, multiplied
 
+
+@jax.jit
+def with_change(
+    value: Float[Array, "..."], change: Float[Array, "..."], where: Bool[Array, "..."]
+) -> Float[Array, "..."]:
+    """The value itself; its difference is that of `change` where `where` has changed to True, and
+    what has been carried to the value elsewhere."""
+    del change, where
+    return value
+
+
+def _given(value, change, where, carried, given, changed):
+    del change, where
+    return value, jnp.where(changed, given, carried)
+
+
 _RULES = {
+    with_change: Several(_given, changing=3),
     softmax_last_axis: difference.softmax,
     weighted_sum: Several(difference.weighted_sum, changing=3),
     jax.nn.silu: difference.silu,

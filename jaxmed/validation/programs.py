@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jax.extend import core as jaxpr_lib
 
-from jaxmed.analysis import joint, screening
+from jaxmed.analysis import screening
 from jaxmed.behaviour import batches, generation, likelihood
 from jaxmed.behaviour.judges import model as judging
 from jaxmed.behaviour.sampling import Choice
@@ -297,28 +297,26 @@ def of_gradients(record: Recorder, decoder: Decoder, pair: Pair, question: Quest
 
 
 def of_joint_sets(record: Recorder, decoder: Decoder, pair: Pair, question: Question) -> None:
-    """The program of joint sets, two at once."""
+    """The programs of joint sets, two at once, that a scan does not have."""
     config, term = decoder.config, question.metric.terms(pair)[0]
-    tokens, valid = capture.pad(pair.prompt_ids + term.response)
-    of_neurons = config.num_layers, config.intermediate_size
-    values = jax.ShapeDtypeStruct((of_neurons[0], len(tokens), of_neurons[1]), np.float32)
+    (work,) = plan.plan(config, pair, term, question, ["neuron"], False)
+    tokens, size = pair.prompt_ids + term.response, work.size
+    trace = record("", lambda decoder: capture.capture(decoder, tokens), decoder)
+    frame = record(
+        "", lambda decoder, trace: capture.frame(decoder, trace, work.start, size), decoder, trace
+    )
+    change = jax.ShapeDtypeStruct(
+        (config.num_layers, size, config.intermediate_size), decoder.compute_dtype
+    )
     record(
-        "2 at once",
-        lambda decoder, tokens, valid, values, sets, reading, last: joint.joint_changes(
-            decoder,
-            tokens=tokens,
-            valid=valid,
-            values=values,
-            edited=valid,
-            sets=sets,
-            reading=reading,
-            last_prompt=last,
-            metric=question.metric,
-            at_once=2,
+        "2 sets of neurons",
+        lambda decoder, frame, stages, differences, *forced: propagate.carry(
+            decoder, frame, stages, differences, propagate.Forced(*forced)
         ),
-        decoder,
-        *(tokens, valid, values, np.zeros((4, *of_neurons), bool)),
-        *(term.reading, len(pair.prompt_ids) - 1),
+        *(decoder, frame, plan.reader(config, np.zeros((1, 2), np.int32))),
+        np.zeros((1, size, 2, config.hidden_size), change.dtype),
+        *(change, np.ones(size, bool)),
+        np.zeros((1, 2, config.num_layers, config.intermediate_size), bool),
     )
 
 
