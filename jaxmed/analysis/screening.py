@@ -16,7 +16,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmed.data.pairs import Pair
@@ -131,7 +130,7 @@ def unit_slopes(
     trace: Trace,
     changes: dict[Site, Float[Array, "L T ..."]],
     path: Float[Array, "T d"],
-    steps: Int[ArrayLike, ""],
+    steps: Int[Array, ""] | int,
     reading: Readings,
     last_prompt: Int[Array, ""],
     metric: Metric,
@@ -167,9 +166,11 @@ def unit_slopes(
         for site, change in changes.items()
     }
 
+    embedding = capture.kept(trace, "embedding")
+
     def add(step, total):
         fraction = jnp.where(steps > 1, (step + 0.5) / steps, 0).astype(path.dtype)
-        slopes = jax.grad(y)(nothing, trace.embedding + fraction * path)
+        slopes = jax.grad(y)(nothing, embedding + fraction * path)
         return jax.tree.map(jnp.add, total, slopes)
 
     total = jax.lax.fori_loop(0, steps, add, nothing)

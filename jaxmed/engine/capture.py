@@ -133,14 +133,6 @@ def take(value: Float[Array, "L N ..."], rows: Int[Array, "S"]) -> Float[Array, 
     return jnp.take(value, rows, axis=1, mode="clip")
 
 
-def aligned(trace: Trace, site: Site, edited: Edited, length: int) -> Float[np.ndarray, "L T ..."]:
-    """The source run's values of a site, moved to the positions of a base run of that length; any
-    where it is not edited."""
-    source_rows = np.zeros(length, np.int32)
-    source_rows[edited.base] = edited.source
-    return np.asarray(getattr(trace, site.value))[:, source_rows]
-
-
 def edited_difference(
     base: Trace, source: Trace, site: Site, edited: Edited, start: int, size: int
 ) -> Float[Array, "L S ..."]:

@@ -147,20 +147,6 @@ def _position_operations(config: DecoderConfig, start, size):
     return 2.0 * (projections + attention), 2.0 * mlp
 
 
-def run_operations(config: DecoderConfig, pair: Pair, question: Question) -> float:
-    """Floating-point operations of plain runs of a pair's prompts with all their responses."""
-    width, head_dim = config.hidden_size, config.head_dim
-    weights = sum(block_weights(config))
-    total = 0.0
-    for term in runs(config, pair, question):
-        for prompt in (pair.prompt_ids, pair.counterfactual_ids):
-            length = len(prompt) + len(term.response)
-            attention = 2 * config.num_heads * head_dim * length
-            total += 2.0 * config.num_layers * length * (weights + attention)
-            total += 2.0 * len(term.reading.offsets) * width * config.vocab_size
-    return total
-
-
 # --- Batches of the engine ---------------------------------------------------------------------
 
 # Positions that go through a block together. Fewer leave matrix products short of work; on a CPU,
@@ -268,19 +254,10 @@ _ROWS_ON_ACCELERATORS = 64
 # faster; with fewer, less is run in vain where a single row begins.
 _PROMPT_POSITIONS = {"cpu": 128}
 _PROMPT_POSITIONS_ON_ACCELERATORS = 2048
-_SETS = 64  # runs with an edited set that are made together, at most
 # Tokens of a batch that a judge reads, padding included: attention scores grow with its length.
 _JUDGED = 4096
 # Logits of the whole vocabulary that are in memory at once where responses are read.
 _LOGITS = 2**22
-
-
-def runs_at_once(config: DecoderConfig, term: Joined, length: int, memory: int) -> int:
-    """How many whole runs of that length fit the memory: a power of two, at least 1, at most 64."""
-    numbers = length * (_block_numbers(config) + _head_width(config))
-    numbers += 4 * config.num_heads * length**2 + _reading_numbers(config, term)
-    fits = memory // (4 * numbers)
-    return min(_SETS, _power_of_two(max(1, fits)))
 
 
 def rows_at_once(

@@ -28,10 +28,10 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxmed.engine import capture, cost
 from jaxmed.engine.capture import Frame
-from jaxmed.engine.difference import Several, difference
+from jaxmed.engine.difference import difference
 from jaxmed.engine.hoisting import hoisted
 from jaxmed.engine.plan import ALL_POSITIONS, Units
-from jaxmed.engine.rules import rules
+from jaxmed.engine.rules import rules, with_change
 from jaxmed.question.joined import Readings
 from jaxmed.question.metrics import (
     VOCABULARY_CHUNK,
@@ -42,7 +42,7 @@ from models import products
 from models.config import DecoderConfig
 from models.decoder import Decoder, Trace
 from models.products import Products
-from models.shapes import Layer, Rows
+from models.shapes import AnyArray, Layer, Rows
 from models.sites import Site
 
 # The modules whose inside a site is; what they write goes through a norm in some families.
@@ -223,10 +223,10 @@ class Forced:
     """
 
     change: Float[Array, "L S I"]
-    edited: Bool[Array, "S"]
-    members: Bool[Array, "n B L I"]
+    edited: Bool[AnyArray, "S"]
+    members: Bool[AnyArray, "n B L I"]
 
-    def at(self, layer, batch) -> tuple[Float[Array, "S I"], Bool[Array, "B S I"]]:
+    def at(self, layer, batch) -> tuple[Float[Array, "S I"], Bool[AnyArray, "B S I"]]:
         """The change of a layer's neurons, and which of them have it in each row of a batch."""
         members = self.members[batch, :, layer, None]
         return self.change[layer], members & self.edited[:, None]
@@ -462,7 +462,7 @@ def _at_the_end(
 def change_of(decoder: Decoder, f: Callable, *values: Shaped[Array, "..."]) -> Callable:
     """The function of changes d -> f(values + d) - f(values); what depends on the values alone is
     computed now."""
-    exact = difference(f, rules={**rules(decoder.products), with_change: _FORCED})
+    exact = difference(f, rules=rules(decoder.products))
     change = hoisted(lambda changes: exact(values, changes)[1], values)
     return lambda *changes: change(changes)
 
@@ -473,23 +473,6 @@ def _laid_out(batch: Float[Array, "S B d"], how: Products) -> Float[Array, "S B 
     if how.platform != "tpu":
         return batch
     return with_layout_constraint(batch, Layout(major_to_minor=(0, 1, 2)))
-
-
-@jax.jit
-def with_change(
-    value: Float[Array, "..."], change: Float[Array, "..."], where: Bool[Array, "..."]
-) -> Float[Array, "..."]:
-    """The value itself, whose difference `change_of` takes to be that of `change` where it says."""
-    del change, where
-    return value
-
-
-def _forced(value, change, where, carried, forced, forced_where):
-    del change, where
-    return value, jnp.where(forced_where, forced, carried)
-
-
-_FORCED = Several(_forced, changing=3)
 
 
 def _untapped(site, value):

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Bool, Float
 
 from jaxmed.engine import difference
 from jaxmed.engine.difference import NamedRule, Several, Value, exp_change
@@ -19,6 +19,16 @@ from models.layers import (
 from models.products import Products, multiplied
 
 
+@jax.jit
+def with_change(
+    value: Float[Array, "..."], change: Float[Array, "..."], where: Bool[Array, "..."]
+) -> Float[Array, "..."]:
+    """The value itself; its difference is that of `change` where `where` has changed to True, and
+    what has been carried to the value elsewhere."""
+    del change, where
+    return value
+
+
 def rules(products: Products) -> Mapping[Callable, NamedRule | Several]:
     """The rules, for a model that multiplies so by its weights."""
 
@@ -30,12 +40,18 @@ def rules(products: Products) -> Mapping[Callable, NamedRule | Several]:
     inverse_rms = functools.partial(difference.inverse_rms, mean=mean)
     return {
         multiplied: change_of_product,
+        with_change: Several(_given, changing=3),
         softmax_last_axis: difference.softmax,
         weighted_sum: Several(_weighted_sum, changing=3),
         inverse_rms_last_axis: inverse_rms,
         jax.nn.silu: difference.silu,
         logsumexp_last_axis: difference.logsumexp,
     }
+
+
+def _given(value, change, where, carried, given, changed):
+    del change, where
+    return value, jnp.where(changed, given, carried)
 
 
 def _mean(x: Value) -> Array:

@@ -137,8 +137,7 @@ class MediateSettings:
     )
     joint_size: int = setting(
         help="Neurons, at most, of a joint set that grows by the one that most raises the joint "
-        f"effect; 0 for none. Each step runs the whole model for {joint_lib.CANDIDATES} "
-        "candidates.",
+        f"effect; 0 for none. Each step tries {joint_lib.CANDIDATES} candidates.",
         default=0,
         least=0,
     )
@@ -649,7 +648,7 @@ def _announce(
     """
     settings, pairs = asked.settings, asked.pairs
     joint = settings.joint_size * sum(
-        cost.run_operations(asked.decoder.config, pair, asked.question) * joint_lib.CANDIDATES
+        joint_lib.operations(asked.decoder.config, pair, asked.question) * joint_lib.CANDIDATES
         for pair in pairs[: settings.joint_pairs]
     )
     units = {

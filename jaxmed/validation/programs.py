@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jax.extend import core as jaxpr_lib
 
-from jaxmed.analysis import joint, screening
+from jaxmed.analysis import screening
 from jaxmed.behaviour import batches, generation, likelihood
 from jaxmed.behaviour.judges import model as judging
 from jaxmed.behaviour.sampling import Choice, Sampling
