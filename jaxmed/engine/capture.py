@@ -72,11 +72,14 @@ def frame(decoder: Decoder, trace: Trace, start: int, size: int) -> Frame:
 
     Positions of the span beyond the run's end are padding: nothing before them can see them.
     """
-    return _frame(decoder, trace, start, size, bucket(start, SHORTEST) if start else 0)
+    return framed(decoder, trace, start, size, bucket(start, SHORTEST) if start else 0)
 
 
 @functools.partial(jax.jit, static_argnames=("size", "prefix_size"))
-def _frame(decoder: Decoder, trace: Trace, start: Int[Array, ""], size: int, prefix_size: int):
+def framed(
+    decoder: Decoder, trace: Trace, start: Int[Array, ""], size: int, prefix_size: int
+) -> Frame:
+    """The run cut at the span [start, start + size), with a prefix of that padded length."""
     rows = start + jnp.arange(size)
     embedding, residual = kept(trace, "embedding"), kept(trace, "residual")
     inputs = jnp.concatenate([embedding[None], residual])
@@ -123,9 +126,17 @@ def edited_difference(
 ) -> Float[Array, "L S ..."]:
     """Source value minus base value of a site at the positions [start, start + size) of the base
     run; 0 where not edited."""
+    return site_difference(base, source, site, *edited_rows(edited, start, size))
+
+
+def edited_rows(
+    edited: Edited, start: int, size: int
+) -> tuple[Int[np.ndarray, "S"], Int[np.ndarray, "S"], Bool[np.ndarray, "S"]]:
+    """The positions [start, start + size) of the base run, those of the source run that they take
+    their values from, and which of them are edited."""
     source_rows, mask = np.zeros(size, np.int32), np.zeros(size, bool)
     source_rows[edited.base - start], mask[edited.base - start] = edited.source, True
-    return site_difference(base, source, site, start + np.arange(size), source_rows, mask)
+    return start + np.arange(size), source_rows, mask
 
 
 @functools.partial(jax.jit, static_argnames=("site",))

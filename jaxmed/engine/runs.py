@@ -1,0 +1,269 @@
+"""The engine's steps for several runs at once: each has a leading axis of runs, R.
+
+The runs of a batch have spans and prefixes of one padded length, and the same units are patched in
+all of them, in the same order. So stages, weights and the bounds of loops are those of one run, and
+every product with a weight is one product for the differences of all runs.
+
+Runs are captured together too, C of them, all padded to one length: equal tokens have equal bits
+wherever they stand, because all rows of a product are summed alike.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+import jax
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxmed.data.pairs import Pair
+from jaxmed.engine import capture as capture_lib
+from jaxmed.engine import cost, propagate
+from jaxmed.engine.capture import Frame
+from jaxmed.question.metrics import Metric, Reading, Term
+from jaxmed.question.question import Question
+from models.decoder import Decoder, Trace
+from models.shapes import AnyArray
+from models.sites import Site
+
+
+Tree = TypeVar("Tree")
+
+
+@dataclasses.dataclass(frozen=True)
+class Captured:
+    """The plain runs of a block of pairs.
+
+    Attributes:
+        pairs: those of the block.
+        traces: of the runs, [C, ...].
+        places: of every run, by its tokens.
+        y: what the metric's terms are in them, on the device; with the index of the pair, whether
+            it is of its source run, and the term's sign, of each number.
+    """
+
+    pairs: Sequence[Pair]
+    traces: Trace
+    places: Mapping[tuple[int, ...], int]
+    y: Sequence[tuple[Float[Array, "R"], Sequence[tuple[int, bool, int]]]]
+
+    def place(self, pair: int, is_source: bool, term: Term) -> int:
+        """Where the run of one of a pair's prompts with a term's response is."""
+        return self.places[_prompt(self.pairs[pair], is_source) + term.response]
+
+    def last_prompt(self, pair: int, is_source: bool) -> int:
+        """Position of the last token of one of a pair's prompts."""
+        return len(_prompt(self.pairs[pair], is_source)) - 1
+
+    def values(self) -> list[tuple[float, float]]:
+        """Y of both runs of each pair, once they are computed."""
+        sums = np.zeros((len(self.pairs), 2))
+        for values, of in self.y:
+            for value, (pair, is_source, sign) in zip(np.asarray(values), of, strict=False):
+                sums[pair, int(is_source)] += sign * value
+        return [(base, source) for base, source in sums.tolist()]
+
+
+def captured(decoder: Decoder, pairs: Sequence[Pair], question: Question) -> Captured:
+    """Runs both prompts of every pair with every response; equal tokens are run once."""
+    asked = [
+        (index, is_source, term, _prompt(pair, is_source))
+        for index, pair in enumerate(pairs)
+        for term in question.metric.terms(pair)
+        for is_source in (False, True)
+    ]
+    places: dict[tuple[int, ...], int] = {}
+    for _, _, term, prompt in asked:
+        places.setdefault(prompt + term.response, len(places))
+    length = capture_lib.bucket(max(map(len, places)), capture_lib.SHORTEST)
+    # As many for every block of so many pairs, so that one compilation serves all.
+    count = capture_lib.bucket(len(asked))
+    tokens, valid = np.zeros((count, length), np.int32), np.zeros((count, length), bool)
+    for run, place in places.items():
+        tokens[place, : len(run)], valid[place, : len(run)] = run, True
+    at_once = min(count, cost.captured_at_once(length, jax.default_backend()))
+    traces = capture(decoder, tokens, valid, at_once)
+    by_shape: dict[tuple, list] = {}
+    for each in asked:
+        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(each[2].reading))
+        by_shape.setdefault(shapes, []).append(each)
+    y = []
+    for alike in by_shape.values():
+        filled = alike + [alike[-1]] * (capture_lib.bucket(len(alike)) - len(alike))
+        found = plain_values(
+            decoder,
+            traces,
+            np.array([places[prompt + term.response] for _, _, term, prompt in filled]),
+            stacked([term.reading for _, _, term, _ in filled]),
+            np.array([len(prompt) - 1 for *_, prompt in filled]),
+            question.metric,
+        )
+        y.append((found, [(pair, is_source, term.sign) for pair, is_source, term, _ in alike]))
+    return Captured(pairs, traces, places, y)
+
+
+def stacked(trees: Sequence[Tree]) -> Tree:
+    """Arrays of the same shapes along a new leading axis."""
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
+
+
+def _prompt(pair: Pair, is_source: bool) -> tuple[int, ...]:
+    return pair.counterfactual_ids if is_source else pair.prompt_ids
+
+
+@functools.partial(jax.jit, static_argnames=("at_once",))
+def capture(
+    decoder: Decoder, tokens: Int[Array, "C N"], valid: Bool[Array, "C N"], at_once: int
+) -> Trace:
+    """Every site's value in plain runs; `at_once` of them, a divisor of C, go through together."""
+
+    def run(given):
+        return decoder(given[0], valid=given[1])[1]
+
+    return jax.lax.map(run, (tokens, valid), batch_size=at_once)
+
+
+@functools.partial(jax.jit, static_argnames=("size", "prefix_size"))
+def frames(
+    decoder: Decoder,
+    traces: Trace,
+    runs: Int[Array, "R"],
+    starts: Int[Array, "R"],
+    size: int,
+    prefix_size: int,
+) -> Frame:
+    """Captured runs, each cut at its span, as `capture.framed` does it."""
+    return jax.vmap(
+        lambda run, start: capture_lib.framed(decoder, _at(traces, run), start, size, prefix_size)
+    )(runs, starts)
+
+
+@functools.partial(jax.jit, static_argnames=("site",))
+def changes(
+    traces: Trace,
+    base: Int[Array, "R"],
+    source: Int[Array, "R"],
+    site: Site,
+    base_rows: Int[Array, "R S"],
+    source_rows: Int[Array, "R S"],
+    edited: Bool[Array, "R S"],
+) -> Float[Array, "R L S ..."]:
+    """Source values minus base values of a site, as `capture.site_difference` gives them."""
+
+    def of_run(base, source, *rows):
+        return capture_lib.site_difference(_at(traces, base), _at(traces, source), site, *rows)
+
+    return jax.vmap(of_run)(base, source, base_rows, source_rows, edited)
+
+
+@functools.partial(jax.jit, static_argnames=("site", "size"))
+def writes(
+    decoder: Decoder,
+    traces: Trace,
+    runs: Int[Array, "R"],
+    starts: Int[Array, "R"],
+    site: Site,
+    size: int,
+) -> Float[Array, "R L S d"] | None:
+    """What modules write in captured runs, as `propagate.writes` gives it."""
+    return jax.vmap(
+        lambda run, start: propagate.writes(decoder, _at(traces, run), site, start, size)
+    )(runs, starts)
+
+
+@functools.partial(jax.jit, static_argnames=("site", "group_size"))
+def enter(
+    decoder: Decoder,
+    changes: Float[Array, "R L S ..."],
+    written: Float[Array, "R L S d"] | None,
+    layers: Int[Array, "*chunk"],
+    units: Int[Array, "*chunk"],
+    positions: Int[Array, "R *chunk"],
+    site: Site,
+    group_size: int,
+) -> Float[Array, "R *chunk S d"]:
+    """D of the same units of every run, as `propagate.enter` gives it."""
+
+    def of_run(change, written, positions):
+        return propagate.enter(
+            decoder, change, written, layers, units, positions, site, group_size
+        )
+
+    return jax.vmap(of_run)(changes, written, positions)
+
+
+@functools.partial(jax.jit, static_argnames=("site",))
+def enter_directions(
+    decoder: Decoder,
+    along: Float[Array, "R U S"],
+    added: Float[Array, "U d"],
+    written: Float[Array, "R L S d"] | None,
+    layers: Int[Array, "*chunk"],
+    which: Int[Array, "*chunk"],
+    positions: Int[Array, "R *chunk"],
+    site: Site,
+) -> Float[Array, "R *chunk S d"]:
+    """D of the same directions in every run, as `propagate.enter_directions` gives it."""
+
+    def of_run(along, written, positions):
+        return propagate.enter_directions(
+            decoder, along, added, written, layers, which, positions, site
+        )
+
+    return jax.vmap(of_run)(along, written, positions)
+
+
+@functools.partial(jax.jit, donate_argnames=("differences",))
+def carry(
+    decoder: Decoder,
+    frames: Frame,
+    stages: Int[Array, "n B"],
+    differences: Float[Array, "R n B S d"],
+) -> Float[Array, "R n B S d"]:
+    """The change of the last block's output in every run, as `propagate.carry` gives it."""
+    return jax.vmap(propagate.carry, in_axes=(None, 0, None, 0))(
+        decoder, frames, stages, differences
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("metric",))
+def read_changes(
+    decoder: Decoder,
+    residuals: Float[Array, "R S d"],
+    stages: Int[Array, "n B"],
+    differences: Float[Array, "R n B S d"],
+    readings: Reading,
+    last_prompts: Int[Array, "R"],
+    metric: Metric,
+) -> Float[Array, "R n B"]:
+    """dY in every run, as `propagate.read_changes` gives it; each has its own reading."""
+
+    def of_run(residual, differences, reading, last_prompt):
+        return propagate.read_changes(
+            decoder, residual, stages, differences, reading, last_prompt, metric
+        )
+
+    return jax.vmap(of_run)(residuals, differences, readings, last_prompts)
+
+
+@functools.partial(jax.jit, static_argnames=("metric",))
+def plain_values(
+    decoder: Decoder,
+    traces: Trace,
+    runs: Int[Array, "R"],
+    readings: Reading,
+    last_prompts: Int[Array, "R"],
+    metric: Metric,
+) -> Float[Array, "R"]:
+    """Y of captured runs, as `propagate.plain_value` gives it."""
+
+    def of_run(run, reading, last_prompt):
+        return propagate.plain_value(decoder, _at(traces, run), reading, last_prompt, metric)
+
+    return jax.vmap(of_run)(runs, readings, last_prompts)
+
+
+def _at(traces: Trace, run: Int[AnyArray, ""]) -> Trace:
+    """One of the captured runs."""
+    return jax.tree.map(lambda stacked: stacked[run], traces)
