@@ -66,7 +66,10 @@ class Units:
         padded = [_padded(getattr(self, name), extra, value) for name, value in fill.items()]
         for start in range(0, len(self), size):
             yield Units(
-                *(f[..., start : start + size].reshape(*f.shape[:-1], batches, rows) for f in padded)
+                *(
+                    f[..., start : start + size].reshape(*f.shape[:-1], batches, rows)
+                    for f in padded
+                )
             )
 
 

@@ -27,7 +27,6 @@ from models.decoder import Decoder, Trace
 from models.shapes import AnyArray
 from models.sites import Site
 
-
 Tree = TypeVar("Tree")
 
 
@@ -186,9 +185,7 @@ def enter(
     """D of the same units of every run, as `propagate.enter` gives it."""
 
     def of_run(change, written, positions):
-        return propagate.enter(
-            decoder, change, written, layers, units, positions, site, group_size
-        )
+        return propagate.enter(decoder, change, written, layers, units, positions, site, group_size)
 
     return jax.vmap(of_run)(changes, written, positions)
 

@@ -74,7 +74,11 @@ def scan_pair(
     """
     scan = Scan(decoder, [pair], question, chosen=[chosen or {}], rotation=rotation)
     units = scan.units(granularities, memory_lib.free() if memory is None else memory)
-    found = [scan.effects(unit, on_operations)[0] for unit in units]
+    return joined([scan.effects(unit, on_operations)[0] for unit in units])
+
+
+def joined(found: Sequence[PairEffects]) -> PairEffects:
+    """The effects of one pair, from those at each granularity."""
     return PairEffects(
         y_base=found[0].y_base,
         y_source=found[0].y_source,
