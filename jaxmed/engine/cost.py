@@ -157,8 +157,8 @@ def batching(
         if together == 1:
             raise InputError(
                 f"the memory that is left, {memory / 2**30:.4f} GiB, is too little for a single "
-                f"unit with {work.size} positions, {(fixed + unit) / 2**30:.4f} GiB: give more with "
-                "memory_gb (--memory_gb), or take a larger device or shorter prompts"
+                f"unit with {work.size} positions, {(fixed + unit) / 2**30:.4f} GiB: give "
+                "more with memory_gb (--memory_gb), or take a larger device or shorter prompts"
             )
         together //= 2
     rows = max(1, rows // together)

@@ -21,6 +21,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from jaxmed.engine import capture, cost
@@ -99,7 +100,7 @@ def enter(
 
 
 def writes(
-    decoder: Decoder, trace: Trace, site: Site, start: int, size: int
+    decoder: Decoder, trace: Trace, site: Site, start: Int[ArrayLike, ""], size: int
 ) -> Float[Array, "L S d"] | None:
     """What the modules that a site is inside of write, before the norm that follows.
 

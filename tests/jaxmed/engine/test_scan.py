@@ -10,7 +10,7 @@ import pytest
 
 import jaxmed
 from jaxmed.analysis import joint as joint_lib
-from jaxmed.engine import capture, cost, plan, propagate, scan
+from jaxmed.engine import capture, cost, plan, propagate, runs, scan
 from jaxmed.files import reading
 from jaxmed.question import metrics
 from jaxmed.question import question as question_lib
@@ -140,8 +140,14 @@ def test_a_smaller_batch_changes_nothing_but_rounding():
     question = question_lib.Question(METRICS["logit"], Positions.PROMPT)
     work, term = neuron_work(decoder, question)
     budgets = (2**30, 5 * 2**20)
-    batches = [cost.batching(decoder.config, np.float32, work, term, b, "cpu")[1] for b in budgets]
-    assert batches[0] > 2 * batches[1]
+    rows = [
+        of_all.runs * of_all.rows
+        for of_all in (
+            cost.batching(decoder.config, np.float32, work, term, budget, "cpu", runs=2)
+            for budget in budgets
+        )
+    ]
+    assert rows[0] > 2 * rows[1]
     whole, small = (
         scan.scan_pair(decoder, UNEQUAL, question, ["neuron"], memory=memory) for memory in budgets
     )
@@ -334,11 +340,11 @@ def test_two_compilations_serve_all_layers_and_granularities():
     # Another vocabulary than that of any other test, so that nothing is compiled yet.
     decoder = tiny.decoder("llama", vocab_size=67)
     question = question_lib.Question(METRICS["logit"], Positions.PROMPT)
-    before = propagate.carry._cache_size()
+    before = runs.carry._cache_size()
     scan.scan_pair(decoder, pair(12, 12), question, ["layer", "module", "head", "neuron"])
-    assert propagate.carry._cache_size() <= before + 2
+    assert runs.carry._cache_size() <= before + 2
     scan.scan_pair(decoder, pair(14, 14, seed=1), question, ["layer", "module", "head", "neuron"])
-    assert propagate.carry._cache_size() <= before + 2
+    assert runs.carry._cache_size() <= before + 2
 
 
 def test_an_embedding_edit_goes_through_the_engine():
