@@ -91,6 +91,9 @@ class Scan:
     """NIE and TIE of pairs, unit of work by unit of work.
 
     The plain runs of the block of pairs that was scanned last are kept for its next granularity.
+
+    Attributes:
+        decoder: the model.
     """
 
     def __init__(
@@ -113,7 +116,8 @@ class Scan:
             rotation: turns what each edit adds to the residual stream, for a control; see
                 `controls.rotated_strengths`.
         """
-        self._decoder, self._pairs, self._question = decoder, list(pairs), question
+        self.decoder = decoder
+        self._pairs, self._question = list(pairs), question
         self._chosen, self._rotation = list(chosen), rotation
         self._captured: tuple[tuple[int, ...], Captured] | None = None
 
@@ -129,7 +133,7 @@ class Scan:
             InputError: the memory does not suffice for one unit.
             ValueError: a mask is not of its effects.
         """
-        config, granularities = self._decoder.config, list(granularities)
+        config, granularities = self.decoder.config, list(granularities)
         for pair, chosen in zip(self._pairs, self._chosen, strict=True):
             shapes = question_lib.shapes(config, pair, self._question, granularities)
             for name, mask in chosen.items():
@@ -139,7 +143,7 @@ class Scan:
                     )
             question_lib.check(config, pair, self._question, granularities)
         return blocks.units(
-            *(config, self._decoder.dtype, self._pairs, self._question, granularities),
+            *(config, self.decoder.dtype, self._pairs, self._question, granularities),
             chosen=self._chosen,
             memory=memory,
             platform=jax.default_backend(),
@@ -158,7 +162,7 @@ class Scan:
         pairs = [self._pairs[index] for index in unit.pairs]
         chosen = [self._chosen[index] for index in unit.pairs]
         of_groups = blocks.groups(
-            self._decoder.config, pairs, self._question, unit.granularity, chosen
+            self.decoder.config, pairs, self._question, unit.granularity, chosen
         )
         under_way, found = _UnderWay(on_operations), []
         with jax.default_matmul_precision("float32"):
@@ -183,7 +187,7 @@ class Scan:
 
     def _nothing(self, unit: Unit, pair: Pair) -> dict[str, np.ndarray]:
         """No effect of any of a pair's units."""
-        config = self._decoder.config
+        config = self.decoder.config
         shapes = question_lib.shapes(config, pair, self._question, [unit.granularity])
         return {name: np.zeros(shape) for name, shape in shapes.items()}
 
@@ -192,7 +196,7 @@ class Scan:
         if self._captured is None or self._captured[0] != block:
             self._captured = None  # before others take memory
             pairs = [self._pairs[index] for index in block]
-            self._captured = block, runs_lib.captured(self._decoder, pairs, self._question)
+            self._captured = block, runs_lib.captured(self.decoder, pairs, self._question)
         return self._captured[1]
 
     def _patch(
@@ -203,7 +207,7 @@ class Scan:
         under_way: "_UnderWay",
     ) -> Iterator["_Changes"]:
         """What becomes of the metric in runs that go through the model together."""
-        decoder, question = self._decoder, self._question
+        decoder, question = self.decoder, self._question
         config = decoder.config
         # The last is repeated where there are fewer: they are compiled for one number.
         filled = [*patched, *[patched[-1]] * (sizes.runs - len(patched))]
@@ -247,7 +251,7 @@ class Scan:
         source: Int[np.ndarray, "R"],
     ) -> Callable[[Units], Float[Array, "R n B S d"]]:
         """From a chunk of the units to what their edits add to the residual streams."""
-        decoder, site, size = self._decoder, works[0].site, works[0].size
+        decoder, site, size = self.decoder, works[0].site, works[0].size
         rows = zip(*(capture.edited_rows(w.edited, w.start, size) for w in works), strict=True)
         changes = runs_lib.changes(traces, base, source, site, *map(np.stack, rows))
         starts = np.array([work.start for work in works], np.int32)
