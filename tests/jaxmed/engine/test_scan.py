@@ -282,17 +282,24 @@ def test_a_batch_takes_no_more_memory_than_planned(metric, granularity, group_si
     term = question.metric.terms(UNEQUAL)[0]
     (work,) = plan.plan(decoder.config, UNEQUAL, term, question, [granularity], False)
     memory = 32 * 2**20
-    batches, rows = cost.batching(decoder.config, np.float32, work, term, memory, "cpu")
-    trace = capture.capture(decoder, UNEQUAL.prompt_ids + term.response)
-    frame = capture.frame(decoder, trace, work.start, work.size)
-    differences = jax.ShapeDtypeStruct((batches, rows, work.size, 96), np.float32)
+    together, batches, rows = cost.batching(
+        decoder.config, np.float32, work, term, memory, "cpu", runs=2
+    )
+    captured = runs.captured(decoder, [UNEQUAL], question)
+    which, starts = np.zeros(together, np.int32), np.full(together, work.start, np.int32)
+    frames = runs.frames(decoder, captured.traces, which, starts, work.size, 0)
+    differences = jax.ShapeDtypeStruct((together, batches, rows, work.size, 96), np.float32)
     stages = jax.ShapeDtypeStruct((batches, rows), np.int32)
-    change = getattr(trace, work.site.value)[:, : work.size]
+    positions = jax.ShapeDtypeStruct((together, batches, rows), np.int32)
+    change = getattr(captured.traces, work.site.value)[which, :, : work.size]
     compiled = [
-        propagate.enter.lower(decoder, change, None, *[stages] * 3, work.site, group_size),
-        propagate.carry.lower(decoder, frame, stages, differences),
-        propagate.read_changes.lower(
-            *(decoder, frame.inputs[-1], stages, differences, term.reading, 11), question.metric
+        runs.enter.lower(
+            *(decoder, change, None, stages, stages, positions, work.site, group_size)
+        ),
+        runs.carry.lower(decoder, frames, stages, differences),
+        runs.read_changes.lower(
+            *(decoder, frames.inputs[:, -1], stages, differences),
+            *(runs.stacked([term.reading] * together), which + 11, question.metric),
         ),
     ]
     for function in compiled:
