@@ -108,7 +108,7 @@ def writes(
     """
     if site not in _INSIDE or not decoder.config.post_norm:
         return None
-    value = capture.take(getattr(trace, site.value), start + jnp.arange(size))
+    value = capture.take(getattr(trace, site.value), jnp.arange(size) + start)
     return _writes(decoder, value, site)
 
 

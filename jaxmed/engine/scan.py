@@ -57,7 +57,7 @@ def scan_pair(
     memory: int | None = None,
     on_operations: Callable[[float], None] = lambda operations: None,
 ) -> PairEffects:
-    """NIE and TIE of every unit of one pair by the engine: a `Scan` of that pair alone.
+    """NIE and TIE of every unit of one pair by the engine.
 
     Args:
         decoder: the model; `Decoder.at_precision` says how differences are multiplied.
@@ -72,9 +72,36 @@ def scan_pair(
         InputError: the memory does not suffice for one unit.
         ValueError: a mask is not of its effects.
     """
-    scan = Scan(decoder, [pair], question, chosen=[chosen or {}], rotation=rotation)
+    (found,) = scan_pairs(
+        *(decoder, [pair], question, granularities),
+        chosen=[chosen or {}],
+        rotation=rotation,
+        memory=memory,
+        on_operations=on_operations,
+    )
+    return found
+
+
+def scan_pairs(
+    decoder: Decoder,
+    pairs: Sequence[Pair],
+    question: Question,
+    granularities: Iterable[str],
+    *,
+    chosen: Sequence[Chosen],
+    rotation: Float[AnyArray, "d d"] | None = None,
+    memory: int | None = None,
+    on_operations: Callable[[float], None] = lambda operations: None,
+) -> list[PairEffects]:
+    """NIE and TIE of several pairs: all units of work of their `Scan`. Arguments and errors as of
+    `scan_pair`, but that `chosen` has the masks of each pair."""
+    scan = Scan(decoder, pairs, question, chosen=chosen, rotation=rotation)
     units = scan.units(granularities, memory_lib.free() if memory is None else memory)
-    return joined([scan.effects(unit, on_operations)[0] for unit in units])
+    found: list[list[PairEffects]] = [[] for _ in pairs]
+    for unit in units:
+        for index, effects in zip(unit.pairs, scan.effects(unit, on_operations), strict=True):
+            found[index].append(effects)
+    return list(map(joined, found))
 
 
 def joined(found: Sequence[PairEffects]) -> PairEffects:

@@ -32,14 +32,15 @@ PAIRS = [UNEQUAL, pair(9, 12, harmful=3, safe=2, seed=1), pair(5, 5, seed=2)]
 
 
 def scanned(decoder, pairs, question, names, **options):
-    """The effects of every pair, and the units of work."""
-    of_pairs = scan.Scan(decoder, pairs, question, chosen=[{}] * len(pairs))
-    units = of_pairs.units(names, options.pop("memory", 2**30))
-    found = [[] for _ in pairs]
-    for unit in units:
-        for index, effects in zip(unit.pairs, of_pairs.effects(unit, **options), strict=True):
-            found[index].append(effects)
-    return list(map(scan.joined, found)), units
+    """The effects of every pair."""
+    return scan.scan_pairs(
+        decoder, pairs, question, names, chosen=[{}] * len(pairs), memory=2**30, **options
+    )
+
+
+def units_of(decoder, pairs, question, names):
+    """The units of work of such a scan."""
+    return scan.Scan(decoder, pairs, question, chosen=[{}] * len(pairs)).units(names, 2**30)
 
 
 @pytest.mark.parametrize(
@@ -62,13 +63,14 @@ def test_every_pair_of_a_block_has_the_effects_of_the_plain_definition(
             given = some_directions(decoder.config, tmp_path)
             names, question = (*names, "direction"), Question(metric, directions=given)
         with compiled_without_optimising():
-            found, units = scanned(decoder, PAIRS, question, names)
+            found = scanned(decoder, PAIRS, question, names)
         for effects, of_pair in zip(found, PAIRS, strict=True):
             reference = define(decoder, of_pair, question, names)
             assert worst(effects, reference) <= 1e-12
             assert effects.y_base == pytest.approx(reference.y_base, rel=1e-12)
             assert effects.y_source == pytest.approx(reference.y_source, rel=1e-12)
     # All of them were together, where each alone would not have filled a batch.
+    units = units_of(decoder, PAIRS, question, names)
     together = {unit.granularity: unit.batches[0].runs for unit in units if len(unit.pairs) == 3}
     assert {"layer", "module"} <= set(together) and min(together.values()) > 2
 
@@ -82,8 +84,9 @@ def test_what_is_the_same_has_no_effect_at_all_wherever_it_stands():
     changed = list(UNEQUAL.prompt_ids)
     changed[7] = changed[7] % 60 + 1
     differs = dataclasses.replace(UNEQUAL, counterfactual_ids=tuple(changed))
-    found, units = scanned(decoder, [UNEQUAL, same[0], differs, same[1]], question, GRANULARITIES)
-    assert len(units[0].pairs) == 4
+    block = [UNEQUAL, same[0], differs, same[1]]
+    assert len(units_of(decoder, block, question, GRANULARITIES)[0].pairs) == 4
+    found = scanned(decoder, block, question, GRANULARITIES)
     for effects in (found[1], found[3]):
         assert largest(effects) == 0
         assert effects.y_base == effects.y_source
@@ -95,8 +98,8 @@ def test_what_is_the_same_has_no_effect_at_all_wherever_it_stands():
 
 def test_a_pair_alone_is_the_pair_in_a_block_but_for_rounding():
     decoder, question = tiny.decoder("qwen2"), Question(LOGIT)
-    (alone,), _ = scanned(decoder, PAIRS[:1], question, SHORT)
-    among, _ = scanned(decoder, PAIRS, question, SHORT)
+    (alone,) = scanned(decoder, PAIRS[:1], question, SHORT)
+    among = scanned(decoder, PAIRS, question, SHORT)
     assert worst(among[0], alone) <= 1e-5
 
 
