@@ -13,7 +13,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxmed.data.pairs import Pair
-from jaxmed.engine import cost, plan
+from jaxmed.engine import capture, cost, plan
 from jaxmed.engine.cost import Batching
 from jaxmed.engine.plan import NO_POSITION, Units, Work
 from jaxmed.question.metrics import Term
@@ -112,6 +112,10 @@ def merged(works: Sequence[Work]) -> tuple[Units, list[np.ndarray]]:
     """
     wide = 1 + max(int(work.units.units.max()) for work in works)
     keys = [work.units.layers.astype(np.int64) * wide + work.units.units for work in works]
+    if all(np.array_equal(of_run, keys[0]) for of_run in keys):
+        shared, positions = works[0].units, np.stack([work.units.positions for work in works])
+        same = np.arange(len(shared))
+        return dataclasses.replace(shared, positions=positions), [same] * len(works)
     every = np.unique(np.concatenate(keys))
     at = [np.searchsorted(every, of_run) for of_run in keys]
     counts = np.max([np.bincount(places, minlength=len(every)) for places in at], axis=0)
@@ -208,7 +212,7 @@ def units(
             for part in _parts(block, min([size, *fills])):
                 sizes = batches(
                     *(config, dtype, of_block(granularity, part)),
-                    *(runs * len(part), memory, platform),
+                    *(capture.bucket(runs * len(part)), memory, platform),
                 )
                 found.append(Unit(granularity, tuple(part), sizes))
     return found

@@ -247,6 +247,7 @@ class Scan:
         size, longest = filled[0].works[0].size, int(starts.max())
         prefix_size = capture.bucket(longest, capture.SHORTEST) if longest else 0
         frames = runs_lib.frames(decoder, captured.traces, base, starts, size, prefix_size)
+        residuals = frames.inputs[:, -1]
         readings = runs_lib.stacked([run.term.reading for run in filled])
         for works in zip(*(run.works for run in filled), strict=True):
             units, rows = blocks.merged(works)
@@ -261,12 +262,13 @@ class Scan:
                 stages = plan.stage(config, works[0].site, part.layers)
                 differences = runs_lib.carry(decoder, frames, stages, entering)
                 y = runs_lib.read_changes(
-                    *(decoder, frames.inputs[:, -1], stages, differences, readings),
+                    *(decoder, residuals, stages, differences, readings),
                     *(ends - starts, question.metric),
                 )
-                done = len(found) * stages.size + np.arange(stages.size)
+                first = len(found) * stages.size
                 found.append(y)
-                under_way.add(y, _operations(config, patched, works, rows, done))
+                inside = range(first, first + stages.size)
+                under_way.add(y, _operations(config, patched, works, rows, inside))
             yield _Changes(patched, works[: len(patched)], rows, found)
 
     def _enter(
@@ -355,12 +357,12 @@ def _operations(
     patched: Sequence[Patched],
     works: Sequence[Work],
     rows: Sequence[np.ndarray],
-    done: np.ndarray,
+    inside: range,
 ) -> float:
     """Floating-point operations of the runs' own units in some rows."""
     total = 0.0
     for run, work, own in zip(patched, works, rows, strict=False):
-        layers = work.units.layers[np.isin(own, done)]
+        layers = work.units.layers[(own >= inside.start) & (own < inside.stop)]
         total += cost.batch_operations(
             config, work, run.term, plan.stage(config, work.site, layers)
         )
