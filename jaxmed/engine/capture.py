@@ -10,6 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmed.question.positions import Edited
@@ -67,19 +68,14 @@ def _capture(decoder: Decoder, tokens: Int[Array, "N"], valid: Bool[Array, "N"])
     return decoder(tokens, valid=valid)[1]
 
 
-def frame(decoder: Decoder, trace: Trace, start: int, size: int) -> Frame:
-    """The run cut at the span [start, start + size).
+@functools.partial(jax.jit, static_argnames=("size", "prefix_size"))
+def frame(
+    decoder: Decoder, trace: Trace, start: Int[ArrayLike, ""], size: int, prefix_size: int
+) -> Frame:
+    """The run cut at the span [start, start + size), with a prefix of that padded length, or none.
 
     Positions of the span beyond the run's end are padding: nothing before them can see them.
     """
-    return framed(decoder, trace, start, size, bucket(start, SHORTEST) if start else 0)
-
-
-@functools.partial(jax.jit, static_argnames=("size", "prefix_size"))
-def framed(
-    decoder: Decoder, trace: Trace, start: Int[Array, ""], size: int, prefix_size: int
-) -> Frame:
-    """The run cut at the span [start, start + size), with a prefix of that padded length."""
     rows = start + jnp.arange(size)
     embedding, residual = kept(trace, "embedding"), kept(trace, "residual")
     inputs = jnp.concatenate([embedding[None], residual])

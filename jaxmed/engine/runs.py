@@ -132,9 +132,9 @@ def frames(
     size: int,
     prefix_size: int,
 ) -> Frame:
-    """Captured runs, each cut at its span, as `capture.framed` does it."""
+    """Captured runs, each cut at its span, as `capture.frame` does it."""
     return jax.vmap(
-        lambda run, start: capture_lib.framed(decoder, _at(traces, run), start, size, prefix_size)
+        lambda run, start: capture_lib.frame(decoder, _at(traces, run), start, size, prefix_size)
     )(runs, starts)
 
 

@@ -170,7 +170,7 @@ def test_several_runs_share_loops_and_weights():
     decoder, size, shape = tiny.decoder("llama"), 2, (4, 2, 3)
     tokens = tuple(range(8))
     frame = jax.eval_shape(
-        lambda d: capture.frame(d, capture.capture(d, tokens), 8 - size, size), decoder
+        lambda d: capture.frame(d, capture.capture(d, tokens), 8 - size, size, 32), decoder
     )
     frames = jax.tree.map(lambda of: jax.ShapeDtypeStruct((shape[0], *of.shape), of.dtype), frame)
     stages = jax.ShapeDtypeStruct(shape[1:], jnp.int32)

@@ -163,7 +163,8 @@ def test_a_batch_leaves_the_prefix_and_the_base_values_unbatched(family):
     frame = jax.tree.map(
         lambda array: jnp.zeros(array.shape, array.dtype),
         jax.eval_shape(
-            lambda d: capture.frame(d, capture.capture(d, UNEQUAL.prompt_ids), start, size), decoder
+            lambda d: capture.frame(d, capture.capture(d, UNEQUAL.prompt_ids), start, size, 32),
+            decoder,
         ),
     )
     prefix_length = frame.prefix.positions.shape[0]
@@ -200,7 +201,7 @@ def test_a_batch_leaves_the_prefix_and_the_base_values_unbatched(family):
 def carry_jaxpr(decoder, size=2, batches=2, rows=3):
     """What carries differences, from the shapes of a run of 8 tokens."""
     frame = jax.eval_shape(
-        lambda d: capture.frame(d, capture.capture(d, tuple(range(8))), 8 - size, size), decoder
+        lambda d: capture.frame(d, capture.capture(d, tuple(range(8))), 8 - size, size, 32), decoder
     )
     shape = batches, rows, size, decoder.config.hidden_size
     return jax.make_jaxpr(propagate.carry)(
@@ -373,7 +374,7 @@ def test_an_embedding_edit_goes_through_the_engine():
         entering = propagate.enter(
             decoder, change, None, units.layers, units.units, units.positions, Site.EMBEDDING, 1
         )
-        frame = capture.frame(decoder, base, 0, 16)
+        frame = capture.frame(decoder, base, 0, 16, 0)
         stages = plan.stage(decoder.config, Site.EMBEDDING, units.layers)
         residual = propagate.carry(decoder, frame, stages[None], entering[None])
         found = propagate.read_changes(
