@@ -9,7 +9,7 @@ import pytest
 
 from jaxmed.engine import blocks, capture, cost, plan, propagate, runs, scan
 from jaxmed.question import metrics
-from jaxmed.question.positions import Positions
+from jaxmed.question.positions import Edited, Positions
 from jaxmed.question.question import Question
 from models.sites import Site
 from tests import tiny
@@ -113,7 +113,7 @@ def test_operations_are_told_as_they_are_done():
 def test_units_of_runs_that_differ_are_laid_into_one_list():
     def work(layers, units, positions):
         made = plan.Units(*(np.array(each, np.int32) for each in (layers, units, positions)))
-        return plan.Work("token", Site.MLP, made, None, 0, 4, ())
+        return plan.Work("token", Site.MLP, made, Edited(np.arange(4), np.arange(4)), 0, 4, ())
 
     runs_of = [work([0, 0, 1], [0, 0, 0], [1, 3, 2]), work([0, 1, 1], [0, 0, 2], [0, 1, -1])]
     units, rows = blocks.merged(runs_of)
