@@ -76,7 +76,7 @@ def frame(
 
     Positions of the span beyond the run's end are padding: nothing before them can see them.
     """
-    rows = start + jnp.arange(size)
+    rows = jnp.arange(size) + start
     embedding, residual = kept(trace, "embedding"), kept(trace, "residual")
     inputs = jnp.concatenate([embedding[None], residual])
     prefix = None
