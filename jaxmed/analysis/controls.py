@@ -107,18 +107,12 @@ def rotated_strengths(
     width = decoder.config.hidden_size
     rotations = stats.special_ortho_group.rvs(width, size=draws, random_state=seed)
     for strengths, rotation in zip(found, rotations.reshape(draws, width, width), strict=True):
-        turned = [
-            scan.scan_pair(
-                decoder,
-                pair,
-                question,
-                [granularity],
-                chosen={granularity: chosen},
-                rotation=jax.numpy.asarray(rotation, decoder.compute_dtype),
-                memory=memory,
-            )
-            for pair in pairs
-        ]
+        turned = scan.scan_pairs(
+            *(decoder, pairs, question, [granularity]),
+            chosen=[{granularity: chosen}] * len(pairs),
+            rotation=jax.numpy.asarray(rotation, decoder.compute_dtype),
+            memory=memory,
+        )
         strengths[:] = ranking.strength(
             nie=np.stack([of.nie[granularity] for of in turned]),
             tie=np.stack([of.tie[granularity] for of in turned]),

@@ -92,7 +92,9 @@ def _joint_changes(
     change = capture.edited_difference(
         base.trace, source.trace, Site.NEURON, work.edited, work.start, work.size
     )
-    frame = capture.frame(decoder, base.trace, work.start, work.size)
+    frame = capture.frame(
+        decoder, base.trace, work.start, work.size, capture.prefix_length(work.start)
+    )
     edited = np.isin(work.start + np.arange(work.size), work.edited.base)
     # A set is a unit of the first layer that it has neurons in; without any it is padding.
     filled = np.any(sets, axis=2)
@@ -100,12 +102,12 @@ def _joint_changes(
     order = np.argsort(first, kind="stable").astype(np.int32)
     units = Units(first[order].astype(np.int32), order, np.full(len(sets), ALL_POSITIONS))
     work = dataclasses.replace(work, units=units)
-    batches, rows = cost.batching(config, decoder.dtype, work, term, memory, jax.default_backend())
+    sizes = cost.batching(config, decoder.dtype, work, term, memory, jax.default_backend())
     blocks = propagate.blocks_to_carry(config, work.size, term.reading)
     found = []
-    for part in units.chunks(batches, rows, padding_layer=config.num_layers):
+    for part in units.chunks(sizes.batches, sizes.rows, padding_layer=config.num_layers):
         stages = plan.reader(config, part.layers)
-        nothing = np.zeros((batches, work.size, rows, config.hidden_size), change.dtype)
+        nothing = np.zeros((sizes.batches, work.size, sizes.rows, config.hidden_size), change.dtype)
         forced = propagate.Forced(change, edited, sets[part.units])
         carried = propagate.carry(
             decoder,

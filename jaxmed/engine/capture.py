@@ -10,6 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmed.question.positions import Edited
@@ -44,6 +45,11 @@ SHORTEST = 32
 def bucket(length: int, smallest: int = 1) -> int:
     """The power of two, at least `smallest`, that holds a length of 1 or more."""
     return max(smallest, 1 << (length - 1).bit_length())
+
+
+def prefix_length(start: int) -> int:
+    """The padded length of the prefix of a span that begins there."""
+    return bucket(start, SHORTEST) if start else 0
 
 
 def capture(
@@ -85,18 +91,16 @@ def _capture(
     return decoder(tokens, valid=valid, branches=branches)[1]
 
 
-def frame(decoder: Decoder, trace: Trace, start: int, size: int) -> Frame:
-    """The run cut at the span [start, start + size).
+@functools.partial(jax.jit, static_argnames=("size", "prefix_size"))
+def frame(
+    decoder: Decoder, trace: Trace, start: Int[ArrayLike, ""], size: int, prefix_size: int
+) -> Frame:
+    """The run cut at the span [start, start + size), with a prefix of that padded length, or none.
 
     The prefix has no branches: it ends before any of them begins. Positions of the span beyond the
     run's end are padding.
     """
-    return _frame(decoder, trace, start, size, bucket(start, SHORTEST) if start else 0)
-
-
-@functools.partial(jax.jit, static_argnames=("size", "prefix_size"))
-def _frame(decoder: Decoder, trace: Trace, start: Int[Array, ""], size: int, prefix_size: int):
-    rows = start + jnp.arange(size)
+    rows = jnp.arange(size) + start
     embedding, residual = kept(trace, "embedding"), kept(trace, "residual")
     inputs = jnp.concatenate([embedding[None], residual])
     prefix = None
@@ -138,9 +142,17 @@ def edited_difference(
 ) -> Float[Array, "L S ..."]:
     """Source value minus base value of a site at the positions [start, start + size) of the base
     run; 0 where not edited."""
+    return site_difference(base, source, site, *edited_rows(edited, start, size))
+
+
+def edited_rows(
+    edited: Edited, start: int, size: int
+) -> tuple[Int[np.ndarray, "S"], Int[np.ndarray, "S"], Bool[np.ndarray, "S"]]:
+    """The positions [start, start + size) of the base run, those of the source run that they take
+    their values from, and which of them are edited."""
     source_rows, mask = np.zeros(size, np.int32), np.zeros(size, bool)
     source_rows[edited.base - start], mask[edited.base - start] = edited.source, True
-    return site_difference(base, source, site, start + np.arange(size), source_rows, mask)
+    return start + np.arange(size), source_rows, mask
 
 
 @functools.partial(jax.jit, static_argnames=("site",))

@@ -4,7 +4,8 @@ All batches but those of the reference are sized here, and all operations counte
 there is, `engine.memory` tells; what is computed of each pair, `engine.plan`.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 import numpy as np
 from jax.typing import DTypeLike
@@ -70,32 +71,6 @@ def operations(
     )
 
 
-def operations_done(
-    config: DecoderConfig,
-    pair: Pair,
-    question: Question,
-    granularities: Iterable[str],
-    *,
-    batching: Callable[[Work, Joined], tuple[int, int]],
-    chosen: Mapping[str, np.ndarray] | None = None,
-) -> float:
-    """Those of the products that its scan makes: also for the padding of spans, for rows that wait
-    in their batch until their stage has come, and for those that no unit fills.
-
-    Args:
-        config, pair, question, granularities, chosen: as in `operations`.
-        batching: batches of a chunk and rows of a batch, as the function of that name gives them.
-    """
-    total = 0.0
-    for term, work in works(config, pair, question, granularities, chosen):
-        batches, rows = batching(work, term)
-        for part in work.units.chunks(batches, rows, config.num_layers):
-            first = np.min(plan.stage(config, work.site, part.layers), axis=1)
-            each = unit_operations(config, first, work.start, work.size, term, padded=True)
-            total += rows * float(np.sum(each))
-    return total
-
-
 def works(
     config: DecoderConfig,
     pair: Pair,
@@ -127,7 +102,9 @@ def unit_operations(
     # In the last block no other position needs more than keys and values.
     asked = np.minimum(size, rows)
     halves = np.maximum(0, last - np.asarray(stages))
-    attention, mlp = _position_operations(config, _prefix_size(start) if padded else start, size)
+    attention, mlp = _position_operations(
+        config, capture.prefix_length(start) if padded else start, size
+    )
     keys = 2.0 * 2 * config.hidden_size * _kv_width(config)
     # A parallel block is entered before both of its halves.
     attended, fed = halves // 2, (halves + 1) // 2
@@ -154,7 +131,11 @@ def _position_operations(config: DecoderConfig, start, size):
 _TOGETHER = {"cpu": 512}
 _TOGETHER_ON_ACCELERATORS = 8192
 _BATCHES = 8  # that share one reading of a layer's weights
-_FEW = 16  # as many times smaller are the batches of a short list of units
+_FEW = 8  # as many times smaller are the batches of a short list of units
+# Pairs of a block, at most; more runs would not fill the device any better.
+_PAIRS = {"cpu": 8}
+_PAIRS_ON_ACCELERATORS = 32
+_CAPTURED = 0.25  # of the memory, at most, that the captured runs of a block of pairs take
 GATHERED = 2**20  # numbers of the weights that are gathered at once for units that enter
 
 
@@ -163,68 +144,150 @@ def positions_together(platform: str) -> int:
     return _TOGETHER.get(platform, _TOGETHER_ON_ACCELERATORS)
 
 
+class Batching(NamedTuple):
+    """How units go through the model.
+
+    Attributes:
+        runs: that are patched together.
+        batches: of a chunk.
+        rows: units of a batch, of each of the runs.
+    """
+
+    runs: int
+    batches: int
+    rows: int
+
+
 def batching(
-    config: DecoderConfig, dtype: DTypeLike, work: Work, term: Joined, memory: int, platform: str
-) -> tuple[int, int]:
-    """Batches of a chunk, and units of a batch, that fit the memory.
+    config: DecoderConfig,
+    dtype: DTypeLike,
+    work: Work,
+    term: Joined,
+    memory: int,
+    platform: str,
+    *,
+    runs: int = 1,
+    captured: int = 2,
+) -> Batching:
+    """How many runs are patched together, and batches and their units, that fit the memory.
 
     A batch goes through a block at once; a chunk's batches do so one after another, before the next
-    layer's turn, so that a layer's weights are fetched once for all of them. There are two sizes of
-    batches and no more, so that little is compiled.
+    layer's turn, so that a layer's weights are fetched once for all of them. A short list leaves a
+    device idle, and a batch of many layers' units has rows that wait for their layer: so as many
+    runs as there are go through together, each with few units. There are two sizes of batches and
+    no more, so that little is compiled.
 
     Args:
         config: the model.
         dtype: of its parameters in memory.
-        work: what is to be computed.
+        work: what is to be computed of each run.
         term: what is read.
         memory: bytes.
         platform: JAX's name of the kind of device.
+        runs: in which these units are patched.
+        captured: plain runs that are held.
 
     Raises:
         InputError: not even one unit fits.
     """
     rows = max(1, positions_together(platform) // work.size)
-    if 2 * len(work.units) <= rows:
-        rows = max(1, rows // _FEW)
-    fixed, each, held = _bytes(config, np.dtype(dtype), work, term)
-    fits = int((memory - fixed) // (each + _BATCHES * held))
-    if fits < 1:
-        raise InputError(
-            f"the memory that is left, {memory / 2**30:.4f} GiB, is too little for a single unit "
-            f"with {work.size} positions, {(fixed + each + _BATCHES * held) / 2**30:.4f} GiB: give "
-            "more with memory_gb (--memory_gb), or take a larger device or shorter prompts"
+    together = max(1, min(2 * _BATCHES * rows // len(work.units), 2 * runs - 1))
+    together = _power_of_two(together)
+    while True:
+        fixed, each, held = _bytes(
+            *(config, np.dtype(dtype), work, term, platform), runs=together, captured=captured
         )
-    return _BATCHES, min(rows, _power_of_two(fits))
+        unit = together * (each + _BATCHES * held)
+        fits = int((memory - fixed) // unit)
+        if fits >= 1:
+            break
+        if together == 1:
+            raise InputError(
+                f"the memory that is left, {memory / 2**30:.4f} GiB, is too little for a single "
+                f"unit with {work.size} positions, {(fixed + unit) / 2**30:.4f} GiB: give "
+                "more with memory_gb (--memory_gb), or take a larger device or shorter prompts"
+            )
+        together //= 2
+    rows = max(1, rows // together)
+    few = max(1, rows // _FEW)
+    if len(work.units) <= 2 * _BATCHES * few:
+        rows = few
+    return Batching(together, _BATCHES, min(rows, _power_of_two(fits)))
+
+
+def captured_at_once(length: int, platform: str) -> int:
+    """Plain runs of that padded length that are captured together: a power of two."""
+    return _power_of_two(max(1, positions_together(platform) // length))
+
+
+def pairs_of_a_block(
+    config: DecoderConfig, dtype: DTypeLike, length: int, runs: int, memory: int, platform: str
+) -> int:
+    """Pairs, at most, whose captured runs are held together: a power of two.
+
+    Args:
+        config, dtype, memory, platform: as in `batching`.
+        length: of the longest run.
+        runs: of each pair.
+    """
+    number = max(4, np.dtype(dtype).itemsize)
+    each = runs * number * config.num_layers * _trace_numbers(config, _run_size(length))
+    most = _PAIRS.get(platform, _PAIRS_ON_ACCELERATORS)
+    return _power_of_two(max(1, min(most, int(_CAPTURED * memory // each))))
+
+
+def pairs_that_fill(units: int, size: int, platform: str) -> int:
+    """Pairs of whose lists, of so many units with spans of that size, a chunk can be made up: a
+    power of two. A long list fills it alone, and is done pair by pair."""
+    return _power_of_two(max(1, _BATCHES * positions_together(platform) // (units * size)))
 
 
 def _bytes(
-    config: DecoderConfig, dtype: np.dtype, work: Work, term: Joined
+    config: DecoderConfig,
+    dtype: np.dtype,
+    work: Work,
+    term: Joined,
+    platform: str,
+    *,
+    runs: int,
+    captured: int,
 ) -> tuple[int, int, int]:
-    """Bytes that carrying takes beside the weights: at any rate, for each unit of a batch, and for
-    each unit of a chunk."""
+    """Bytes that carrying takes beside the weights: at any rate, and in each run for each unit of a
+    batch, and for each unit of a chunk."""
     number = max(4, dtype.itemsize)  # of activations, which are float32 at least
     width, hidden = config.hidden_size, config.intermediate_size
     heads, kv = _head_width(config), _kv_width(config)
     weights = sum(block_weights(config))
-    # Both runs' traces; the change of a site, and the frame, on the span and before it.
-    run = capture.bucket(work.start + work.size + len(term.response), capture.SHORTEST)
+    # The traces; in each run the change of a site, and the frame, on the span and before it.
+    run = _run_size(work.start + work.size + len(term.response))
     site = max(width, heads, hidden)
-    kept = 2 * run * (4 * width + heads + hidden + 2 * kv)
-    kept += (
+    kept = captured * _trace_numbers(config, run)
+    kept += runs * (
         work.size * (site + (3 if config.post_norm else 2) * width)
-        + 2 * _prefix_size(work.start) * kv
+        + 2 * capture.prefix_length(work.start) * kv
     )
     kept = config.num_layers * kept + sum(_vector_numbers(config, work))
-    # Attention of a plain run, one layer at a time.
-    attention = 3 * config.num_heads * run**2
+    # Attention of plain runs that are captured together, one layer at a time.
+    at_once = min(captured, captured_at_once(run, platform))
+    attention = 3 * config.num_heads * at_once * run**2
     # A layer's weights, their parts where they are cut, and what is made of these on the way.
     copies = 2 if dtype.itemsize == 2 else 3
     fixed = max(copies * weights, attention) + kept + GATHERED
     position = _block_numbers(config)
-    position += 5 * config.num_heads * (_prefix_size(work.start) + work.size)
+    position += 5 * config.num_heads * (capture.prefix_length(work.start) + work.size)
     each = max(work.size * position, _reading_numbers(config, term))
     held = 2 * work.size * width
     return number * fixed, number * each, number * held
+
+
+def _run_size(length: int) -> int:
+    return capture.bucket(length, capture.SHORTEST)
+
+
+def _trace_numbers(config: DecoderConfig, run: int) -> int:
+    """Numbers of a layer that a captured run of that padded length keeps."""
+    width = 4 * config.hidden_size + _head_width(config)
+    return run * (width + config.intermediate_size + 2 * _kv_width(config))
 
 
 def _vector_numbers(config: DecoderConfig, work: Work) -> tuple[int, int]:
@@ -239,10 +302,6 @@ def _reading_numbers(config: DecoderConfig, term: Joined) -> int:
     rows = len(term.reading.offsets)
     chunk = min(VOCABULARY_CHUNK, config.vocab_size) if term.whole_vocabulary else 0
     return rows * (4 * config.hidden_size + 6 * chunk)
-
-
-def _prefix_size(start: int) -> int:
-    return capture.bucket(start, capture.SHORTEST) if start else 0
 
 
 # --- Batches of whole runs ---------------------------------------------------------------------

@@ -20,8 +20,9 @@ from jaxmed.question.sites import SITES
 from models.config import DecoderConfig
 from models.sites import Site
 
-# The position of a unit that is edited at every edited position.
+# The position of a unit that is edited at every edited position, and of one that is at none.
 ALL_POSITIONS = -1
+NO_POSITION = -2
 
 # Lengths that spans are padded to, in each octave. Each is compiled, and what many units save by
 # the finer ones is worth it.
@@ -37,6 +38,7 @@ class Units:
         layers: the layer of each, in increasing order, [U].
         units: index of the head, of the neuron group or of the direction, [U]; 0 for other sites.
         positions: index in the span of the one position that is edited, [U]; -1 for all of them.
+            Of several runs at once, [R, U]; -2 in a run that has no such unit.
     """
 
     layers: np.ndarray
@@ -66,12 +68,19 @@ class Units:
         size = batches * rows
         extra = -len(self) % size
         fill = {"layers": padding_layer, "units": 0, "positions": ALL_POSITIONS}
-        padded = [
-            np.pad(getattr(self, name), (0, extra), constant_values=value)
-            for name, value in fill.items()
-        ]
+        padded = [_padded(getattr(self, name), extra, value) for name, value in fill.items()]
         for start in range(0, len(self), size):
-            yield Units(*(f[start : start + size].reshape(batches, rows) for f in padded))
+            yield Units(
+                *(
+                    f[..., start : start + size].reshape(*f.shape[:-1], batches, rows)
+                    for f in padded
+                )
+            )
+
+
+def _padded(values: np.ndarray, extra: int, value: int) -> np.ndarray:
+    """So many more of a value, along the last axis."""
+    return np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, extra)], constant_values=value)
 
 
 @dataclasses.dataclass(frozen=True)

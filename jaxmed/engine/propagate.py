@@ -106,7 +106,7 @@ def enter(
 
 
 def writes(
-    decoder: Decoder, trace: Trace, site: Site, start: int, size: int
+    decoder: Decoder, trace: Trace, site: Site, start: Int[ArrayLike, ""], size: int
 ) -> Float[Array, "L S d"] | None:
     """What the modules that a site is inside of write, before the norm that follows.
 
@@ -114,7 +114,7 @@ def writes(
     """
     if site not in _INSIDE or not decoder.config.post_norm:
         return None
-    value = capture.take(getattr(trace, site.value), start + jnp.arange(size))
+    value = capture.take(getattr(trace, site.value), jnp.arange(size) + start)
     return _writes(decoder, value, site)
 
 

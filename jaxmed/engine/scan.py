@@ -1,23 +1,27 @@
-"""A scan: NIE and TIE of every unit of a pair."""
+"""A scan: NIE and TIE of every unit of pairs."""
 
 import dataclasses
-import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxmed.data.pairs import Pair
-from jaxmed.engine import capture, cost, plan, propagate
+from jaxmed.engine import blocks, capture, cost, plan, propagate
 from jaxmed.engine import memory as memory_lib
-from jaxmed.engine.capture import Frame
-from jaxmed.engine.plan import Work
+from jaxmed.engine import runs as runs_lib
+from jaxmed.engine.blocks import Chosen, Patched, Unit
+from jaxmed.engine.cost import Batching
+from jaxmed.engine.plan import Units, Work
+from jaxmed.engine.runs import Captured
 from jaxmed.question import question as question_lib
 from jaxmed.question.effects import PairEffects
 from jaxmed.question.joined import Joined
 from jaxmed.question.question import Question
+from models.config import DecoderConfig
 from models.decoder import Decoder, Trace
 from models.shapes import AnyArray
 
@@ -61,146 +65,305 @@ def scan_pair(
         pair: the pair.
         question: the metric and the positions.
         granularities: which to compute.
-        chosen: by granularity, which units to compute, as a mask of its effects; all by default.
-            The effects of the others are NaN.
-        rotation: turns what each edit adds to the residual stream, for a control; see
-            `controls.rotated_strengths`.
+        chosen, rotation, on_operations: as in `Scan`.
         memory: bytes for the runs and the differences; `memory.free()` by default.
-        on_operations: told of the floating-point operations that have been done since last told.
 
     Raises:
         DataError: the pair does not fit the model or the question.
         InputError: the memory does not suffice for one unit.
         ValueError: a mask is not of its effects.
     """
-    granularities, chosen = list(granularities), dict(chosen or {})
-    result_shapes = question_lib.shapes(decoder.config, pair, question, granularities)
-    for name, mask in chosen.items():
-        if mask.dtype != bool or mask.shape != result_shapes.get(name):
-            raise ValueError(f"chosen['{name}'] is no mask of its effects, or they are not asked")
-    conditions = _Conditions(
-        memory=memory_lib.free() if memory is None else memory,
+    (found,) = scan_pairs(
+        *(decoder, [pair], question, granularities),
+        chosen=[chosen or {}],
         rotation=rotation,
+        memory=memory,
         on_operations=on_operations,
     )
-
-    def evaluate(base: Run, source: Run, term: Joined, swapped: bool):
-        works = plan.plan(decoder.config, pair, term, question, granularities, swapped, chosen)
-        for start, size in sorted({(work.start, work.size) for work in works}):
-            frame = capture.frame(decoder, base.trace, start, size)
-            for work in works:
-                if (work.start, work.size) == (start, size):
-                    found = _scan_work(
-                        decoder,
-                        base=base,
-                        source=source,
-                        frame=frame,
-                        work=work,
-                        term=term,
-                        question=question,
-                        conditions=conditions,
-                    )
-                    yield work.granularity, work.place, found
-
-    with jax.default_matmul_precision("float32"):
-        found = pair_effects(decoder, pair, question, result_shapes, evaluate)
-    for name, mask in chosen.items():
-        found.nie[name][~mask] = np.nan
-        found.tie[name][~mask] = np.nan
     return found
 
 
-@dataclasses.dataclass(frozen=True)
-class _Conditions:
-    """How a scan is made.
+def scan_pairs(
+    decoder: Decoder,
+    pairs: Sequence[Pair],
+    question: Question,
+    granularities: Iterable[str],
+    *,
+    chosen: Sequence[Chosen],
+    rotation: Float[AnyArray, "d d"] | None = None,
+    memory: int | None = None,
+    on_operations: Callable[[float], None] = lambda operations: None,
+) -> list[PairEffects]:
+    """NIE and TIE of several pairs: all units of work of their `Scan`. Arguments and errors as of
+    `scan_pair`, but that `chosen` has the masks of each pair."""
+    scan = Scan(decoder, pairs, question, chosen=chosen, rotation=rotation)
+    units = scan.units(granularities, memory_lib.free() if memory is None else memory)
+    found: list[list[PairEffects]] = [[] for _ in pairs]
+    for unit in units:
+        for index, effects in zip(unit.pairs, scan.effects(unit, on_operations), strict=True):
+            found[index].append(effects)
+    return list(map(joined, found))
+
+
+def joined(found: Sequence[PairEffects]) -> PairEffects:
+    """The effects of one pair, from those at each granularity."""
+    return PairEffects(
+        y_base=found[0].y_base,
+        y_source=found[0].y_source,
+        nie={name: effects for each in found for name, effects in each.nie.items()},
+        tie={name: effects for each in found for name, effects in each.tie.items()},
+    )
+
+
+class Scan:
+    """NIE and TIE of pairs, unit of work by unit of work.
+
+    The plain runs of the block of pairs that was scanned last are kept for its next granularity.
 
     Attributes:
-        rotation, on_operations: as in `scan_pair`.
-        memory: bytes.
+        decoder: the model.
     """
 
-    memory: int
-    rotation: Float[AnyArray, "d d"] | None
-    on_operations: Callable[[float], None]
+    def __init__(
+        self,
+        decoder: Decoder,
+        pairs: Sequence[Pair],
+        question: Question,
+        *,
+        chosen: Sequence[Chosen],
+        rotation: Float[AnyArray, "d d"] | None = None,
+    ):
+        """Nothing is computed yet.
 
+        Args:
+            decoder: the model; `Decoder.at_precision` says how differences are multiplied.
+            pairs: the pairs.
+            question: the metric and the positions.
+            chosen: of each pair, by granularity, which units to compute, as a mask of its effects;
+                all of a granularity that is not named. The effects of the others are NaN.
+            rotation: turns what each edit adds to the residual stream, for a control; see
+                `controls.rotated_strengths`.
+        """
+        self.decoder = decoder
+        self._pairs, self._question = list(pairs), question
+        self._chosen, self._rotation = list(chosen), rotation
+        self._captured: tuple[tuple[int, ...], Captured] | None = None
 
-def _scan_work(
-    decoder: Decoder,
-    *,
-    base: Run,
-    source: Run,
-    frame: Frame,
-    work: Work,
-    term: Joined,
-    question: Question,
-    conditions: _Conditions,
-) -> Float[np.ndarray, "U"]:
-    """dY of the units of one piece of work."""
-    config = decoder.config
-    change = capture.edited_difference(
-        base.trace, source.trace, work.site, work.edited, work.start, work.size
-    )
-    written = propagate.writes(decoder, base.trace, work.site, work.start, work.size)
-    batches, rows = cost.batching(
-        config, decoder.dtype, work, term, conditions.memory, jax.default_backend()
-    )
-    units, directions = work.units, None
-    blocks = propagate.blocks_to_carry(config, work.size, term.reading)
-    needed = cost.needed_operations(config, work, term)
-    if work.vectors is not None:
-        directions = propagate.direction_writes(decoder, change, work.site, units, work.vectors)
-        units = units.numbered()
-    found: list[np.ndarray] = []
-    # A chunk is collected when the next one is under way, so that the device does not wait.
-    under_way: tuple[Array, float] | None = None
-    parts = units.chunks(batches=batches, rows=rows, padding_layer=config.num_layers)
-    for start, part in zip(itertools.count(0, batches * rows), parts, strict=False):
-        if directions is None:
-            entering = propagate.enter(
-                decoder,
-                change,
-                written,
-                part.layers,
-                part.units,
-                part.positions,
-                work.site,
-                question.group_size,
-            )
-        else:
-            along, added = directions
-            entering = propagate.enter_directions(
-                decoder, along, added, written, part.layers, part.units, part.positions, work.site
-            )
-        if conditions.rotation is not None:
-            entering = entering @ conditions.rotation.astype(entering.dtype)
-        stages = plan.stage(config, work.site, part.layers)
-        carried = propagate.carry(decoder, frame, stages, entering, blocks)
-        y = propagate.read_changes(
-            decoder,
-            frame,
-            stages,
-            carried,
-            term.reading,
-            base.prompt_length - 1 - work.start,
-            question.metric,
-            term.whole_vocabulary,
+    def units(self, granularities: Iterable[str], memory: int) -> list[Unit]:
+        """The units of work, and the sizes of their batches, which effects depend on by rounding.
+
+        Args:
+            granularities: which to compute.
+            memory: bytes for the runs and the differences.
+
+        Raises:
+            DataError: a pair does not fit the model or the question.
+            InputError: the memory does not suffice for one unit.
+            ValueError: a mask is not of its effects.
+        """
+        config, granularities = self.decoder.config, list(granularities)
+        for pair, chosen in zip(self._pairs, self._chosen, strict=True):
+            shapes = question_lib.shapes(config, pair, self._question, granularities)
+            for name, mask in chosen.items():
+                if mask.dtype != bool or mask.shape != shapes.get(name):
+                    raise ValueError(
+                        f"chosen['{name}'] is no mask of its effects, or they are not asked"
+                    )
+            question_lib.check(config, pair, self._question, granularities)
+        return blocks.units(
+            *(config, self.decoder.dtype, self._pairs, self._question, granularities),
+            chosen=self._chosen,
+            memory=memory,
+            platform=jax.default_backend(),
         )
-        if under_way is not None:
-            found.append(_collect(under_way, conditions.on_operations))
-        under_way = y, float(np.sum(needed[start : start + batches * rows]))
-    if under_way is not None:
-        found.append(_collect(under_way, conditions.on_operations))
-    return np.concatenate(found)[: len(units)]
+
+    def effects(
+        self, unit: Unit, on_operations: Callable[[float], None] = lambda operations: None
+    ) -> list[PairEffects]:
+        """The effects of a unit of work, of each of its pairs.
+
+        Args:
+            unit: of `units`.
+            on_operations: told of the floating-point operations that have been done since last
+                told.
+        """
+        pairs = [self._pairs[index] for index in unit.pairs]
+        chosen = [self._chosen[index] for index in unit.pairs]
+        of_groups = blocks.groups(
+            self.decoder.config, pairs, self._question, unit.granularity, chosen
+        )
+        under_way, found = _UnderWay(on_operations), []
+        with jax.default_matmul_precision("float32"):
+            captured = self._capture(unit.pairs)
+            for group, sizes in zip(of_groups, unit.batches, strict=True):
+                for runs in blocks.together(group, sizes):
+                    found += self._patch(captured, runs, sizes, under_way)
+            under_way.finish()
+        effects = [
+            PairEffects(*y, nie=self._nothing(unit, pair), tie=self._nothing(unit, pair))
+            for y, pair in zip(captured.values(), pairs, strict=True)
+        ]
+        for changes in found:
+            changes.add_to(effects)
+        for of_pair, pair, masks in zip(effects, pairs, chosen, strict=True):
+            for total in (of_pair.nie, of_pair.tie):
+                _leave_out(pair, self._question, total)
+                for name in {unit.granularity} & set(masks):
+                    total[name][~masks[name]] = np.nan
+        return effects
+
+    def _nothing(self, unit: Unit, pair: Pair) -> dict[str, np.ndarray]:
+        """No effect of any of a pair's units."""
+        config = self.decoder.config
+        shapes = question_lib.shapes(config, pair, self._question, [unit.granularity])
+        return {name: np.zeros(shape) for name, shape in shapes.items()}
+
+    def _capture(self, block: tuple[int, ...]) -> Captured:
+        """The plain runs of a block's pairs."""
+        if self._captured is None or self._captured[0] != block:
+            self._captured = None  # before others take memory
+            pairs = [self._pairs[index] for index in block]
+            self._captured = block, runs_lib.captured(self.decoder, pairs, self._question)
+        return self._captured[1]
+
+    def _patch(
+        self,
+        captured: Captured,
+        patched: Sequence[Patched],
+        sizes: Batching,
+        under_way: "_UnderWay",
+    ) -> Iterator["_Changes"]:
+        """What becomes of the metric in runs that go through the model together."""
+        decoder, question = self.decoder, self._question
+        config, term = decoder.config, patched[0].term
+        # The last is repeated where there are fewer: they are compiled for one number.
+        filled = [*patched, *[patched[-1]] * (sizes.runs - len(patched))]
+        starts = np.array([run.start for run in filled], np.int32)
+        ends = [captured.last_prompt(run.pair, run.swapped) for run in filled]
+        base, source = (
+            np.array([captured.place(run.pair, run.swapped ^ other, run.term) for run in filled])
+            for other in (False, True)
+        )
+        size = filled[0].works[0].size
+        prefix_size = capture.prefix_length(int(starts.max()))
+        frames = runs_lib.frames(decoder, captured.traces, base, starts, size, prefix_size)
+        readings = runs_lib.stacked([run.term.reading for run in filled])
+        to_carry = propagate.blocks_to_carry(config, size, term.reading)
+        for works in zip(*(run.works for run in filled), strict=True):
+            units, rows = blocks.merged(works)
+            needed = _needed(config, patched, works, rows, len(units))
+            enter = self._enter(captured.traces, works, units, base, source)
+            if works[0].vectors is not None:
+                units = units.numbered()
+            found = []
+            for part in units.chunks(sizes.batches, sizes.rows, padding_layer=config.num_layers):
+                entering = enter(part)
+                if self._rotation is not None:
+                    entering = entering @ self._rotation.astype(entering.dtype)
+                stages = plan.stage(config, works[0].site, part.layers)
+                differences = runs_lib.carry(decoder, frames, stages, entering, to_carry)
+                y = runs_lib.read_changes(
+                    *(decoder, frames, stages, differences, readings),
+                    *(ends - starts, question.metric, term.whole_vocabulary),
+                )
+                first = len(found) * stages.size
+                found.append(y)
+                under_way.add(y, float(np.sum(needed[first : first + stages.size])))
+            yield _Changes(patched, works[: len(patched)], rows, found)
+
+    def _enter(
+        self,
+        traces: Trace,
+        works: Sequence[Work],
+        units: Units,
+        base: Int[np.ndarray, "R"],
+        source: Int[np.ndarray, "R"],
+    ) -> Callable[[Units], Float[Array, "R n S B d"]]:
+        """From a chunk of the units to what their edits add to the residual streams."""
+        decoder, site, size = self.decoder, works[0].site, works[0].size
+        rows = zip(*(capture.edited_rows(w.edited, w.start, size) for w in works), strict=True)
+        changes = runs_lib.changes(traces, base, source, site, *map(np.stack, rows))
+        starts = np.array([work.start for work in works], np.int32)
+        written = runs_lib.writes(decoder, traces, base, starts, site, size)
+        vectors = works[0].vectors
+        if vectors is None:
+            group_size = self._question.group_size
+            return lambda part: runs_lib.enter(
+                *(decoder, changes, written, part.layers, part.units, part.positions),
+                *(site, group_size),
+            )
+        each = [
+            propagate.direction_writes(decoder, change, site, units, vectors) for change in changes
+        ]
+        along, added = jnp.stack([of_run for of_run, _ in each]), each[0][1]
+        return lambda part: runs_lib.enter_directions(
+            *(decoder, along, added, written, part.layers, part.units, part.positions, site)
+        )
 
 
-def _collect(
-    under_way: tuple[Array, float], on_operations: Callable[[float], None]
-) -> Float[np.ndarray, "chunk"]:
-    """The effects of a chunk, once they are computed."""
-    y, operations = under_way
-    y = np.asarray(y).reshape(-1)
-    on_operations(operations)
-    return y
+@dataclasses.dataclass(frozen=True)
+class _Changes:
+    """What was found of one site in runs that went through the model together.
+
+    Attributes:
+        patched: the runs.
+        works: what was computed of each.
+        rows: where each run's units are among those that went through the model.
+        y: dY, chunk by chunk, [R, n, B]; on the device.
+    """
+
+    patched: Sequence[Patched]
+    works: Sequence[Work]
+    rows: Sequence[np.ndarray]
+    y: Sequence[Float[Array, "R n B"]]
+
+    def add_to(self, effects: Sequence[PairEffects]) -> None:
+        """Adds them to the effects of the block's pairs."""
+        y = np.concatenate([np.asarray(chunk).reshape(len(chunk), -1) for chunk in self.y], axis=1)
+        for run, work, rows, found in zip(self.patched, self.works, self.rows, y, strict=False):
+            of_pair = effects[run.pair]
+            # TIE = Y(x') - Y(x', Z<-Z(x)): the patch is made in the source run, and counted down.
+            if run.swapped:
+                of_pair.tie[work.granularity][work.place] -= found[rows]
+            else:
+                of_pair.nie[work.granularity][work.place] += found[rows]
+
+
+class _UnderWay:
+    """What the device is at. One chunk is begun while the one before is computed, so that neither
+    waits for the host nor takes memory for more than that."""
+
+    def __init__(self, on_operations: Callable[[float], None]):
+        self._on_operations = on_operations
+        self._last: tuple[Array, float] | None = None
+
+    def add(self, y: Array, operations: float) -> None:
+        """A chunk was begun; waits for the one before, and tells that it is done."""
+        y.copy_to_host_async()
+        self.finish()
+        self._last = y, operations
+
+    def finish(self) -> None:
+        """Waits for all that was begun."""
+        if self._last is not None:
+            y, operations = self._last
+            jax.block_until_ready(y)
+            self._on_operations(operations)
+            self._last = None
+
+
+def _needed(
+    config: DecoderConfig,
+    patched: Sequence[Patched],
+    works: Sequence[Work],
+    rows: Sequence[np.ndarray],
+    count: int,
+) -> Float[np.ndarray, "U"]:
+    """Floating-point operations that the runs' own units need, by their place among all."""
+    total = np.zeros(count)
+    for run, work, own in zip(patched, works, rows, strict=False):
+        total[own] += cost.needed_operations(config, work, run.term)
+    return total
 
 
 def pair_effects(
@@ -236,14 +399,17 @@ def pair_effects(
         # TIE = Y(x') - Y(x', Z<-Z(x)): the patch is made in the source run, and counted down.
         for name, place, changes in evaluate(source, base, term, True):
             tie[name][place] -= changes
-    for total in (nie, tie):
-        # What is no unit has no effect, not one of 0.
-        if "token" in total:
-            aligned = question_lib.token_columns(pair, question)
-            total["token"][..., np.setdiff1d(np.arange(total["token"].shape[-1]), aligned)] = np.nan
-        if "direction" in total and question.directions is not None:
-            total["direction"][~question.directions.given] = np.nan
     return PairEffects(y_base=y_base, y_source=y_source, nie=nie, tie=tie)
+
+
+def _leave_out(pair: Pair, question: Question, effects: dict[str, np.ndarray]) -> None:
+    """What is no unit has no effect, not one of 0."""
+    if "token" in effects:
+        aligned = question_lib.token_columns(pair, question)
+        columns = np.arange(effects["token"].shape[-1])
+        effects["token"][..., np.setdiff1d(columns, aligned)] = np.nan
+    if "direction" in effects and question.directions is not None:
+        effects["direction"][~question.directions.given] = np.nan
 
 
 def _captured(

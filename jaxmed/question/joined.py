@@ -66,6 +66,11 @@ class Joined:
         """At how many positions logits are read."""
         return len(np.unique(self.reading.offsets))
 
+    def alike(self) -> tuple:
+        """What runs have in common whose readings can be stacked, and made by one program."""
+        leaves, structure = jax.tree.flatten(self.reading)
+        return structure, self.whole_vocabulary, *map(np.shape, leaves)
+
     def branches_after(self, prompt: tuple[int, ...]) -> tuple[int, ...] | None:
         """The branches of a run's tokens, as of `Span`; None where there are not several."""
         return (0,) * len(prompt) + self.branches if self.branches else None

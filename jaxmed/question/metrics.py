@@ -66,7 +66,7 @@ class Reading:
         weights: same shape as tokens; 0 where it is padding.
     """
 
-    offsets: Int[AnyArray, "R"]
+    offsets: Int[AnyArray, "*batch R"]
     tokens: Int[AnyArray, "*K"]
     weights: Float[AnyArray, "*K"]
 

@@ -41,12 +41,12 @@ def least_time(operations: float, decoder: Decoder) -> str:
 
 
 def left(seconds: float, done: float, operations: Mapping[str, float]) -> str:
-    """A sentence on the time that is left, by that of the first pair; "" where it is short.
+    """A sentence on the time that is left, by that of what is done; "" where it is short.
 
     Args:
-        seconds: that the first pair took.
+        seconds: that it took.
         done: its floating-point operations.
-        operations: those of the other pairs, by granularity.
+        operations: those of the rest, by granularity.
     """
     total = seconds * sum(operations.values()) / done if done else 0.0
     if total < _WORTH_TELLING:
@@ -54,8 +54,8 @@ def left(seconds: float, done: float, operations: Mapping[str, float]) -> str:
     each = {name: seconds * operations[name] / done for name in _dearest_first(operations)}
     told = [f"{name} {_duration(one)}" for name, one in each.items() if one >= 0.01 * total]
     return (
-        f"The first pair took {_duration(seconds)}, compilation included; at that pace the others "
-        f"take {_duration(total)}: {', '.join(told)}"
+        f"The first blocks of pairs took {_duration(seconds)}, compilation included; at that pace "
+        f"the others take {_duration(total)}: {', '.join(told)}"
     )
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import tqdm
@@ -21,6 +21,7 @@ from jaxmed.data import splits
 from jaxmed.data.pairs import Pair
 from jaxmed.data.tokens import Encoder
 from jaxmed.engine import cost, memory, rates, scan
+from jaxmed.engine.blocks import Unit
 from jaxmed.files import reading
 from jaxmed.files.reading import DataError
 from jaxmed.question import directions as directions_lib
@@ -546,67 +547,78 @@ def _spearman(left: np.ndarray, right: np.ndarray) -> float:
 
 
 def _scan(asked: MediateRun, results: Results, selection: screening.Selection | None) -> None:
-    """Computes what is missing, pair by pair.
+    """Computes what is missing, unit of work by unit of work.
 
     Args:
         asked, results: the run.
         selection: the neurons to compute; all without one.
     """
-    pairs, say = asked.pairs, asked.say
+    pairs, question, say = asked.pairs, asked.question, asked.say
     missing = {name: set(results.missing(name)) for name in results.granularities}
-    todo = {
-        index: [name for name in results.granularities if index in missing[name]]
-        for index in range(len(pairs))
-    }
-    todo = {index: names for index, names in todo.items() if names}
-    if not todo:
+    left = set().union(*missing.values())
+    if not left:
         say(f"Nothing is left to compute in {results.folder}")
         return
-    if len(todo) < len(pairs):
-        say(f"Going on with {results.folder}: {len(pairs) - len(todo)} pairs are done")
+    if len(left) < len(pairs):
+        say(f"Going on with {results.folder}: {len(pairs) - len(left)} pairs are done")
     chosen = {"neuron": selection.computed} if selection else {}
-    config, question = asked.decoder.config, asked.question
-    by_granularity = {
-        name: {
-            index: cost.operations(config, pairs[index], question, [name], chosen)
-            for index, names in todo.items()
-            if name in names
-        }
-        for name in results.granularities
-    }
+    of_pairs = scan.Scan(asked.decoder, pairs, question, chosen=[chosen] * len(pairs))
+    # A unit of which a pair is missing is computed whole: bits are those of its batches.
+    todo = [
+        unit
+        for unit in _units(asked, results, of_pairs)
+        if missing[unit.granularity].intersection(unit.pairs)
+    ]
     costs = {
-        index: sum(by_granularity[name][index] for name in names) for index, names in todo.items()
+        unit: sum(
+            cost.operations(asked.decoder.config, pairs[i], question, [unit.granularity], chosen)
+            for i in unit.pairs
+        )
+        for unit in todo
     }
     if asked.progress:
-        totals = {name: sum(costs.values()) for name, costs in by_granularity.items() if costs}
-        _announce(asked, results, len(todo), totals, chosen)
-    first, *others = todo
-    began = time.time()
+        _announce(asked, results, len(left), _by_granularity(costs), chosen)
+    began, to_come = time.time(), dict(costs)
 
-    def compute(index: int, advance: Callable[[float], None]) -> effects.PairEffects:
-        return scan.scan_pair(
-            asked.decoder,
-            pairs[index],
-            question,
-            todo[index],
-            chosen=chosen,
-            memory=asked.budget,
-            on_operations=advance,
-        )
-
-    def commit(index: int, found: effects.PairEffects) -> None:
-        results.write_totals(index, found.y_base, found.y_source)
-        for name in todo[index]:
-            _write(results, index, name, found, question, selection)
-        if index == first and asked.progress:
-            operations = {
-                name: sum(of_pairs.get(other, 0.0) for other in others)
-                for name, of_pairs in by_granularity.items()
-            }
-            if told := costs_lib.left(time.time() - began, costs[first], operations):
+    def commit(unit: Unit, found: list[effects.PairEffects]) -> None:
+        for index, of_pair in zip(unit.pairs, found, strict=True):
+            results.write_totals(index, of_pair.y_base, of_pair.y_source)
+            _write(results, index, unit.granularity, of_pair, question, selection)
+        del to_come[unit]
+        done = [other for other in todo if other not in to_come]
+        of_each = [other.granularity for other in done]
+        # Once, when the last of the granularities has been begun with.
+        if of_each.count(unit.granularity) == 1 and set(of_each) == set(_by_granularity(costs)):
+            seconds, operations = time.time() - began, sum(costs[other] for other in done)
+            told = costs_lib.left(seconds, operations, _by_granularity(to_come))
+            if told and asked.progress:
                 say(told)
 
-    sweep.run(list(todo), compute, commit, name="pair", costs=costs, progress=asked.progress)
+    sweep.run(
+        todo,
+        of_pairs.effects,
+        commit,
+        name="block",
+        unit="block",
+        costs=costs,
+        progress=asked.progress,
+    )
+
+
+def _units(asked: MediateRun, results: Results, of_pairs: scan.Scan) -> list[Unit]:
+    """The units of work, whose batches are sized once: whoever goes on with the run keeps them."""
+    if "units" not in results.run:
+        units = of_pairs.units(results.granularities, asked.budget)
+        results.record({"units": [dataclasses.asdict(unit) for unit in units]})
+    return [Unit.of(recorded) for recorded in results.run["units"]]
+
+
+def _by_granularity(costs: Mapping[Unit, float]) -> dict[str, float]:
+    """Operations of units of work, added up."""
+    totals: dict[str, float] = {}
+    for unit, operations in costs.items():
+        totals[unit.granularity] = totals.get(unit.granularity, 0.0) + operations
+    return totals
 
 
 def _write(

@@ -4,7 +4,7 @@ It is a run like those of the programs, and so stands among them, but keeps what
 """
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from jaxmed.analysis.findings import Findings
 from jaxmed.data.pairs import Pair
 from jaxmed.engine import cost, memory
 from jaxmed.engine import scan as engine
+from jaxmed.engine.blocks import Unit
 from jaxmed.question import directions as given_directions
 from jaxmed.question import effects as effect_arrays
 from jaxmed.question import question as questions
@@ -179,29 +180,26 @@ def _scan_pairs(
     progress: bool,
 ) -> list[PairEffects]:
     """The effects of each pair, with a bar of the operations that they take."""
-    budget = memory.free(memory_gb)
     chosen = [_masks_of(decoder, pair, question, masks) for pair in pairs]
+    scan = engine.Scan(decoder, pairs, question, chosen=chosen)
+    units = scan.units(granularities, memory.free(memory_gb))
     costs = {
-        index: cost.operations(decoder.config, pair, question, granularities, chosen[index])
-        for index, pair in enumerate(pairs)
-    }
-    found: dict[int, PairEffects] = {}
-
-    def compute(index: int, advance: Callable[[float], None]) -> PairEffects:
-        return engine.scan_pair(
-            decoder,
-            pairs[index],
-            question,
-            granularities,
-            chosen=chosen[index],
-            memory=budget,
-            on_operations=advance,
+        unit: sum(
+            cost.operations(decoder.config, pairs[i], question, [unit.granularity], chosen[i])
+            for i in unit.pairs
         )
+        for unit in units
+    }
+    found: list[list[PairEffects]] = [[] for _ in pairs]
+
+    def commit(unit: Unit, effects: list[PairEffects]) -> None:
+        for index, of_pair in zip(unit.pairs, effects, strict=True):
+            found[index].append(of_pair)
 
     sweep.run(
-        range(len(pairs)), compute, found.__setitem__, name="pair", costs=costs, progress=progress
+        units, scan.effects, commit, name="block", unit="block", costs=costs, progress=progress
     )
-    return [found[index] for index in range(len(pairs))]
+    return list(map(engine.joined, found))
 
 
 def _masks_of(

@@ -431,9 +431,10 @@ class _Engine:
         (work,) = plan.plan(
             config, pair, term, self.question, ["neuron"], False, {"neuron": chosen}
         )
-        _, self.batch = cost.batching(
-            config, decoder.dtype, work, term, memory, jax.default_backend()
+        sizes = cost.batching(
+            config, decoder.dtype, work, term, memory, jax.default_backend(), runs=2
         )
+        self.batch = sizes.runs * sizes.rows
         both = cost.operations(config, pair, self.question, ["neuron"], {"neuron": chosen})
         self.operations = both / 2
         blocks_after = np.sum(config.num_layers - 1 - work.units.layers)

@@ -18,6 +18,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import SingleDeviceSharding
 
 from jaxmed.engine import cost, memory, propagate
+from jaxmed.engine.cost import Batching
 from jaxmed.engine.plan import Work
 from jaxmed.question.joined import Joined
 from jaxmed.question.metrics import LogitDifference
@@ -355,9 +356,9 @@ def recorded(asked: Asked, chip: Chip, precision: str) -> Recorder:
     record, decoder = Recorder(), _decoder(config, precision)
     left = _memory_left(asked, decoder, chip)
 
-    def batching(work: Work, term: Joined) -> tuple[int, int]:
-        batches, rows = cost.batching(config, config.dtype, work, term, left, "tpu")
-        return batches, asked.rows or rows
+    def batching(work: Work, term: Joined, runs: int) -> Batching:
+        found = cost.batching(config, config.dtype, work, term, left, "tpu", runs=runs)
+        return found._replace(rows=asked.rows // found.runs or found.rows)
 
     pair = presets.random_pair(config, asked.tokens)
     question = Question(LogitDifference(), directions=programs.directions(config))

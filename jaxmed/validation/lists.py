@@ -5,11 +5,7 @@ import dataclasses
 import pathlib
 from collections.abc import Callable
 
-import jax
-
-from jaxmed.engine import cost, memory, rates, scan
-from jaxmed.engine.plan import Work
-from jaxmed.question.joined import Joined
+from jaxmed.engine import blocks, cost, memory, rates, scan
 from jaxmed.question.metrics import LogitDifference
 from jaxmed.question.positions import Positions
 from jaxmed.question.question import Question
@@ -91,13 +87,10 @@ def measure(
         def run(question=question, granularity=granularity) -> None:
             scan.scan_pair(decoder, pair, question, [granularity], memory=left)
 
-        def batching(work: Work, term: Joined) -> tuple[int, int]:
-            platform = jax.default_backend()
-            return cost.batching(config, decoder.dtype, work, term, left, platform)
-
+        units = scan.Scan(decoder, [pair], question, chosen=[{}]).units([granularity], left)
         first, median = timing.first_and_median(run, rounds)
         operations = cost.operations(config, pair, question, [granularity])
-        done = cost.operations_done(config, pair, question, [granularity], batching=batching)
+        done = blocks.operations_done(config, [pair], question, units, chosen=[{}])
         found.append(
             ListSpeed(
                 granularity=granularity,

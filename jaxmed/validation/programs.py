@@ -6,7 +6,7 @@ the shapes that the next step takes.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +20,8 @@ from jaxmed.behaviour import batches, generation, likelihood
 from jaxmed.behaviour.judges import model as judging
 from jaxmed.behaviour.sampling import Choice, Sampling
 from jaxmed.data.pairs import Pair
-from jaxmed.engine import capture, cost, plan, propagate
+from jaxmed.engine import blocks, capture, cost, plan, propagate, runs
+from jaxmed.engine.cost import Batching
 from jaxmed.engine.plan import Work
 from jaxmed.question import directions as directions_lib
 from jaxmed.question.directions import Directions, SiteDirections
@@ -41,7 +42,7 @@ class Carried:
     """What a program that carries differences is given.
 
     Attributes:
-        batches, rows: of a chunk, and of a batch.
+        batches, rows: of a chunk, and of a batch, those of all runs.
         positions: of the span.
         prefix: positions before it, padding included.
     """
@@ -152,7 +153,7 @@ def of_scan(
     question: Question,
     granularities: Iterable[str],
     *,
-    batching: Callable[[Work, Joined], tuple[int, int]],
+    batching: Callable[[Work, Joined, int], Batching],
 ) -> None:
     """The programs of a scan of a pair, in the order in which `engine.scan` calls them.
 
@@ -160,121 +161,128 @@ def of_scan(
         record: keeps them.
         decoder: as `shapes_of` gives it.
         pair, question, granularities: as in `engine.scan.scan_pair`. Prompts of
-            one length: the estimand that starts from the source run then has the same programs.
-        batching: batches of a chunk and rows of a batch.
+            one length: both estimands then go through together.
+        batching: the sizes of batches for a piece of work that is done in so many runs.
     """
-    for term in cost.runs(decoder.config, pair, question):
-        tokens, last_prompt = pair.prompt_ids + term.response, len(pair.prompt_ids) - 1
-        branches = term.branches_after(pair.prompt_ids)
-        trace = record(
-            "",
-            lambda decoder, tokens=tokens, branches=branches: capture.capture(
-                decoder, tokens, branches
-            ),
-            decoder,
-        )
+    terms = cost.runs(decoder.config, pair, question)
+    count, length = 2 * len(terms), len(pair.prompt_ids) + max(len(t.response) for t in terms)
+    length = capture.bucket(length, capture.SHORTEST)
+    at_once = min(count, cost.captured_at_once(length, decoder.products.platform))
+    tokens = np.zeros((count, length), np.int32)
+    branches = tokens if any(term.branches for term in terms) else None
+    traces = record(
+        f"{count} of {length} tokens",
+        lambda decoder, tokens, valid, branches: runs.capture(
+            decoder, tokens, valid, branches, at_once
+        ),
+        *(decoder, tokens, tokens == 0, branches),
+    )
+    for alike in _alike(terms):
+        which = np.zeros(2 * len(alike), np.int32)
         record(
             question.metric.name,
-            lambda decoder, trace, reading, last: propagate.plain_value(
-                decoder, trace, reading, last, question.metric
+            lambda decoder, traces, which, readings, last: runs.plain_values(
+                decoder, traces, which, readings, last, question.metric
             ),
-            *(decoder, trace, term.reading, last_prompt),
+            *(decoder, traces, which, runs.stacked([t.reading for t in alike * 2]), which),
         )
-        seen = set()
-        for work in plan.plan(decoder.config, pair, term, question, granularities, False):
-            sizes = batching(work, term)
-            directed = None if work.vectors is None else len(work.vectors)
-            if (kind := (work.site, work.start, work.size, sizes, directed)) not in seen:
-                seen.add(kind)
-                _of_work(
-                    record,
-                    decoder,
-                    trace,
-                    work,
-                    term,
-                    question,
-                    sizes=sizes,
-                    last_prompt=last_prompt - work.start,
-                )
+    seen = set()
+    for granularity in granularities:
+        for group in blocks.groups(decoder.config, [pair], question, granularity, [{}]):
+            sizes = batching(group[0].works[0], group[0].term, len(group))
+            for works in zip(*(run.works for run in group[: sizes.runs]), strict=True):
+                kind = (works[0].site, works[0].start, works[0].size, sizes)
+                kind += (None if works[0].vectors is None else len(works[0].vectors),)
+                kind += group[0].term.alike()
+                if kind not in seen:
+                    seen.add(kind)
+                    _of_works(record, decoder, traces, group[0].term, question, works, sizes)
 
 
-def _of_work(
+def _alike(terms: Iterable[Joined]) -> list[list[Joined]]:
+    """The runs of a metric, with those together that are read by one program."""
+    found: dict[tuple, list[Joined]] = {}
+    for term in terms:
+        found.setdefault(term.alike(), []).append(term)
+    return list(found.values())
+
+
+def _of_works(
     record: Recorder,
     decoder: Decoder,
-    trace: Any,
-    work: Work,
+    traces: Any,
     term: Joined,
     question: Question,
-    *,
-    sizes: tuple[int, int],
-    last_prompt: int,
+    works: Sequence[Work],
+    sizes: Batching,
 ) -> None:
-    """The programs of one piece of work."""
+    """The programs of a site's units in runs that go through together."""
+    work, n, rows = works[0], sizes.batches, sizes.rows
     site, start, size = work.site, work.start, work.size
-    span = f"{size} of {start + size} positions"
-    frame = record(
-        span, lambda decoder, trace: capture.frame(decoder, trace, start, size), decoder, trace
-    )
-    change = record(
-        f"{site}, {span}",
-        lambda base, source: capture.edited_difference(
-            base, source, site, work.edited, start, size
+    span = f"{sizes.runs} runs, {size} of {start + size} positions"
+    which = np.zeros(sizes.runs, np.int32)
+    prefix_size = capture.prefix_length(start)
+    frames = record(
+        span,
+        lambda decoder, traces, which: runs.frames(
+            decoder, traces, which, which, size, prefix_size
         ),
-        *(trace, trace),
+        *(decoder, traces, which),
+    )
+    at = np.zeros((sizes.runs, size), np.int32)
+    changes = record(
+        f"{site}, {span}",
+        lambda traces, which, at: runs.changes(traces, which, which, site, at, at, at == 0),
+        *(traces, which, at),
     )
     written = record(
         f"{site}, {span}",
-        lambda decoder, trace: propagate.writes(decoder, trace, site, start, size),
-        *(decoder, trace),
+        lambda decoder, traces, which: runs.writes(decoder, traces, which, which, site, size),
+        *(decoder, traces, which),
     )
-    n, rows = sizes
-    part = next(work.units.chunks(n, rows, decoder.config.num_layers))
+    units, _ = blocks.merged([*works, *[works[-1]] * (sizes.runs - len(works))])
+    part = next(units.chunks(n, rows, decoder.config.num_layers))
     chunk = f"{n} x {rows} rows, {span}"
     if work.vectors is None:
         entering = record(
             f"{site}, {chunk}",
-            lambda decoder, change, written, *units: propagate.enter(
-                decoder, change, written, *units, site, question.group_size
+            lambda decoder, changes, written, *units: runs.enter(
+                decoder, changes, written, *units, site, question.group_size
             ),
-            *(decoder, change, written, part.layers, part.units, part.positions),
+            *(decoder, changes, written, part.layers, part.units, part.positions),
         )
     else:
         vectors = work.vectors
         along, added = record(
             f"{site}, {span}",
             lambda decoder, change: propagate.direction_writes(
-                decoder, change, site, work.units, vectors
+                decoder, change, site, units, vectors
             ),
-            *(decoder, change),
+            *(decoder, jax.ShapeDtypeStruct(changes.shape[1:], changes.dtype)),
         )
+        along = jax.ShapeDtypeStruct((sizes.runs, *along.shape), along.dtype)
         entering = record(
             f"{site}, {chunk}",
-            lambda decoder, along, added, written, *units: propagate.enter_directions(
+            lambda decoder, along, added, written, *units: runs.enter_directions(
                 decoder, along, added, written, *units, site
             ),
             *(decoder, along, added, written, part.layers, part.units, part.positions),
         )
     stages = plan.stage(decoder.config, site, part.layers)
-    blocks = propagate.blocks_to_carry(decoder.config, size, term.reading)
+    to_carry = propagate.blocks_to_carry(decoder.config, size, term.reading)
     carried = record(
         chunk,
-        propagate.carry,
-        *(decoder, frame, stages, entering, blocks),
-        carried=Carried(n, rows, size, 0 if frame.prefix is None else frame.prefix.keys.shape[1]),
+        runs.carry,
+        *(decoder, frames, stages, entering, to_carry),
+        carried=Carried(n, sizes.runs * rows, size, prefix_size),
     )
     record(
         f"{question.metric.name}, {chunk}",
-        lambda decoder, frame, stages, carried, reading, last: propagate.read_changes(
-            decoder,
-            frame,
-            stages,
-            carried,
-            reading,
-            last,
-            question.metric,
-            term.whole_vocabulary,
+        lambda decoder, frames, stages, carried, readings, last: runs.read_changes(
+            *(decoder, frames, stages, carried, readings, last),
+            *(question.metric, term.whole_vocabulary),
         ),
-        *(decoder, frame, stages, carried, term.reading, last_prompt),
+        *(decoder, frames, stages, carried, runs.stacked([term.reading] * sizes.runs), which),
     )
 
 
@@ -313,7 +321,11 @@ def of_joint_sets(record: Recorder, decoder: Decoder, pair: Pair, question: Ques
     branches = term.branches_after(pair.prompt_ids)
     trace = record("", lambda decoder: capture.capture(decoder, tokens, branches), decoder)
     frame = record(
-        "", lambda decoder, trace: capture.frame(decoder, trace, work.start, size), decoder, trace
+        "",
+        lambda decoder, trace: capture.frame(
+            decoder, trace, work.start, size, capture.prefix_length(work.start)
+        ),
+        *(decoder, trace),
     )
     dtype = decoder.compute_dtype
     forced = propagate.Forced(

@@ -11,7 +11,7 @@ from scipy import special, stats
 
 import jaxmed
 from jaxmed.analysis import controls
-from jaxmed.engine import propagate, scan
+from jaxmed.engine import runs, scan
 from jaxmed.question import metrics
 from jaxmed.question import question as question_lib
 from jaxmed.question.positions import Positions
@@ -298,13 +298,13 @@ def test_a_rotation_keeps_the_size_of_what_is_added(monkeypatch):
     """And the angles between positions; also where a norm follows the module."""
     entered = []
 
-    def recorded(decoder, frame, stages, differences, *rest, carry=propagate.carry):
+    def recorded(decoder, frames, stages, differences, blocks, carry=runs.carry):
         # A copy: the buffer is reused for the result.
-        rows = np.moveaxis(differences, 2, 1)
-        entered.append(np.array(rows).reshape(-1, *rows.shape[2:]))
-        return carry(decoder, frame, stages, differences, *rest)
+        rows = np.moveaxis(differences, -3, -2)
+        entered.append(np.array(rows).reshape(-1, *rows.shape[-2:]))
+        return carry(decoder, frames, stages, differences, blocks)
 
-    monkeypatch.setattr(propagate, "carry", recorded)
+    monkeypatch.setattr(runs, "carry", recorded)
     rotation = rotations(1, 3)[0]
     with jax.enable_x64(True):
         for turn in (None, rotation):
@@ -360,7 +360,7 @@ def test_where_nothing_is_chosen_nothing_is_run(monkeypatch):
     def fail(*_, **__):
         raise AssertionError("a run was made")
 
-    monkeypatch.setattr(scan, "scan_pair", fail)
+    monkeypatch.setattr(scan, "scan_pairs", fail)
     found = controls.rotated_strengths(
         tiny.decoder("qwen2"), PAIRS, PROMPT, "head", np.zeros((3, 4), bool), draws=5
     )
@@ -434,13 +434,13 @@ def test_discoveries_of_a_model_are_held_against_its_rotations():
 
 def test_controls_are_computed_as_precisely_as_effects(monkeypatch):
     """Both in bfloat16 products, if the effects were."""
-    seen, scan_pair = [], scan.scan_pair
+    seen, scan_pairs = [], scan.scan_pairs
 
     def recorded(decoder, *arguments, **options):
         seen.append(decoder.products.precision)
-        return scan_pair(decoder, *arguments, **options)
+        return scan_pairs(decoder, *arguments, **options)
 
-    monkeypatch.setattr(scan, "scan_pair", recorded)
+    monkeypatch.setattr(scan, "scan_pairs", recorded)
     controls.discoveries(
         *(tiny.decoder("qwen2").at_precision("bfloat16"), [scans.UNEQUAL], PROMPT, "head"),
         *(np.full((3, 4), 1.0), 1.0),

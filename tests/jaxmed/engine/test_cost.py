@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from jaxmed.engine import cost, plan
+from jaxmed.engine import blocks, cost, plan
 from jaxmed.question import metrics
 from jaxmed.question.positions import Positions
 from jaxmed.question.question import Question
@@ -30,10 +30,6 @@ SMALL = presets.llama(
 )
 
 
-def batching(work, term):
-    return cost.batching(SMALL, np.float32, work, term, 2**34, "cpu")
-
-
 @pytest.mark.parametrize("intermediate_size, most, lengths", [(1000, 1.125, 56), (40, 1.5, 18)])
 def test_spans_are_little_longer_than_what_is_needed(intermediate_size, most, lengths):
     """Of many units less than of few."""
@@ -56,7 +52,10 @@ def test_the_prompt_is_computed_with_little_padding():
     """65 tokens are one more than a power of two."""
     question = Question(LOGIT, Positions.PROMPT)
     asked, names = pair(65, 65), ["layer", "module", "head", "neuron"]
-    done = cost.operations_done(SMALL, asked, question, names, batching=batching)
+    units = blocks.units(
+        *(SMALL, np.float32, [asked], question, names), chosen=[{}], memory=2**34, platform="cpu"
+    )
+    done = blocks.operations_done(SMALL, [asked], question, units, chosen=[{}])
     assert 1 <= done / cost.operations(SMALL, asked, question, names) <= 1.15
 
 

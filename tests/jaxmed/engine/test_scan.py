@@ -10,7 +10,7 @@ import pytest
 
 import jaxmed
 from jaxmed.analysis import joint as joint_lib
-from jaxmed.engine import capture, cost, plan, propagate, scan
+from jaxmed.engine import capture, cost, plan, propagate, runs, scan
 from jaxmed.files import reading
 from jaxmed.question import metrics
 from jaxmed.question import question as question_lib
@@ -140,8 +140,14 @@ def test_a_smaller_batch_changes_nothing_but_rounding():
     question = question_lib.Question(METRICS["logit"], Positions.PROMPT)
     work, term = neuron_work(decoder, question)
     budgets = (2**30, 5 * 2**20)
-    batches = [cost.batching(decoder.config, np.float32, work, term, b, "cpu")[1] for b in budgets]
-    assert batches[0] > 2 * batches[1]
+    rows = [
+        of_all.runs * of_all.rows
+        for of_all in (
+            cost.batching(decoder.config, np.float32, work, term, budget, "cpu", runs=2)
+            for budget in budgets
+        )
+    ]
+    assert rows[0] > 2 * rows[1]
     whole, small = (
         scan.scan_pair(decoder, UNEQUAL, question, ["neuron"], memory=memory) for memory in budgets
     )
@@ -156,7 +162,8 @@ def test_a_batch_leaves_the_prefix_unbatched(family):
     frame = jax.tree.map(
         lambda array: jnp.zeros(array.shape, array.dtype),
         jax.eval_shape(
-            lambda d: capture.frame(d, capture.capture(d, UNEQUAL.prompt_ids), start, size), decoder
+            lambda d: capture.frame(d, capture.capture(d, UNEQUAL.prompt_ids), start, size, 32),
+            decoder,
         ),
     )
     prefix_length = frame.prefix.positions.shape[0]
@@ -202,7 +209,7 @@ def test_no_product_of_the_base_run_is_in_the_loop_over_batches(family, precisio
 def frame_shapes(decoder, size):
     """Of a run of 8 tokens, cut before the last `size`."""
     return jax.eval_shape(
-        lambda d: capture.frame(d, capture.capture(d, tuple(range(8))), 8 - size, size), decoder
+        lambda d: capture.frame(d, capture.capture(d, tuple(range(8))), 8 - size, size, 32), decoder
     )
 
 
@@ -305,18 +312,24 @@ def test_a_batch_takes_no_more_memory_than_planned(metric, granularity, group_si
     (term,) = cost.runs(decoder.config, UNEQUAL, question)
     (work,) = plan.plan(decoder.config, UNEQUAL, term, question, [granularity], False)
     memory = 32 * 2**20
-    batches, rows = cost.batching(decoder.config, np.float32, work, term, memory, "cpu")
-    branches = term.branches_after(UNEQUAL.prompt_ids)
-    trace = capture.capture(decoder, UNEQUAL.prompt_ids + term.response, branches)
-    frame = capture.frame(decoder, trace, work.start, work.size)
-    differences = jax.ShapeDtypeStruct((batches, work.size, rows, 96), np.float32)
+    together, batches, rows = cost.batching(
+        decoder.config, np.float32, work, term, memory, "cpu", runs=2
+    )
+    captured = runs.captured(decoder, [UNEQUAL], question)
+    which, starts = np.zeros(together, np.int32), np.full(together, work.start, np.int32)
+    frames = runs.frames(decoder, captured.traces, which, starts, work.size, 0)
+    differences = jax.ShapeDtypeStruct((together, batches, work.size, rows, 96), np.float32)
     stages = jax.ShapeDtypeStruct((batches, rows), np.int32)
-    change = getattr(trace, work.site.value)[:, : work.size]
+    positions = jax.ShapeDtypeStruct((together, batches, rows), np.int32)
+    change = getattr(captured.traces, work.site.value)[which, :, : work.size]
     compiled = [
-        propagate.enter.lower(decoder, change, None, *[stages] * 3, work.site, group_size),
-        propagate.carry.lower(decoder, frame, stages, differences, 2),
-        propagate.read_changes.lower(
-            *(decoder, frame, stages, differences, term.reading, 11),
+        runs.enter.lower(
+            *(decoder, change, None, stages, stages, positions, work.site, group_size)
+        ),
+        runs.carry.lower(decoder, frames, stages, differences, 2),
+        runs.read_changes.lower(
+            *(decoder, frames, stages, differences),
+            *(runs.stacked([term.reading] * together), which + 11),
             *(question.metric, term.whole_vocabulary),
         ),
     ]
@@ -410,11 +423,11 @@ def test_two_compilations_serve_all_layers_and_granularities():
     # Another vocabulary than that of any other test, so that nothing is compiled yet.
     decoder = tiny.decoder("llama", vocab_size=67)
     question = question_lib.Question(METRICS["logit"], Positions.PROMPT)
-    before = propagate.carry._cache_size()
+    before = runs.carry._cache_size()
     scan.scan_pair(decoder, pair(12, 12), question, ["layer", "module", "head", "neuron"])
-    assert propagate.carry._cache_size() <= before + 2
+    assert runs.carry._cache_size() <= before + 2
     scan.scan_pair(decoder, pair(14, 14, seed=1), question, ["layer", "module", "head", "neuron"])
-    assert propagate.carry._cache_size() <= before + 2
+    assert runs.carry._cache_size() <= before + 2
 
 
 def test_an_embedding_edit_goes_through_the_engine():
@@ -435,7 +448,7 @@ def test_an_embedding_edit_goes_through_the_engine():
         units = plan.Units.grid(1, positions=(4, 9))
         places = (array[None] for array in (units.layers, units.units, units.positions))
         entering = propagate.enter(decoder, change, None, *places, Site.EMBEDDING, 1)
-        frame = capture.frame(decoder, base, 0, 16)
+        frame = capture.frame(decoder, base, 0, 16, 0)
         stages = plan.stage(decoder.config, Site.EMBEDDING, units.layers)
         blocks = propagate.blocks_to_carry(decoder.config, 16, term.reading)
         carried = propagate.carry(decoder, frame, stages[None], entering, blocks)

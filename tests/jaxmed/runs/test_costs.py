@@ -20,12 +20,12 @@ def test_shares_name_the_dearest_first():
     assert costs.dearest(OPERATIONS) == "token"
 
 
-def test_the_time_left_is_at_the_first_pairs_pace():
-    """Ten pairs as dear as the first; what takes less than a hundredth is not told."""
+def test_the_time_left_is_at_the_first_blocks_pace():
+    """Ten times what is done; what takes less than a hundredth is not told."""
     others = {name: 10 * each for name, each in OPERATIONS.items()}
     assert costs.left(60.0, sum(OPERATIONS.values()), others) == (
-        "The first pair took 60 seconds, compilation included; at that pace the others take 10 "
-        "minutes: token 8 minutes, neuron 119 seconds"
+        "The first blocks of pairs took 60 seconds, compilation included; at that pace the others "
+        "take 10 minutes: token 8 minutes, neuron 119 seconds"
     )
 
 

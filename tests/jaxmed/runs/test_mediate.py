@@ -17,7 +17,7 @@ from jaxmed.analysis import joint as joint_lib
 from jaxmed.analysis import ranking, screening
 from jaxmed.data import pairs as pairs_lib
 from jaxmed.data import splits
-from jaxmed.engine import memory, rates, scan
+from jaxmed.engine import cost, memory, rates, scan
 from jaxmed.files import reading
 from jaxmed.question import directions
 from jaxmed.question.effects import Status
@@ -298,15 +298,27 @@ def test_tokens_are_nan_where_alignment_from_the_start_leaves_the_end_out(asked,
 
 @pytest.fixture
 def scans(monkeypatch):
-    """Counts the pairs that are scanned: (id of the pair, granularities)."""
-    calls, scan_pair = [], scan.scan_pair
+    """Counts the units of work that are scanned: (granularity, ids of the pairs)."""
+    calls, effects = [], scan.Scan.effects
 
-    def counted(decoder, pair, question, granularities, **options):
-        calls.append((pair.id, tuple(granularities)))
-        return scan_pair(decoder, pair, question, granularities, **options)
+    def counted(self, unit, *arguments):
+        calls.append((unit.granularity, tuple(PAIRS[index]["id"] for index in unit.pairs)))
+        return effects(self, unit, *arguments)
 
-    monkeypatch.setattr(scan, "scan_pair", counted)
+    monkeypatch.setattr(scan.Scan, "effects", counted)
     return calls
+
+
+@pytest.fixture(scope="module")
+def in_two_blocks(asked, tmp_path_factory):
+    """A run in blocks of two pairs at most."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cost, "_PAIRS", {"cpu": 2})
+        return mediate.run(to(asked, tmp_path_factory.mktemp("blocks")))
+
+
+# Its blocks: pairs of like length together.
+BLOCKS = (("short", "even"), ("longer",))
 
 
 def assert_same_arrays(folder, expected):
@@ -316,19 +328,33 @@ def assert_same_arrays(folder, expected):
         np.testing.assert_array_equal(found[name], wanted[name], err_msg=name)
 
 
-def test_a_run_that_is_stopped_between_pairs_goes_on_with_the_missing_ones(
-    asked, finished, scans, tmp_path, monkeypatch
+def test_units_of_work_and_the_sizes_of_their_batches_are_recorded(in_two_blocks):
+    units = in_two_blocks.run["units"]
+    assert [(unit["granularity"], unit["pairs"]) for unit in units] == [
+        (name, [index for id in block for index in range(3) if PAIRS[index]["id"] == id])
+        for block in BLOCKS
+        for name in UNITS
+    ]
+    # Runs that are patched together, batches of a chunk, and units of a batch.
+    assert all(np.shape(unit["batches"])[1:] == (3,) for unit in units)
+    runs = {unit["granularity"]: unit["batches"][0][0] for unit in units[: len(UNITS)]}
+    assert runs["layer"] == runs["head"] == 4  # two pairs by both estimands
+
+
+def test_a_run_that_is_stopped_between_units_goes_on_with_the_missing_ones(
+    asked, in_two_blocks, scans, tmp_path, monkeypatch
 ):
     settings = to(asked, tmp_path)
     with monkeypatch.context() as patch:
-        original = scan.scan_pair
+        patch.setattr(cost, "_PAIRS", {"cpu": 2})
+        original = scan.Scan.effects
 
-        def stopped(decoder, pair, *arguments, **options):
-            if pair.id == "longer":
+        def stopped(self, unit, *arguments):
+            if unit.granularity == "token":
                 raise KeyboardInterrupt
-            return original(decoder, pair, *arguments, **options)
+            return original(self, unit, *arguments)
 
-        patch.setattr(scan, "scan_pair", stopped)
+        patch.setattr(scan.Scan, "effects", stopped)
         with pytest.raises(KeyboardInterrupt):
             mediate.run(settings)
 
@@ -336,36 +362,44 @@ def test_a_run_that_is_stopped_between_pairs_goes_on_with_the_missing_ones(
     assert described(out)["finished"] is False
     assert {path.name for path in out.iterdir()} == {"run.json", "effects.zarr"}
     done = arrays(out)["layer/done"]
-    assert (done[0] == Status.EXACT).all() and (done[1:] == Status.NOT_RUN).all()
-    assert np.isnan(arrays(out)["te"][1:]).all()
+    assert (done[[0, 2]] == Status.EXACT).all() and (done[1] == Status.NOT_RUN).all()
+    assert np.isnan(arrays(out)["te"][1]) and np.isfinite(arrays(out)["te"][[0, 2]]).all()
 
     scans.clear()
+    # Blocks and batches are those that run.json holds, not what would be chosen now.
+    monkeypatch.setattr(cost, "_FEW", 1)
     mediate.run(settings)
-    assert scans == [("longer", tuple(UNITS)), ("short", tuple(UNITS))]
+    first = [(name, BLOCKS[0]) for name in ("token", "neuron")]
+    assert scans == [*first, *((name, BLOCKS[1]) for name in UNITS)]
     assert described(out)["finished"] is True
     assert (out / "summary.parquet").exists() and (out / "report.html").exists()
-    assert_same_arrays(out, finished.folder)
+    assert_same_arrays(out, in_two_blocks.folder)
 
 
-def test_a_run_that_is_stopped_inside_a_pair_goes_on_with_its_missing_granularities(
-    asked, finished, scans, tmp_path, monkeypatch
+def test_a_unit_of_which_a_pair_is_missing_is_computed_whole(
+    asked, in_two_blocks, scans, tmp_path, monkeypatch
 ):
+    """So that no bit depends on where the run was stopped."""
     settings = to(asked, tmp_path)
     with monkeypatch.context() as patch:
+        patch.setattr(cost, "_PAIRS", {"cpu": 2})
         original = results.Results.write
 
         def stopped(self, index, granularity, *effects_of_pair):
-            if (index, granularity) == (1, "token"):
+            if (index, granularity) == (0, "token"):
                 raise KeyboardInterrupt
             original(self, index, granularity, *effects_of_pair)
 
         patch.setattr(results.Results, "write", stopped)
         with pytest.raises(KeyboardInterrupt):
             mediate.run(settings)
+    done = arrays(tmp_path / "out")["token/done"]
+    assert (done[2] == Status.EXACT).any() and (done[0] == Status.NOT_RUN).all()
     scans.clear()
     mediate.run(settings)
-    assert scans == [("longer", ("token", "neuron")), ("short", tuple(UNITS))]
-    assert_same_arrays(tmp_path / "out", finished.folder)
+    first = [(name, BLOCKS[0]) for name in ("token", "neuron")]
+    assert scans == [*first, *((name, BLOCKS[1]) for name in UNITS)]
+    assert_same_arrays(tmp_path / "out", in_two_blocks.folder)
 
 
 @pytest.fixture
@@ -465,7 +499,7 @@ def test_a_run_whose_report_failed_is_not_finished(asked, tmp_path, monkeypatch)
 
 def test_overwrite_starts_again(asked, copied, scans, tmp_path):
     mediate.run(to(asked, tmp_path, overwrite=True, granularity=("layer",)))
-    assert [pair for pair, _ in scans] == ["even", "longer", "short"]
+    assert scans == [("layer", ("short", "even", "longer"))]
     assert set(arrays(copied)) == {*TOTALS, "layer/nie", "layer/tie", "layer/done"}
     assert not (copied / "figures" / "neuron.png").exists()
 
@@ -614,17 +648,17 @@ def test_settings_that_the_model_does_not_allow_are_refused_before_anything_is_w
 
 def test_the_budget_and_the_precision_reach_the_engine(asked, tmp_path, monkeypatch):
     given = []
-    original = scan.scan_pair
+    original = scan.Scan.units
 
-    def heard(decoder, *arguments, **options):
-        given.append((decoder.products.precision, options["memory"]))
-        return original(decoder, *arguments, **options)
+    def heard(self, granularities, memory):
+        given.append((self.decoder.products.precision, memory))
+        return original(self, granularities, memory)
 
-    monkeypatch.setattr(scan, "scan_pair", heard)
+    monkeypatch.setattr(scan.Scan, "units", heard)
     monkeypatch.setattr(memory, "free", lambda memory_gb: int(memory_gb * 2**30))
     changes = {"matmul_precision": "bfloat16", "memory_gb": 0.25, "granularity": ("layer",)}
     run = mediate.run(to(asked, tmp_path, **changes))
-    assert given == [("bfloat16", 2**28)] * 3
+    assert given == [("bfloat16", 2**28)]
     assert run.run["precision"] == "bfloat16"
 
 
@@ -775,7 +809,8 @@ def test_a_screened_run_goes_on_with_the_same_neurons(
     assert scored == ["even", "longer", "longer", "short"]
     mediate.run(settings)
     assert scored == ["even", "longer", "longer", "short"]  # each estimate is kept
-    assert [pair for pair, _ in scans] == ["even", "longer", "longer", "short"]
+    everything = ("short", "even", "longer")
+    assert scans == [("layer", everything)] * 2 + [("neuron", everything)]
     assert_same_arrays(tmp_path / "out", screened.folder)
     with pytest.raises(InputError, match="other settings: --screen was 2, is now 3"):
         mediate.run(dataclasses.replace(settings, screen=3))

@@ -1,0 +1,279 @@
+"""Blocks of pairs: what is computed together, and in batches of what sizes.
+
+A unit of work is a block of pairs at one granularity. The runs of a block that patch the same units
+go through the model together: a pair's layers, modules or heads alone are too few to fill a device.
+Everything here is known before a model is run.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+from jax.typing import DTypeLike
+
+from jaxmed.data.pairs import Pair
+from jaxmed.engine import capture, cost, plan
+from jaxmed.engine.cost import Batching
+from jaxmed.engine.plan import NO_POSITION, Units, Work
+from jaxmed.question.joined import Joined
+from jaxmed.question.question import Question
+from models.config import DecoderConfig
+
+# By granularity, which units to compute, as a mask of a pair's effects.
+Chosen = Mapping[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """What is computed, and stored, at once.
+
+    Attributes:
+        granularity: of the effects.
+        pairs: indices of the pairs.
+        batches: sizes, one for each of the unit's `groups`.
+    """
+
+    granularity: str
+    pairs: tuple[int, ...]
+    batches: tuple[Batching, ...]
+
+    @classmethod
+    def of(cls, recorded: Mapping) -> "Unit":
+        """That which `run.json` holds as `dataclasses.asdict` gives it."""
+        batches = (Batching(*sizes) for sizes in recorded["batches"])
+        return cls(recorded["granularity"], tuple(recorded["pairs"]), tuple(batches))
+
+
+@dataclasses.dataclass(frozen=True)
+class Patched:
+    """A run that is patched: of one pair, one run of the metric, and one estimand.
+
+    Attributes:
+        pair: index in the block.
+        term: what is read.
+        swapped: whether the source run is the one that is patched.
+        works: what is computed of it; all have one span.
+    """
+
+    pair: int
+    term: Joined
+    swapped: bool
+    works: tuple[Work, ...]
+
+    @property
+    def start(self) -> int:
+        """The span's first position."""
+        return self.works[0].start
+
+    def alike(self) -> tuple:
+        """What runs have in common that go through the model together."""
+        size = self.works[0].size
+        return size, tuple(work.site for work in self.works), *self.term.alike()
+
+
+def groups(
+    config: DecoderConfig,
+    pairs: Sequence[Pair],
+    question: Question,
+    granularity: str,
+    chosen: Sequence[Chosen],
+) -> list[list[Patched]]:
+    """The runs of a block that go through the model together.
+
+    Args:
+        config: the model.
+        pairs: those of the block.
+        question: the metric and the positions.
+        granularity: of the units.
+        chosen: of each pair.
+    """
+    found: dict[tuple, list[Patched]] = {}
+    for index, (pair, of_pair) in enumerate(zip(pairs, chosen, strict=True)):
+        for term in cost.runs(config, pair, question):
+            for swapped in (False, True):
+                works = plan.plan(config, pair, term, question, [granularity], swapped, of_pair)
+                for span in sorted({(work.start, work.size) for work in works}):
+                    here = tuple(work for work in works if (work.start, work.size) == span)
+                    run = Patched(index, term, swapped, here)
+                    found.setdefault(run.alike(), []).append(run)
+    return list(found.values())
+
+
+def merged(works: Sequence[Work]) -> tuple[Units, list[np.ndarray]]:
+    """One list of units that has those of every run, by layer and unit.
+
+    Args:
+        works: of each run; of one site.
+
+    Returns:
+        The units, with positions [R, U]; and where each run's own are in it.
+    """
+    wide = 1 + max(int(work.units.units.max()) for work in works)
+    keys = [work.units.layers.astype(np.int64) * wide + work.units.units for work in works]
+    if all(np.array_equal(of_run, keys[0]) for of_run in keys):
+        shared, positions = works[0].units, np.stack([work.units.positions for work in works])
+        same = np.arange(len(shared))
+        return dataclasses.replace(shared, positions=positions), [same] * len(works)
+    every = np.unique(np.concatenate(keys))
+    at = [np.searchsorted(every, of_run) for of_run in keys]
+    counts = np.max([np.bincount(places, minlength=len(every)) for places in at], axis=0)
+    first = np.cumsum(counts) - counts
+    # Units of a run that differ in their position alone follow each other.
+    rows = [
+        first[places] + np.arange(len(places)) - np.searchsorted(places, places) for places in at
+    ]
+    positions = np.full((len(works), counts.sum()), NO_POSITION, np.int32)
+    for of_run, work, own in zip(positions, works, rows, strict=True):
+        of_run[own] = work.units.positions
+    layers, units = np.divmod(np.repeat(every, counts), wide)
+    return Units(layers.astype(np.int32), units.astype(np.int32), positions), rows
+
+
+def batches(
+    config: DecoderConfig,
+    dtype: DTypeLike,
+    of_groups: Sequence[Sequence[Patched]],
+    captured: int,
+    memory: int,
+    platform: str,
+) -> tuple[Batching, ...]:
+    """The sizes of the batches of each group.
+
+    Args:
+        config, dtype, memory, platform: as in `cost.batching`.
+        of_groups: as `groups` gives them.
+        captured: plain runs that are held.
+
+    Raises:
+        InputError: not even one unit fits.
+    """
+    return tuple(
+        cost.batching(
+            *(config, dtype, _largest(group), _longest(group), memory, platform),
+            runs=len(group),
+            captured=captured,
+        )
+        for group in of_groups
+    )
+
+
+def _largest(group: Sequence[Patched]) -> Work:
+    """A piece of work that takes as much memory as any of the group's."""
+    works = _works([group])
+    longest = max(works, key=lambda work: len(work.units))
+    return dataclasses.replace(longest, start=max(work.start for work in works))
+
+
+def _longest(group: Sequence[Patched]) -> Joined:
+    return max((run.term for run in group), key=lambda term: len(term.response))
+
+
+def units(
+    config: DecoderConfig,
+    dtype: DTypeLike,
+    pairs: Sequence[Pair],
+    question: Question,
+    granularities: Iterable[str],
+    *,
+    chosen: Sequence[Chosen],
+    memory: int,
+    platform: str,
+) -> list[Unit]:
+    """All units of work: pairs of like length share a block, and a granularity whose lists are long
+    has smaller blocks than one whose lists are short.
+
+    Args:
+        config, dtype, memory, platform: as in `cost.batching`.
+        pairs: the pairs.
+        question: the metric and the positions.
+        granularities: of the effects.
+        chosen: of each pair.
+
+    Raises:
+        InputError: not even one unit fits the memory.
+    """
+    granularities = list(granularities)
+    terms = [cost.runs(config, pair, question) for pair in pairs]
+    lengths = [_longest_run(*each) for each in zip(pairs, terms, strict=True)]
+    order = sorted(range(len(pairs)), key=lambda index: lengths[index])
+    runs = 2 * max(map(len, terms))
+    size = cost.pairs_of_a_block(config, dtype, max(lengths), runs, memory, platform)
+
+    def of_block(granularity: str, block: Sequence[int]) -> list[list[Patched]]:
+        some, masks = [pairs[index] for index in block], [chosen[index] for index in block]
+        return groups(config, some, question, granularity, masks)
+
+    found = []
+    for block in _parts(order, size):
+        for granularity in granularities:
+            works = _works(of_block(granularity, block))
+            fills = [cost.pairs_that_fill(len(w.units), w.size, platform) for w in works]
+            for part in _parts(block, min([size, *fills])):
+                sizes = batches(
+                    *(config, dtype, of_block(granularity, part)),
+                    *(capture.bucket(runs * len(part)), memory, platform),
+                )
+                found.append(Unit(granularity, tuple(part), sizes))
+    return found
+
+
+def _longest_run(pair: Pair, terms: Sequence[Joined]) -> int:
+    """Tokens of the longest of a pair's runs, with its responses."""
+    prompt = max(len(pair.prompt_ids), len(pair.counterfactual_ids))
+    return prompt + max(len(term.response) for term in terms)
+
+
+def operations_done(
+    config: DecoderConfig,
+    pairs: Sequence[Pair],
+    question: Question,
+    found: Iterable[Unit],
+    *,
+    chosen: Sequence[Chosen],
+) -> float:
+    """Floating-point operations of the products that a scan makes; `cost.operations` has those that
+    it needs. Also for the padding of spans, for rows that wait in their batch until their stage has
+    come, and for those that no unit fills.
+
+    Args:
+        config, pairs, question, chosen: as of `units`.
+        found: units of work of the pairs.
+    """
+    total = 0.0
+    for unit in found:
+        some, masks = zip(*((pairs[index], chosen[index]) for index in unit.pairs), strict=True)
+        of_groups = groups(config, some, question, unit.granularity, masks)
+        for group, sizes in zip(of_groups, unit.batches, strict=True):
+            for runs in together(group, sizes):
+                total += sum(
+                    _done(config, runs, works, sizes)
+                    for works in zip(*(run.works for run in runs), strict=True)
+                )
+    return total
+
+
+def _done(
+    config: DecoderConfig, runs: Sequence[Patched], works: Sequence[Work], sizes: Batching
+) -> float:
+    """Operations of the units of one site in runs that go through together."""
+    (units, _), start = merged(works), max(run.start for run in runs)
+    total = 0.0
+    for part in units.chunks(sizes.batches, sizes.rows, config.num_layers):
+        first = np.min(plan.stage(config, works[0].site, part.layers), axis=1)
+        each = cost.unit_operations(config, first, start, works[0].size, runs[0].term, padded=True)
+        total += sizes.runs * sizes.rows * float(np.sum(each))
+    return total
+
+
+def together(group: Sequence[Patched], sizes: Batching) -> Iterator[Sequence[Patched]]:
+    """The runs of a group, as many at a time as go through the model together."""
+    for start in range(0, len(group), sizes.runs):
+        yield group[start : start + sizes.runs]
+
+
+def _works(of_groups: Iterable[Iterable[Patched]]) -> list[Work]:
+    return [work for group in of_groups for run in group for work in run.works]
+
+
+def _parts(indices: Sequence[int], size: int) -> list[list[int]]:
+    return [list(indices[start : start + size]) for start in range(0, len(indices), size)]

@@ -1,0 +1,203 @@
+"""Pairs that go through the engine together, against the plain definition of each alone."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmed.engine import blocks, capture, cost, plan, propagate, runs, scan
+from jaxmed.question import metrics
+from jaxmed.question.positions import Edited, Positions
+from jaxmed.question.question import Question
+from models.sites import Site
+from tests import tiny
+from tests.jaxmed.engine import jaxprs
+from tests.jaxmed.scans import (
+    GRANULARITIES,
+    UNEQUAL,
+    compiled_without_optimising,
+    define,
+    largest,
+    pair,
+    some_directions,
+    worst,
+)
+
+LOGIT, RESPONSE = metrics.LogitDifference(), metrics.ResponseLogprobDifference()
+SHORT = ("layer", "module", "head", "token")
+# Prompts of other lengths on either side, and responses of other lengths.
+PAIRS = [UNEQUAL, pair(9, 12, harmful=3, safe=2, seed=1), pair(5, 5, seed=2)]
+
+
+def scanned(decoder, pairs, question, names, **options):
+    """The effects of every pair."""
+    return scan.scan_pairs(
+        decoder, pairs, question, names, chosen=[{}] * len(pairs), memory=2**30, **options
+    )
+
+
+def units_of(decoder, pairs, question, names):
+    """The units of work of such a scan."""
+    return scan.Scan(decoder, pairs, question, chosen=[{}] * len(pairs)).units(names, 2**30)
+
+
+@pytest.mark.parametrize(
+    "family, metric, positions",
+    [
+        ("llama", RESPONSE, Positions.PROMPT),
+        ("gemma2", LOGIT, Positions.LAST),
+        ("gpt_neox", LOGIT, Positions.DIFFERING),
+    ],
+)
+def test_every_pair_of_a_block_has_the_effects_of_the_plain_definition(
+    family, metric, positions, tmp_path, monkeypatch
+):
+    # Batches of one size instead of two, which compiles half as much.
+    monkeypatch.setattr(cost, "_FEW", 1)
+    with jax.enable_x64(True):
+        decoder = tiny.decoder(family, dtype="float64")
+        names, question = GRANULARITIES, Question(metric, positions)
+        if positions == Positions.LAST:
+            given = some_directions(decoder.config, tmp_path)
+            names, question = (*names, "direction"), Question(metric, directions=given)
+        with compiled_without_optimising():
+            found = scanned(decoder, PAIRS, question, names)
+        for effects, of_pair in zip(found, PAIRS, strict=True):
+            reference = define(decoder, of_pair, question, names)
+            assert worst(effects, reference) <= 1e-12
+            assert effects.y_base == pytest.approx(reference.y_base, rel=1e-12)
+            assert effects.y_source == pytest.approx(reference.y_source, rel=1e-12)
+    # All of them were together, where each alone would not have filled a batch.
+    units = units_of(decoder, PAIRS, question, names)
+    together = {unit.granularity: unit.batches[0].runs for unit in units if len(unit.pairs) == 3}
+    assert {"layer", "module"} <= set(together) and min(together.values()) > 2
+
+
+def test_what_is_the_same_has_no_effect_at_all_wherever_it_stands():
+    """In a block: pairs of identical prompts, and what equal tokens write before prompts differ."""
+    decoder, question = tiny.decoder("qwen2"), Question(LOGIT, Positions.PROMPT)
+    same = [
+        dataclasses.replace(of, counterfactual_ids=of.prompt_ids) for of in (PAIRS[1], PAIRS[2])
+    ]
+    changed = list(UNEQUAL.prompt_ids)
+    changed[7] = changed[7] % 60 + 1
+    differs = dataclasses.replace(UNEQUAL, counterfactual_ids=tuple(changed))
+    block = [UNEQUAL, same[0], differs, same[1]]
+    assert len(units_of(decoder, block, question, GRANULARITIES)[0].pairs) == 4
+    found = scanned(decoder, block, question, GRANULARITIES)
+    for effects in (found[1], found[3]):
+        assert largest(effects) == 0
+        assert effects.y_base == effects.y_source
+    assert min(largest(found[0]), largest(found[2])) > 1e-3
+    for side in (found[2].nie["token"], found[2].tie["token"]):
+        # Counted from the end: the changed position is column 4 of 12.
+        assert np.all(side[..., 5:] == 0) and np.abs(side[..., 4]).max() > 1e-3
+
+
+def test_a_pair_alone_is_the_pair_in_a_block_but_for_rounding():
+    decoder, question = tiny.decoder("qwen2"), Question(LOGIT)
+    (alone,) = scanned(decoder, PAIRS[:1], question, SHORT)
+    among = scanned(decoder, PAIRS, question, SHORT)
+    assert worst(among[0], alone) <= 1e-5
+
+
+def test_operations_are_told_as_they_are_done():
+    decoder, question, told = tiny.decoder("qwen2"), Question(LOGIT), []
+    scanned(decoder, PAIRS, question, SHORT, on_operations=told.append)
+    total = sum(cost.operations(decoder.config, of, question, SHORT) for of in PAIRS)
+    assert sum(told) == pytest.approx(total, rel=1e-12) and len(told) > len(SHORT)
+
+
+def test_units_of_runs_that_differ_are_laid_into_one_list():
+    def work(layers, units, positions):
+        made = plan.Units(*(np.array(each, np.int32) for each in (layers, units, positions)))
+        return plan.Work("token", Site.MLP, made, Edited(np.arange(4), np.arange(4)), 0, 4, ())
+
+    runs_of = [work([0, 0, 1], [0, 0, 0], [1, 3, 2]), work([0, 1, 1], [0, 0, 2], [0, 1, -1])]
+    units, rows = blocks.merged(runs_of)
+    assert units.layers.tolist() == [0, 0, 1, 1] and units.units.tolist() == [0, 0, 0, 2]
+    nowhere = plan.NO_POSITION
+    assert units.positions.tolist() == [[1, 3, 2, nowhere], [0, nowhere, 1, -1]]
+    assert [each.tolist() for each in rows] == [[0, 1, 2], [0, 2, 3]]
+
+
+def test_fewer_runs_go_together_where_the_memory_is_small():
+    config, question = tiny.config("llama"), Question(LOGIT)
+    (group,) = blocks.groups(config, PAIRS, question, "layer", [{}] * 3)
+    (sizes,) = blocks.batches(config, np.float32, [group], 6, 2**30, "cpu")
+    assert sizes.runs == 8
+    least = next(
+        memory
+        for memory in range(2**16, 2**24, 2**12)
+        if not isinstance(_sizes(config, group, memory), Exception)
+    )
+    assert _sizes(config, group, least)[0].runs == 1
+    assert 1 < _sizes(config, group, 2 * least)[0].runs <= 8
+
+
+def _sizes(config, group, memory):
+    try:
+        return blocks.batches(config, np.float32, [group], 6, memory, "cpu")
+    except cost.InputError as error:
+        return error
+
+
+def test_pairs_of_like_length_share_a_block_and_long_lists_are_done_pair_by_pair(monkeypatch):
+    config, question = tiny.config("llama"), Question(LOGIT)
+    monkeypatch.setattr(cost, "_TOGETHER", {"cpu": 16})
+    monkeypatch.setattr(cost, "_PAIRS", {"cpu": 2})
+    units = blocks.units(
+        *(config, np.float32, PAIRS, question, ["layer", "neuron"]),
+        chosen=[{}] * 3,
+        memory=2**30,
+        platform="cpu",
+    )
+    assert [(unit.granularity, unit.pairs) for unit in units] == [
+        ("layer", (2, 0)),
+        ("neuron", (2,)),
+        ("neuron", (0,)),
+        ("layer", (1,)),
+        ("neuron", (1,)),
+    ]
+    assert units == [blocks.Unit.of(dataclasses.asdict(unit)) for unit in units]
+
+
+def test_several_runs_share_loops_and_weights():
+    """As many loops and products as one run has; no bound of a loop differs between runs, and no
+    weight is multiplied but once for all of them."""
+    decoder, size, shape = tiny.decoder("llama"), 2, (4, 2, 3)
+    tokens = tuple(range(8))
+    frame = jax.eval_shape(
+        lambda d: capture.frame(d, capture.capture(d, tokens), 8 - size, size, 32), decoder
+    )
+    frames = jax.tree.map(lambda of: jax.ShapeDtypeStruct((shape[0], *of.shape), of.dtype), frame)
+    stages = jax.ShapeDtypeStruct(shape[1:], jnp.int32)
+    of_one, of_several = (
+        jax.make_jaxpr(carry)(decoder, given, stages, jax.ShapeDtypeStruct(array, jnp.float32), 3)
+        for carry, given, array in (
+            (propagate.carry, frame, (2, size, 3, 24)),
+            (runs.carry, frames, (4, 2, size, 3, 24)),
+        )
+    )
+
+    def found(jaxpr, name):
+        return [each for each in jaxprs.equations(jaxpr) if each.primitive.name == name]
+
+    loops = found(of_several, "while")
+    assert len(loops) == len(found(of_one, "while")) == 3
+    for loop in loops:
+        bound = loop.params["cond_jaxpr"]
+        assert not found(bound, "reduce_or") and bound.out_avals[0].shape == ()
+    weights = {leaf.shape[1:] for leaf in jax.tree.leaves(decoder.blocks) if leaf.ndim == 3}
+
+    def of_weights(jaxpr):
+        return [
+            [variable.aval.shape for variable in each.invars]
+            for each in found(jaxpr, "dot_general")
+            if each.invars[1].aval.shape in weights
+        ]
+
+    assert len(of_weights(of_several)) == len(of_weights(of_one)) > 0
+    assert any(shapes[0][: len(shape) - 1] == (4, 3) for shapes in of_weights(of_several))
