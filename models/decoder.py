@@ -24,6 +24,7 @@ from models.products import Products
 from models.shapes import (
     AnyArray,
     Branches,
+    GivenBranches,
     GivenPositions,
     GivenTokens,
     GivenValid,
@@ -318,7 +319,7 @@ class Decoder(nnx.Module):
         edits: list[Edit] | None = None,
         cache: Cache | None = None,
         valid: GivenValid | None = None,
-        branches: Branches | None = None,
+        branches: GivenBranches | None = None,
         positions: GivenPositions | None = None,
         sites: Sequence[str] | None = None,
     ) -> tuple[Float[Array, "*B P V"], Trace]:
@@ -355,6 +356,8 @@ class Decoder(nnx.Module):
         sites = KEPT if sites is None else tuple(sites)
         if valid is None:
             valid = jnp.ones(tokens.shape, bool)
+        if branches is not None:
+            branches = jnp.asarray(branches, int)
         if positions is not None:
             positions = jnp.asarray(positions, int)
             positions = jnp.broadcast_to(positions, tokens.shape[:-1] + positions.shape[-1:])

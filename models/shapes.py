@@ -30,4 +30,5 @@ Layer = Int[ArrayLike, ""]  # index of a layer, which may be known only at run t
 # What a user gives: NumPy's arrays or lists as well, of one sequence or of a batch.
 GivenTokens = Int[ArrayLike, "*B T"] | Sequence[int] | Sequence[Sequence[int]]
 GivenPositions = Int[ArrayLike, "*B P"] | Sequence[int] | Sequence[Sequence[int]]
+GivenBranches = Int[ArrayLike, "N"] | Sequence[int]
 GivenValid = Bool[ArrayLike, "*B T"] | Sequence[bool] | Sequence[Sequence[bool]]

@@ -541,7 +541,7 @@ class _PartLogits:
     """The logits of one term, whose rows are some of a run's."""
 
     of_run: _RowLogits
-    rows: Rows
+    rows: Int[AnyArray, "R"]
 
     def of(self, tokens: Int[Array, "K"]) -> Float[Array, "R K"]:
         """Logits of the given tokens."""

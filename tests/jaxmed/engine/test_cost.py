@@ -101,8 +101,8 @@ def test_responses_share_a_run_where_that_is_less_work():
     assert shared <= 0.7 * apart
 
 
-def test_a_prompt_that_is_one_position_longer_begins_with_it():
-    """Where the prompts are of unequal lengths and aligned at their ends."""
+def test_padding_of_a_span_takes_positions_before_it():
+    """Eleven positions are edited, and none is before the span of twelve."""
     question = Question(LOGIT, Positions.PROMPT)
     config = dataclasses.replace(tiny.config("llama"), max_positions=512)
     (term,) = cost.runs(config, UNEQUAL, question)
