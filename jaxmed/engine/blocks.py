@@ -217,12 +217,6 @@ def units(
     return found
 
 
-def _longest_run(pair: Pair, terms: Sequence[Joined]) -> int:
-    """Tokens of the longest of a pair's runs, with its responses."""
-    prompt = max(len(pair.prompt_ids), len(pair.counterfactual_ids))
-    return prompt + max(len(term.response) for term in terms)
-
-
 def operations_done(
     config: DecoderConfig,
     pairs: Sequence[Pair],
@@ -269,6 +263,12 @@ def together(group: Sequence[Patched], sizes: Batching) -> Iterator[Sequence[Pat
     """The runs of a group, as many at a time as go through the model together."""
     for start in range(0, len(group), sizes.runs):
         yield group[start : start + sizes.runs]
+
+
+def _longest_run(pair: Pair, terms: Sequence[Joined]) -> int:
+    """Tokens of the longest of a pair's runs, with its responses."""
+    prompt = max(len(pair.prompt_ids), len(pair.counterfactual_ids))
+    return prompt + max(len(term.response) for term in terms)
 
 
 def _works(of_groups: Iterable[Iterable[Patched]]) -> list[Work]:

@@ -26,7 +26,7 @@ class Part:
     """
 
     sign: int = dataclasses.field(metadata={"static": True})
-    rows: Int[AnyArray, "n"]
+    rows: Int[AnyArray, "*batch n"]
     reading: Reading
 
 
@@ -41,7 +41,7 @@ class Readings:
         parts: what the terms make of them.
     """
 
-    offsets: Int[AnyArray, "R"]
+    offsets: Int[AnyArray, "*batch R"]
     parts: tuple[Part, ...]
 
 
