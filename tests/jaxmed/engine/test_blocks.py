@@ -1,6 +1,7 @@
 """Pairs that go through the engine together, against the plain definition of each alone."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jaxmed.engine import blocks, capture, cost, plan, propagate, runs, scan
 from jaxmed.question import metrics
 from jaxmed.question.positions import Edited, Positions
 from jaxmed.question.question import Question
+from models.errors import InputError
 from models.sites import Site
 from tests import tiny
 from tests.jaxmed.engine import jaxprs
@@ -128,20 +130,17 @@ def test_fewer_runs_go_together_where_the_memory_is_small():
     (group,) = blocks.groups(config, PAIRS, question, "layer", [{}] * 3)
     (sizes,) = blocks.batches(config, np.float32, [group], 6, 2**30, "cpu")
     assert sizes.runs == 8
-    least = next(
-        memory
-        for memory in range(2**16, 2**24, 2**12)
-        if not isinstance(_sizes(config, group, memory), Exception)
-    )
-    assert _sizes(config, group, least)[0].runs == 1
-    assert 1 < _sizes(config, group, 2 * least)[0].runs <= 8
 
+    def runs_in(memory: int) -> int:
+        """How many go together; 0 where not one unit fits."""
+        try:
+            return blocks.batches(config, np.float32, [group], 6, memory, "cpu")[0].runs
+        except InputError:
+            return 0
 
-def _sizes(config, group, memory):
-    try:
-        return blocks.batches(config, np.float32, [group], 6, memory, "cpu")
-    except cost.InputError as error:
-        return error
+    assert runs_in(2**16) == 0
+    least = next(memory for memory in range(2**16, 2**24, 2**12) if runs_in(memory))
+    assert runs_in(least) == 1 < runs_in(2 * least) <= 8
 
 
 def test_pairs_of_like_length_share_a_block_and_long_lists_are_done_pair_by_pair(monkeypatch):
@@ -182,7 +181,7 @@ def test_several_runs_share_loops_and_weights():
         )
     )
 
-    def found(jaxpr, name):
+    def found(jaxpr, name) -> list[Any]:
         return [each for each in jaxprs.equations(jaxpr) if each.primitive.name == name]
 
     loops = found(of_several, "while")
