@@ -40,9 +40,9 @@ def scanned(decoder, pairs, question, names, **options):
     )
 
 
-def units_of(decoder, pairs, question, names):
-    """The units of work of such a scan."""
-    return scan.Scan(decoder, pairs, question, chosen=[{}] * len(pairs)).units(names, 2**30)
+def blocks_of(decoder, pairs, question, names):
+    """The blocks of such a scan."""
+    return scan.Scan(decoder, pairs, question, chosen=[{}] * len(pairs)).blocks(names, 2**30)
 
 
 @pytest.mark.parametrize(
@@ -72,8 +72,8 @@ def test_every_pair_of_a_block_has_the_effects_of_the_plain_definition(
             assert effects.y_base == pytest.approx(reference.y_base, rel=1e-12)
             assert effects.y_source == pytest.approx(reference.y_source, rel=1e-12)
     # All of them were together, where each alone would not have filled a batch.
-    units = units_of(decoder, PAIRS, question, names)
-    together = {unit.granularity: unit.batches[0].runs for unit in units if len(unit.pairs) == 3}
+    made = blocks_of(decoder, PAIRS, question, names)
+    together = {block.granularity: block.batches[0].runs for block in made if len(block.pairs) == 3}
     assert {"layer", "module"} <= set(together) and min(together.values()) > 2
 
 
@@ -87,7 +87,7 @@ def test_what_is_the_same_has_no_effect_at_all_wherever_it_stands():
     changed[7] = changed[7] % 60 + 1
     differs = dataclasses.replace(UNEQUAL, counterfactual_ids=tuple(changed))
     block = [UNEQUAL, same[0], differs, same[1]]
-    assert len(units_of(decoder, block, question, GRANULARITIES)[0].pairs) == 4
+    assert len(blocks_of(decoder, block, question, GRANULARITIES)[0].pairs) == 4
     found = scanned(decoder, block, question, GRANULARITIES)
     for effects in (found[1], found[3]):
         assert largest(effects) == 0
@@ -147,20 +147,20 @@ def test_pairs_of_like_length_share_a_block_and_long_lists_are_done_pair_by_pair
     config, question = tiny.config("llama"), Question(LOGIT)
     monkeypatch.setattr(cost, "_TOGETHER", {"cpu": 16})
     monkeypatch.setattr(cost, "_PAIRS", {"cpu": 2})
-    units = blocks.units(
+    made = blocks.blocks(
         *(config, np.float32, PAIRS, question, ["layer", "neuron"]),
         chosen=[{}] * 3,
         memory=2**30,
         platform="cpu",
     )
-    assert [(unit.granularity, unit.pairs) for unit in units] == [
+    assert [(block.granularity, block.pairs) for block in made] == [
         ("layer", (2, 0)),
         ("neuron", (2,)),
         ("neuron", (0,)),
         ("layer", (1,)),
         ("neuron", (1,)),
     ]
-    assert units == [blocks.Unit.of(dataclasses.asdict(unit)) for unit in units]
+    assert made == [blocks.Block.of(dataclasses.asdict(block)) for block in made]
 
 
 def test_several_runs_share_loops_and_weights():
