@@ -1,7 +1,7 @@
 """Blocks of pairs: what is computed together, and in batches of what sizes.
 
-A unit of work is a block of pairs at one granularity. The runs of a block that patch the same units
-go through the model together: a pair's layers, modules or heads alone are too few to fill a device.
+A block is a unit of work: some pairs at one granularity. Its runs that patch the same units go
+through the model together: a pair's layers, modules or heads alone are too few to fill a device.
 Everything here is known before a model is run.
 """
 
@@ -24,13 +24,13 @@ Chosen = Mapping[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
-class Unit:
+class Block:
     """What is computed, and stored, at once.
 
     Attributes:
         granularity: of the effects.
         pairs: indices of the pairs.
-        batches: sizes, one for each of the unit's `groups`.
+        batches: sizes, one for each of the block's `groups`.
     """
 
     granularity: str
@@ -38,7 +38,7 @@ class Unit:
     batches: tuple[Batching, ...]
 
     @classmethod
-    def of(cls, recorded: Mapping) -> "Unit":
+    def of(cls, recorded: Mapping) -> "Block":
         """That which `run.json` holds as `dataclasses.asdict` gives it."""
         batches = (Batching(*sizes) for sizes in recorded["batches"])
         return cls(recorded["granularity"], tuple(recorded["pairs"]), tuple(batches))
@@ -168,7 +168,7 @@ def _longest(group: Sequence[Patched]) -> Joined:
     return max((run.term for run in group), key=lambda term: len(term.response))
 
 
-def units(
+def blocks(
     config: DecoderConfig,
     dtype: DTypeLike,
     pairs: Sequence[Pair],
@@ -178,9 +178,9 @@ def units(
     chosen: Sequence[Chosen],
     memory: int,
     platform: str,
-) -> list[Unit]:
-    """All units of work: pairs of like length share a block, and a granularity whose lists are long
-    has smaller blocks than one whose lists are short.
+) -> list[Block]:
+    """All blocks: of pairs of like length, and smaller ones for a granularity whose lists are long
+    than for one whose lists are short.
 
     Args:
         config, dtype, memory, platform: as in `cost.batching`.
@@ -199,21 +199,21 @@ def units(
     runs = 2 * max(map(len, terms))
     size = cost.pairs_of_a_block(config, dtype, max(lengths), runs, memory, platform)
 
-    def of_block(granularity: str, block: Sequence[int]) -> list[list[Patched]]:
-        some, masks = [pairs[index] for index in block], [chosen[index] for index in block]
+    def of_pairs(granularity: str, indices: Sequence[int]) -> list[list[Patched]]:
+        some, masks = [pairs[index] for index in indices], [chosen[index] for index in indices]
         return groups(config, some, question, granularity, masks)
 
     found = []
-    for block in _parts(order, size):
+    for alike in _parts(order, size):
         for granularity in granularities:
-            works = _works(of_block(granularity, block))
+            works = _works(of_pairs(granularity, alike))
             fills = [cost.pairs_that_fill(len(w.units), w.size, platform) for w in works]
-            for part in _parts(block, min([size, *fills])):
+            for part in _parts(alike, min([size, *fills])):
                 sizes = batches(
-                    *(config, dtype, of_block(granularity, part)),
+                    *(config, dtype, of_pairs(granularity, part)),
                     *(capture.bucket(runs * len(part)), memory, platform),
                 )
-                found.append(Unit(granularity, tuple(part), sizes))
+                found.append(Block(granularity, tuple(part), sizes))
     return found
 
 
@@ -221,7 +221,7 @@ def operations_done(
     config: DecoderConfig,
     pairs: Sequence[Pair],
     question: Question,
-    found: Iterable[Unit],
+    found: Iterable[Block],
     *,
     chosen: Sequence[Chosen],
 ) -> float:
@@ -230,14 +230,14 @@ def operations_done(
     come, and for those that no unit fills.
 
     Args:
-        config, pairs, question, chosen: as of `units`.
-        found: units of work of the pairs.
+        config, pairs, question, chosen: as of `blocks`.
+        found: the blocks of these pairs.
     """
     total = 0.0
-    for unit in found:
-        some, masks = zip(*((pairs[index], chosen[index]) for index in unit.pairs), strict=True)
-        of_groups = groups(config, some, question, unit.granularity, masks)
-        for group, sizes in zip(of_groups, unit.batches, strict=True):
+    for block in found:
+        some, masks = zip(*((pairs[index], chosen[index]) for index in block.pairs), strict=True)
+        of_groups = groups(config, some, question, block.granularity, masks)
+        for group, sizes in zip(of_groups, block.batches, strict=True):
             for runs in together(group, sizes):
                 total += sum(
                     _done(config, runs, works, sizes)

@@ -10,10 +10,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxmed.data.pairs import Pair
-from jaxmed.engine import blocks, capture, cost, plan, propagate
+from jaxmed.engine import blocks as blocks_lib
+from jaxmed.engine import capture, cost, plan, propagate
 from jaxmed.engine import memory as memory_lib
 from jaxmed.engine import runs as runs_lib
-from jaxmed.engine.blocks import Chosen, Patched, Unit
+from jaxmed.engine.blocks import Block, Chosen, Patched
 from jaxmed.engine.cost import Batching
 from jaxmed.engine.plan import Units, Work
 from jaxmed.engine.runs import Captured
@@ -94,13 +95,13 @@ def scan_pairs(
     memory: int | None = None,
     on_operations: Callable[[float], None] = lambda operations: None,
 ) -> list[PairEffects]:
-    """NIE and TIE of several pairs: all units of work of their `Scan`. Arguments and errors as of
+    """NIE and TIE of several pairs: all blocks of their `Scan`. Arguments and errors as of
     `scan_pair`, but that `chosen` has the masks of each pair."""
     scan = Scan(decoder, pairs, question, chosen=chosen, rotation=rotation)
-    units = scan.units(granularities, memory_lib.free() if memory is None else memory)
+    blocks = scan.blocks(granularities, memory_lib.free() if memory is None else memory)
     found: list[list[PairEffects]] = [[] for _ in pairs]
-    for unit in units:
-        for index, effects in zip(unit.pairs, scan.effects(unit, on_operations), strict=True):
+    for block in blocks:
+        for index, effects in zip(block.pairs, scan.effects(block, on_operations), strict=True):
             found[index].append(effects)
     return list(map(joined, found))
 
@@ -116,7 +117,7 @@ def joined(found: Sequence[PairEffects]) -> PairEffects:
 
 
 class Scan:
-    """NIE and TIE of pairs, unit of work by unit of work.
+    """NIE and TIE of pairs, block by block.
 
     The plain runs of the block of pairs that was scanned last are kept for its next granularity.
 
@@ -149,8 +150,8 @@ class Scan:
         self._chosen, self._rotation = list(chosen), rotation
         self._captured: tuple[tuple[int, ...], Captured] | None = None
 
-    def units(self, granularities: Iterable[str], memory: int) -> list[Unit]:
-        """The units of work, and the sizes of their batches, which effects depend on by rounding.
+    def blocks(self, granularities: Iterable[str], memory: int) -> list[Block]:
+        """The units of work, with the sizes of their batches, which effects depend on by rounding.
 
         Args:
             granularities: which to compute.
@@ -170,7 +171,7 @@ class Scan:
                         f"chosen['{name}'] is no mask of its effects, or they are not asked"
                     )
             question_lib.check(config, pair, self._question, granularities)
-        return blocks.units(
+        return blocks_lib.blocks(
             *(config, self.decoder.dtype, self._pairs, self._question, granularities),
             chosen=self._chosen,
             memory=memory,
@@ -178,29 +179,29 @@ class Scan:
         )
 
     def effects(
-        self, unit: Unit, on_operations: Callable[[float], None] = lambda operations: None
+        self, block: Block, on_operations: Callable[[float], None] = lambda operations: None
     ) -> list[PairEffects]:
-        """The effects of a unit of work, of each of its pairs.
+        """The effects of a block, of each of its pairs.
 
         Args:
-            unit: of `units`.
+            block: of `blocks`.
             on_operations: told of the floating-point operations that have been done since last
                 told.
         """
-        pairs = [self._pairs[index] for index in unit.pairs]
-        chosen = [self._chosen[index] for index in unit.pairs]
-        of_groups = blocks.groups(
-            self.decoder.config, pairs, self._question, unit.granularity, chosen
+        pairs = [self._pairs[index] for index in block.pairs]
+        chosen = [self._chosen[index] for index in block.pairs]
+        of_groups = blocks_lib.groups(
+            self.decoder.config, pairs, self._question, block.granularity, chosen
         )
         under_way, found = _UnderWay(on_operations), []
         with jax.default_matmul_precision("float32"):
-            captured = self._capture(unit.pairs)
-            for group, sizes in zip(of_groups, unit.batches, strict=True):
-                for runs in blocks.together(group, sizes):
+            captured = self._capture(block.pairs)
+            for group, sizes in zip(of_groups, block.batches, strict=True):
+                for runs in blocks_lib.together(group, sizes):
                     found += self._patch(captured, runs, sizes, under_way)
             under_way.finish()
         effects = [
-            PairEffects(*y, nie=self._nothing(unit, pair), tie=self._nothing(unit, pair))
+            PairEffects(*y, nie=self._nothing(block, pair), tie=self._nothing(block, pair))
             for y, pair in zip(captured.values(), pairs, strict=True)
         ]
         for changes in found:
@@ -208,22 +209,22 @@ class Scan:
         for of_pair, pair, masks in zip(effects, pairs, chosen, strict=True):
             for total in (of_pair.nie, of_pair.tie):
                 _leave_out(pair, self._question, total)
-                for name in {unit.granularity} & set(masks):
+                for name in {block.granularity} & set(masks):
                     total[name][~masks[name]] = np.nan
         return effects
 
-    def _nothing(self, unit: Unit, pair: Pair) -> dict[str, np.ndarray]:
+    def _nothing(self, block: Block, pair: Pair) -> dict[str, np.ndarray]:
         """No effect of any of a pair's units."""
         config = self.decoder.config
-        shapes = question_lib.shapes(config, pair, self._question, [unit.granularity])
+        shapes = question_lib.shapes(config, pair, self._question, [block.granularity])
         return {name: np.zeros(shape) for name, shape in shapes.items()}
 
-    def _capture(self, block: tuple[int, ...]) -> Captured:
+    def _capture(self, indices: tuple[int, ...]) -> Captured:
         """The plain runs of a block's pairs."""
-        if self._captured is None or self._captured[0] != block:
+        if self._captured is None or self._captured[0] != indices:
             self._captured = None  # before others take memory
-            pairs = [self._pairs[index] for index in block]
-            self._captured = block, runs_lib.captured(self.decoder, pairs, self._question)
+            pairs = [self._pairs[index] for index in indices]
+            self._captured = indices, runs_lib.captured(self.decoder, pairs, self._question)
         return self._captured[1]
 
     def _patch(
@@ -250,7 +251,7 @@ class Scan:
         readings = runs_lib.stacked([run.term.reading for run in filled])
         to_carry = propagate.blocks_to_carry(config, size, term.reading)
         for works in zip(*(run.works for run in filled), strict=True):
-            units, rows = blocks.merged(works)
+            units, rows = blocks_lib.merged(works)
             needed = _needed(config, patched, works, rows, len(units))
             enter = self._enter(captured.traces, works, units, base, source)
             if works[0].vectors is not None:

@@ -21,7 +21,7 @@ from jaxmed.data import splits
 from jaxmed.data.pairs import Pair
 from jaxmed.data.tokens import Encoder
 from jaxmed.engine import cost, memory, rates, scan
-from jaxmed.engine.blocks import Unit
+from jaxmed.engine.blocks import Block
 from jaxmed.files import reading
 from jaxmed.files.reading import DataError
 from jaxmed.question import directions as directions_lib
@@ -547,7 +547,7 @@ def _spearman(left: np.ndarray, right: np.ndarray) -> float:
 
 
 def _scan(asked: MediateRun, results: Results, selection: screening.Selection | None) -> None:
-    """Computes what is missing, unit of work by unit of work.
+    """Computes what is missing, block by block.
 
     Args:
         asked, results: the run.
@@ -563,32 +563,32 @@ def _scan(asked: MediateRun, results: Results, selection: screening.Selection | 
         say(f"Going on with {results.folder}: {len(pairs) - len(left)} pairs are done")
     chosen = {"neuron": selection.computed} if selection else {}
     of_pairs = scan.Scan(asked.decoder, pairs, question, chosen=[chosen] * len(pairs))
-    # A unit of which a pair is missing is computed whole: bits are those of its batches.
+    # A block of which a pair is missing is computed whole: bits are those of its batches.
     todo = [
-        unit
-        for unit in _units(asked, results, of_pairs)
-        if missing[unit.granularity].intersection(unit.pairs)
+        block
+        for block in _blocks(asked, results, of_pairs)
+        if missing[block.granularity].intersection(block.pairs)
     ]
     costs = {
-        unit: sum(
-            cost.operations(asked.decoder.config, pairs[i], question, [unit.granularity], chosen)
-            for i in unit.pairs
+        block: sum(
+            cost.operations(asked.decoder.config, pairs[i], question, [block.granularity], chosen)
+            for i in block.pairs
         )
-        for unit in todo
+        for block in todo
     }
     if asked.progress:
         _announce(asked, results, len(left), _by_granularity(costs), chosen)
     began, to_come = time.time(), dict(costs)
 
-    def commit(unit: Unit, found: list[effects.PairEffects]) -> None:
-        for index, of_pair in zip(unit.pairs, found, strict=True):
+    def commit(block: Block, found: list[effects.PairEffects]) -> None:
+        for index, of_pair in zip(block.pairs, found, strict=True):
             results.write_totals(index, of_pair.y_base, of_pair.y_source)
-            _write(results, index, unit.granularity, of_pair, question, selection)
-        del to_come[unit]
+            _write(results, index, block.granularity, of_pair, question, selection)
+        del to_come[block]
         done = [other for other in todo if other not in to_come]
         of_each = [other.granularity for other in done]
         # Once, when the last of the granularities has been begun with.
-        if of_each.count(unit.granularity) == 1 and set(of_each) == set(_by_granularity(costs)):
+        if of_each.count(block.granularity) == 1 and set(of_each) == set(_by_granularity(costs)):
             seconds, operations = time.time() - began, sum(costs[other] for other in done)
             told = costs_lib.left(seconds, operations, _by_granularity(to_come))
             if told and asked.progress:
@@ -605,19 +605,19 @@ def _scan(asked: MediateRun, results: Results, selection: screening.Selection | 
     )
 
 
-def _units(asked: MediateRun, results: Results, of_pairs: scan.Scan) -> list[Unit]:
+def _blocks(asked: MediateRun, results: Results, of_pairs: scan.Scan) -> list[Block]:
     """The units of work, whose batches are sized once: whoever goes on with the run keeps them."""
-    if "units" not in results.run:
-        units = of_pairs.units(results.granularities, asked.budget)
-        results.record({"units": [dataclasses.asdict(unit) for unit in units]})
-    return [Unit.of(recorded) for recorded in results.run["units"]]
+    if "blocks" not in results.run:
+        blocks = of_pairs.blocks(results.granularities, asked.budget)
+        results.record({"blocks": [dataclasses.asdict(block) for block in blocks]})
+    return [Block.of(recorded) for recorded in results.run["blocks"]]
 
 
-def _by_granularity(costs: Mapping[Unit, float]) -> dict[str, float]:
-    """Operations of units of work, added up."""
+def _by_granularity(costs: Mapping[Block, float]) -> dict[str, float]:
+    """Operations of blocks, added up."""
     totals: dict[str, float] = {}
-    for unit, operations in costs.items():
-        totals[unit.granularity] = totals.get(unit.granularity, 0.0) + operations
+    for block, operations in costs.items():
+        totals[block.granularity] = totals.get(block.granularity, 0.0) + operations
     return totals
 
 

@@ -12,7 +12,7 @@ from jaxmed.analysis.findings import Findings
 from jaxmed.data.pairs import Pair
 from jaxmed.engine import cost, memory
 from jaxmed.engine import scan as engine
-from jaxmed.engine.blocks import Unit
+from jaxmed.engine.blocks import Block
 from jaxmed.question import directions as given_directions
 from jaxmed.question import effects as effect_arrays
 from jaxmed.question import question as questions
@@ -182,22 +182,22 @@ def _scan_pairs(
     """The effects of each pair, with a bar of the operations that they take."""
     chosen = [_masks_of(decoder, pair, question, masks) for pair in pairs]
     scan = engine.Scan(decoder, pairs, question, chosen=chosen)
-    units = scan.units(granularities, memory.free(memory_gb))
+    blocks = scan.blocks(granularities, memory.free(memory_gb))
     costs = {
-        unit: sum(
-            cost.operations(decoder.config, pairs[i], question, [unit.granularity], chosen[i])
-            for i in unit.pairs
+        block: sum(
+            cost.operations(decoder.config, pairs[i], question, [block.granularity], chosen[i])
+            for i in block.pairs
         )
-        for unit in units
+        for block in blocks
     }
     found: list[list[PairEffects]] = [[] for _ in pairs]
 
-    def commit(unit: Unit, effects: list[PairEffects]) -> None:
-        for index, of_pair in zip(unit.pairs, effects, strict=True):
+    def commit(block: Block, effects: list[PairEffects]) -> None:
+        for index, of_pair in zip(block.pairs, effects, strict=True):
             found[index].append(of_pair)
 
     sweep.run(
-        units, scan.effects, commit, name="block", unit="block", costs=costs, progress=progress
+        blocks, scan.effects, commit, name="block", unit="block", costs=costs, progress=progress
     )
     return list(map(engine.joined, found))
 

@@ -87,10 +87,10 @@ def measure(
         def run(question=question, granularity=granularity) -> None:
             scan.scan_pair(decoder, pair, question, [granularity], memory=left)
 
-        units = scan.Scan(decoder, [pair], question, chosen=[{}]).units([granularity], left)
+        made = scan.Scan(decoder, [pair], question, chosen=[{}]).blocks([granularity], left)
         first, median = timing.first_and_median(run, rounds)
         operations = cost.operations(config, pair, question, [granularity])
-        done = blocks.operations_done(config, [pair], question, units, chosen=[{}])
+        done = blocks.operations_done(config, [pair], question, made, chosen=[{}])
         found.append(
             ListSpeed(
                 granularity=granularity,

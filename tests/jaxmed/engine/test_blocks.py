@@ -1,6 +1,7 @@
 """Pairs that go through the engine together, against the plain definition of each alone."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jaxmed.engine import blocks, capture, cost, plan, propagate, runs, scan
 from jaxmed.question import metrics
 from jaxmed.question.positions import Edited, Positions
 from jaxmed.question.question import Question
+from models.errors import InputError
 from models.sites import Site
 from tests import tiny
 from tests.jaxmed.engine import jaxprs
@@ -27,8 +29,9 @@ from tests.jaxmed.scans import (
 
 LOGIT, RESPONSE = metrics.LogitDifference(), metrics.ResponseLogprobDifference()
 SHORT = ("layer", "module", "head", "token")
-# Prompts of other lengths on either side, and responses of other lengths.
-PAIRS = [UNEQUAL, pair(9, 12, harmful=3, safe=2, seed=1), pair(5, 5, seed=2)]
+# Prompts of other lengths on either side, and responses of other lengths. The spans of the first two
+# are padded to one length.
+PAIRS = [UNEQUAL, pair(11, 14, harmful=3, safe=2, seed=1), pair(5, 5, seed=2)]
 
 
 def scanned(decoder, pairs, question, names, **options):
@@ -38,9 +41,9 @@ def scanned(decoder, pairs, question, names, **options):
     )
 
 
-def units_of(decoder, pairs, question, names):
-    """The units of work of such a scan."""
-    return scan.Scan(decoder, pairs, question, chosen=[{}] * len(pairs)).units(names, 2**30)
+def blocks_of(decoder, pairs, question, names):
+    """The blocks of such a scan."""
+    return scan.Scan(decoder, pairs, question, chosen=[{}] * len(pairs)).blocks(names, 2**30)
 
 
 @pytest.mark.parametrize(
@@ -70,8 +73,8 @@ def test_every_pair_of_a_block_has_the_effects_of_the_plain_definition(
             assert effects.y_base == pytest.approx(reference.y_base, rel=1e-12)
             assert effects.y_source == pytest.approx(reference.y_source, rel=1e-12)
     # All of them were together, where each alone would not have filled a batch.
-    units = units_of(decoder, PAIRS, question, names)
-    together = {unit.granularity: unit.batches[0].runs for unit in units if len(unit.pairs) == 3}
+    made = blocks_of(decoder, PAIRS, question, names)
+    together = {block.granularity: block.batches[0].runs for block in made if len(block.pairs) == 3}
     assert {"layer", "module"} <= set(together) and min(together.values()) > 2
 
 
@@ -85,7 +88,7 @@ def test_what_is_the_same_has_no_effect_at_all_wherever_it_stands():
     changed[7] = changed[7] % 60 + 1
     differs = dataclasses.replace(UNEQUAL, counterfactual_ids=tuple(changed))
     block = [UNEQUAL, same[0], differs, same[1]]
-    assert len(units_of(decoder, block, question, GRANULARITIES)[0].pairs) == 4
+    assert len(blocks_of(decoder, block, question, GRANULARITIES)[0].pairs) == 4
     found = scanned(decoder, block, question, GRANULARITIES)
     for effects in (found[1], found[3]):
         assert largest(effects) == 0
@@ -128,40 +131,37 @@ def test_fewer_runs_go_together_where_the_memory_is_small():
     (group,) = blocks.groups(config, PAIRS, question, "layer", [{}] * 3)
     (sizes,) = blocks.batches(config, np.float32, [group], 6, 2**30, "cpu")
     assert sizes.runs == 8
-    least = next(
-        memory
-        for memory in range(2**16, 2**24, 2**12)
-        if not isinstance(_sizes(config, group, memory), Exception)
-    )
-    assert _sizes(config, group, least)[0].runs == 1
-    assert 1 < _sizes(config, group, 2 * least)[0].runs <= 8
 
+    def runs_in(memory: int) -> int:
+        """How many go together; 0 where not one unit fits."""
+        try:
+            return blocks.batches(config, np.float32, [group], 6, memory, "cpu")[0].runs
+        except InputError:
+            return 0
 
-def _sizes(config, group, memory):
-    try:
-        return blocks.batches(config, np.float32, [group], 6, memory, "cpu")
-    except cost.InputError as error:
-        return error
+    assert runs_in(2**16) == 0
+    least = next(memory for memory in range(2**16, 2**24, 2**12) if runs_in(memory))
+    assert runs_in(least) == 1 < runs_in(2 * least) <= 8
 
 
 def test_pairs_of_like_length_share_a_block_and_long_lists_are_done_pair_by_pair(monkeypatch):
     config, question = tiny.config("llama"), Question(LOGIT)
     monkeypatch.setattr(cost, "_TOGETHER", {"cpu": 16})
     monkeypatch.setattr(cost, "_PAIRS", {"cpu": 2})
-    units = blocks.units(
+    made = blocks.blocks(
         *(config, np.float32, PAIRS, question, ["layer", "neuron"]),
         chosen=[{}] * 3,
         memory=2**30,
         platform="cpu",
     )
-    assert [(unit.granularity, unit.pairs) for unit in units] == [
+    assert [(block.granularity, block.pairs) for block in made] == [
         ("layer", (2, 0)),
         ("neuron", (2,)),
         ("neuron", (0,)),
         ("layer", (1,)),
         ("neuron", (1,)),
     ]
-    assert units == [blocks.Unit.of(dataclasses.asdict(unit)) for unit in units]
+    assert made == [blocks.Block.of(dataclasses.asdict(block)) for block in made]
 
 
 def test_several_runs_share_loops_and_weights():
@@ -182,7 +182,7 @@ def test_several_runs_share_loops_and_weights():
         )
     )
 
-    def found(jaxpr, name):
+    def found(jaxpr, name) -> list[Any]:
         return [each for each in jaxprs.equations(jaxpr) if each.primitive.name == name]
 
     loops = found(of_several, "while")

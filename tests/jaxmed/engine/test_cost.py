@@ -52,10 +52,10 @@ def test_the_prompt_is_computed_with_little_padding():
     """65 tokens are one more than a power of two."""
     question = Question(LOGIT, Positions.PROMPT)
     asked, names = pair(65, 65), ["layer", "module", "head", "neuron"]
-    units = blocks.units(
+    made = blocks.blocks(
         *(SMALL, np.float32, [asked], question, names), chosen=[{}], memory=2**34, platform="cpu"
     )
-    done = blocks.operations_done(SMALL, [asked], question, units, chosen=[{}])
+    done = blocks.operations_done(SMALL, [asked], question, made, chosen=[{}])
     assert 1 <= done / cost.operations(SMALL, asked, question, names) <= 1.15
 
 

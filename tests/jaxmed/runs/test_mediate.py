@@ -298,12 +298,12 @@ def test_tokens_are_nan_where_alignment_from_the_start_leaves_the_end_out(asked,
 
 @pytest.fixture
 def scans(monkeypatch):
-    """Counts the units of work that are scanned: (granularity, ids of the pairs)."""
+    """Counts the blocks that are scanned: (granularity, ids of the pairs)."""
     calls, effects = [], scan.Scan.effects
 
-    def counted(self, unit, *arguments):
-        calls.append((unit.granularity, tuple(PAIRS[index]["id"] for index in unit.pairs)))
-        return effects(self, unit, *arguments)
+    def counted(self, block, *arguments):
+        calls.append((block.granularity, tuple(PAIRS[index]["id"] for index in block.pairs)))
+        return effects(self, block, *arguments)
 
     monkeypatch.setattr(scan.Scan, "effects", counted)
     return calls
@@ -328,20 +328,20 @@ def assert_same_arrays(folder, expected):
         np.testing.assert_array_equal(found[name], wanted[name], err_msg=name)
 
 
-def test_units_of_work_and_the_sizes_of_their_batches_are_recorded(in_two_blocks):
-    units = in_two_blocks.run["units"]
-    assert [(unit["granularity"], unit["pairs"]) for unit in units] == [
-        (name, [index for id in block for index in range(3) if PAIRS[index]["id"] == id])
-        for block in BLOCKS
+def test_blocks_and_the_sizes_of_their_batches_are_recorded(in_two_blocks):
+    blocks = in_two_blocks.run["blocks"]
+    assert [(block["granularity"], block["pairs"]) for block in blocks] == [
+        (name, [index for id in ids for index in range(3) if PAIRS[index]["id"] == id])
+        for ids in BLOCKS
         for name in UNITS
     ]
     # Runs that are patched together, batches of a chunk, and units of a batch.
-    assert all(np.shape(unit["batches"])[1:] == (3,) for unit in units)
-    runs = {unit["granularity"]: unit["batches"][0][0] for unit in units[: len(UNITS)]}
+    assert all(np.shape(block["batches"])[1:] == (3,) for block in blocks)
+    runs = {block["granularity"]: block["batches"][0][0] for block in blocks[: len(UNITS)]}
     assert runs["layer"] == runs["head"] == 4  # two pairs by both estimands
 
 
-def test_a_run_that_is_stopped_between_units_goes_on_with_the_missing_ones(
+def test_a_run_that_is_stopped_between_blocks_goes_on_with_the_missing_ones(
     asked, in_two_blocks, scans, tmp_path, monkeypatch
 ):
     settings = to(asked, tmp_path)
@@ -349,10 +349,10 @@ def test_a_run_that_is_stopped_between_units_goes_on_with_the_missing_ones(
         patch.setattr(cost, "_PAIRS", {"cpu": 2})
         original = scan.Scan.effects
 
-        def stopped(self, unit, *arguments):
-            if unit.granularity == "token":
+        def stopped(self, block, *arguments):
+            if block.granularity == "token":
                 raise KeyboardInterrupt
-            return original(self, unit, *arguments)
+            return original(self, block, *arguments)
 
         patch.setattr(scan.Scan, "effects", stopped)
         with pytest.raises(KeyboardInterrupt):
@@ -376,7 +376,7 @@ def test_a_run_that_is_stopped_between_units_goes_on_with_the_missing_ones(
     assert_same_arrays(out, in_two_blocks.folder)
 
 
-def test_a_unit_of_which_a_pair_is_missing_is_computed_whole(
+def test_a_block_of_which_a_pair_is_missing_is_computed_whole(
     asked, in_two_blocks, scans, tmp_path, monkeypatch
 ):
     """So that no bit depends on where the run was stopped."""
@@ -648,13 +648,13 @@ def test_settings_that_the_model_does_not_allow_are_refused_before_anything_is_w
 
 def test_the_budget_and_the_precision_reach_the_engine(asked, tmp_path, monkeypatch):
     given = []
-    original = scan.Scan.units
+    original = scan.Scan.blocks
 
     def heard(self, granularities, memory):
         given.append((self.decoder.products.precision, memory))
         return original(self, granularities, memory)
 
-    monkeypatch.setattr(scan.Scan, "units", heard)
+    monkeypatch.setattr(scan.Scan, "blocks", heard)
     monkeypatch.setattr(memory, "free", lambda memory_gb: int(memory_gb * 2**30))
     changes = {"matmul_precision": "bfloat16", "memory_gb": 0.25, "granularity": ("layer",)}
     run = mediate.run(to(asked, tmp_path, **changes))
