@@ -235,7 +235,7 @@ def carry_jaxpr(decoder, size=2, batches=2, rows=3):
 
 
 def test_the_last_block_is_run_where_its_output_is_read():
-    """Of a span of 5 positions, one of which is read, all have keys and values, and nothing else."""
+    """Of a span of 5 positions, one of which is read, all have keys and values and nothing else."""
     decoder = tiny.decoder("llama")
     keys = decoder.config.num_kv_heads * decoder.config.head_dim
     of_weights = [
