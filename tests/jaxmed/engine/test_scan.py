@@ -216,7 +216,7 @@ def frame_shapes(decoder, size):
 def reading_jaxpr(decoder, metric, size=4, batches=2, rows=3):
     """What reads a metric, from shapes."""
     metric = METRICS[metric]
-    term = metric.terms(UNEQUAL)[0]
+    (term,) = cost.runs(decoder.config, UNEQUAL, question_lib.Question(metric))
     shape = batches, size, rows, decoder.config.hidden_size
     return jax.make_jaxpr(
         lambda *given: propagate.read_changes(*given, 0, metric, term.whole_vocabulary)
@@ -239,6 +239,24 @@ def carry_jaxpr(decoder, size=2, batches=2, rows=3):
         jax.ShapeDtypeStruct(shape, decoder.compute_dtype),
         decoder.config.num_layers,
     )
+
+
+def test_the_last_block_is_run_where_its_output_is_read():
+    """Of a span of 5 positions, one of which is read, all have keys and values and nothing else."""
+    decoder = tiny.decoder("llama")
+    keys = decoder.config.num_kv_heads * decoder.config.head_dim
+    of_weights = [
+        equation
+        for loop in jaxprs.loops(reading_jaxpr(decoder, "logit", size=5))
+        for equation in jaxprs.equations(loop.params["body_jaxpr"])
+        if equation.primitive.name == "dot_general" and equation.invars[1].aval.ndim == 2
+    ]
+    shapes = [equation.outvars[0].aval.shape for equation in of_weights]
+    # A norm's means may be products with one column.
+    shapes = [shape for shape in shapes if shape[-1] > 1]
+    assert [shape[-1] for shape in shapes if 5 in shape] == [keys, keys]
+    # Queries, the output, gate, up and down; and the logits.
+    assert len(shapes) >= 2 + 5 + 1
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
