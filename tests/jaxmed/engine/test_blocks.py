@@ -29,8 +29,8 @@ from tests.jaxmed.scans import (
 
 LOGIT, RESPONSE = metrics.LogitDifference(), metrics.ResponseLogprobDifference()
 SHORT = ("layer", "module", "head", "token")
-# Prompts of other lengths on either side, and responses of other lengths; spans of the first two are
-# padded to one length.
+# Prompts of other lengths on either side, and responses of other lengths; the first two pairs' spans
+# are padded to one length.
 PAIRS = [UNEQUAL, pair(11, 14, harmful=3, safe=2, seed=1), pair(5, 5, seed=2)]
 
 
@@ -116,7 +116,8 @@ def test_operations_are_told_as_they_are_done():
 def test_units_of_runs_that_differ_are_laid_into_one_list():
     def work(layers, units, positions):
         made = plan.Units(*(np.array(each, np.int32) for each in (layers, units, positions)))
-        return plan.Work("token", Site.MLP, made, Edited(np.arange(4), np.arange(4)), 0, 4, ())
+        edited = Edited(np.arange(4), np.arange(4))
+        return plan.Work("token", Site.MLP, made, edited, 0, 4, np.full(len(made), 4), ())
 
     runs_of = [work([0, 0, 1], [0, 0, 0], [1, 3, 2]), work([0, 1, 1], [0, 0, 2], [0, 1, -1])]
     units, rows = blocks.merged(runs_of)
@@ -186,7 +187,7 @@ def test_several_runs_share_loops_and_weights():
         return [each for each in jaxprs.equations(jaxpr) if each.primitive.name == name]
 
     loops = found(of_several, "while")
-    assert len(loops) == len(found(of_one, "while")) == 3
+    assert len(loops) == len(found(of_one, "while")) == 2
     for loop in loops:
         bound = loop.params["cond_jaxpr"]
         assert not found(bound, "reduce_or") and bound.out_avals[0].shape == ()
