@@ -29,8 +29,8 @@ from tests.jaxmed.scans import (
 
 LOGIT, RESPONSE = metrics.LogitDifference(), metrics.ResponseLogprobDifference()
 SHORT = ("layer", "module", "head", "token")
-# Prompts of other lengths on either side, and responses of other lengths; the first two pairs' spans
-# are padded to one length.
+# Prompts of other lengths on either side, and responses of other lengths. Spans of the first two
+# pairs are padded to one length.
 PAIRS = [UNEQUAL, pair(11, 14, harmful=3, safe=2, seed=1), pair(5, 5, seed=2)]
 
 
