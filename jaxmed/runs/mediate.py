@@ -31,8 +31,8 @@ from jaxmed.question.question import Question, sizes
 from jaxmed.question.question import check as check_pair
 from jaxmed.question.sites import SITES, group_count
 from jaxmed.report import mediation
+from jaxmed.runs import compilation, loading, sweep
 from jaxmed.runs import costs as costs_lib
-from jaxmed.runs import loading, sweep
 from jaxmed.runs import settings as settings_lib
 from jaxmed.runs.settings import setting
 from jaxmed.runs.skipping import Skipped
@@ -577,9 +577,12 @@ def _scan(asked: MediateRun, results: Results, selection: screening.Selection | 
     costs = {
         index: sum(by_granularity[name][index] for name in names) for index, names in todo.items()
     }
+    forecast, compiled = None, compilation.so_far()
     if asked.progress:
+        about = (question.positions.value, question.metric.name, question.group_size)
+        forecast = costs_lib.Forecast(asked.decoder, about)
         totals = {name: sum(costs.values()) for name, costs in by_granularity.items() if costs}
-        _announce(asked, results, len(todo), totals, chosen)
+        _announce(asked, results, len(todo), totals, chosen, forecast)
     first, *others = todo
     began = time.time()
 
@@ -606,7 +609,21 @@ def _scan(asked: MediateRun, results: Results, selection: screening.Selection | 
             if told := costs_lib.left(time.time() - began, costs[first], operations):
                 say(told)
 
-    sweep.run(list(todo), compute, commit, name="pair", costs=costs, progress=asked.progress)
+    def done(index: int, seconds: float) -> None:
+        if forecast:
+            forecast.add(",".join(todo[index]), costs[index], seconds)
+
+    sweep.run(
+        list(todo),
+        compute,
+        commit,
+        name="pair",
+        costs=costs,
+        on_done=done,
+        progress=asked.progress,
+    )
+    if forecast:
+        forecast.keep(compilation.so_far().since(compiled))
 
 
 def _write(
@@ -637,6 +654,7 @@ def _announce(
     todo: int,
     operations: dict[str, float],
     chosen: dict[str, np.ndarray],
+    forecast: costs_lib.Forecast,
 ) -> None:
     """Says what the run will cost, and how to leave out what costs most.
 
@@ -645,6 +663,7 @@ def _announce(
         todo: pairs to be scanned.
         operations: floating-point operations of their scan, by granularity.
         chosen: by granularity, the units that are computed; all of the others.
+        forecast: what they are expected to take.
     """
     settings, pairs = asked.settings, asked.pairs
     joint = settings.joint_size * sum(
@@ -660,7 +679,7 @@ def _announce(
         f"{todo} pairs, at most {sum(units.values()):,} units each, by both estimands: "
         f"{total:.2e} floating-point operations"
         + (f", and at most {joint:.2e} for the joint set" if joint else "")
-        + f". {costs_lib.least_time(total, asked.decoder)}"
+        + f". {forecast.told(operations)}"
     )
     if len(operations) > 1 and total:
         asked.say(costs_lib.shares(operations, units))
