@@ -55,15 +55,9 @@ def operations_per_second(decoder: Decoder, rows: int | None = None) -> float:
     about += (decoder.products.precision,)
     rate = noted(about)
     if rate is None:
-        rate = operations_per_second_now(decoder, rows)
+        rate = _measure(config, decoder.dtype, decoder.products, rows)
         note(about, rate)
     return rate
-
-
-def operations_per_second_now(decoder: Decoder, rows: int | None = None) -> float:
-    """`operations_per_second`, measured anew: others may be busy on the machine."""
-    rows = rows or cost.positions_together(jax.default_backend())
-    return _measure(decoder.config, decoder.dtype, decoder.products, rows)
 
 
 def noted(about: tuple) -> float | None:

@@ -40,41 +40,46 @@ def dearest(operations: Mapping[str, float]) -> str:
 
 
 class Forecast:
-    """What a scan is expected to take: how fast this machine multiplies now, and how near to that
-    earlier scans came that asked the same of a model of this shape.
+    """What a scan is expected to take, by how fast the last one was that asked the same of a model
+    of this shape on this machine.
 
-    Long lists come near to the products' rate. Of short ones most is the plain runs, batches that
-    are not full, and what the host does: so each granularity has a share of that rate, which is
-    noted in the cache folder when a scan ends. Seconds of compilation are noted apart.
+    Long lists come near to the rate of products with the weights. Of short ones most is the plain
+    runs, batches that are not full, and what the host does: so each granularity has a rate of its
+    own, which is noted in the cache folder when a scan ends. Seconds of compilation are noted
+    apart.
     """
 
     def __init__(self, decoder: Decoder, asked: tuple):
-        """Measures the machine.
+        """Nothing is done yet.
 
         Args:
             decoder: the model.
             asked: texts and numbers that tell apart what is asked of it, as its positions.
         """
         config = decoder.config
-        self._precision = decoder.products.precision
+        self._decoder = decoder
         self._about = (config.num_layers, config.hidden_size, config.intermediate_size)
-        self._about += (decoder.dtype.name, self._precision, *asked)
-        self._rate = rates.operations_per_second_now(decoder)
+        self._about += (decoder.dtype.name, decoder.products.precision, *asked)
         self._done: dict[str, tuple[float, float]] = {}
 
     def seconds(self, operations: Mapping[str, float]) -> float:
         """That so many floating-point operations of each granularity are expected to take, beside
         compilation."""
-        return sum(each / (self._rate * self._share(name)) for name, each in operations.items())
+        return sum(each / self._rate(name) for name, each in operations.items())
 
     def told(self, operations: Mapping[str, float]) -> str:
         """A sentence on how long so many floating-point operations of each granularity take."""
         known = all(self._noted(name) is not None for name in operations)
-        by = "the last such scan" if known else "scans of other models"
+        products = rates.operations_per_second(self._decoder)
+        by = (
+            "the last such scan"
+            if known
+            else f"the {products:.1e} a second of this machine's matrix products in "
+            f"{self._decoder.products.precision}, and how near to that scans of other models come"
+        )
         return (
-            f"This machine's matrix products make {self._rate:.1e} a second in {self._precision} "
-            f"now: about {_duration(self.seconds(operations))}, going by {by}, and "
-            f"{self._compilation(operations)}."
+            f"Going by {by}, this takes about {_duration(self.seconds(operations))}, and "
+            f"{self._compilation(operations)}"
         )
 
     def add(self, granularity: str, operations: float, seconds: float) -> None:
@@ -82,23 +87,26 @@ class Forecast:
         before = self._done.get(granularity, (0.0, 0.0))
         self._done[granularity] = before[0] + operations, before[1] + seconds
 
-    def keep(self, compilation: Compilation) -> None:
-        """The scan has ended: what it took is noted for the next.
+    def keep(self, compilation: Compilation) -> str:
+        """The scan has ended: what it took is noted for the next; a sentence on it.
 
         Args:
             compilation: of the scan.
         """
         for name, (operations, seconds) in self._done.items():
             if operations and seconds > 0:
-                rates.note((*self._about, name), operations / seconds / self._rate)
+                rates.note((*self._about, name), operations / seconds)
         if self._done and (compilation.programs or compilation.cached):
             how = "compiled" if compilation.programs else "cached"
             rates.note((*self._about, *sorted(self._done), how), compilation.seconds)
+        taken = sum(seconds for _, seconds in self._done.values())
+        return f"It took {_duration(taken)}, and {_duration(compilation.seconds)} of compilation"
 
-    def _share(self, granularity: str) -> float:
-        """Of the products' rate."""
-        noted = self._noted(granularity)
-        return _SHARES[granularity] if noted is None else noted
+    def _rate(self, granularity: str) -> float:
+        """Operations a second."""
+        if (noted := self._noted(granularity)) is not None:
+            return noted
+        return _SHARES[granularity] * rates.operations_per_second(self._decoder)
 
     def _noted(self, granularity: str) -> float | None:
         return rates.noted((*self._about, granularity))

@@ -623,7 +623,7 @@ def _scan(asked: MediateRun, results: Results, selection: screening.Selection | 
         progress=asked.progress,
     )
     if forecast:
-        forecast.keep(compilation.so_far().since(compiled))
+        say(forecast.keep(compilation.so_far().since(compiled)))
 
 
 def _write(

@@ -34,45 +34,37 @@ def test_the_time_left_is_at_the_first_pairs_pace():
 
 @pytest.fixture
 def forecast(monkeypatch, tmp_path):
-    """Forecasts of one question, on a machine that makes 1e9 operations a second, or as many as
-    `rate` has by then."""
+    """Forecasts of one question or another, on a machine whose products make 1e9 operations a
+    second."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    rate = [1e9]
-    monkeypatch.setattr(rates, "operations_per_second_now", lambda decoder: rate[0])
+    monkeypatch.setattr(rates, "operations_per_second", lambda decoder: 1e9)
     decoder = tiny.decoder("llama")
-
-    def make(*asked):
-        return costs.Forecast(decoder, asked or ("last", "logit_diff", 1))
-
-    return make, rate
+    return lambda *asked: costs.Forecast(decoder, asked or ("last", "logit_diff", 1))
 
 
 def test_a_first_scan_is_told_by_what_others_came_to(forecast):
-    make, _ = forecast
-    told = make().told({"neuron": 8e9, "layer": 1e9})
-    assert "make 1.0e+09 a second in float32" in told
-    assert "about 20 seconds, going by scans of other models, and compilation beside:" in told
+    told = forecast().told({"neuron": 8e9, "layer": 1e9})
+    assert "Going by the 1.0e+09 a second of this machine's matrix products in float32, " in told
+    assert "about 20 seconds, and compilation beside: some seconds" in told
 
 
-def test_the_next_scan_is_told_by_the_last_one_whatever_the_machine_is_busy_with(forecast):
-    make, rate = forecast
-    first = make()
+def test_the_next_scan_is_told_by_the_last_one(forecast):
+    first = forecast()
     first.add("layer", 1e9, 15.0)
     first.add("layer", 1e9, 5.0)
     first.add("neuron", 1e9, 2.0)
-    first.keep(Compilation(programs=9, cached=1, seconds=12.0))
-    assert make().seconds({"layer": 1e9, "neuron": 3e9}) == pytest.approx(10 + 6)
-    rate[0] = 5e8  # half of the machine is another's
-    second = make()
+    taken = first.keep(Compilation(programs=9, cached=1, seconds=12.0))
+    assert taken == "It took 22 seconds, and 12 seconds of compilation"
+    second = forecast()
     told = second.told({"layer": 1e9, "neuron": 3e9})
-    assert "about 32 seconds, going by the last such scan, and less than the 12 seconds" in told
+    assert "last such scan, this takes about 16 seconds, and less than the 12 seconds" in told
     second.add("layer", 1e9, 20.0)
     second.add("neuron", 1e9, 4.0)
     second.keep(Compilation(programs=0, cached=10, seconds=1.5))
-    told = make().told({"layer": 1e9, "neuron": 3e9})
-    assert "and 1.5 seconds for programs that come from the cache" in told
+    told = forecast().told({"layer": 1e9, "neuron": 3e9})
+    assert "about 32 seconds, and 1.5 seconds for programs that come from the cache" in told
     # Another question is another scan.
-    assert make("prompt", "logit_diff", 1).seconds({"neuron": 8e8}) == pytest.approx(2)
+    assert forecast("prompt", "logit_diff", 1).seconds({"neuron": 8e8}) == pytest.approx(1)
 
 
 def test_a_short_time_is_not_told():
