@@ -48,7 +48,8 @@ class _Bar(tqdm.tqdm):
         compiling = compilation.so_far().since(self._before).seconds
         working = found["elapsed"] - compiling
         told = f", {self.format_interval(compiling)} of it compiling" if compiling >= 1 else ""
-        return found | {"compiling": told, "rate": self.n / working if working > 0 else None}
+        rate = self.n / working if working > 0 else None
+        return {**found, "compiling": told, "rate": rate}
 
 
 def run(
