@@ -157,6 +157,31 @@ def softmax_last_axis(scores: Float[Array, "... n"]) -> Float[Array, "... n"]:
     return jax.nn.softmax(scores, axis=-1)
 
 
+def scores_of(
+    query: Float[Array, "T K G h"], keys: Float[Array, "S K h"]
+) -> Float[Array, "K G T S"]:
+    """Every query's product with every key.
+
+    Keys are repeated for the heads that share them, and come first: in a batch of queries each
+    head's product then takes them as they lie in memory, and nothing is transposed.
+    """
+    length, kv_heads, group, size = query.shape
+    repeated = jnp.repeat(keys, group, axis=1)
+    scores = jnp.einsum("snh,tnh->nst", repeated, query.reshape(length, -1, size))
+    return jnp.swapaxes(scores, 1, 2).reshape(kv_heads, group, length, -1)
+
+
+def sums_of(
+    weights: Float[Array, "K G T S"], values: Float[Array, "S K h"]
+) -> Float[Array, "T K G h"]:
+    """The sum of values, each weighted; laid out as `scores_of`."""
+    kv_heads, group, length, _ = weights.shape
+    repeated = jnp.repeat(values, group, axis=1)
+    by_head = jnp.swapaxes(weights.reshape(kv_heads * group, length, -1), 1, 2)
+    heads = jnp.einsum("snh,nst->nht", repeated, by_head)
+    return jnp.moveaxis(heads, 2, 0).reshape(length, kv_heads, group, -1)
+
+
 @jax.jit
 def weighted_sum(
     earlier_scores: Float[Array, "K G T P"],
@@ -172,8 +197,7 @@ def weighted_sum(
     """
     weights = softmax_last_axis(jnp.concatenate([earlier_scores, scores], axis=-1))
     earlier, now = jnp.split(weights, [earlier_scores.shape[-1]], axis=-1)
-    heads = jnp.einsum("kgts,skh->tkgh", now, values)
-    return heads + jnp.einsum("kgts,skh->tkgh", earlier, earlier_values)
+    return sums_of(now, values) + sums_of(earlier, earlier_values)
 
 
 @jax.jit
@@ -289,16 +313,17 @@ class Attention(nnx.Module):
         if prefix is None:
             prefix = _nothing_before(key, value)
 
-        def scores(keys, positions, valid):
-            found = jnp.einsum("tkgh,skh->kgts", query, keys) * traits.score_scale
-            found = found if self.score_cap is None else capped(found, self.score_cap)
+        def seen(scores, positions, valid):
+            scores = scores * traits.score_scale
+            scores = scores if self.score_cap is None else capped(scores, self.score_cap)
             # A finite mask, put on after scaling, keeps every difference finite.
             mask = visible(at, positions, valid, traits.window)
-            return jnp.where(mask, found, jnp.finfo(found.dtype).min / 4)
+            return jnp.where(mask, scores, jnp.finfo(scores.dtype).min / 4)
 
+        earlier = scores_of(query, prefix.keys.astype(x.dtype))
         heads = weighted_sum(
-            scores(prefix.keys.astype(x.dtype), prefix.positions, prefix.valid),
-            scores(key, at.positions, at.valid),
+            seen(earlier, prefix.positions, prefix.valid),
+            seen(scores_of(query, key), at.positions, at.valid),
             value,
             prefix.values.astype(x.dtype),
         )

@@ -62,7 +62,6 @@ it is known to epsilon, times d in the result.
 """
 
 import dataclasses
-import functools
 import inspect
 import math
 import operator
@@ -222,9 +221,9 @@ def _propagate(policy: Policy, jaxpr: core.Jaxpr, consts, values, changes) -> tu
 
 def _rule(policy: Policy, equation, inputs, changes) -> Rule:
     name = equation.primitive.name
-    if name == "jit" and (named := _named_rule(policy, equation)):
-        if all(change is None for change in changes[named.changing :]):
-            return _as_a_whole(named)
+    named = _named_rule(policy, equation) if name == "jit" else None
+    if named and all(change is None for change in changes[named.changing :]):
+        return _as_a_whole(named)
     if name in _TAKES_DISCRETE:
         return _RULES[name]
     # A change of an integer is never small, so that direct evaluation is the accurate one.
@@ -829,7 +828,7 @@ def _small_expm1(x):
     return total * x
 
 
-def _exp_change(before, after, d):
+def exp_change(before: Value, after: Value, d: Value) -> Array:
     """after - before, two exponentials whose logarithms differ by d."""
     near = jnp.abs(d) < 1
     return jnp.where(near, before * _small_expm1(jnp.where(near, d, 0)), after - before)
@@ -837,17 +836,17 @@ def _exp_change(before, after, d):
 
 @_elementwise("exp")
 def _exp(params, output, a, d):
-    return _exp_change(output, jnp.exp(a + d), d)
+    return exp_change(output, jnp.exp(a + d), d)
 
 
 @_elementwise("expm1")
 def _expm1(params, output, a, d):
-    return _exp_change(jnp.exp(a), jnp.exp(a + d), d)
+    return exp_change(jnp.exp(a), jnp.exp(a + d), d)
 
 
 @_elementwise("exp2")
 def _exp2(params, output, a, d):
-    return _exp_change(output, jnp.exp2(a + d), d * math.log(2))
+    return exp_change(output, jnp.exp2(a + d), d * math.log(2))
 
 
 def _logistic_pair(x):
@@ -1039,7 +1038,7 @@ class _Exponentials:
             self.outside, 0, rest
         )
         self.w = jnp.exp(log_w)
-        self.change = _exp_change(self.p, self.w, self.d)
+        self.change = exp_change(self.p, self.w, self.d)
         self.s = jnp.sum(self.change, axis=-1, keepdims=True)
         self.far = self.outside | (self.s < -0.25)
         self.scale = jnp.where(self.far, jnp.sum(self.w, axis=-1, keepdims=True), 1 + self.s)
@@ -1077,65 +1076,6 @@ def log_softmax(a: Value, d: Value) -> tuple[Array, Array]:
 def logsumexp(a: Value, d: Value) -> tuple[Array, Array]:
     """The rule of log-sum-exp over the last axis."""
     return jax.nn.logsumexp(a, axis=-1), _Exponentials(a, d).logsumexp_change()
-
-
-def weighted_sum(
-    earlier_scores: Value,
-    scores: Value,
-    values: Value,
-    d_earlier: Value,
-    d_scores: Value,
-    d_values: Value,
-    earlier_values: Value,
-) -> tuple[Array, Array]:
-    """The rule of the softmax's sum over values, sum of p v, in few passes over the scores.
-
-    With p = softmax(a) and any constant c, t = p expm1(d - c) and T = sum(t) give the change
-
-        (sum of t (v + dv) - T sum of p v + sum of p dv) / (1 + T).
-
-    c is the mean of d by p, so that T >= 0 (Jensen's inequality) and nothing cancels in 1 + T; it
-    is raised where an exponential would overflow. What t lacks, by the rounding of c, it lacks in
-    T as well.
-    """
-    before = earlier_scores.shape[-1]
-    a = jnp.concatenate([earlier_scores, scores], axis=-1)
-    largest = jnp.max(a, axis=-1, keepdims=True)
-    log_p = a - largest
-    log_p = log_p - jnp.log(jnp.sum(jnp.exp(log_p), axis=-1, keepdims=True))
-    p = jnp.exp(log_p)
-    parts = [
-        (p[..., :before], log_p[..., :before], d_earlier),
-        (p[..., before:], log_p[..., before:], d_scores),
-    ]
-
-    def over_keys(reduce, combine, f):
-        return functools.reduce(combine, [reduce(f(*part), -1, keepdims=True) for part in parts])
-
-    mean = over_keys(jnp.sum, jnp.add, lambda p, log_p, d: p * d)
-    reduce_max = functools.partial(jnp.max, initial=-jnp.inf)
-    highest = over_keys(reduce_max, jnp.maximum, lambda p, log_p, d: log_p + d)
-    c = mean + jnp.maximum(highest - mean - _SAFE_EXPONENT, 0)
-
-    def weight_change(p, log_p, d):
-        d = d - c
-        return _exp_change(p, jnp.exp(log_p + d), d)
-
-    total = over_keys(jnp.sum, jnp.add, weight_change)
-    earlier_t, t = (weight_change(*part) for part in parts)
-
-    def summed(weights, values):
-        return jnp.einsum("kgts,skh->tkgh", weights, values)
-
-    output = summed(p[..., before:], values) + summed(p[..., :before], earlier_values)
-    moved = summed(earlier_t, earlier_values) + summed(t, values + d_values)
-    moved = moved + summed(p[..., before:], d_values)
-    total = jnp.moveaxis(total, 2, 0)
-    return output, (moved - total * output) / (1 + total)
-
-
-# Beyond which no exponential is let grow, of weights that are 1 at most before they change.
-_SAFE_EXPONENT = 30
 
 
 def inverse_rms(

@@ -17,7 +17,8 @@ def hoisted(f: Callable[[PyTree], PyTree], argument: PyTree) -> Callable[[PyTree
 
     Args:
         f: a function of a tree of arrays. A loop or a conditional in it is one operation: where
-            any of it depends on the argument, all of it waits.
+            any of it depends on the argument, all of it waits. Numbers that are widened are so
+            where they are used, and kept as they were.
         argument: arrays like those that will be given, or their shapes.
 
     Returns:
@@ -34,7 +35,7 @@ def hoisted(f: Callable[[PyTree], PyTree], argument: PyTree) -> Callable[[PyTree
         values = dict(zip(parameters, jax.tree.leaves(y), strict=True))
 
         def read(atoms: Iterable) -> list:
-            return [values[x] if isinstance(x, _Later) else x for x in atoms]
+            return [values[x] if isinstance(x, _Later) else _value(x) for x in atoms]
 
         for step in steps:
             found = _evaluated(step.equation, read(step.inputs))
@@ -47,6 +48,16 @@ def hoisted(f: Callable[[PyTree], PyTree], argument: PyTree) -> Callable[[PyTree
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Later:
     """Stands for a number that depends on the argument; no two are equal."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Widened:
+    """A known number and the conversion that it comes from, which is made again where it is used:
+    narrow weights stay narrow outside of the loop, and a compiler sees what they were."""
+
+    value: Any
+    equation: core.JaxprEqn
+    narrow: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,14 +83,36 @@ def _divide(jaxpr: core.Jaxpr, consts, inputs: Sequence, steps: list[_Step]) -> 
     for equation in jaxpr.eqns:
         operands = read(equation.invars)
         if not any(isinstance(x, _Later) for x in operands):
-            found = _evaluated(equation, operands)
+            found = _evaluated(equation, list(map(_value, operands)))
+            if _widens(equation):
+                found = [_Widened(found[0], equation, _value(operands[0]))]
         elif inner := _called(equation):
             found = _divide(inner.jaxpr, inner.consts, operands, steps)
         else:
             found = [_Later() for _ in equation.outvars]
-            steps.append(_Step(equation, operands, found))
+            steps.append(_Step(equation, [_widened_again(x, steps) for x in operands], found))
         known.update(zip(equation.outvars, found, strict=True))
     return read(jaxpr.outvars)
+
+
+def _value(x):
+    return x.value if isinstance(x, _Widened) else x
+
+
+def _widens(equation: core.JaxprEqn) -> bool:
+    """Whether an equation makes wider numbers of narrow ones, a number of each."""
+    if equation.primitive.name != "convert_element_type":
+        return False
+    (narrow,), (wide,) = equation.invars, equation.outvars
+    return wide.aval.dtype.itemsize > narrow.aval.dtype.itemsize
+
+
+def _widened_again(x, steps: list[_Step]):
+    if not isinstance(x, _Widened):
+        return x
+    later = _Later()
+    steps.append(_Step(x.equation, [x.narrow], [later]))
+    return later
 
 
 # Primitives that do no more than call a jaxpr, and the parameter that holds it.

@@ -194,7 +194,7 @@ class Figures:
         chunk_cycles: once for a chunk.
         enter_cycles: of the units of a chunk that enter.
         read_cycles: of a batch whose metric is read.
-        fraction: of the halves' cycles, those of their products alone.
+        fraction: of the cycles of a batch in a layer, those of its products with weights alone.
         cycles_per_neuron: from entering to the metric, for a neuron with as many later blocks as a
             neuron has on average.
         passes: how often attention's half reads or writes its largest array, the scores' difference
@@ -298,14 +298,14 @@ def measure(
     carried = neurons["carry"][0].carried
     assert carried is not None
     (layers,), (reading,) = carry.program.loops, read.program.loops
+    (batch,) = layers.loops
     products = _product_cycles(asked, compiler, carried, precision)
     halves = tuple(
-        Half(_HALVES[name], sum(loop.turn_cycles for loop in layers.find(name)), cycles)
+        Half(_HALVES[name], carry.cycles_in(batch, name), cycles)
         for name, cycles in products.items()
     )
-    halves_cycles = sum(half.cycles for half in halves)
     blocks = (config.num_layers - 1) / 2
-    each_layer = layers.own_cycles + carried.batches * halves_cycles
+    each_layer = layers.own_cycles + carried.batches * batch.turn_cycles
     whole_chunk = enter.program.turn_cycles + carry.program.own_cycles + blocks * each_layer
     whole_chunk += read.program.own_cycles + carried.batches * reading.turn_cycles
     return Figures(
@@ -322,7 +322,7 @@ def measure(
         chunk_cycles=carry.program.own_cycles,
         enter_cycles=enter.program.turn_cycles,
         read_cycles=reading.turn_cycles,
-        fraction=sum(half.product_cycles for half in halves) / halves_cycles,
+        fraction=sum(half.product_cycles for half in halves) / batch.turn_cycles,
         cycles_per_neuron=whole_chunk / (carried.batches * carried.rows),
         passes=_passes(asked, compiler, precision),
         memory_bytes=max(program.bytes for program in compiled),
@@ -485,5 +485,5 @@ def _passes(asked: Asked, compiler: Compiler, precision: str) -> int:
         tokens = 2 * tokens
     text = _readable(carry, *compiler(carry), compiler.chip)
     sizes = {carry.carried.rows * span * each for each in keys}
-    loops = [loop for name in ("attend", "both") for loop in text.program.find(name)]
-    return sum(text.touched(loop, sizes) for loop in loops)
+    (layers,) = text.program.loops
+    return sum(text.touched(batch, sizes) for batch in layers.loops)

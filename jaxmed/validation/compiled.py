@@ -97,14 +97,6 @@ class Loop:
         """Of one turn; a loop inside whose number of turns is not known counts once."""
         return self.own_cycles + sum((loop.turns or 1) * loop.turn_cycles for loop in self.loops)
 
-    def find(self, scope: str) -> Iterator["Loop"]:
-        """The outermost loops within it whose scope has a part of that name."""
-        for loop in self.loops:
-            if scope in loop.scope.split("/"):
-                yield loop
-            else:
-                yield from loop.find(scope)
-
 
 class Text:
     """A compiled program.
@@ -158,6 +150,11 @@ class Text:
             return [name for name in operation.called() if name in self.computations]
         found = [name for names in _BRANCHES.findall(operation.text) for name in names if name]
         return re.findall(r"[\w.\-]+", ",".join(found))
+
+    def cycles_in(self, loop: Loop, scope: str) -> int:
+        """Cycles of the operations of one turn of a loop whose scope has a part of that name."""
+        operations = self.computations[loop.computation]
+        return sum(of.cycles for of in operations if scope in of.scope.split("/"))
 
     def touched(self, loop: Loop, sizes: Collection[int]) -> int:
         """How often, in one turn of a loop, an array of one of these sizes is read or written.

@@ -300,7 +300,8 @@ def test_a_rotation_keeps_the_size_of_what_is_added(monkeypatch):
 
     def recorded(decoder, frame, stages, differences, *rest, carry=propagate.carry):
         # A copy: the buffer is reused for the result.
-        entered.append(np.array(differences).reshape(-1, *differences.shape[2:]))
+        rows = np.moveaxis(differences, 2, 1)
+        entered.append(np.array(rows).reshape(-1, *rows.shape[2:]))
         return carry(decoder, frame, stages, differences, *rest)
 
     monkeypatch.setattr(propagate, "carry", recorded)

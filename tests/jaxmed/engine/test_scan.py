@@ -149,9 +149,8 @@ def test_a_smaller_batch_changes_nothing_but_rounding():
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_a_batch_leaves_the_prefix_and_the_base_values_unbatched(family):
-    """Under `vmap` only scores have both the batch's and the prefix's length, and every product of
-    the base run is formed once."""
+def test_a_batch_leaves_the_prefix_unbatched(family):
+    """Under `vmap` only scores have both the batch's and the prefix's length."""
     decoder, start, size, batch = tiny.decoder(family), 7, 3, 13
     # Shapes are all that is looked at: nothing is compiled.
     frame = jax.tree.map(
@@ -167,28 +166,53 @@ def test_a_batch_leaves_the_prefix_and_the_base_values_unbatched(family):
     def attend(x):
         return block.attend(x, frame.span, traits, prefix, propagate._untapped)[0]
 
-    def feed(x):
-        return block.feed(x, propagate._untapped)
+    change = jax.vmap(propagate.change_of(decoder, attend, frame.inputs[1]), 1, 1)
+    of_both = 0
+    for equation in jaxprs.equations(jax.make_jaxpr(change)(np.ones((size, batch, 24)))):
+        for variable in (*equation.invars, *equation.outvars):
+            shape = variable.aval.shape
+            if batch in shape and {prefix_length, prefix_length + size} & set(shape):
+                of_both += 1
+                assert decoder.config.head_dim not in shape, (equation.primitive.name, shape)
+    assert of_both
 
-    def shapes(jaxpr):
-        found = [e for e in jaxprs.equations(jaxpr) if e.primitive.name == "dot_general"]
-        # A norm's means may be products with one column.
-        found = [e for e in found if e.invars[1].aval.shape[1:] != (1,)]
-        return [e.outvars[0].aval.shape for e in found]
 
-    differences = np.ones((batch, size, 24), np.float32)
-    for f, value in ((attend, frame.inputs[1]), (feed, frame.middles[1])):
-        jaxpr = jax.make_jaxpr(lambda d, f=f, v=value: propagate.changes_of(decoder, f, v, d))(
-            differences
-        )
-        for equation in jaxprs.equations(jaxpr):
-            for variable in (*equation.invars, *equation.outvars):
-                shape = variable.aval.shape
-                if batch in shape and {prefix_length, prefix_length + size} & set(shape):
-                    assert decoder.config.head_dim not in shape, (equation.primitive.name, shape)
-        unbatched = [shape for shape in shapes(jaxpr) if batch not in shape]
-        assert sorted(unbatched) == sorted(shapes(jax.make_jaxpr(f)(value)))
-        assert len(shapes(jaxpr)) > len(unbatched)
+@pytest.mark.parametrize("precision", ["float32", "split2"])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_no_product_of_the_base_run_is_in_the_loop_over_batches(family, precision):
+    """Neither where differences are carried nor where they are read, of a few tokens or of all."""
+    decoder = tiny.decoder(family).at_precision(precision)
+    programs = [carry_jaxpr(decoder)] + [reading_jaxpr(decoder, name) for name in METRICS]
+    for program in programs:
+        inner = [
+            loop
+            for loop in jaxprs.equations(program)
+            if loop.primitive.name == "while" and not any(jaxprs.loops(loop.params["body_jaxpr"]))
+        ]
+        products = [
+            operands
+            for loop in inner
+            for equation, operands in jaxprs.followed(loop)
+            if equation.primitive.name == "dot_general"
+        ]
+        assert products
+        assert all(map(any, products))
+
+
+def reading_jaxpr(decoder, metric, size=4, batches=2, rows=3):
+    """What reads a metric, from shapes."""
+    metric = METRICS[metric]
+    term = metric.terms(UNEQUAL)[0]
+    width, dtype = decoder.config.hidden_size, decoder.compute_dtype
+    return jax.make_jaxpr(
+        lambda *given: propagate.read_changes(*given, 0, metric, term.whole_vocabulary)
+    )(
+        decoder,
+        jax.ShapeDtypeStruct((size, width), dtype),
+        jax.ShapeDtypeStruct((batches, rows), jnp.int32),
+        jax.ShapeDtypeStruct((batches, size, rows, width), dtype),
+        term.reading,
+    )
 
 
 def carry_jaxpr(decoder, size=2, batches=2, rows=3):
@@ -196,7 +220,7 @@ def carry_jaxpr(decoder, size=2, batches=2, rows=3):
     frame = jax.eval_shape(
         lambda d: capture.frame(d, capture.capture(d, tuple(range(8))), 8 - size, size), decoder
     )
-    shape = batches, rows, size, decoder.config.hidden_size
+    shape = batches, size, rows, decoder.config.hidden_size
     return jax.make_jaxpr(propagate.carry)(
         decoder,
         frame,
@@ -219,7 +243,7 @@ def test_in_parts_weights_are_made_ready_outside_the_loop_over_batches(dtype, pr
         for inner in jaxprs.equations(outer.params["body_jaxpr"])
         if inner.primitive.name == "while"
     ]
-    assert len(loops) == 2  # attention and MLP
+    assert len(loops) == 1
     of_weights = 0
     for equation in (e for loop in loops for e in jaxprs.equations(loop)):
         shapes_in = [variable.aval.shape for variable in equation.invars]
@@ -233,11 +257,11 @@ def test_in_parts_weights_are_made_ready_outside_the_loop_over_batches(dtype, pr
             assert equation.outvars[0].aval.dtype == jnp.float32
     parts = {"bfloat16": 1, "split2": 2, "split3": 3}
     if platform == "gpu":  # One product along all parts.
-        assert of_weights == 2 * 7
+        assert of_weights == 7
     elif dtype == "bfloat16":
-        assert of_weights == (3 + parts[precision]) * 7
+        assert of_weights == parts[precision] * 7
     else:  # Pairs of parts of a difference and of a weight.
-        assert of_weights == (6 + {1: 1, 2: 3, 3: 6}[parts[precision]]) * 7
+        assert of_weights == {1: 1, 2: 3, 3: 6}[parts[precision]] * 7
 
 
 # Of the largest effect: rounding of differences to so many bits, through three layers.
@@ -279,14 +303,15 @@ def test_a_batch_takes_no_more_memory_than_planned(metric, granularity, group_si
     batches, rows = cost.batching(decoder.config, np.float32, work, term, memory, "cpu")
     trace = capture.capture(decoder, UNEQUAL.prompt_ids + term.response)
     frame = capture.frame(decoder, trace, work.start, work.size)
-    differences = jax.ShapeDtypeStruct((batches, rows, work.size, 96), np.float32)
+    differences = jax.ShapeDtypeStruct((batches, work.size, rows, 96), np.float32)
     stages = jax.ShapeDtypeStruct((batches, rows), np.int32)
     change = getattr(trace, work.site.value)[:, : work.size]
     compiled = [
         propagate.enter.lower(decoder, change, None, *[stages] * 3, work.site, group_size),
         propagate.carry.lower(decoder, frame, stages, differences),
         propagate.read_changes.lower(
-            *(decoder, frame.inputs[-1], stages, differences, term.reading, 11), question.metric
+            *(decoder, frame.inputs[-1], stages, differences, term.reading, 11),
+            *(question.metric, term.whole_vocabulary),
         ),
     ]
     for function in compiled:
@@ -410,7 +435,7 @@ def test_an_embedding_edit_goes_through_the_engine():
         residual = propagate.carry(decoder, frame, stages[None], entering[None])
         found = propagate.read_changes(
             *(decoder, frame.inputs[-1], stages[None], residual, term.reading, 11),
-            question.metric,
+            *(question.metric, term.whole_vocabulary),
         )[0]
         tokens = np.array(UNEQUAL.prompt_ids)
 

@@ -19,12 +19,17 @@ def test_cycles_are_told_by_loop():
     program = text().program
     (layers,) = program.loops
     assert (program.own_cycles, layers.own_cycles, layers.turns) == (9, 100, None)
-    (attend,) = program.find("attend")
-    assert (attend.turns, attend.turn_cycles) == (None, 750)
-    (other,) = layers.find("other")
+    batch, other = layers.loops
+    assert (batch.turns, batch.turn_cycles) == (None, 750)
     assert (other.turns, other.turn_cycles) == (2, 5)
     assert program.turn_cycles == 9 + 100 + 750 + 2 * 5
-    assert not list(program.find("feed"))
+
+
+def test_cycles_are_told_by_scope():
+    of = text()
+    (layers,) = of.program.loops
+    assert of.cycles_in(layers.loops[0], "attend") == 700
+    assert of.cycles_in(layers.loops[0], "feed") == 0
 
 
 def test_cycles_of_products_are_those_of_what_multiplies():
@@ -59,10 +64,10 @@ def test_products_of_like_operands(dtype, precision, passes):
 def test_passes_count_reads_and_writes_of_arrays_in_memory():
     """Written once, read once though it is named twice, written again; a bitcast does neither."""
     of = text()
-    (attend,) = of.program.find("attend")
-    assert of.touched(attend, {16 * 32}) == 3
-    assert of.touched(attend, {16 * 8}) == 1
-    assert of.touched(attend, {7}) == 0
+    batch, _ = of.program.loops[0].loops
+    assert of.touched(batch, {16 * 32}) == 3
+    assert of.touched(batch, {16 * 8}) == 1
+    assert of.touched(batch, {7}) == 0
 
 
 def test_what_is_inside_a_fusion_is_not_in_memory():
