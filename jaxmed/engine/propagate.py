@@ -543,7 +543,7 @@ class _PartLogits:
     of_run: _RowLogits
     rows: Int[AnyArray, "R"]
 
-    def of(self, tokens: Int[Array, "K"]) -> Float[Array, "R K"]:
+    def of(self, tokens: Int[AnyArray, "K"]) -> Float[Array, "R K"]:
         """Logits of the given tokens."""
         return self.of_run.decoder.unembed(self.of_run.rows[self.rows], tokens)
 

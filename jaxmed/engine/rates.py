@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import os
+import pathlib
 import platform
 import time
 
@@ -48,22 +49,44 @@ def exact_precision(decoder: Decoder, rows: int | None = None) -> str:
 def operations_per_second(decoder: Decoder, rows: int | None = None) -> float:
     """Operations of useful products of differences with the MLP's weights; measured once for each
     machine, shape and precision. Arguments as of `exact_precision`."""
-    config, how = decoder.config, decoder.products
+    config = decoder.config
     rows = rows or cost.positions_together(jax.default_backend())
-    machine = (jax.devices()[0].device_kind, os.cpu_count(), platform.node(), jax.__version__)
-    shape = (config.hidden_size, config.intermediate_size, decoder.dtype.name, rows)
-    key = repr((machine, shape, how.precision)).encode()
-    note = cache.default_folder() / "rates" / hashlib.blake2b(key, digest_size=16).hexdigest()
+    about = (config.hidden_size, config.intermediate_size, decoder.dtype.name, rows)
+    about += (decoder.products.precision,)
+    rate = noted(about)
+    if rate is None:
+        rate = _measure(config, decoder.dtype, decoder.products, rows)
+        note(about, rate)
+    return rate
+
+
+def noted(about: tuple) -> float | None:
+    """A number that `note` has kept on this machine; None if there is none."""
     try:
-        return float(json.loads(note.read_text()))
+        return float(json.loads(_note(about).read_text()))
     except (OSError, ValueError):
-        measured = _measure(config, decoder.dtype, how, rows)
+        return None
+
+
+def note(about: tuple, number: float) -> None:
+    """Keeps a number that holds on this machine, in the cache folder.
+
+    Args:
+        about: what it is of: texts and numbers.
+        number: the number.
+    """
+    file = _note(about)
     try:
-        note.parent.mkdir(parents=True, exist_ok=True)
-        atomic.replace_file(note, lambda path: path.write_text(json.dumps(measured)))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        atomic.replace_file(file, lambda path: path.write_text(json.dumps(number)))
     except OSError:  # Not needed: a folder that cannot be written to has no notes.
         pass
-    return measured
+
+
+def _note(about: tuple) -> pathlib.Path:
+    machine = (jax.devices()[0].device_kind, os.cpu_count(), platform.node(), jax.__version__)
+    key = repr((machine, about)).encode()
+    return cache.default_folder() / "rates" / hashlib.blake2b(key, digest_size=16).hexdigest()
 
 
 def _measure(config: DecoderConfig, dtype, how: products.Products, rows: int) -> float:

@@ -50,6 +50,7 @@ def rules(products: Products) -> Mapping[Callable, NamedRule | Several]:
 
 
 def _given(value, change, where, carried, given, changed):
+    """The rule of `with_change`."""
     del change, where
     return value, jnp.where(changed, given, carried)
 

@@ -240,6 +240,9 @@ def carry(
     def of_run(frame, differences):
         return propagate.carry(decoder, frame, stages, differences, blocks)
 
+    if len(differences) == 1:  # A long list's: an axis of one run costs copies of the batches.
+        alone = of_run(jax.tree.map(lambda leaf: leaf[0], frames), differences[0])
+        return alone[None]
     return jax.vmap(of_run)(frames, differences)
 
 

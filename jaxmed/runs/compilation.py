@@ -67,16 +67,16 @@ class _Counted:
         self.seconds = 0.0
         self._inner: list[tuple[float, float]] = []  # spans that a later one may hold
 
-    def span(self, event: str, start: float, end: float, **_) -> None:
+    def span(self, event: str, start_time: float, end_time: float, **_) -> None:
         """A step of a compilation, told when it ends."""
         if event not in (_TRACED, _LOWERED, _COMPILED):
             return
         self.ready += event == _COMPILED
-        while self._inner and self._inner[-1][0] >= start:
+        while self._inner and self._inner[-1][0] >= start_time:
             inner = self._inner.pop()
             self.seconds -= inner[1] - inner[0]
-        self._inner.append((start, end))
-        self.seconds += end - start
+        self._inner.append((start_time, end_time))
+        self.seconds += end_time - start_time
 
     def event(self, event: str, **_) -> None:
         """Something that happened."""

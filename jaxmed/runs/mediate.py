@@ -32,8 +32,8 @@ from jaxmed.question.question import Question, sizes
 from jaxmed.question.question import check as check_pair
 from jaxmed.question.sites import SITES, group_count
 from jaxmed.report import mediation
+from jaxmed.runs import compilation, loading, sweep
 from jaxmed.runs import costs as costs_lib
-from jaxmed.runs import loading, sweep
 from jaxmed.runs import settings as settings_lib
 from jaxmed.runs.settings import setting
 from jaxmed.runs.skipping import Skipped
@@ -576,8 +576,11 @@ def _scan(asked: MediateRun, results: Results, selection: screening.Selection | 
         )
         for block in todo
     }
+    forecast, compiled = None, compilation.so_far()
     if asked.progress:
-        _announce(asked, results, len(left), _by_granularity(costs), chosen)
+        about = (question.positions.value, question.metric.name, question.group_size)
+        forecast = costs_lib.Forecast(asked.decoder, about)
+        _announce(asked, results, len(left), _by_granularity(costs), chosen, forecast)
     began, to_come = time.time(), dict(costs)
 
     def commit(block: Block, found: list[effects.PairEffects]) -> None:
@@ -594,6 +597,10 @@ def _scan(asked: MediateRun, results: Results, selection: screening.Selection | 
             if told and asked.progress:
                 say(told)
 
+    def done(block: Block, seconds: float) -> None:
+        if forecast:
+            forecast.add(block.granularity, costs[block], seconds)
+
     sweep.run(
         todo,
         of_pairs.effects,
@@ -601,8 +608,11 @@ def _scan(asked: MediateRun, results: Results, selection: screening.Selection | 
         name="block",
         unit="block",
         costs=costs,
+        on_done=done,
         progress=asked.progress,
     )
+    if forecast:
+        say(forecast.keep(compilation.so_far().since(compiled)))
 
 
 def _blocks(asked: MediateRun, results: Results, of_pairs: scan.Scan) -> list[Block]:
@@ -649,6 +659,7 @@ def _announce(
     todo: int,
     operations: dict[str, float],
     chosen: dict[str, np.ndarray],
+    forecast: costs_lib.Forecast,
 ) -> None:
     """Says what the run will cost, and how to leave out what costs most.
 
@@ -657,6 +668,7 @@ def _announce(
         todo: pairs to be scanned.
         operations: floating-point operations of their scan, by granularity.
         chosen: by granularity, the units that are computed; all of the others.
+        forecast: what they are expected to take.
     """
     settings, pairs = asked.settings, asked.pairs
     joint = settings.joint_size * sum(
@@ -672,7 +684,7 @@ def _announce(
         f"{todo} pairs, at most {sum(units.values()):,} units each, by both estimands: "
         f"{total:.2e} floating-point operations"
         + (f", and at most {joint:.2e} for the joint set" if joint else "")
-        + f". {costs_lib.least_time(total, asked.decoder)}"
+        + f". {forecast.told(operations)}"
     )
     if len(operations) > 1 and total:
         asked.say(costs_lib.shares(operations, units))

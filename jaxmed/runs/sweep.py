@@ -4,6 +4,7 @@ A run that is stopped loses the unit that it was at, and goes on with those that
 """
 
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -47,7 +48,8 @@ class _Bar(tqdm.tqdm):
         compiling = compilation.so_far().since(self._before).seconds
         working = found["elapsed"] - compiling
         told = f", {self.format_interval(compiling)} of it compiling" if compiling >= 1 else ""
-        return found | {"compiling": told, "rate": self.n / working if working > 0 else None}
+        rate = self.n / working if working > 0 else None
+        return {**found, "compiling": told, "rate": rate}
 
 
 def run(
@@ -58,6 +60,7 @@ def run(
     name: str,
     unit: str = "pair",
     costs: Mapping[Unit, float] | None = None,
+    on_done: Callable[[Unit, float], None] = lambda unit, seconds: None,
     progress: bool = True,
 ) -> None:
     """Computes and commits what the store lacks, with a progress bar.
@@ -70,6 +73,7 @@ def run(
         unit: what a unit is called.
         costs: of each unit, so that the time left is honest where they differ; `compute` tells
             how far it is. Without them the bar counts units.
+        on_done: told of each unit, and of the seconds that it took beside compilation.
         progress: show the bar.
     """
     total = len(units) if costs is None else sum(costs[each] for each in units)
@@ -82,6 +86,10 @@ def run(
         for number, each in enumerate(units, start=1):
             if costs is not None:
                 bar.set_description(f"{unit} {number}/{len(units)}")
-            commit(each, compute(each, advance))
+            began, compiled = time.monotonic(), compilation.so_far()
+            found = compute(each, advance)
+            compiling = compilation.so_far().since(compiled).seconds
+            on_done(each, time.monotonic() - began - compiling)
+            commit(each, found)
             if costs is None:
                 bar.update(1)

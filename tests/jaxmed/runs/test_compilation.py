@@ -37,6 +37,27 @@ def test_what_is_told():
     )
 
 
+def test_a_unit_is_told_with_its_seconds_beside_compilation(monkeypatch):
+    now, compiled = [0.0], [0.0]
+    monkeypatch.setattr(sweep.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(compilation, "so_far", lambda: Compilation(seconds=compiled[0]))
+
+    def compute(unit, advance):
+        now[0] += 10 + unit
+        compiled[0] += 8
+
+    done = []
+    sweep.run(
+        [1, 2],
+        compute,
+        lambda unit, found: None,
+        name="unit",
+        on_done=lambda *told: done.append(told),
+        progress=False,
+    )
+    assert done == [(1, 3.0), (2, 4.0)]
+
+
 def test_the_time_to_go_is_by_the_work_and_not_by_compilation(monkeypatch):
     """Half of the work took 10 s, the compilation before it 90."""
     taken = iter([Compilation(), *[Compilation(seconds=90.0)] * 9])

@@ -4,8 +4,11 @@ import dataclasses
 
 import pytest
 
+from jaxmed.engine import rates
 from jaxmed.runs import costs, mediate
+from jaxmed.runs.compilation import Compilation
 from jaxmed.runs.mediate import MediateSettings
+from tests import tiny
 
 OPERATIONS = {"layer": 1e9, "token": 8e11, "neuron": 1.99e11}
 UNITS = {"layer": 30, "token": 4320, "neuron": 46080}
@@ -27,6 +30,41 @@ def test_the_time_left_is_at_the_first_blocks_pace():
         "The first blocks of pairs took 60 seconds, compilation included; at that pace the others "
         "take 10 minutes: token 8 minutes, neuron 119 seconds"
     )
+
+
+@pytest.fixture
+def forecast(monkeypatch, tmp_path):
+    """Forecasts of one question or another, on a machine whose products make 1e9 operations a
+    second."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(rates, "operations_per_second", lambda decoder: 1e9)
+    decoder = tiny.decoder("llama")
+    return lambda *asked: costs.Forecast(decoder, asked or ("last", "logit_diff", 1))
+
+
+def test_a_first_scan_is_told_by_what_others_came_to(forecast):
+    told = forecast().told({"neuron": 8e9, "layer": 1e9})
+    assert "Going by the 1.0e+09 a second of this machine's matrix products in float32, " in told
+    assert "about 20 seconds, and compilation beside: some seconds" in told
+
+
+def test_the_next_scan_is_told_by_the_last_one(forecast):
+    first = forecast()
+    first.add("layer", 1e9, 15.0)
+    first.add("layer", 1e9, 5.0)
+    first.add("neuron", 1e9, 2.0)
+    taken = first.keep(Compilation(programs=9, cached=1, seconds=12.0))
+    assert taken == "It took 22 seconds, and 12 seconds of compilation"
+    second = forecast()
+    told = second.told({"layer": 1e9, "neuron": 3e9})
+    assert "last such scan, this takes about 16 seconds, and less than the 12 seconds" in told
+    second.add("layer", 1e9, 20.0)
+    second.add("neuron", 1e9, 4.0)
+    second.keep(Compilation(programs=0, cached=10, seconds=1.5))
+    told = forecast().told({"layer": 1e9, "neuron": 3e9})
+    assert "about 32 seconds, and 1.5 seconds for programs that come from the cache" in told
+    # Another question is another scan.
+    assert forecast("prompt", "logit_diff", 1).seconds({"neuron": 8e8}) == pytest.approx(1)
 
 
 def test_a_short_time_is_not_told():
