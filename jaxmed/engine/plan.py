@@ -6,6 +6,7 @@ Everything here is known before a model is run.
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 
+import jax
 import numpy as np
 
 from jaxmed.data.pairs import Pair
@@ -18,6 +19,7 @@ from jaxmed.question.positions import Edited, Positions
 from jaxmed.question.question import Question
 from jaxmed.question.sites import SITES
 from models.config import DecoderConfig
+from models.shapes import AnyArray
 from models.sites import Site
 
 # The position of a unit that is edited at every edited position, and of one that is at none.
@@ -30,6 +32,7 @@ _LENGTHS, _LENGTHS_OF_MANY = 2, 8
 _MANY = 2048  # units
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Units:
     """Units of one site, flattened; each is patched alone.
@@ -41,9 +44,9 @@ class Units:
             Of several runs at once, [R, U]; -2 in a run that has no such unit.
     """
 
-    layers: np.ndarray
-    units: np.ndarray
-    positions: np.ndarray
+    layers: AnyArray
+    units: AnyArray
+    positions: AnyArray
 
     def __len__(self) -> int:
         return len(self.layers)

@@ -256,12 +256,16 @@ class Scan:
             enter = self._enter(captured.traces, works, units, base, source)
             if works[0].vectors is not None:
                 units = units.numbered()
+            chunks = units.chunks(sizes.batches, sizes.rows, padding_layer=config.num_layers)
+            # On the device before the first is begun, so that none waits for the host.
+            parts = jax.device_put(
+                [(part, plan.stage(config, works[0].site, part.layers)) for part in chunks]
+            )
             found = []
-            for part in units.chunks(sizes.batches, sizes.rows, padding_layer=config.num_layers):
+            for part, stages in parts:
                 entering = enter(part)
                 if self._rotation is not None:
                     entering = entering @ self._rotation.astype(entering.dtype)
-                stages = plan.stage(config, works[0].site, part.layers)
                 differences = runs_lib.carry(decoder, frames, stages, entering, to_carry)
                 y = runs_lib.read_changes(
                     *(decoder, frames, stages, differences, readings),
