@@ -100,7 +100,7 @@ Rule = Callable[[Policy, core.JaxprEqn, list, list], tuple[list, list]]
 
 # Of a function whose first argument changes: from that argument, its difference and the other
 # arguments to the function's output and its difference.
-NamedRule = Callable[..., tuple[Array, Array]]
+NamedRule = Callable[..., tuple[Value, Value]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1092,7 +1092,7 @@ def inverse_rms(
     return lax.rsqrt(mean_square), _rsqrt_change(mean_square, changed, change)
 
 
-def silu(a: Value, d: Value) -> tuple[Array, Array]:
+def silu(a: Value, d: Value) -> tuple[Value, Value]:
     """The rule of a s(a); s(a + d) is known to its own rounding even where it all but vanishes."""
     s_a = lax.logistic(a)
     s_b, _ = _logistic_pair(a + d)

@@ -104,7 +104,11 @@ def _widens(equation: core.JaxprEqn) -> bool:
     if equation.primitive.name != "convert_element_type":
         return False
     (narrow,), (wide,) = equation.invars, equation.outvars
-    return wide.aval.dtype.itemsize > narrow.aval.dtype.itemsize
+    return _bytes(wide) > _bytes(narrow)
+
+
+def _bytes(variable) -> int:
+    return variable.aval.dtype.itemsize
 
 
 def _widened_again(x, steps: list[_Step]):

@@ -109,7 +109,7 @@ class Work:
     start: int
     size: int
     needed: np.ndarray
-    place: tuple[np.ndarray, ...]
+    place: tuple[AnyArray, ...]
     vectors: np.ndarray | None = None
 
     def only(self, chosen: np.ndarray) -> "Work":
@@ -215,19 +215,21 @@ def _span(first: int, last: int, lengths: int, smallest: int = 1) -> tuple[int, 
     return max(0, last + 1 - size), size
 
 
-def reader(config: DecoderConfig, layer: np.ndarray) -> np.ndarray:
+def reader(config: DecoderConfig, layer: AnyArray) -> np.ndarray:
     """The stage at which a layer's MLP reads the residual stream; past the last one for a layer
     that does not exist."""
+    layer = np.asarray(layer)
     reads = 2 * layer + (0 if config.parallel else 1)
     return np.where(layer < config.num_layers, reads, 2 * config.num_layers + 1)
 
 
-def stage(config: DecoderConfig, site: Site, layer: np.ndarray) -> np.ndarray:
+def stage(config: DecoderConfig, site: Site, layer: AnyArray) -> np.ndarray:
     """Where in the network a site's write joins the residual stream.
 
     Stage 2 l is the input of block l, stage 2 l + 1 lies between its attention and its MLP (there
     is none where the two are parallel), stage 2 L is the output of the last block.
     """
+    layer = np.asarray(layer)
     if site == Site.EMBEDDING:
         return 2 * layer
     before_mlp = site in (Site.ATTENTION, Site.HEAD) and not config.parallel

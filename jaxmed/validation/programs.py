@@ -328,27 +328,27 @@ def of_joint_sets(record: Recorder, decoder: Decoder, pair: Pair, question: Ques
         *(decoder, trace),
     )
     dtype = decoder.compute_dtype
-    forced = propagate.Forced(
-        change=jax.ShapeDtypeStruct((config.num_layers, size, config.intermediate_size), dtype),
-        edited=jax.ShapeDtypeStruct((size,), bool),
-        members=jax.ShapeDtypeStruct((1, 2, config.num_layers, config.intermediate_size), bool),
-    )
+    change = jax.ShapeDtypeStruct((config.num_layers, size, config.intermediate_size), dtype)
+    members = np.zeros((1, 2, config.num_layers, config.intermediate_size), bool)
+    forced = change, np.zeros(size, bool), members
     stages = plan.reader(config, np.zeros((1, 2), np.int32))
     what = "2 sets of neurons"
     carried = record(
         what,
-        propagate.carry,
+        lambda decoder, frame, stages, entering, blocks, *forced: propagate.carry(
+            decoder, frame, stages, entering, blocks, propagate.Forced(*forced)
+        ),
         *(decoder, frame, stages, np.zeros((1, size, 2, config.hidden_size), dtype)),
-        *(propagate.blocks_to_carry(config, size, term.reading), forced),
+        *(propagate.blocks_to_carry(config, size, term.reading), *forced),
     )
     record(
         what,
-        lambda decoder, frame, stages, carried, reading, last, forced: propagate.read_changes(
+        lambda decoder, frame, stages, carried, reading, last, *forced: propagate.read_changes(
             *(decoder, frame, stages, carried, reading, last),
-            *(question.metric, term.whole_vocabulary, forced),
+            *(question.metric, term.whole_vocabulary, propagate.Forced(*forced)),
         ),
         *(decoder, frame, stages, carried, term.reading),
-        *(len(pair.prompt_ids) - 1 - work.start, forced),
+        *(len(pair.prompt_ids) - 1 - work.start, *forced),
     )
 
 
