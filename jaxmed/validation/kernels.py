@@ -208,7 +208,9 @@ def _events(plane: Any) -> Iterator[_Event]:
             )
             while under_way and under_way[-1].end <= one.start:
                 under_way.pop()
-            if under_way:
+            # One that is still at it when the next begins holds it only if it ends after it: a GPU
+            # begins a kernel while the one before comes to its end.
+            if under_way and one.end <= under_way[-1].end:
                 under_way[-1].own -= one.own
             under_way.append(one)
             yield one

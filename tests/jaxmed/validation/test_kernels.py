@@ -83,6 +83,23 @@ def test_a_gpu_has_its_kernels_on_streams_and_idles_between_them():
     assert found.kernel_seconds == pytest.approx(0.013)
 
 
+def test_a_kernel_that_begins_before_another_ends_is_not_inside_of_it():
+    """As on a GPU, which prepares the next while the last blocks of one are computed."""
+    stream = {
+        "Stream #13(Compute)": [
+            ("sm90_gemm", 0, 4, "jit_carry", "fusion.3"),
+            ("loop_add_fusion", 3, 4, "jit_carry", "call"),
+            ("sm90_gemm", 6, 4, "jit_carry", "fusion.3"),
+        ],
+    }
+    found = read(plane("/device:GPU:0", stream))
+    assert told(found) == [
+        ("carry", "attend/multiplied", "dot_general", "sm90_gemm", 2, 8),
+        ("carry", "feed", "add", "loop_add_fusion", 1, 4),
+    ]
+    assert found.busy_seconds == pytest.approx(0.01)
+
+
 def test_a_tpu_has_whole_instructions_inside_each_other():
     lines = {
         "XLA Modules": [("jit_carry", 0, 10)],
