@@ -154,7 +154,7 @@ def test_a_smaller_batch_changes_nothing_but_rounding():
     assert worst(small, whole) <= 1e-5
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", tiny.costly_families())
 def test_a_batch_leaves_the_prefix_unbatched(family):
     """Under `vmap` only scores have both the batch's and the prefix's length."""
     decoder, start, size, batch = tiny.decoder(family), 7, 3, 13
@@ -185,7 +185,7 @@ def test_a_batch_leaves_the_prefix_unbatched(family):
 
 
 @pytest.mark.parametrize("precision", ["float32", "split2"])
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", tiny.costly_families())
 def test_no_product_of_the_base_run_is_in_the_loop_over_batches(family, precision):
     """Neither where differences are carried nor where they are read, of a few tokens or of all."""
     decoder = tiny.decoder(family).at_precision(precision)
