@@ -213,5 +213,5 @@ def test_in_parts_every_product_with_a_weight_takes_bfloat16():
     assert len(of_weights) == 7 + 1  # seven in a block, one in the unembedding
     assert all(values.shape[0] == 3 for values, _ in of_weights)  # each with all three parts
     assert all(one.dtype == jnp.bfloat16 for pair in of_weights for one in pair)
-    # Scores and values.
-    assert len(operands) - len(of_weights) == 2
+    # Scores and values, each also of the keys before, of which there are none.
+    assert len(operands) - len(of_weights) == 4

@@ -285,13 +285,10 @@ def test_in_parts_weights_are_made_ready_outside_the_loop_over_batches(dtype, pr
             of_weights += 1
             assert [v.aval.dtype.name for v in equation.invars] == ["bfloat16"] * 2
             assert equation.outvars[0].aval.dtype == jnp.float32
-    parts = {"bfloat16": 1, "split2": 2, "split3": 3}
-    if platform == "gpu":  # One product along all parts.
-        assert of_weights == 7
-    elif dtype == "bfloat16":
-        assert of_weights == parts[precision] * 7
-    else:  # Pairs of parts of a difference and of a weight.
-        assert of_weights == {1: 1, 2: 3, 3: 6}[parts[precision]] * 7
+    # On a GPU one product along all parts; on a CPU one for each part of a weight.
+    parts = {"bfloat16": 1, "split2": 2, "split3": 3}[precision]
+    of_each = 1 if platform == "gpu" or dtype == "bfloat16" else parts
+    assert of_weights == of_each * 7
 
 
 # Of the largest effect: rounding of differences to so many bits, through three layers.
@@ -444,7 +441,7 @@ def test_two_compilations_serve_all_layers_and_granularities():
     before = runs.carry._cache_size()
     scan.scan_pair(decoder, pair(12, 12), question, ["layer", "module", "head", "neuron"])
     assert runs.carry._cache_size() <= before + 2
-    scan.scan_pair(decoder, pair(14, 14, seed=1), question, ["layer", "module", "head", "neuron"])
+    scan.scan_pair(decoder, pair(11, 11, seed=1), question, ["layer", "module", "head", "neuron"])
     assert runs.carry._cache_size() <= before + 2
 
 

@@ -59,7 +59,7 @@ def test_many_rows_are_generated_in_each_precision_and_rivals_once(told, monkeyp
 
 
 def test_lists_are_measured_in_each_precision(told, monkeypatch):
-    one = ListSpeed("layer", "last", 2.0, 1.0, 10.0, 10.0)
+    one = ListSpeed("layer", "last", 2.0, 1.0, 10.0, 12.0, 10.0)
     measure = Measured(ListFigures("small", "cpu", "float32", "", 1, 6, (one,), 1))
     monkeypatch.setattr(lists, "measure", measure)
     asked = {"lists": True, "layers": 2, "rounds": 3, "matmul_precision": ("split2", "bfloat16")}

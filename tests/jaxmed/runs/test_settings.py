@@ -124,6 +124,6 @@ ALL = [
 
 @pytest.mark.parametrize("kind", ALL)
 def test_every_setting_that_is_a_path_is_known_to_be_one(kind):
-    named = PATHS | ({"organism"} if kind is BenchmarkSettings else set())
+    named = PATHS | ({"organism", "profile"} if kind is BenchmarkSettings else set())
     for field in dataclasses.fields(kind):
         assert settings_lib.about_field(field).path == (field.name in named), field.name
