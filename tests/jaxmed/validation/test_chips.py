@@ -106,7 +106,7 @@ def test_all_programs_compile(family, topology):
         assert not [program for program in figures.programs if program.error]
         names = {program.name for program in figures.programs}
         assert names >= {"capture", "frame", "enter", "enter_directions", "carry", "read_changes"}
-        assert names >= {"unit_slopes", "prefill", "decode"}
+        assert names >= {"unit_slopes", "fill", "advance"}
         assert [half.name for half in figures.halves] == (
             ["block"] if family == "gpt_neox" else ["attention", "MLP"]
         )
