@@ -23,7 +23,7 @@ _FEWEST = 16
 
 def padded_length(tokens: Sequence[int]) -> int:
     """The length that a sequence is padded to: that of its bucket."""
-    return capture.bucket(len(tokens), capture.SHORTEST)
+    return capture.run_length(len(tokens))
 
 
 def room_for(tokens: int) -> int:

@@ -47,9 +47,14 @@ def bucket(length: int, smallest: int = 1) -> int:
     return max(smallest, 1 << (length - 1).bit_length())
 
 
+def run_length(length: int) -> int:
+    """The padded length of a run of so many tokens."""
+    return bucket(length, SHORTEST)
+
+
 def prefix_length(start: int) -> int:
     """The padded length of the prefix of a span that begins there."""
-    return bucket(start, SHORTEST) if start else 0
+    return run_length(start) if start else 0
 
 
 def capture(
@@ -72,7 +77,7 @@ def pad(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Tokens padded on the right to a bucket's length, which of them are no padding, and their
     branches if they have any, [N]."""
-    length = bucket(len(tokens), SHORTEST)
+    length = run_length(len(tokens))
 
     def padded(numbers: tuple[int, ...]) -> np.ndarray:
         return np.pad(np.array(numbers, np.int32), (0, length - len(numbers)))

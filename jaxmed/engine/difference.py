@@ -209,7 +209,7 @@ def _propagate(policy: Policy, jaxpr: core.Jaxpr, consts, values, changes) -> tu
         operands = [read(atom) for atom in equation.invars]
         inputs, input_changes = [o[0] for o in operands], [o[1] for o in operands]
         if all(change is None for change in input_changes):
-            outputs = _evaluate(equation, inputs)
+            outputs = evaluate(equation, inputs)
             output_changes = [None] * len(outputs)
         else:
             rule = _rule(policy, equation, inputs, input_changes)
@@ -259,7 +259,7 @@ def _as_a_whole(named: Several) -> Rule:
     return rule
 
 
-def _evaluate(equation, inputs, **params) -> list:
+def evaluate(equation, inputs, **params) -> list:
     """The primitive's plain outputs, always as a list; `params` take the place of its own."""
     primitive = equation.primitive
     outputs = primitive.bind(*inputs, **primitive.get_bind_params(equation.params | params))
@@ -291,8 +291,8 @@ def _subtracted(after, before):
 
 def _direct(policy, equation, inputs, changes):
     """The primitive on both sides, subtracted."""
-    outputs = _evaluate(equation, inputs)
-    after = _evaluate(equation, list(map(_changed, inputs, changes)))
+    outputs = evaluate(equation, inputs)
+    after = evaluate(equation, list(map(_changed, inputs, changes)))
     return outputs, list(map(_subtracted, after, outputs))
 
 
@@ -307,17 +307,17 @@ def _linear(*names: str, **params) -> None:
     """
 
     def rule(policy, equation, inputs, changes):
-        outputs = _evaluate(equation, inputs)
+        outputs = evaluate(equation, inputs)
         if all(map(_is_discrete, outputs)):
             return _direct(policy, equation, inputs, changes)
         pairs = list(zip(inputs, changes, strict=True))
         terms = []
         if any(_is_discrete(x) and d is not None for x, d in pairs):
             moved = [_dense(x, d) if _is_discrete(x) else x for x, d in pairs]
-            after = _evaluate(equation, moved)
+            after = evaluate(equation, moved)
             terms.append([a - o for a, o in zip(after, outputs, strict=True)])
         if any(not _is_discrete(x) and d is not None for x, d in pairs):
-            terms.append(_evaluate(equation, [_dense(x, d) for x, d in pairs], **params))
+            terms.append(evaluate(equation, [_dense(x, d) for x, d in pairs], **params))
         return outputs, [sum(parts[1:], parts[0]) for parts in zip(*terms, strict=True)]
 
     _RULES.update(dict.fromkeys(names, rule))
@@ -334,7 +334,7 @@ _linear("gather", fill_value=0)
 
 
 def _optimization_barrier(policy, equation, inputs, changes):
-    outputs = _evaluate(equation, inputs)
+    outputs = evaluate(equation, inputs)
     held = iter(lax.optimization_barrier([d for d in changes if d is not None]))
     return outputs, [None if d is None else next(held) for d in changes]
 
@@ -366,10 +366,10 @@ _TAKES_DISCRETE.add("select_n")
 
 def _sort(policy, equation, inputs, changes):
     """Values and differences are carried along with the sorted changed operands."""
-    outputs = _evaluate(equation, inputs)
+    outputs = evaluate(equation, inputs)
     count = len(inputs)
     carried = [*map(_changed, inputs, changes), *inputs, *map(_dense, inputs, changes)]
-    permuted = _evaluate(equation, carried)
+    permuted = evaluate(equation, carried)
     after, values, differences = permuted[:count], permuted[count : 2 * count], permuted[-count:]
     return outputs, [
         a if _is_discrete(o) else (v - o) + d
@@ -392,7 +392,7 @@ def _comparison(name: str, compare: Callable) -> None:
         exact = compare(gap, _or_0(db) - _or_0(da))
         # Equal infinities have no gap.
         after = jnp.where(jnp.isnan(gap), compare(_changed(a, da), _changed(b, db)), exact)
-        return _evaluate(equation, inputs), [after]
+        return evaluate(equation, inputs), [after]
 
     _RULES[name] = rule
     _TAKES_DISCRETE.add(name)
@@ -552,10 +552,10 @@ def _while(policy, equation, inputs, changes):
     if not _which_change(policy, predicate, [*_change_mask(cond_changes), *changing])[0]:
         return lax.while_loop(lambda state: ask(state)[0], step, state)
 
-    outputs = _evaluate(equation, inputs)
+    outputs = evaluate(equation, inputs)
     values, differences = lax.while_loop(lambda state: operator.and_(*ask(state)), step, state)
     moved = list(map(_changed, values, differences))
-    after = _evaluate(
+    after = evaluate(
         equation,
         [
             *map(_changed, cond_constants, cond_changes),
@@ -589,7 +589,7 @@ def _cond(policy, equation, inputs, changes):
     )
     if new_index is None:
         return outputs, output_changes
-    after = _evaluate(equation, [new_index, *map(_changed, operands, operand_changes)])
+    after = evaluate(equation, [new_index, *map(_changed, operands, operand_changes)])
     return outputs, [
         jnp.where(index == new_index, _dense(output, d), _subtracted(a, output))
         for output, d, a in zip(outputs, output_changes, after, strict=True)
@@ -611,7 +611,7 @@ def _elementwise(name: str):
 
     def register(change: Callable) -> Callable:
         def rule(policy, equation, inputs, changes):
-            (output,) = _evaluate(equation, inputs)
+            (output,) = evaluate(equation, inputs)
             found = change(equation.params, output, *inputs, *changes)
             return [output], [jnp.broadcast_to(found, output.shape)]
 
@@ -649,7 +649,7 @@ def _multiplied(a, b, da, db):
 
 def _dot_general(policy, equation, inputs, changes):
     def product(a, b):
-        return _evaluate(equation, [a, b])[0]
+        return evaluate(equation, [a, b])[0]
 
     return [product(*inputs)], [_product_change(product, *inputs, *changes)]
 
@@ -934,7 +934,7 @@ def _extreme(name: str, reduce: Callable) -> None:
     """max(a + d) - max(a) is the maximum of (a - max(a)) + d, which is exact where it is d."""
 
     def rule(policy, equation, inputs, changes):
-        (output,), (a,), (d,) = _evaluate(equation, inputs), inputs, changes
+        (output,), (a,), (d,) = evaluate(equation, inputs), inputs, changes
         axes = equation.params["axes"]
         extreme = jnp.expand_dims(output, axes)
         below = jnp.where(a == extreme, 0, a - extreme)
@@ -955,7 +955,7 @@ def _cumulative(name: str, combine: Callable) -> None:
 
     def rule(policy, equation, inputs, changes):
         change = _accumulated(combine, inputs[0], changes[0], **equation.params)
-        return _evaluate(equation, inputs), [change]
+        return evaluate(equation, inputs), [change]
 
     _RULES[name] = rule
 
@@ -994,7 +994,7 @@ def _reduce_prod(policy, equation, inputs, changes):
         return moved.reshape(*moved.shape[:kept], -1)
 
     change = _accumulated(_product_step, flat(inputs[0]), flat(changes[0]), kept, reverse=False)
-    return _evaluate(equation, inputs), [change[..., -1]]
+    return evaluate(equation, inputs), [change[..., -1]]
 
 
 _RULES["reduce_prod"] = _reduce_prod

@@ -11,6 +11,8 @@ import jax
 from jax.extend import core
 from jaxtyping import PyTree
 
+from jaxmed.engine.difference import evaluate
+
 
 def hoisted(f: Callable[[PyTree], PyTree], argument: PyTree) -> Callable[[PyTree], PyTree]:
     """f, with what does not depend on its argument computed now.
@@ -38,7 +40,7 @@ def hoisted(f: Callable[[PyTree], PyTree], argument: PyTree) -> Callable[[PyTree
             return [values[x] if isinstance(x, _Later) else _value(x) for x in atoms]
 
         for step in steps:
-            found = _evaluated(step.equation, read(step.inputs))
+            found = evaluate(step.equation, read(step.inputs))
             values.update(zip(step.outputs, found, strict=True))
         return jax.tree.unflatten(jax.tree.structure(given), read(results))
 
@@ -83,7 +85,7 @@ def _divide(jaxpr: core.Jaxpr, consts, inputs: Sequence, steps: list[_Step]) -> 
     for equation in jaxpr.eqns:
         operands = read(equation.invars)
         if not any(isinstance(x, _Later) for x in operands):
-            found = _evaluated(equation, list(map(_value, operands)))
+            found = evaluate(equation, list(map(_value, operands)))
             if _widens(equation):
                 found = [_Widened(found[0], equation, _value(operands[0]))]
         elif inner := _called(equation):
@@ -127,9 +129,3 @@ def _called(equation: core.JaxprEqn) -> core.ClosedJaxpr | None:
     """The jaxpr that an equation calls, if it does nothing else."""
     parameter = _CALLS.get(equation.primitive.name)
     return None if parameter is None else equation.params[parameter]
-
-
-def _evaluated(equation: core.JaxprEqn, inputs: Sequence) -> list:
-    primitive = equation.primitive
-    outputs = primitive.bind(*inputs, **primitive.get_bind_params(equation.params))
-    return list(outputs) if primitive.multiple_results else [outputs]

@@ -389,15 +389,13 @@ def read_changes(
     ended = _at_the_end(decoder, frame, stages, differences, rows, forced)
     live = jnp.sum(jnp.min(stages, axis=1) <= 2 * decoder.config.num_layers)
 
-    def in_batches(change: Callable, changes: Float[Array, "n *R B"] | None, shape: tuple):
+    def in_batches(change: Callable, shape: tuple, *others: Float[Array, "n *R B"]):
         """The change of each batch, from those of its rows and what else has changed in it."""
+        in_axes = (1, *[-1] * len(others))
 
         def run_batch(index, found):
-            moved = ended[index]
-            if changes is None:
-                batch = jax.vmap(change, in_axes=1, out_axes=-1)(moved)
-            else:
-                batch = jax.vmap(change, in_axes=(1, -1), out_axes=-1)(moved, changes[index])
+            moved = ended[index], *(other[index] for other in others)
+            batch = jax.vmap(change, in_axes, out_axes=-1)(*moved)
             return jax.lax.dynamic_update_index_in_dim(found, batch, index, axis=0)
 
         return jax.lax.fori_loop(0, live, run_batch, jnp.zeros(shape, differences.dtype))
@@ -407,7 +405,7 @@ def read_changes(
         def y(x):
             return _value(metric, _RowLogits(decoder, x), reading)
 
-        return in_batches(change_of(decoder, y, base), None, stages.shape)
+        return in_batches(change_of(decoder, y, base), stages.shape)
 
     # Chunk by chunk of the vocabulary: its weights and base logits serve all batches.
     def with_chunk(state, start):
@@ -417,7 +415,7 @@ def read_changes(
             return _RowLogits(decoder, x).add_chunk(total, start)
 
         change = change_of(decoder, added, base, total)
-        changes = in_batches(change, changes, changes.shape)
+        changes = in_batches(change, changes.shape, changes)
         return (added(base, total), changes), None
 
     def y_of_both(x, total):
@@ -429,7 +427,7 @@ def read_changes(
         with_chunk, (nothing, unchanged), _chunk_starts(decoder.config)
     )
     change = change_of(decoder, y_of_both, base, total)
-    return in_batches(change, changes, stages.shape)
+    return in_batches(change, stages.shape, changes)
 
 
 def _at_the_end(

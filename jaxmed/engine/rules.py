@@ -112,8 +112,8 @@ def _weighted_sum(
         d = d - c
         return exp_change(p, jnp.exp(log_p + d), d)
 
-    total = over_keys(jnp.sum, jnp.add, weight_change)
     earlier_t, t = (weight_change(*part) for part in parts)
+    total = jnp.sum(earlier_t, -1, keepdims=True) + jnp.sum(t, -1, keepdims=True)
 
     p_now = p[..., before:]
     output = sums_of(p_now, values) + sums_of(p[..., :before], earlier_values)

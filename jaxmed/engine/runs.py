@@ -80,7 +80,7 @@ def captured(decoder: Decoder, pairs: Sequence[Pair], question: Question) -> Cap
     places: dict[_Tokens, int] = {}
     for _, _, term, prompt in asked:
         places.setdefault(_tokens(prompt, term), len(places))
-    length = capture_lib.bucket(max(len(run) for run, _ in places), capture_lib.SHORTEST)
+    length = capture_lib.run_length(max(len(run) for run, _ in places))
     # As many for every block of so many pairs, so that one compilation serves all.
     count = capture_lib.bucket(len(asked))
     tokens, branches = np.zeros((2, count, length), np.int32)

@@ -166,7 +166,7 @@ def of_scan(
     """
     terms = cost.runs(decoder.config, pair, question)
     count, length = 2 * len(terms), len(pair.prompt_ids) + max(len(t.response) for t in terms)
-    length = capture.bucket(length, capture.SHORTEST)
+    length = capture.run_length(length)
     at_once = min(count, cost.captured_at_once(length, decoder.products.platform))
     tokens = np.zeros((count, length), np.int32)
     branches = tokens if any(term.branches for term in terms) else None
