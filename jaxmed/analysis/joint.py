@@ -64,17 +64,11 @@ def joint_pair(
 def operations(config: DecoderConfig, pair: Pair, question: Question) -> float:
     """Floating-point operations of both estimands of a set, at most: of one that has neurons of the
     first layer."""
-    stage = plan.reader(config, np.zeros(1))
-    return sum(
-        float(
-            np.sum(
-                cost.unit_operations(
-                    config, stage, work.start + work.size - work.needed, work.needed, term
-                )
-            )
-        )
-        for term, work in cost.works(config, pair, question, ["neuron"])
-    )
+    total = 0.0
+    for term, work in cost.works(config, pair, question, ["neuron"]):
+        first = plan.reader(config, np.zeros(len(work.units), np.int32))
+        total += float(np.max(cost.needed_operations(config, work, term, first)))
+    return total
 
 
 def _joint_changes(

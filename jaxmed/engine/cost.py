@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from jaxmed.data.pairs import Pair
 from jaxmed.engine import capture, plan
@@ -85,9 +85,19 @@ def works(
                 yield term, work
 
 
-def needed_operations(config: DecoderConfig, work: Work, term: Joined) -> Float[np.ndarray, "U"]:
-    """What each unit needs, in the blocks that follow it and in the metric."""
-    stages = plan.stage(config, work.site, work.units.layers)
+def needed_operations(
+    config: DecoderConfig, work: Work, term: Joined, stages: Int[np.ndarray, "U"] | None = None
+) -> Float[np.ndarray, "U"]:
+    """What each unit needs, in the blocks that follow it and in the metric.
+
+    Args:
+        config: the model.
+        work: what is computed.
+        term: what is read.
+        stages: where the units join the residual stream; by default, where their own writes do.
+    """
+    if stages is None:
+        stages = plan.stage(config, work.site, work.units.layers)
     start = work.start + work.size - work.needed
     return unit_operations(config, stages, start, work.needed, term)
 
@@ -231,7 +241,7 @@ def pairs_of_a_block(
         runs: of each pair.
     """
     number = max(4, np.dtype(dtype).itemsize)
-    each = runs * number * config.num_layers * _trace_numbers(config, _run_size(length))
+    each = runs * number * config.num_layers * _trace_numbers(config, capture.run_length(length))
     most = _PAIRS.get(platform, _PAIRS_ON_ACCELERATORS)
     return _power_of_two(max(1, min(most, int(_CAPTURED * memory // each))))
 
@@ -259,7 +269,7 @@ def _bytes(
     heads, kv = _head_width(config), _kv_width(config)
     weights = sum(block_weights(config))
     # The traces; in each run the change of a site, and the frame, on the span and before it.
-    run = _run_size(work.start + work.size + len(term.response))
+    run = capture.run_length(work.start + work.size + len(term.response))
     site = max(width, heads, hidden)
     kept = captured * _trace_numbers(config, run)
     kept += runs * (
@@ -278,10 +288,6 @@ def _bytes(
     each = max(work.size * position, _reading_numbers(config, term))
     held = 2 * work.size * width
     return number * fixed, number * each, number * held
-
-
-def _run_size(length: int) -> int:
-    return capture.bucket(length, capture.SHORTEST)
 
 
 def _trace_numbers(config: DecoderConfig, run: int) -> int:

@@ -10,6 +10,7 @@ from flax import nnx
 from jaxmed.analysis import circuits, estimands
 from jaxmed.analysis import joint as joint_lib
 from jaxmed.data.pairs import Pair
+from jaxmed.engine import cost
 from jaxmed.question import effects
 from jaxmed.question.metrics import LogitDifference
 from jaxmed.question.question import Question
@@ -284,3 +285,14 @@ def test_scores_rank_the_set_first_in_its_order_then_single_effects():
     assert units == [(1, 1), (0, 0), (0, 1), (1, 0), (0, 2)]
     assert np.isnan(scores[1, 2])
     assert single[1, 1] == 0.3  # the effects themselves are left alone
+
+
+def test_a_set_costs_as_much_as_one_neuron_of_the_first_layer_and_its_mlp():
+    """However many neurons the model has."""
+    config = tiny.config("llama")
+    pair = Pair("0", tuple(range(1, 9)), tuple(range(2, 10)), (3,), (4,))
+    one = np.zeros((config.num_layers, config.intermediate_size), bool)
+    one[0, 0] = True
+    alone = cost.operations(config, pair, QUESTION, ["neuron"], {"neuron": one})
+    mlp = 2 * 2 * 3 * config.hidden_size * config.intermediate_size  # of both estimands
+    assert joint_lib.operations(config, pair, QUESTION) == alone + mlp
