@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmed.data.pairs import Pair
-from jaxmed.engine import capture
+from jaxmed.engine import capture, shard
 from jaxmed.engine.propagate import read
 from jaxmed.engine.scan import Run, pair_effects
 from jaxmed.question import positions, sites
@@ -144,6 +144,34 @@ def unit_slopes(
     compilation serves all. The derivative is taken in s and not in the activations: no gradient
     [L, T, I] is stored.
     """
+
+    def step(decoder, trace, changes, path, steps, reading, last_prompt):
+        return _slopes(
+            *(decoder, trace, changes, path, steps, reading, last_prompt),
+            *(metric, group_size),
+        )
+
+    return shard.over(
+        step,
+        decoder,
+        *(trace, changes, path, steps, reading, last_prompt),
+        given=(shard.WHOLE,) * 6,
+        gives=shard.WHOLE,
+    )
+
+
+def _slopes(
+    decoder: Decoder,
+    trace: Trace,
+    changes: dict[Site, Float[Array, "L T ..."]],
+    path: Float[Array, "T d"],
+    steps: Int[Array, ""] | int,
+    reading: Readings,
+    last_prompt: Int[Array, ""],
+    metric: Metric,
+    group_size: int,
+) -> Float[Array, "L U"]:
+    """`unit_slopes` on one device."""
     at = decoder.span(trace.positions, trace.valid, trace.branches)
     units = {
         Site.NEURON: sites.group_count(decoder.config, group_size),
