@@ -407,21 +407,21 @@ def recorded(asked: Asked, chip: Chip, precision: str) -> Recorder:
             batching=batching,
         )
     if asked.whole:
-        rows = functools.partial(_rows, asked, left)
+        rows = functools.partial(_rows, asked, left, chip.devices)
         programs.of_gradients(record, decoder, pair, question)
         programs.of_joint_sets(record, decoder, pair, question)
         programs.of_answers(record, decoder, pair, rows)
     return record
 
 
-def _rows(asked: Asked, left: int, length: int, room: int) -> int:
+def _rows(asked: Asked, left: int, devices: Devices, length: int, room: int) -> int:
     """Rows of a batch of text, both runs of a divergence in it."""
     if asked.rows:
-        return asked.rows
+        return devices.filled(asked.rows)
     shared = {"length": length, "memory": left, "platform": "tpu"}
     read = cost.rows_at_once(asked.config, "float32", runs=2, **shared)
     answered = cost.answers_at_once(asked.config, "float32", "float32", room=room, **shared)
-    return min(read, answered)
+    return devices.number * min(read, answered)
 
 
 def _memory_left(asked: Asked, decoder: Decoder, chip: Chip) -> int:

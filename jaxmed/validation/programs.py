@@ -397,13 +397,12 @@ def of_answers(
     count = rows(length, room)
     tokens, lengths = np.zeros((count, length), np.int32), np.full(count, len(prompt), np.int32)
     targets = np.zeros((count, room), np.int32)
-    layers, together = (
-        decoder.blocks,
-        cost.prompts_together(length, count, decoder.products.platform),
-    )
-    groups = -(-count // together)
-    prompts = {"tokens": tokens, "lengths": lengths, "count": np.int32(count)}
-    prompts |= {"fresh": np.arange(groups * together, dtype=np.int32)}
+    devices = Devices.of(decoder.mesh).number
+    layers, own = decoder.blocks, count // devices
+    together = cost.prompts_together(length, own, decoder.products.platform)
+    groups = -(-own // together)
+    prompts = {"tokens": tokens, "lengths": lengths, "count": np.full(devices, own, np.int32)}
+    prompts |= {"fresh": np.tile(np.arange(groups * together, dtype=np.int32), (devices, 1))}
     answers = {"lengths": lengths, "seeds": np.zeros(count, np.uint32)}
     answers |= {"choice": Choice.of(Sampling()), "is_stop": np.zeros(config.vocab_size, bool)}
     answers |= dict.fromkeys(("max_tokens", "most_steps", "most_ended"), np.int32(room))
@@ -430,6 +429,8 @@ def of_answers(
         record(f"{what}, {room} new", go_on, decoder, layers, holds, rows_begun, answers)
         for read in (likelihood.response_logprobs, likelihood.response_divergences):
             record(what, read, decoder, holds, tokens, lengths, lengths, targets)
+    if decoder.mesh is not None:
+        return  # A judge has one device.
     record(
         f"{count} rows of {length} tokens",
         judging.answer_log_probabilities,
