@@ -262,15 +262,19 @@ class Decoder(nnx.Module):
         return layers.span(self.config, positions, valid, self.compute_dtype, branches)
 
     def unembed(
-        self, residual: Float[Array, "R d"], tokens: Int[AnyArray, "K"] | None = None
+        self,
+        residual: Float[Array, "R d"],
+        tokens: Int[AnyArray, "K"] | None = None,
+        *,
+        alike: bool = False,
     ) -> Float[Array, "R K"]:
         """Logits of the given tokens (default: all) at rows of the last block's output.
 
-        In a function that runs on each device by itself the tokens are the same on all.
+        In a function that runs on each device by itself, `alike` says that the tokens are the same
+        on all of them, so that no more vectors are gathered than these.
         """
         name = "embedding" if self.unembedding is None else "unembedding"
-        table = getattr(self, name)[...]
-        rows = self._gathered((name,), table if tokens is None else table[tokens])
+        rows = self._vectors(name, tokens, alike)
         hidden = self.final_norm(residual)
         weight = products.ready(rows, self.products, hidden.dtype).swapaxes(-1, -2)
         logits = products.multiplied(hidden, weight, self.products.of_values)
@@ -279,7 +283,7 @@ class Decoder(nnx.Module):
 
     def embed(self, tokens: Tokens, at: Span) -> Residual:
         """What enters the first block."""
-        embedding = products.numbers(self._vectors(tokens)).astype(self.compute_dtype)
+        embedding = products.numbers(self._vectors("embedding", tokens)).astype(self.compute_dtype)
         if self.config.scale_embedding:
             embedding = embedding * self.config.hidden_size**0.5
         if self.positions is not None:
@@ -288,11 +292,11 @@ class Decoder(nnx.Module):
             embedding = embedding + learned.astype(self.compute_dtype)
         return embedding
 
-    def _vectors(self, tokens: Tokens) -> Array:
-        """The tokens' vectors as they are stored; each device may have tokens of its own."""
-        table, path = self.embedding[...], ("embedding",)
-        if path not in dict(self.parts):
-            return table[tokens]
+    def _vectors(self, name: str, tokens: Int[AnyArray, "K"] | None, alike: bool = False) -> Array:
+        """A table's vectors of the tokens, or of all, as they are stored."""
+        table, path = getattr(self, name)[...], (name,)
+        if tokens is None or alike or path not in dict(self.parts):
+            return self._gathered(path, table if tokens is None else table[tokens])
         of_all = jax.lax.all_gather(tokens, placement.MODEL)
         return self._gathered(path, table[of_all])[jax.lax.axis_index(placement.MODEL)]
 

@@ -568,7 +568,7 @@ def _logits(decoder: Decoder, x: Float[Array, "B d"]) -> Float[Array, "B V"]:
 
     def add(number, logits):
         first = jnp.minimum(number * chunk, size - chunk)
-        found = decoder.unembed(x, first + jnp.arange(chunk))
+        found = decoder.unembed(x, first + jnp.arange(chunk), alike=True)
         return lax.dynamic_update_slice_in_dim(logits, found, first, axis=-1)
 
     return lax.fori_loop(0, -(-size // chunk), add, jnp.zeros((len(x), size), x.dtype))

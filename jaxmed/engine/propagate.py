@@ -652,7 +652,7 @@ class _RowLogits:
         """Log-sum-exp over the tokens of a total and those of the chunk that starts there."""
         size = self.decoder.config.vocab_size
         tokens = start + jnp.arange(min(VOCABULARY_CHUNK, size))
-        logits = self.of(jnp.minimum(tokens, size - 1))
+        logits = self.decoder.unembed(self.rows, jnp.minimum(tokens, size - 1), alike=True)
         logits = jnp.where(tokens < size, logits, jnp.finfo(logits.dtype).min / 4)
         both = jnp.stack([total, logsumexp_last_axis(logits)], axis=-1)
         return logsumexp_last_axis(both)

@@ -190,21 +190,7 @@ def of_scan(
         batching: the sizes of batches for a piece of work that is done in so many runs.
     """
     terms = cost.runs(decoder.config, pair, question)
-    devices = Devices.of(decoder.mesh)
-    count = devices.filled(2 * len(terms))
-    length = len(pair.prompt_ids) + max(len(t.response) for t in terms)
-    length = capture.run_length(length)
-    own = count // devices.number
-    at_once = min(own, cost.captured_at_once(length, decoder.products.platform))
-    tokens = np.zeros((count, length), np.int32)
-    branches = tokens if any(term.branches for term in terms) else None
-    traces = record(
-        f"{count} of {length} tokens",
-        lambda decoder, tokens, valid, branches: runs.capture(
-            decoder, tokens, valid, branches, at_once
-        ),
-        *(decoder, tokens, tokens == 0, branches),
-    )
+    traces = _captured(record, decoder, pair, terms)
     for alike in _alike(terms):
         which = np.zeros(2 * len(alike), np.int32)
         record(
@@ -225,6 +211,25 @@ def of_scan(
                 if kind not in seen:
                     seen.add(kind)
                     _of_works(record, decoder, traces, group[0].term, question, works, sizes)
+
+
+def _captured(record: Recorder, decoder: Decoder, pair: Pair, terms: Sequence[Joined]) -> Any:
+    """The runs of both prompts with what is read after them."""
+    devices = Devices.of(decoder.mesh)
+    count = devices.filled(2 * len(terms))
+    length = len(pair.prompt_ids) + max(len(t.response) for t in terms)
+    length = capture.run_length(length)
+    own = count // devices.number
+    at_once = min(own, cost.captured_at_once(length, decoder.products.platform))
+    tokens = np.zeros((count, length), np.int32)
+    branches = tokens if any(term.branches for term in terms) else None
+    return record(
+        f"{count} of {length} tokens",
+        lambda decoder, tokens, valid, branches: runs.capture(
+            decoder, tokens, valid, branches, at_once
+        ),
+        *(decoder, tokens, tokens == 0, branches),
+    )
 
 
 def _alike(terms: Iterable[Joined]) -> list[list[Joined]]:
@@ -317,27 +322,23 @@ def _of_works(
 def of_gradients(record: Recorder, decoder: Decoder, pair: Pair, question: Question) -> None:
     """The programs of screening, for every granularity that has gradients."""
     term = cost.runs(decoder.config, pair, question)[0]
-    tokens = pair.prompt_ids + term.response
-    branches = term.branches_after(pair.prompt_ids)
-    trace = record("", lambda decoder: capture.capture(decoder, tokens, branches), decoder)
-    for granularity, sites in SITES.items():
+    traces = _captured(record, decoder, pair, [term])
+    count = Devices.of(decoder.mesh).filled(2)
+    which, at = np.zeros(count, np.int32), np.zeros((count, traces.positions.shape[1]), np.int32)
+    rows = at, at, at == 0
+    for granularity in SITES:
         if granularity in ("token", "direction"):
             continue
-        changes = {site: getattr(trace, site.value) for site in sites}
         record(
             granularity,
-            lambda decoder, trace, changes, steps, reading, last: screening.unit_slopes(
-                decoder,
-                trace,
-                changes,
-                trace.embedding,
-                steps,
-                reading,
-                last,
+            lambda *given, granularity=granularity: screening.unit_slopes(
+                *given,
+                granularity=granularity,
                 metric=question.metric,
                 group_size=question.group_size,
             ),
-            *(decoder, trace, changes, 1, term.reading, len(pair.prompt_ids) - 1),
+            *(decoder, traces, which, which, rows, rows),
+            *(runs.stacked([term.reading] * count), which, 1),
         )
 
 

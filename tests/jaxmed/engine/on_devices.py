@@ -1,6 +1,6 @@
 """Checks that need several devices, and so a process of their own; see test_shard.py.
 
-python -m tests.jaxmed.engine.on_devices FOLDER [CHECK, FAMILY, DTYPE, METRIC, [[SWEEP, MODEL], ...]] ...
+python -m tests.jaxmed.engine.on_devices FOLDER [CHECK,FAMILY,DTYPE,METRIC,[[SWEEP,MODEL],...]] ...
 
 The last line that it prints is what the checks found, as JSON, in their order.
 """
@@ -58,7 +58,7 @@ def effects(folder, family, dtype, metric, meshes) -> dict:
     model = Model(folder, family, dtype, 61)
     config = model.alone.config
     question = Question(
-        METRICS[metric], Positions.DIFFERING, directions=some_directions(config, folder)
+        METRICS[metric], Positions.PROMPT, directions=some_directions(config, folder)
     )
     found = {}
     names = (*GRANULARITIES, "direction")
@@ -90,18 +90,18 @@ def others(folder, family, dtype, metric, meshes) -> dict:
 
     def computed(decoder):
         of_sets = joint.joint_pair(decoder, UNEQUAL, question, sets, memory=2**30)
-        slopes = screening.scores(decoder, UNEQUAL, question, steps=2)
+        slopes = screening.scores_of_pairs(decoder, [UNEQUAL, SAME], question, steps=2)
         shared = {"holds": holds, "memory": 2**30}
         sequences = [(prompt, prompt[:3]) for prompt in prompts]
         divergences = likelihood.kl(decoder, sequences, holds, memory=2**30)
-        means = values.means(
+        means = values.group_means(
             decoder, prompts, {"all": np.ones(5, bool)}, [Site.NEURON], memory=2**30
         )
         generated = generation.generate(decoder, prompts, stop=[3], batch_size=2, **shared)
         return (
             {
                 "joint": np.stack([of_sets.nie["joint"], of_sets.tie["joint"]]),
-                "gradients": np.stack(slopes),
+                "gradients": np.array(slopes[0]),
                 "likelihoods": likelihood.logprobs(decoder, sequences, **shared).means,
                 "divergences": divergences.means,
                 "values": means["all"][Site.NEURON][1],

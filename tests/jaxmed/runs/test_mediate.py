@@ -783,15 +783,15 @@ def test_a_screened_run_goes_on_with_the_same_neurons(
 ):
     changes = {"granularity": ("layer", "neuron"), "screen": TOP, "screen_audit": AUDITED}
     settings = to(asked, tmp_path, **changes)
-    scored, scores = [], screening.scores
+    scored, scores = [], screening.scores_of_pairs
 
-    def stopped(decoder, pair, *arguments, **options):
-        scored.append(pair.id)
+    def stopped(decoder, pairs, *arguments, **options):
+        scored.extend(pair.id for pair in pairs)
         if scored == ["even", "longer"]:
             raise KeyboardInterrupt
-        return scores(decoder, pair, *arguments, **options)
+        return scores(decoder, pairs, *arguments, **options)
 
-    monkeypatch.setattr(screening, "scores", stopped)
+    monkeypatch.setattr(screening, "scores_of_pairs", stopped)
     with pytest.raises(KeyboardInterrupt):
         mediate.run(settings)
     assert scans == []
