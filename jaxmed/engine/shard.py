@@ -35,7 +35,7 @@ def over(
     step: Callable,
     decoder: Decoder,
     *arguments: PyTree,
-    given: Sequence[PartitionSpec],
+    given: Sequence[Any],
     gives: Any,
 ) -> Any:
     """step(decoder, *arguments), made by every device of the decoder's mesh with what is its own.
@@ -43,8 +43,8 @@ def over(
     Args:
         step: a function that is being compiled; of a decoder whose `parts` are those of a device.
         decoder, arguments: what it is given, whole.
-        given: of each argument, `WHOLE` or `rows`.
-        gives: likewise of what it returns, a tree of them where its parts differ.
+        given: of each argument, `WHOLE` or `rows`; a tree of them where its parts differ.
+        gives: likewise of what it returns.
     """
     mesh = decoder.mesh
     if mesh is None:

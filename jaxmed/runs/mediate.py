@@ -22,7 +22,6 @@ from jaxmed.data.pairs import Pair
 from jaxmed.data.tokens import Encoder
 from jaxmed.engine import cost, memory, rates, scan
 from jaxmed.engine.blocks import Block
-from jaxmed.engine.cost import Devices
 from jaxmed.files import reading
 from jaxmed.files.reading import DataError
 from jaxmed.question import directions as directions_lib
@@ -515,28 +514,16 @@ def _screen(asked: MediateRun, results: Results) -> screening.Selection:
     """
     settings = asked.settings
 
-    def compute(indices: tuple[int, ...], advance: Callable[[float], None]) -> list[tuple]:
-        of_pairs = [asked.pairs[index] for index in indices]
-        return screening.scores_of_pairs(
-            asked.decoder, of_pairs, asked.question, steps=settings.screen_steps
+    def compute(index: int, advance: Callable[[float], None]) -> tuple[np.ndarray, np.ndarray]:
+        return screening.scores(
+            asked.decoder, asked.pairs[index], asked.question, steps=settings.screen_steps
         )
 
-    def commit(indices: tuple[int, ...], found: list[tuple]) -> None:
-        for index, estimates in zip(indices, found, strict=True):
-            results.write_estimates(index, *estimates)
-
-    # One on each device; the same whatever is missing, for bits depend on who goes together.
-    together, missing = Devices.of(asked.decoder.mesh).number, set(results.missing_estimates())
-    groups = [
-        tuple(range(start, min(start + together, len(asked.pairs))))
-        for start in range(0, len(asked.pairs), together)
-    ]
     sweep.run(
-        [group for group in groups if missing.intersection(group)],
+        results.missing_estimates(),
         compute,
-        commit,
+        lambda index, estimates: results.write_estimates(index, *estimates),
         name="gradient screen",
-        unit="pair" if together == 1 else f"{together} pairs",
         progress=asked.progress,
     )
     estimated = ranking.strength(*results.estimates())

@@ -597,6 +597,8 @@ def test_a_file_without_a_usable_pair_is_refused_though_bad_pairs_may_be_skipped
         ({"matmul_precision": "highest"}, "--matmul_precision=highest: not one of auto, float32"),
         ({"memory_gb": float("nan")}, "--memory_gb=nan: must be a number, and at least 0.001"),
         ({"memory_gb": float("inf")}, "--memory_gb=inf: must be a number"),
+        ({"mesh": "8"}, "--mesh=8: must be two numbers of devices, as 8x1"),
+        ({"mesh": "3x1"}, "--mesh=3x1: has 3 devices, and this process has 1: give one of 1x1"),
         ({"joint_size": 1, "group_size": 2}, "--joint_size needs"),
         ({"joint_size": 1, "granularity": ("layer",)}, "--joint_size needs"),
         ({"joint_share": 0.5}, "--joint_share needs --joint_size"),
@@ -783,15 +785,15 @@ def test_a_screened_run_goes_on_with_the_same_neurons(
 ):
     changes = {"granularity": ("layer", "neuron"), "screen": TOP, "screen_audit": AUDITED}
     settings = to(asked, tmp_path, **changes)
-    scored, scores = [], screening.scores_of_pairs
+    scored, scores = [], screening.scores
 
-    def stopped(decoder, pairs, *arguments, **options):
-        scored.extend(pair.id for pair in pairs)
+    def stopped(decoder, pair, *arguments, **options):
+        scored.append(pair.id)
         if scored == ["even", "longer"]:
             raise KeyboardInterrupt
-        return scores(decoder, pairs, *arguments, **options)
+        return scores(decoder, pair, *arguments, **options)
 
-    monkeypatch.setattr(screening, "scores_of_pairs", stopped)
+    monkeypatch.setattr(screening, "scores", stopped)
     with pytest.raises(KeyboardInterrupt):
         mediate.run(settings)
     assert scans == []
