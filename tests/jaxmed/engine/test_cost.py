@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxmed.engine import blocks, cost, plan
+from jaxmed.engine.cost import Devices
 from jaxmed.question import metrics
 from jaxmed.question.positions import Positions
 from jaxmed.question.question import Question
@@ -108,3 +109,34 @@ def test_padding_of_a_span_takes_positions_before_it():
     (term,) = cost.runs(config, UNEQUAL, question)
     work = plan.plan(config, UNEQUAL, term, question, ["head"], False)[0]
     assert (work.start, work.size, work.needed[0]) == (0, 12, 11)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_each_of_several_devices_has_as_many_rows_and_its_own_memory(platform):
+    """But on a CPU, whose devices share it."""
+    question = Question(LOGIT, Positions.LAST)
+    asked, memory = pair(12, 12), 2**31
+
+    def made(devices, memory):
+        (block,) = blocks.blocks(
+            *(SMALL, np.float32, [asked], question, ["neuron"]),
+            chosen=[{}],
+            memory=memory,
+            platform=platform,
+            devices=devices,
+        )
+        (sizes,) = block.batches
+        return sizes
+
+    # A list that fills eight devices as it fills one.
+    one, eight = (
+        made(Devices(), memory),
+        made(Devices(8), 8 * memory if platform == "cpu" else memory),
+    )
+    assert eight == one._replace(rows=8 * one.rows)
+    if platform == "cpu":
+        assert made(Devices(8), memory).rows < eight.rows
+    # Where the weights are in parts there is room for a layer of them less.
+    tight = 2**28 * (8 if platform == "cpu" else 1)
+    assert made(Devices(8, 4), tight).rows <= made(Devices(8), tight).rows
+    assert made(Devices(6, 2), tight).rows % 6 == 0
