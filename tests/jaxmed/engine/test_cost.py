@@ -111,32 +111,26 @@ def test_padding_of_a_span_takes_positions_before_it():
     assert (work.start, work.size, work.needed[0]) == (0, 12, 11)
 
 
-@pytest.mark.parametrize("platform", ["cpu", "gpu"])
-def test_each_of_several_devices_has_as_many_rows_and_its_own_memory(platform):
+def test_each_of_several_devices_has_as_many_rows_and_its_own_memory():
     """But on a CPU, whose devices share it."""
-    question = Question(LOGIT, Positions.LAST)
-    asked, memory = pair(12, 12), 2**31
+    asked = pair(12, 12)
 
-    def made(devices, memory):
+    def rows(platform, devices, memory):
         (block,) = blocks.blocks(
-            *(SMALL, np.float32, [asked], question, ["neuron"]),
+            *(SMALL, np.float32, [asked], Question(LOGIT, Positions.LAST), ["neuron"]),
             chosen=[{}],
             memory=memory,
             platform=platform,
             devices=devices,
         )
         (sizes,) = block.batches
-        return sizes
+        return sizes.rows
 
     # A list that fills eight devices as it fills one.
-    one, eight = (
-        made(Devices(), memory),
-        made(Devices(8), 8 * memory if platform == "cpu" else memory),
-    )
-    assert eight == one._replace(rows=8 * one.rows)
-    if platform == "cpu":
-        assert made(Devices(8), memory).rows < eight.rows
+    one = rows("cpu", Devices(), 2**31)
+    assert rows("cpu", Devices(8), 8 * 2**31) == 8 * one
+    assert rows("cpu", Devices(8), 2**30) < 8 * one
+    assert rows("gpu", Devices(8), 2**27) == rows("cpu", Devices(8), 2**30)
     # Where the weights are in parts there is room for a layer of them less.
-    tight = 2**28 * (8 if platform == "cpu" else 1)
-    assert made(Devices(8, 4), tight).rows <= made(Devices(8), tight).rows
-    assert made(Devices(6, 2), tight).rows % 6 == 0
+    assert rows("cpu", Devices(8, 4), 2**30) <= rows("cpu", Devices(8), 2**30)
+    assert rows("cpu", Devices(6, 2), 2**31) % 6 == 0
