@@ -119,7 +119,7 @@ def load(
         dtype: of the parameters. By default they stay as they are stored, whatever config.json
             says (the widest type if several are stored, an adapter's among them).
         mesh: devices to spread the parameters over, with the axes `sweep` and `model`, as
-            `models.placement` says; by default the default device.
+            `models.placement` says; by default the default device. It is the decoder's `mesh`.
         cache_dir: where `launch.convert` keeps converted weights, by default
             `models.cache.default_folder()`. They are used if they are there; none are written.
         ignore_config: keys of config.json that are accepted though their meaning is not known here,
@@ -138,6 +138,19 @@ def load(
     if tokenizer is not None:
         _check_tokenizer(source, tokenizer)
     return source.load(mesh, cache_dir), tokenizer
+
+
+def size(
+    folder_or_hub_id: str | os.PathLike,
+    *,
+    adapter: str | os.PathLike | None = None,
+    dtype=None,
+    ignore_config: Collection[str] = (),
+) -> int:
+    """Bytes that a model's parameters will take in memory; arguments and errors as of `load`."""
+    folder = resolve(folder_or_hub_id)
+    source = Source.examine(folder, dtype, resolve_adapter(adapter), ignore_config)
+    return source.parameter_bytes
 
 
 def save(
@@ -409,14 +422,14 @@ class Source:
                 for piece in placings[path].pieces:
                     self._stored[row.name].read_into(row, index, piece.of_layer(row.layer))
 
-        with _readers() as pool, _progress(self.folder.name, self._parameter_bytes) as progress:
+        with _readers() as pool, _progress(self.folder.name, self.parameter_bytes) as progress:
             for row, _ in zip(self.rows, pool.map(fill, self.rows), strict=True):
                 progress.update(row.size * self.dtype.itemsize)
                 left.subtract(row.paths)
                 for path in row.paths:
                     if not left[path]:
                         done[path] = placings.pop(path).hand_over(self._parameters[path].dtype)
-        return self._decoder(done)
+        return self._decoder(done, mesh)
 
     def _from_cache(self, entry: cache.Entry, mesh: jax.sharding.Mesh | None) -> Decoder:
         can_overflow = jnp.promote_types(self.config.dtype, self.dtype) != self.dtype
@@ -431,12 +444,12 @@ class Source:
                     raise self._stored[row.name].not_finite(self.dtype)
 
         label = f"{self.folder.name} (converted)"
-        with _readers() as pool, _progress(label, self._parameter_bytes) as progress:
+        with _readers() as pool, _progress(label, self.parameter_bytes) as progress:
             paths = list(placings)
             for path, _ in zip(paths, pool.map(fill, paths), strict=True):
                 done[path] = placings.pop(path).hand_over(self._parameters[path].dtype)
                 progress.update(done[path].nbytes)
-        return self._decoder(done)
+        return self._decoder(done, mesh)
 
     def _entry_name(self, cache_dir: pathlib.Path) -> str:
         hashes = weights_hash(self.folder, cache_dir), adapter_hash(self.adapter)
@@ -450,7 +463,8 @@ class Source:
         return sum(file.stat().st_size for file in files)
 
     @property
-    def _parameter_bytes(self) -> int:
+    def parameter_bytes(self) -> int:
+        """That the parameters take in memory."""
         return sum(row.size for row in self.rows) * self.dtype.itemsize
 
     def _placings(self, mesh: jax.sharding.Mesh | None) -> dict[Path, Placing]:
@@ -463,9 +477,11 @@ class Source:
             placings[path] = Placing(shape, self.dtype, sharding)
         return placings
 
-    def _decoder(self, arrays: Mapping[Path, jax.Array]) -> Decoder:
+    def _decoder(self, arrays: Mapping[Path, jax.Array], mesh: jax.sharding.Mesh | None) -> Decoder:
         state = [(path, p.replace(arrays[path])) for path, p in self._parameters.items()]
-        return nnx.merge(self._graph, nnx.from_flat_state(state))
+        decoder = nnx.merge(self._graph, nnx.from_flat_state(state))
+        decoder.mesh = mesh if mesh is not None and mesh.size > 1 else None
+        return decoder
 
 
 @dataclasses.dataclass(frozen=True)

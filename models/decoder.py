@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.core import Tracer
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from models import edits as editing
-from models import layers, products
+from models import layers, placement, products
 from models.config import DecoderConfig
 from models.edits import Edit
 from models.errors import InputError
@@ -39,6 +40,7 @@ from models.shapes import (
     Valid,
 )
 from models.sites import Site
+from models.weights import Path
 
 # What a run can keep.
 KEPT = (*(site.value for site in Site), "keys", "values")
@@ -160,6 +162,11 @@ class Decoder(nnx.Module):
         dtype: of the parameters.
         compute_dtype: of the activations.
         products: how it multiplies by its weights; see `at_precision`.
+        mesh: the devices that its parameters are placed on, by `models.placement`; None for one.
+        parts: the parameters of which a device that runs a function has a part alone, and the axis
+            that is cut, counted from the last: of a decoder that is inside a function which runs on
+            each device by itself, as `jaxmed.engine.shard` has them. They are gathered as they are
+            needed. Nothing for any other decoder, whose arrays are whole however they are placed.
     """
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype=None):
@@ -168,6 +175,8 @@ class Decoder(nnx.Module):
         self.dtype = dtype
         self.compute_dtype = jnp.promote_types(dtype, jnp.float32)
         self.products = Products()
+        self.mesh: Mesh | None = None
+        self.parts: tuple[tuple[Path, int], ...] = ()
         init = nnx.initializers.normal(stddev=0.02)
         table = (config.vocab_size, config.hidden_size)
         self.embedding = nnx.Param(products.stored(init(rngs.params(), table, dtype)))
@@ -214,10 +223,29 @@ class Decoder(nnx.Module):
 
     def block(self, layer: Layer) -> Block:
         """The block of a layer that may be known only at run time."""
-        return jax.tree.map(
-            lambda stacked: jax.lax.dynamic_index_in_dim(stacked, layer, keepdims=False),
-            self.blocks,
+        return self.whole(
+            jax.tree.map(
+                lambda stacked: jax.lax.dynamic_index_in_dim(stacked, layer, keepdims=False),
+                self.blocks,
+            )
         )
+
+    def whole(self, block: Block) -> Block:
+        """A layer's block, its parameters gathered from the devices that have parts of them."""
+        if not self.parts:
+            return block
+
+        def gathered(keys, leaf):
+            return self._gathered(("blocks", *placement.path_of(keys)), leaf)
+
+        return jax.tree_util.tree_map_with_path(gathered, block)
+
+    def _gathered(self, path: Path, part: Array) -> Array:
+        """All of what devices have a part of: of a parameter, of one layer, or of some rows."""
+        axis = dict(self.parts).get(path)
+        if axis is None:
+            return part
+        return jax.lax.all_gather(part, placement.MODEL, axis=part.ndim + axis, tiled=True)
 
     def ready(self, block: Block) -> Block:
         """A block whose weights are as they are multiplied, so that none is converted in a loop
@@ -234,11 +262,19 @@ class Decoder(nnx.Module):
         return layers.span(self.config, positions, valid, self.compute_dtype, branches)
 
     def unembed(
-        self, residual: Float[Array, "R d"], tokens: Int[AnyArray, "K"] | None = None
+        self,
+        residual: Float[Array, "R d"],
+        tokens: Int[AnyArray, "K"] | None = None,
+        *,
+        alike: bool = False,
     ) -> Float[Array, "R K"]:
-        """Logits of the given tokens (default: all) at rows of the last block's output."""
-        table = self.embedding if self.unembedding is None else self.unembedding
-        rows = table[...] if tokens is None else table[...][tokens]
+        """Logits of the given tokens (default: all) at rows of the last block's output.
+
+        In a function that runs on each device by itself, `alike` says that the tokens are the same
+        on all of them, so that no more vectors are gathered than these.
+        """
+        name = "embedding" if self.unembedding is None else "unembedding"
+        rows = self._vectors(name, tokens, alike)
         hidden = self.final_norm(residual)
         weight = products.ready(rows, self.products, hidden.dtype).swapaxes(-1, -2)
         logits = products.multiplied(hidden, weight, self.products.of_values)
@@ -247,7 +283,7 @@ class Decoder(nnx.Module):
 
     def embed(self, tokens: Tokens, at: Span) -> Residual:
         """What enters the first block."""
-        embedding = products.numbers(self.embedding[...][tokens]).astype(self.compute_dtype)
+        embedding = products.numbers(self._vectors("embedding", tokens)).astype(self.compute_dtype)
         if self.config.scale_embedding:
             embedding = embedding * self.config.hidden_size**0.5
         if self.positions is not None:
@@ -255,6 +291,14 @@ class Decoder(nnx.Module):
             learned = jnp.take(self.positions[...], at.positions, axis=0, mode="clip")
             embedding = embedding + learned.astype(self.compute_dtype)
         return embedding
+
+    def _vectors(self, name: str, tokens: Int[AnyArray, "K"] | None, alike: bool = False) -> Array:
+        """A table's vectors of the tokens, or of all, as they are stored."""
+        table, path = getattr(self, name)[...], (name,)
+        if tokens is None or alike or path not in dict(self.parts):
+            return self._gathered(path, table if tokens is None else table[tokens])
+        of_all = jax.lax.all_gather(tokens, placement.MODEL)
+        return self._gathered(path, table[of_all])[jax.lax.axis_index(placement.MODEL)]
 
     def run_blocks(
         self,
@@ -287,6 +331,7 @@ class Decoder(nnx.Module):
 
         def run_layer(x, inputs):
             layer, block, traits, keys, values = inputs
+            block = self.whole(block)
             cache = None if prefix is None else Cache(keys, values, prefix.positions, prefix.valid)
             seen = {}
 

@@ -1,7 +1,7 @@
 """Where parameters live: how they are split over a mesh, and how they get there without a copy."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -11,19 +11,20 @@ from jax.typing import DTypeLike
 
 from models.weights import Path
 
-# Edits and prompts are spread over one axis of a mesh, weights over the other.
+# Edits and prompts are spread over both axes of a mesh, weights over the second alone.
 SWEEP, MODEL = "sweep", "model"
 
-# Attention and MLP are split by their inner units, vocabularies by their tokens: the axis of each
-# parameter that goes along the mesh's `model` axis. All other parameters are on every device.
+# Attention and MLP are split by their inner units, vocabularies by the numbers of a token's vector,
+# so that few tokens' vectors can be looked up before they are gathered: the axis of each parameter
+# that goes along the mesh's `model` axis, counted from the last. All others are on every device.
 _OUTPUTS = ("attention.query", "attention.key", "attention.value", "mlp.gate", "mlp.up")
 _INPUTS = ("attention.output", "mlp.down")
 _SPLIT_AXIS = {
-    "embedding": 0,
-    "unembedding": 0,
-    **{f"blocks.{module}.kernel": 2 for module in _OUTPUTS},
-    **{f"blocks.{module}.bias": 1 for module in _OUTPUTS},
-    **{f"blocks.{module}.kernel": 1 for module in _INPUTS},
+    "embedding": -1,
+    "unembedding": -1,
+    **{f"blocks.{module}.kernel": -1 for module in _OUTPUTS},
+    **{f"blocks.{module}.bias": -1 for module in _OUTPUTS},
+    **{f"blocks.{module}.kernel": -2 for module in _INPUTS},
 }
 
 # XLA takes over a host buffer that starts at a multiple of it, in bytes.
@@ -46,12 +47,46 @@ def check(mesh: Mesh | AbstractMesh) -> None:
         )
 
 
-def sharding(path: Path, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> NamedSharding:
-    """How a parameter lies on a mesh; an axis that `model` does not divide stays whole."""
+def of_devices(model: int = 1) -> Mesh | None:
+    """This process's devices as a mesh, so many of them along `model`; None where there is one.
+
+    Raises:
+        ValueError: their number is no multiple of `model`.
+    """
+    devices = jax.local_devices()
+    return None if len(devices) == 1 == model else of(devices, model)
+
+
+def of(devices: Sequence[jax.Device], model: int) -> Mesh:
+    """A mesh of devices, so many of them along `model`; errors those of `of_devices`."""
+    shape = (len(devices) // model, model)
+    return jax.make_mesh(shape, (SWEEP, MODEL), axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+def named(mesh: Mesh | None) -> str:
+    """Its sizes, as 8x1; 1x1 of one device."""
+    return "1x1" if mesh is None else f"{mesh.shape[SWEEP]}x{mesh.shape[MODEL]}"
+
+
+def split_axis(path: Path, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> int | None:
+    """The axis of a parameter that is split, counted from the last, which is -1; None where it is
+    on every device. An axis that `model` does not divide stays whole."""
     axis = _SPLIT_AXIS.get(".".join(path))
-    if axis is None or shape[axis] % mesh.shape[MODEL]:
+    return None if axis is None or shape[axis] % mesh.shape[MODEL] else axis
+
+
+def sharding(path: Path, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> NamedSharding:
+    """How a parameter lies on a mesh."""
+    axis = split_axis(path, shape, mesh)
+    if axis is None:
         return NamedSharding(mesh, PartitionSpec())
-    return NamedSharding(mesh, PartitionSpec(*[None] * axis, MODEL))
+    return NamedSharding(mesh, PartitionSpec(*[None] * (len(shape) + axis), MODEL))
+
+
+def path_of(keys: tuple) -> Path:
+    """A parameter's path, from JAX's keys of its array in a module."""
+    *path, _ = keys  # The last is that of the array in the parameter.
+    return tuple(key.name for key in path)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,8 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from jaxmed.data.pairs import Pair
-from jaxmed.engine import capture, cost, plan, propagate
+from jaxmed.engine import capture, cost, plan, propagate, shard
+from jaxmed.engine.cost import Devices
 from jaxmed.engine.memory import free as free_memory
 from jaxmed.engine.plan import ALL_POSITIONS, Units, Work
 from jaxmed.engine.scan import Run, pair_effects
@@ -96,7 +97,10 @@ def _joint_changes(
     order = np.argsort(first, kind="stable").astype(np.int32)
     units = Units(first[order].astype(np.int32), order, np.full(len(sets), ALL_POSITIONS))
     work = dataclasses.replace(work, units=units)
-    sizes = cost.batching(config, decoder.dtype, work, term, memory, jax.default_backend())
+    sizes = cost.batching(
+        *(config, decoder.dtype, work, term, memory, jax.default_backend()),
+        devices=Devices.of(decoder.mesh),
+    )
     blocks = propagate.blocks_to_carry(config, work.size, term.reading)
     found = []
     for part in units.chunks(sizes.batches, sizes.rows, padding_layer=config.num_layers):
@@ -107,7 +111,7 @@ def _joint_changes(
             decoder,
             frame,
             stages,
-            jax.device_put(nothing),
+            shard.spread(decoder, nothing, axis=-2),
             blocks,
             forced,
         )

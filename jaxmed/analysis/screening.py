@@ -12,6 +12,7 @@ positions of a run.
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -19,15 +20,18 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmed.data.pairs import Pair
-from jaxmed.engine import capture
+from jaxmed.engine import capture, cost, shard
+from jaxmed.engine import runs as engine_runs
+from jaxmed.engine.cost import Devices
 from jaxmed.engine.propagate import read
-from jaxmed.engine.scan import Run, pair_effects
+from jaxmed.engine.runs import Captured
 from jaxmed.question import positions, sites
 from jaxmed.question.joined import Joined, Readings
 from jaxmed.question.metrics import Metric
 from jaxmed.question.positions import Edited
-from jaxmed.question.question import Question, shapes
+from jaxmed.question.question import Question, check, shapes
 from models.decoder import Decoder, Trace
+from models.shapes import AnyArray
 from models.sites import Site
 
 # Candidates for the `top` strongest effects: so many times `top` of the strongest scores.
@@ -79,53 +83,169 @@ def scores(
         DataError: the pair does not fit the model or the question.
         ValueError: the granularity is another, or `steps` is not positive.
     """
+    (found,) = scores_of_pairs(decoder, [pair], question, granularity=granularity, steps=steps)
+    return found
+
+
+def scores_of_pairs(
+    decoder: Decoder,
+    pairs: Sequence[Pair],
+    question: Question,
+    *,
+    granularity: str = "neuron",
+    steps: int = 1,
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """`scores` of several pairs, which are spread over the decoder's devices.
+
+    Arguments and errors as of `scores`.
+    """
     if granularity in ("token", "direction") or granularity not in sites.SITES:
         raise ValueError(f"there are no gradients of granularity '{granularity}'")
     if steps < 1:
         raise ValueError(f"{steps} steps: at least 1 is needed")
-
-    def evaluate(base: Run, source: Run, term: Joined, swapped: bool):
-        edited = positions.edited(pair, question.positions, question.align, len(term.response))
-        found = unit_slopes(
-            decoder,
-            base.trace,
-            {
-                site: _change(base.trace, source.trace, site, edited, swapped)
-                for site in sites.SITES[granularity]
-            },
-            _path(pair, base.trace, source.trace, question, swapped),
-            steps,
-            term.reading,
-            base.prompt_length - 1,
-            metric=question.metric,
-            group_size=question.group_size,
-        )
-        yield granularity, ..., np.asarray(found).reshape(result_shapes[granularity])
-
-    result_shapes = shapes(decoder.config, pair, question, [granularity])
+    for pair in pairs:
+        check(decoder.config, pair, question, [granularity])
+    runs: dict[tuple, list[_Run]] = {}
+    for index, pair in enumerate(pairs):
+        for term in cost.runs(decoder.config, pair, question):
+            for swapped in (False, True):
+                runs.setdefault(term.alike(), []).append(_Run(index, term, swapped))
+    found = [
+        np.zeros((2, *shapes(decoder.config, p, question, [granularity])[granularity]))
+        for p in pairs
+    ]
     with jax.default_matmul_precision("float32"):
-        found = pair_effects(decoder, pair, question, result_shapes, evaluate)
-    return found.nie[granularity], found.tie[granularity]
+        captured = engine_runs.captured(decoder, pairs, question)
+        for alike in runs.values():
+            filled = alike + alike[-1:] * (Devices.of(decoder.mesh).filled(len(alike)) - len(alike))
+            slopes = unit_slopes(
+                decoder,
+                captured.traces,
+                *_given(captured, filled, question),
+                steps,
+                granularity=granularity,
+                metric=question.metric,
+                group_size=question.group_size,
+            )
+            for run, of_run in zip(alike, np.asarray(slopes), strict=False):
+                # TIE = Y(x') - Y(x', Z<-Z(x)): the patch is made in the source run, counted down.
+                side, sign = (1, -1) if run.swapped else (0, 1)
+                found[run.pair][side] += sign * of_run.reshape(found[run.pair][side].shape)
+    return [(nie, tie) for nie, tie in found]
 
 
-def _change(
-    base: Trace, source: Trace, site: Site, edited: Edited, swapped: bool
-) -> Float[Array, "L T ..."]:
-    """Source value minus base value of a site at all of the run's positions; 0 unless edited."""
-    edited = edited.swapped() if swapped else edited
-    return capture.edited_difference(base, source, site, edited, 0, len(base.positions))
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """A run whose gradient is taken.
+
+    Attributes:
+        pair: which of the pairs.
+        term: what is read of it.
+        swapped: whether it is the source run.
+    """
+
+    pair: int
+    term: Joined
+    swapped: bool
 
 
-def _path(
-    pair: Pair, base: Trace, source: Trace, question: Question, swapped: bool
-) -> Float[Array, "T d"]:
-    """From the base run's embeddings to the source run's, at the positions that are paired."""
-    paired = positions.edited(pair, positions.Positions.PROMPT, question.align)
-    return _change(base, source, Site.EMBEDDING, paired, swapped)[0]
+def _given(captured: Captured, runs: Sequence[_Run], question: Question) -> tuple:
+    """What `unit_slopes` is given of these runs, from `base` to `last_prompts`."""
+    length = captured.traces.positions.shape[-1]
+
+    def rows(edited: Edited, swapped: bool) -> tuple[np.ndarray, ...]:
+        return capture.edited_rows(edited.swapped() if swapped else edited, 0, length)
+
+    patched, paired = [], []
+    for run in runs:
+        pair, response = captured.pairs[run.pair], len(run.term.response)
+        edited = positions.edited(pair, question.positions, question.align, response)
+        patched.append(rows(edited, run.swapped))
+        every = positions.edited(pair, positions.Positions.PROMPT, question.align)
+        paired.append(rows(every, run.swapped))
+    base, source = (
+        np.array([captured.place(run.pair, run.swapped ^ other, run.term) for run in runs])
+        for other in (False, True)
+    )
+    return (
+        base,
+        source,
+        tuple(map(np.stack, zip(*patched, strict=True))),
+        tuple(map(np.stack, zip(*paired, strict=True))),
+        engine_runs.stacked([run.term.reading for run in runs]),
+        np.array([captured.last_prompt(run.pair, run.swapped) for run in runs]),
+    )
 
 
-@functools.partial(jax.jit, static_argnames=("metric", "group_size"))
+# The positions of a run, those of the other run that they take their values from, and which of them
+# are edited.
+_Rows = tuple[Int[AnyArray, "R T"], Int[AnyArray, "R T"], Bool[AnyArray, "R T"]]
+
+
+@functools.partial(jax.jit, static_argnames=("granularity", "metric", "group_size"))
 def unit_slopes(
+    decoder: Decoder,
+    traces: Trace,
+    base: Int[AnyArray, "R"],
+    source: Int[AnyArray, "R"],
+    edited: _Rows,
+    paired: _Rows,
+    readings: Readings,
+    last_prompts: Int[AnyArray, "R"],
+    steps: Int[Array, ""] | int,
+    granularity: str,
+    metric: Metric,
+    group_size: int,
+) -> Float[Array, "R L U"]:
+    """d/ds of Y with s * change added to one unit alone, at s = 0, in each of several runs.
+
+    Units follow in the order of `Site`. The mean over runs whose embeddings lie at the midpoints of
+    so many steps along the path to those of the other run, or with a single step, at its start. How
+    many is known at run time only, so that one compilation serves all. The derivative is taken in s
+    and not in the activations: no gradient [L, T, I] is stored.
+
+    Args:
+        decoder: the model.
+        traces: captured runs.
+        base, source: which of them each run is, and which the one whose values are put in.
+        edited: where.
+        paired: the positions whose embeddings have a path.
+        readings, last_prompts: what is read of each run.
+        steps: points of the path.
+        granularity: of the units.
+        metric, group_size: of the question.
+    """
+
+    def step(decoder, traces, steps, *given):
+        def of_run(given):
+            base, source, edited, paired, reading, last_prompt = given
+            before, after = (
+                jax.tree.map(lambda stacked, run=run: stacked[run], traces)
+                for run in (base, source)
+            )
+            changes = {
+                site: capture.site_difference(before, after, site, *edited)
+                for site in sites.SITES[granularity]
+            }
+            path = capture.site_difference(before, after, Site.EMBEDDING, *paired)[0]
+            return _slopes(
+                *(decoder, before, changes, path, steps, reading, last_prompt),
+                *(metric, group_size),
+            )
+
+        return jax.lax.map(of_run, given)
+
+    own = shard.rows(0)
+    return shard.over(
+        step,
+        decoder,
+        *(traces, steps, base, source, edited, paired, readings, last_prompts),
+        given=(shard.WHOLE, shard.WHOLE, *(own,) * 6),
+        gives=own,
+    )
+
+
+def _slopes(
     decoder: Decoder,
     trace: Trace,
     changes: dict[Site, Float[Array, "L T ..."]],
@@ -136,13 +256,14 @@ def unit_slopes(
     metric: Metric,
     group_size: int,
 ) -> Float[Array, "L U"]:
-    """d/ds of Y with s * change added to one unit alone, at s = 0.
+    """Of one run.
 
-    The changes are those of one granularity's sites; units follow in the order of `Site`. The mean
-    over runs whose embeddings lie at the midpoints of so many steps along the path from those of
-    `trace`, or with a single step, at its start. How many is known at run time only, so that one
-    compilation serves all. The derivative is taken in s and not in the activations: no gradient
-    [L, T, I] is stored.
+    Args:
+        decoder: the model.
+        trace: the run.
+        changes: of the sites' values, 0 where not edited.
+        path: from the run's embeddings to the other run's.
+        steps, reading, last_prompt, metric, group_size: as of `unit_slopes`.
     """
     at = decoder.span(trace.positions, trace.valid, trace.branches)
     units = {

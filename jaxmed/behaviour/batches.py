@@ -12,6 +12,7 @@ from jaxtyping import Int
 
 from jaxmed.engine import capture, cost
 from jaxmed.engine import memory as device_memory
+from jaxmed.engine.cost import Devices
 from models.config import DecoderConfig
 from models.decoder import Decoder
 from models.edits import Hold
@@ -73,7 +74,7 @@ def sizes(
     memory: int | None = None,
     batch_size: int | None = None,
 ) -> dict[int, int]:
-    """Rows of a batch by the padded length of its sequences, the longest first.
+    """Rows of a batch, on all devices, by the padded length of its sequences, the longest first.
 
     Args:
         decoder, holds, sequences: what is run.
@@ -97,7 +98,7 @@ def sizes(
             held=kept * length + _own_numbers(holds),
         )
 
-    return _sizes(sequences, fits, memory, batch_size)
+    return _sizes(decoder, sequences, fits, memory, batch_size)
 
 
 def answered_together(
@@ -134,22 +135,26 @@ def answered_together(
             converted=converted,
         )
 
-    return _sizes(prompts, fits, memory, batch_size)
+    return _sizes(decoder, prompts, fits, memory, batch_size)
 
 
 def _sizes(
+    decoder: Decoder,
     sequences: Sequence[Sequence[int]],
     fits: Callable[[int, int], int],
     memory: int | None,
     batch_size: int | None,
 ) -> dict[int, int]:
+    """As `sizes`, by how many rows fit on a device."""
+    devices = Devices.of(decoder.mesh)
     lengths = sorted(set(map(padded_length, sequences)), reverse=True)
     if batch_size is not None:
         if batch_size < 1:
             raise InputError(f"batch_size = {batch_size}: must be at least 1")
-        return dict.fromkeys(lengths, batch_size)
+        return dict.fromkeys(lengths, devices.filled(batch_size))
     left = device_memory.free() if memory is None else memory
-    return {length: fits(length, left) for length in lengths}
+    left = devices.memory(left, jax.default_backend())
+    return {length: devices.number * fits(length, left) for length in lengths}
 
 
 def _own_numbers(holds: Sequence[Hold]) -> int:

@@ -34,7 +34,8 @@ from jaxtyping import Array, Bool, Float, Int, Shaped, UInt
 
 from jaxmed.behaviour import batches, holding
 from jaxmed.behaviour.sampling import Choice, Sampling
-from jaxmed.engine import cost
+from jaxmed.engine import cost, shard
+from jaxmed.engine.cost import Devices
 from models import edits
 from models.decoder import Decoder
 from models.edits import Hold, Part
@@ -173,14 +174,17 @@ def _responses(
     """
     layers = layered(decoder)
     choice = Choice.of(sampling)
-    together = cost.prompts_together(length, rows, jax.default_backend())
+    own = rows // Devices.of(decoder.mesh).number
+    together = cost.prompts_together(length, own, jax.default_backend())
     waiting = collections.deque(prompts)
     answered = np.full(rows, _NOBODY)  # which prompt a row answers
     tokens = np.zeros((rows, length), np.int32)
     lengths = np.ones(rows, np.int32)
     state = empty(decoder, layers, rows=rows, length=length, room=room, kept_as=kept_as)
     while waiting or (answered != _NOBODY).any():
-        fresh = np.flatnonzero(answered == _NOBODY)[: len(waiting)]
+        free = np.flatnonzero(answered == _NOBODY)
+        # Of each device as many as of any other.
+        fresh = free[np.argsort(free % own, kind="stable")][: len(waiting)]
         for row in fresh:
             answered[row] = waiting.popleft()
             prompt = prompts[int(answered[row])]
@@ -194,8 +198,8 @@ def _responses(
                 layers,
                 held,
                 state,
-                fresh=_padded(fresh, together, rows),
-                count=np.int32(len(fresh)),
+                fresh=_of_devices(fresh, together, own, rows // own),
+                count=np.bincount(fresh // own, minlength=rows // own).astype(np.int32),
                 tokens=tokens,
                 lengths=lengths,
                 together=together,
@@ -211,7 +215,7 @@ def _responses(
             is_stop=is_stop,
             max_tokens=np.int32(sampling.max_tokens),
             most_steps=np.int32(_STEPS if waiting else room),
-            most_ended=np.int32(min(together, len(waiting)) if waiting else rows),
+            most_ended=np.int32(min(together, len(waiting)) if waiting else own),
         )
         parts = state.going, state.finite, state.counts, state.tokens
         going, finite, counts, written = map(np.asarray, parts)
@@ -229,10 +233,15 @@ def _responses(
             yield found
 
 
-def _padded(fresh: Int[np.ndarray, "F"], together: int, rows: int) -> Int[np.ndarray, "R"]:
-    """Rows in whole groups, with one that does not exist where there are no more."""
-    padded = np.full(-(-rows // together) * together, rows, np.int32)
-    padded[: len(fresh)] = fresh
+def _of_devices(
+    fresh: Int[np.ndarray, "F"], together: int, own: int, devices: int
+) -> Int[np.ndarray, "device R"]:
+    """Rows in whole groups, each by its place among those of its device; with one that does not
+    exist where there are no more."""
+    padded = np.full((devices, -(-own // together) * together), own, np.int32)
+    for device, of_device in enumerate(padded):
+        here = fresh[fresh // own == device] - own * device
+        of_device[: len(here)] = here
     return padded
 
 
@@ -287,11 +296,13 @@ def _tokens_of_a_chunk(decoder: Decoder) -> int:
 
 
 def _converted(decoder: Decoder) -> int:
-    """Numbers of 16-bit weights that are in memory in another form at one time: a layer's, and the
-    vocabulary's or a chunk of them."""
+    """Numbers of weights that are in memory a second time, gathered or in another form: a layer's,
+    and the vocabulary's or a chunk of them."""
+    config = decoder.config
+    if Devices.of(decoder.mesh).storing > 1:
+        return sum(cost.block_weights(config)) + config.vocab_size * config.hidden_size
     if decoder.dtype.itemsize >= 4:
         return 0
-    config = decoder.config
     tokens = _tokens_of_a_chunk(decoder) if _in_chunks(decoder) else config.vocab_size
     return sum(cost.block_weights(config)) + tokens * config.hidden_size
 
@@ -326,11 +337,64 @@ class Rows:
     finite: Bool[Array, "B"]
 
 
+def _fields(rows: Rows) -> tuple:
+    """What rows have come to, which `_over` spreads."""
+    return tuple(getattr(rows, field.name) for field in dataclasses.fields(rows))
+
+
+def _over(
+    step: Callable[..., Rows],
+    decoder: Decoder,
+    layers: Layers,
+    holds: Sequence[Hold],
+    rows: Rows | None,
+    of_rows: tuple = (),
+    whole: tuple = (),
+) -> Rows:
+    """step(decoder, layers, holds, rows, *of_rows, *whole) of every device's own rows, which are
+    along the first axis of what is `of_rows`."""
+    own, along = shard.rows(0), shard.rows(0 if isinstance(layers, tuple) else 1)
+    fields = (own, along, along, own, own, own, own)
+    given, structure = jax.tree.flatten(list(holds))
+
+    def on_each(decoder, given, rows, *arguments):
+        of_device = layers if isinstance(layers, tuple) else decoder.blocks
+        rows = None if rows is None else Rows(*rows)
+        holds = jax.tree.unflatten(structure, given)
+        return _fields(step(decoder, of_device, holds, rows, *arguments))
+
+    found = shard.over(
+        on_each,
+        decoder,
+        *(given, None if rows is None else _fields(rows), *of_rows, *whole),
+        given=(
+            holding.places(holds),
+            shard.WHOLE if rows is None else fields,
+            *(own,) * len(of_rows),
+            *(shard.WHOLE,) * len(whole),
+        ),
+        gives=fields,
+    )
+    return Rows(*found)
+
+
 @functools.partial(jax.jit, static_argnames=("rows", "length", "room", "kept_as"))
 def empty(
     decoder: Decoder, layers: Layers, *, rows: int, length: int, room: int, kept_as: jnp.dtype
 ) -> Rows:
     """Rows that answer nothing."""
+    own = rows // Devices.of(decoder.mesh).number
+
+    def step(decoder, layers, holds, rows):
+        return _empty(decoder, layers, rows=own, length=length, room=room, kept_as=kept_as)
+
+    return _over(step, decoder, layers, [], None)
+
+
+def _empty(
+    decoder: Decoder, layers: Layers, *, rows: int, length: int, room: int, kept_as: jnp.dtype
+) -> Rows:
+    """Those of one device."""
     config = decoder.config
 
     def of_layers(*shape):
@@ -360,8 +424,8 @@ def fill(
     holds: Sequence[Hold],
     rows: Rows,
     *,
-    fresh: Int[Array, "R"],
-    count: Int[Array, ""],
+    fresh: Int[Array, "device R"],
+    count: Int[Array, "device"],
     tokens: Int[Array, "B N"],
     lengths: Int[Array, "B"],
     together: int,
@@ -372,22 +436,27 @@ def fill(
         decoder, layers: the model.
         holds: of all rows.
         rows: what they have come to.
-        fresh: which of them begin, in whole groups; a row that does not exist stands for none.
+        fresh: which rows of each device begin, in whole groups; one that does not exist stands for
+            none.
         count: how many begin.
         tokens: all rows' prompts, padded on the left.
         lengths: of the prompts.
         together: rows of a group, whose prompts are run together.
     """
 
-    def run_group(state):
-        done, rows = state
-        group = lax.dynamic_slice_in_dim(fresh, done, together)
-        x, keys_values = _run_prompts(
-            decoder, layers, holding.of_prompts(holds, group), tokens[group], lengths[group]
-        )
-        return done + together, _begun(rows, group, x, keys_values)
+    def step(decoder, layers, holds, rows, fresh, count, tokens, lengths):
+        def run_group(state):
+            done, rows = state
+            group = lax.dynamic_slice_in_dim(fresh[0], done, together)
+            x, keys_values = _run_prompts(
+                decoder, layers, holding.of_prompts(holds, group), tokens[group], lengths[group]
+            )
+            return done + together, _begun(rows, group, x, keys_values)
 
-    return lax.while_loop(lambda state: state[0] < count, run_group, (0, rows))[1]
+        most = shard.latest(decoder, count[0])
+        return lax.while_loop(lambda state: state[0] < most, run_group, (0, rows))[1]
+
+    return _over(step, decoder, layers, holds, rows, (fresh, count, tokens, lengths))
 
 
 def _run_prompts(
@@ -446,7 +515,8 @@ def advance(
     most_steps: Int[Array, ""],
     most_ended: Int[Array, ""],
 ) -> Rows:
-    """Generates tokens until so many steps are made, or so many rows do not go on.
+    """Generates tokens until so many steps are made, or so many rows of a device do not go on: it
+    then waits for the others, but where they gather weights from each other.
 
     What one step's blocks write, the next step reads: the two are not fused, and so round the same
     whatever edits there are.
@@ -459,26 +529,35 @@ def advance(
         is_stop: which tokens end a response.
         max_tokens: of a response.
         most_steps: after which it ends.
-        most_ended: rows that do not go on, at which it ends.
+        most_ended: rows of a device that do not go on, at which it ends.
     """
 
-    def goes_on(state):
-        step, rows = state
-        return (step < most_steps) & (jnp.sum(~rows.going) < most_ended)
+    def until(decoder, layers, holds, rows, lengths, seeds, choice, is_stop, max_tokens, *most):
+        most_steps, most_ended = most
 
-    def step(state):
-        done, rows = state
-        logits = _logits(decoder, rows.x)
-        finite = rows.finite & (~rows.going | jnp.all(jnp.isfinite(logits), axis=-1))
-        token = choice(logits, seeds, rows.counts)
-        going = rows.going & finite & ~is_stop[token]
-        tokens = rows.tokens.at[jnp.arange(len(token)), rows.counts].set(token, mode="drop")
-        counts = rows.counts + going
-        x, cache, newest = _step(decoder, layers, holds, rows, token, lengths)
-        going &= counts < max_tokens
-        return done + 1, Rows(x, cache, newest, tokens, counts, going, finite)
+        def goes_on(state):
+            step, rows = state
+            here = (step < most_steps) & (jnp.sum(~rows.going) < most_ended)
+            return shard.latest(decoder, here.astype(jnp.int32)) > 0
 
-    return lax.while_loop(goes_on, step, (0, rows))[1]
+        def step(state):
+            done, rows = state
+            logits = _logits(decoder, rows.x)
+            finite = rows.finite & (~rows.going | jnp.all(jnp.isfinite(logits), axis=-1))
+            token = choice(logits, seeds, rows.counts)
+            going = rows.going & finite & ~is_stop[token]
+            tokens = rows.tokens.at[jnp.arange(len(token)), rows.counts].set(token, mode="drop")
+            counts = rows.counts + going
+            x, cache, newest = _step(decoder, layers, holds, rows, token, lengths)
+            going &= counts < max_tokens
+            return done + 1, Rows(x, cache, newest, tokens, counts, going, finite)
+
+        return lax.while_loop(goes_on, step, (0, rows))[1]
+
+    return _over(
+        *(until, decoder, layers, holds, rows, (lengths, seeds)),
+        (choice, is_stop, max_tokens, most_steps, most_ended),
+    )
 
 
 def _logits(decoder: Decoder, x: Float[Array, "B d"]) -> Float[Array, "B V"]:
@@ -489,7 +568,7 @@ def _logits(decoder: Decoder, x: Float[Array, "B d"]) -> Float[Array, "B V"]:
 
     def add(number, logits):
         first = jnp.minimum(number * chunk, size - chunk)
-        found = decoder.unembed(x, first + jnp.arange(chunk))
+        found = decoder.unembed(x, first + jnp.arange(chunk), alike=True)
         return lax.dynamic_update_slice_in_dim(logits, found, first, axis=-1)
 
     return lax.fori_loop(0, -(-size // chunk), add, jnp.zeros((len(x), size), x.dtype))
@@ -554,6 +633,8 @@ def _run_blocks(
     """
 
     def run_layer(x, layer, block, kept):
+        block = decoder.whole(block)
+
         def run_row(x, at, kept, seen, holds):
             prefix = None
             if kept is not None:

@@ -9,8 +9,10 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Int
 
+from jaxmed.engine import shard
 from models import edits
 from models.config import DecoderConfig
 from models.decoder import Decoder
@@ -66,6 +68,28 @@ def over_rows(run: Callable, holds: Sequence[Hold]) -> Callable:
         )
 
     return mapped
+
+
+def over_devices(step: Callable, decoder: Decoder, holds: Sequence[Hold], *of_rows: Array) -> Array:
+    """step(decoder, holds, *of_rows) of every device's own rows, which are along the first axis of
+    what is given and of what it returns."""
+    own = shard.rows(0)
+    parts, structure = jax.tree.flatten(list(holds))
+
+    def on_each(decoder, parts, *of_rows):
+        return step(decoder, jax.tree.unflatten(structure, parts), *of_rows)
+
+    given = (places(holds), *(own,) * len(of_rows))
+    return shard.over(on_each, decoder, parts, *of_rows, given=given, gives=own)
+
+
+def places(holds: Sequence[Hold]) -> list[PartitionSpec]:
+    """How the arrays of holds are spread over devices: a shift of each prompt's own by prompts."""
+    shifts = [hold.shift for hold in holds if hold.of_each_prompt]
+    return [
+        shard.rows(0) if any(part is shift for shift in shifts) else shard.WHOLE
+        for part in jax.tree.leaves(list(holds))
+    ]
 
 
 def _axes(hold: Hold):

@@ -130,13 +130,17 @@ def response_logprobs(
     targets: Int[Array, "B R"],
 ) -> Float[Array, "B R"]:
     """Log-probabilities of the targets that follow the prompts."""
-    x = _response_rows(decoder, holds, tokens, lengths, ends, targets.shape[1])
 
-    def read(row):
-        x, target = row
-        return jax.nn.log_softmax(decoder.unembed(x[None])[0])[target]
+    def step(decoder, holds, tokens, lengths, ends, targets):
+        x = _response_rows(decoder, holds, tokens, lengths, ends, targets.shape[1])
 
-    return _by_position(decoder, read, (x, targets))
+        def read(row):
+            x, target = row
+            return jax.nn.log_softmax(decoder.unembed(x[None])[0])[target]
+
+        return _by_position(decoder, read, (x, targets))
+
+    return holding.over_devices(step, decoder, holds, tokens, lengths, ends, targets)
 
 
 @jax.jit
@@ -149,21 +153,26 @@ def response_divergences(
     targets: Int[Array, "B R"],
 ) -> Float[Array, "B R"]:
     """KL(plain || edited) where the targets are predicted."""
-    runs = tuple(
-        _response_rows(decoder, chosen, tokens, lengths, ends, targets.shape[1])
-        for chosen in ([], holds)
-    )
 
-    def read(rows):
-        plain, edited = (jax.nn.log_softmax(decoder.unembed(x[None])[0]) for x in rows)
-        # p (d + e^-d - 1) sums to p d, but a rounded normaliser changes it in second order only.
-        change = plain - edited
-        near = jnp.abs(change) < 1
-        small = jnp.exp(plain) * (jnp.expm1(-jnp.where(near, change, 0)) + change)
-        large = jnp.exp(plain) * (change - 1) + jnp.exp(edited)
-        return jnp.sum(jnp.where(near, small, large))
+    def step(decoder, holds, tokens, lengths, ends, targets):
+        runs = tuple(
+            _response_rows(decoder, chosen, tokens, lengths, ends, targets.shape[1])
+            for chosen in ([], holds)
+        )
 
-    return _by_position(decoder, read, runs)
+        def read(rows):
+            plain, edited = (jax.nn.log_softmax(decoder.unembed(x[None])[0]) for x in rows)
+            # p (d + e^-d - 1) sums to p d, but a rounded normaliser changes it in second order
+            # only.
+            change = plain - edited
+            near = jnp.abs(change) < 1
+            small = jnp.exp(plain) * (jnp.expm1(-jnp.where(near, change, 0)) + change)
+            large = jnp.exp(plain) * (change - 1) + jnp.exp(edited)
+            return jnp.sum(jnp.where(near, small, large))
+
+        return _by_position(decoder, read, runs)
+
+    return holding.over_devices(step, decoder, holds, tokens, lengths, ends, targets)
 
 
 def _response_rows(

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 
 from jaxmed.data.pairs import Pair
 from jaxmed.engine import capture, cost, plan
-from jaxmed.engine.cost import Batching
+from jaxmed.engine.cost import Batching, Devices
 from jaxmed.engine.plan import NO_POSITION, Units, Work
 from jaxmed.question.joined import Joined
 from jaxmed.question.question import Question
@@ -136,11 +136,12 @@ def batches(
     captured: int,
     memory: int,
     platform: str,
+    devices: Devices = Devices(),  # noqa: B008 (it is a tuple)
 ) -> tuple[Batching, ...]:
     """The sizes of the batches of each group.
 
     Args:
-        config, dtype, memory, platform: as in `cost.batching`.
+        config, dtype, memory, platform, devices: as in `cost.batching`.
         of_groups: as `groups` gives them.
         captured: plain runs that are held.
 
@@ -152,6 +153,7 @@ def batches(
             *(config, dtype, _largest(group), _longest(group), memory, platform),
             runs=len(group),
             captured=captured,
+            devices=devices,
         )
         for group in of_groups
     )
@@ -178,12 +180,13 @@ def blocks(
     chosen: Sequence[Chosen],
     memory: int,
     platform: str,
+    devices: Devices = Devices(),  # noqa: B008 (it is a tuple)
 ) -> list[Block]:
     """All blocks: of pairs of like length, and smaller ones for a granularity whose lists are long
     than for one whose lists are short.
 
     Args:
-        config, dtype, memory, platform: as in `cost.batching`.
+        config, dtype, memory, platform, devices: as in `cost.batching`.
         pairs: the pairs.
         question: the metric and the positions.
         granularities: of the effects.
@@ -197,7 +200,8 @@ def blocks(
     lengths = [_longest_run(*each) for each in zip(pairs, terms, strict=True)]
     order = sorted(range(len(pairs)), key=lambda index: lengths[index])
     runs = 2 * max(map(len, terms))
-    size = cost.pairs_of_a_block(config, dtype, max(lengths), runs, memory, platform)
+    of_each = devices.memory(memory, platform)
+    size = cost.pairs_of_a_block(config, dtype, max(lengths), runs, of_each, platform)
 
     def of_pairs(granularity: str, indices: Sequence[int]) -> list[list[Patched]]:
         some, masks = [pairs[index] for index in indices], [chosen[index] for index in indices]
@@ -207,11 +211,11 @@ def blocks(
     for alike in _parts(order, size):
         for granularity in granularities:
             works = _works(of_pairs(granularity, alike))
-            fills = [cost.pairs_that_fill(len(w.units), w.size, platform) for w in works]
+            fills = [cost.pairs_that_fill(len(w.units), w.size, platform, devices) for w in works]
             for part in _parts(alike, min([size, *fills])):
                 sizes = batches(
                     *(config, dtype, of_pairs(granularity, part)),
-                    *(capture.bucket(runs * len(part)), memory, platform),
+                    *(capture.bucket(runs * len(part)), memory, platform, devices),
                 )
                 found.append(Block(granularity, tuple(part), sizes))
     return found

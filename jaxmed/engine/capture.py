@@ -13,6 +13,8 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxmed.engine import shard
+from jaxmed.engine.shard import WHOLE
 from jaxmed.question.positions import Edited
 from models.decoder import Decoder, Trace
 from models.layers import Cache, Span
@@ -93,7 +95,10 @@ def _capture(
     valid: Bool[Array, "N"],
     branches: Int[Array, "N"] | None,
 ) -> Trace:
-    return decoder(tokens, valid=valid, branches=branches)[1]
+    def step(decoder, tokens, valid, branches):
+        return decoder(tokens, valid=valid, branches=branches)[1]
+
+    return shard.over(step, decoder, tokens, valid, branches, given=(WHOLE,) * 3, gives=WHOLE)
 
 
 @functools.partial(jax.jit, static_argnames=("size", "prefix_size"))

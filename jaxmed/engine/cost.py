@@ -7,6 +7,7 @@ there is, `engine.memory` tells; what is computed of each pair, `engine.plan`.
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
@@ -19,6 +20,7 @@ from jaxmed.question.joined import Joined
 from jaxmed.question.metrics import VOCABULARY_CHUNK
 from jaxmed.question.positions import Positions
 from jaxmed.question.question import Question
+from models import placement
 from models.config import DecoderConfig
 from models.errors import InputError
 
@@ -154,13 +156,38 @@ def positions_together(platform: str) -> int:
     return _TOGETHER.get(platform, _TOGETHER_ON_ACCELERATORS)
 
 
+class Devices(NamedTuple):
+    """Over how many devices rows are spread.
+
+    Attributes:
+        number: of all devices.
+        storing: of those over which a layer's weights are spread.
+    """
+
+    number: int = 1
+    storing: int = 1
+
+    @classmethod
+    def of(cls, mesh: jax.sharding.Mesh | None) -> "Devices":
+        """Those of a decoder's mesh."""
+        return cls() if mesh is None else cls(mesh.size, mesh.shape[placement.MODEL])
+
+    def memory(self, memory: int, platform: str) -> int:
+        """That of each, in bytes, of what a device of this kind has; on a CPU all share it."""
+        return memory // self.number if platform == "cpu" else memory
+
+    def filled(self, rows: int) -> int:
+        """The least number of rows, from this on, of which every device has as many."""
+        return -(-rows // self.number) * self.number
+
+
 class Batching(NamedTuple):
     """How units go through the model.
 
     Attributes:
         runs: that are patched together.
         batches: of a chunk.
-        rows: units of a batch, of each of the runs.
+        rows: units of a batch, of each of the runs, on all devices.
     """
 
     runs: int
@@ -178,6 +205,7 @@ def batching(
     *,
     runs: int = 1,
     captured: int = 2,
+    devices: Devices = Devices(),  # noqa: B008 (it is a tuple)
 ) -> Batching:
     """How many runs are patched together, and batches and their units, that fit the memory.
 
@@ -192,20 +220,26 @@ def batching(
         dtype: of its parameters in memory.
         work: what is to be computed of each run.
         term: what is read.
-        memory: bytes.
+        memory: bytes of a device, or of all of them where they share it.
         platform: JAX's name of the kind of device.
         runs: in which these units are patched.
         captured: plain runs that are held.
+        devices: that share the rows of a batch.
 
     Raises:
         InputError: not even one unit fits.
     """
+    memory = devices.memory(memory, platform)
+    units = devices.filled(len(work.units)) // devices.number  # of each device
     rows = max(1, positions_together(platform) // work.size)
-    together = max(1, min(2 * _BATCHES * rows // len(work.units), 2 * runs - 1))
+    together = max(1, min(2 * _BATCHES * rows // units, 2 * runs - 1))
     together = _power_of_two(together)
     while True:
         fixed, each, held = _bytes(
-            *(config, np.dtype(dtype), work, term, platform), runs=together, captured=captured
+            *(config, np.dtype(dtype), work, term, platform),
+            runs=together,
+            captured=captured,
+            gathered=devices.storing > 1,
         )
         unit = together * (each + _BATCHES * held)
         fits = int((memory - fixed) // unit)
@@ -220,9 +254,9 @@ def batching(
         together //= 2
     rows = max(1, rows // together)
     few = max(1, rows // _FEW)
-    if len(work.units) <= 2 * _BATCHES * few:
+    if units <= 2 * _BATCHES * few:
         rows = few
-    return Batching(together, _BATCHES, min(rows, _power_of_two(fits)))
+    return Batching(together, _BATCHES, devices.number * min(rows, _power_of_two(fits)))
 
 
 def captured_at_once(length: int, platform: str) -> int:
@@ -246,10 +280,16 @@ def pairs_of_a_block(
     return _power_of_two(max(1, min(most, int(_CAPTURED * memory // each))))
 
 
-def pairs_that_fill(units: int, size: int, platform: str) -> int:
+def pairs_that_fill(
+    units: int,
+    size: int,
+    platform: str,
+    devices: Devices = Devices(),  # noqa: B008 (it is a tuple)
+) -> int:
     """Pairs of whose lists, of so many units with spans of that size, a chunk can be made up: a
     power of two. A long list fills it alone, and is done pair by pair."""
-    return _power_of_two(max(1, _BATCHES * positions_together(platform) // (units * size)))
+    positions = devices.number * positions_together(platform)
+    return _power_of_two(max(1, _BATCHES * positions // (units * size)))
 
 
 def _bytes(
@@ -261,9 +301,11 @@ def _bytes(
     *,
     runs: int,
     captured: int,
+    gathered: bool,
 ) -> tuple[int, int, int]:
-    """Bytes that carrying takes beside the weights: at any rate, and in each run for each unit of a
-    batch, and for each unit of a chunk."""
+    """Bytes that carrying takes on a device beside the weights that it stores, of which a layer's
+    may have to be gathered: at any rate, and in each run for each unit of a batch, and for each
+    unit of a chunk."""
     number = max(4, dtype.itemsize)  # of activations, which are float32 at least
     width, hidden = config.hidden_size, config.intermediate_size
     heads, kv = _head_width(config), _kv_width(config)
@@ -281,7 +323,7 @@ def _bytes(
     at_once = min(captured, captured_at_once(run, platform))
     attention = 3 * config.num_heads * at_once * run**2
     # A layer's weights, their parts where they are cut, and what is made of these on the way.
-    copies = 2 if dtype.itemsize == 2 else 3
+    copies = (2 if dtype.itemsize == 2 else 3) + gathered
     fixed = max(copies * weights, attention) + kept + GATHERED
     position = _block_numbers(config)
     position += 5 * config.num_heads * (capture.prefix_length(work.start) + work.size)

@@ -26,12 +26,13 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from jaxmed.engine import capture, cost
+from jaxmed.engine import capture, cost, shard
 from jaxmed.engine.capture import Frame
 from jaxmed.engine.difference import difference
 from jaxmed.engine.hoisting import hoisted
 from jaxmed.engine.plan import ALL_POSITIONS, Units
 from jaxmed.engine.rules import rules, with_change
+from jaxmed.engine.shard import WHOLE
 from jaxmed.question.joined import Readings
 from jaxmed.question.metrics import (
     VOCABULARY_CHUNK,
@@ -70,39 +71,83 @@ def enter(
         site: the site.
         group_size: adjacent neurons that make one unit.
     """
-    layers = jnp.minimum(layers, change.shape[0] - 1)
-    if site not in _INSIDE:
-        return _at_position(change[layers], positions)
-    if site == Site.HEAD:
-        kernel = decoder.blocks.attention.output.kernel[...]
-        kernel = kernel.reshape(kernel.shape[0], *change.shape[2:], -1)
 
-        def of_head(unit):
+    def step(decoder, change, written, layers, units, positions):
+        if site not in _INSIDE:
+            added = change[jnp.minimum(layers, change.shape[0] - 1)]
+        else:
+            added = _written(decoder, change, written, layers, units, site, group_size)
+        return _at_position(added, positions)
+
+    return shard.over(
+        step,
+        decoder,
+        *(change, written, layers, units, positions),
+        given=(WHOLE, WHOLE, shard.rows(1), shard.rows(1), shard.rows(1)),
+        gives=shard.rows(2),
+    )
+
+
+def _written(
+    decoder: Decoder,
+    change: Float[Array, "L S ..."],
+    written: Float[Array, "L S d"] | None,
+    layers: Int[Array, "n B"],
+    units: Int[Array, "n B"],
+    site: Site,
+    group_size: int,
+) -> Float[Array, "n B S d"]:
+    """What units inside of a module write, at all positions; arguments as of `enter`."""
+    layer_count = change.shape[0]
+    if site == Site.HEAD:
+
+        def write(unit, take):
             layer, head = unit
-            weight = products.ready(kernel[layer, head], decoder.products, change.dtype)
+            weight = products.ready(take(layer, head), decoder.products, change.dtype)
             return products.multiplied(change[layer, :, head], weight, decoder.products)
 
-        write, gathered = of_head, change.shape[-1]
+        taken = change.shape[-1]
     else:
-        kernel = decoder.blocks.mlp.down.kernel[...]
 
-        def of_neurons(unit):
+        def write(unit, take):
             layer, group = unit
             members = group * group_size + jnp.arange(group_size)
             moved = change[layer, :, members].T
             moved = jnp.where(members < change.shape[-1], moved, 0)
-            weight = products.numbers(kernel[layer, members]).astype(change.dtype)
+            weight = products.numbers(take(layer, members)).astype(change.dtype)
             # Written as a sum: for one neuron it is no product of matrices.
             return jnp.sum(moved[..., None] * weight, axis=1)
 
-        write, gathered = of_neurons, group_size
+        taken = group_size
+    together = max(1, cost.GATHERED // (taken * decoder.config.hidden_size))
+    flat = jnp.minimum(layers, layer_count - 1).reshape(-1), units.reshape(-1)
 
-    def add(unit):
-        return _through_norm(decoder, site, unit[0], written, write(unit))
+    def of_all(take):
+        def add(unit):
+            return _through_norm(decoder, site, unit[0], written, write(unit, take))
 
-    together = max(1, cost.GATHERED // (gathered * kernel.shape[-1]))
-    added = jax.lax.map(add, (layers.reshape(-1), units.reshape(-1)), batch_size=together)
-    return _at_position(added.reshape(*layers.shape, *added.shape[1:]), positions)
+        return jax.lax.map(add, flat, batch_size=together)
+
+    def kernel_of(blocks):
+        module = blocks.attention.output if site == Site.HEAD else blocks.mlp.down
+        return module.kernel[...]
+
+    if not decoder.parts:
+        kernel = kernel_of(decoder.blocks).reshape(*change.shape[:1], *change.shape[2:], -1)
+        added = of_all(lambda layer, which: kernel[layer, which])
+        return added.reshape(*layers.shape, *added.shape[1:])
+
+    # A device has parts of the kernels: each layer's is gathered in turn.
+    def with_layer(layer, added):
+        kernel = kernel_of(decoder.block(layer)).reshape(*change.shape[2:], -1)
+        here = (layers == layer).reshape(-1, 1, 1)
+        return jnp.where(here, of_all(lambda _, which: kernel[which]), added)
+
+    first = shard.earliest(decoder, jnp.min(layers))
+    last = shard.latest(decoder, jnp.max(jnp.where(layers < layer_count, layers, -1)))
+    nothing = jnp.zeros((layers.size, change.shape[1], decoder.config.hidden_size), change.dtype)
+    added = jax.lax.fori_loop(first, last + 1, with_layer, nothing)
+    return added.reshape(*layers.shape, *added.shape[1:])
 
 
 def writes(
@@ -120,8 +165,15 @@ def writes(
 
 @functools.partial(jax.jit, static_argnames=("site",))
 def _writes(decoder, value, site):
-    modules = decoder.blocks.mlp if site == Site.NEURON else decoder.blocks.attention
-    return jax.lax.map(lambda of_layer: of_layer[0].write(of_layer[1]), (modules, value))
+    def step(decoder, value):
+        def of_layer(given):
+            block, value = given
+            block = decoder.whole(block)
+            return (block.mlp if site == Site.NEURON else block.attention).write(value)
+
+        return jax.lax.map(of_layer, (decoder.blocks, value))
+
+    return shard.over(step, decoder, value, given=(WHOLE,), gives=WHOLE)
 
 
 def _through_norm(
@@ -169,14 +221,17 @@ def direction_writes(
 
 @functools.partial(jax.jit, static_argnames=("site",))
 def _direction_writes(decoder, change, layer, vectors, site):
-    here = jax.lax.dynamic_index_in_dim(change, layer, keepdims=False)
-    along = vectors @ here.reshape(here.shape[0], -1).T
-    if site in _INSIDE:
-        block = decoder.block(layer)
-        module = block.mlp.down if site == Site.NEURON else block.attention.output
-        weight = products.ready(module.kernel[...], decoder.products, vectors.dtype)
-        vectors = products.multiplied(vectors, weight, decoder.products.of_values)
-    return along, vectors
+    def step(decoder, change, layer, vectors):
+        here = jax.lax.dynamic_index_in_dim(change, layer, keepdims=False)
+        along = vectors @ here.reshape(here.shape[0], -1).T
+        if site in _INSIDE:
+            block = decoder.block(layer)
+            module = block.mlp.down if site == Site.NEURON else block.attention.output
+            weight = products.ready(module.kernel[...], decoder.products, vectors.dtype)
+            vectors = products.multiplied(vectors, weight, decoder.products.of_values)
+        return along, vectors
+
+    return shard.over(step, decoder, change, layer, vectors, given=(WHOLE,) * 3, gives=WHOLE)
 
 
 @functools.partial(jax.jit, static_argnames=("site",))
@@ -191,15 +246,25 @@ def enter_directions(
     site: Site,
 ) -> Float[Array, "n S B d"]:
     """D of directions, as `enter` gives it of other units: v (v . change), written."""
-    change = along[which][..., None] * added[which][..., None, :]
-    if written is not None:
-        layers = jnp.minimum(layers, written.shape[0] - 1).reshape(-1)
-        through = functools.partial(_through_norm, decoder, site)
-        flat = change.reshape(-1, *change.shape[-2:])
-        change = jax.vmap(lambda layer, c: through(layer, written, c))(layers, flat).reshape(
-            change.shape
-        )
-    return _at_position(change, positions)
+
+    def step(decoder, along, added, written, layers, which, positions):
+        change = along[which][..., None] * added[which][..., None, :]
+        if written is not None:
+            layers = jnp.minimum(layers, written.shape[0] - 1).reshape(-1)
+            through = functools.partial(_through_norm, decoder, site)
+            flat = change.reshape(-1, *change.shape[-2:])
+            change = jax.vmap(lambda layer, c: through(layer, written, c))(layers, flat).reshape(
+                change.shape
+            )
+        return _at_position(change, positions)
+
+    return shard.over(
+        step,
+        decoder,
+        *(along, added, written, layers, which, positions),
+        given=(WHOLE, WHOLE, WHOLE, shard.rows(1), shard.rows(1), shard.rows(1)),
+        gives=shard.rows(2),
+    )
 
 
 def _at_position(
@@ -259,6 +324,41 @@ def carry(
         forced: neurons whose change is given, whatever is carried to them. A row joins by the stage
             whose reader has the first of them.
     """
+
+    def step(decoder, frame, stages, differences, blocks, *forced):
+        return _carried(decoder, frame, stages, differences, blocks, _forced(*forced))
+
+    return shard.over(
+        step,
+        decoder,
+        *(frame, stages, differences, blocks, *_fields(forced)),
+        given=(WHOLE, shard.rows(1), shard.rows(2), WHOLE, *_FIELDS),
+        gives=shard.rows(2),
+    )
+
+
+def _fields(forced: Forced | None) -> tuple[Array | None, ...]:
+    """Its arrays, which are on the devices each in its own way; see `_FIELDS`."""
+    return (None,) * 3 if forced is None else (forced.change, forced.edited, forced.members)
+
+
+_FIELDS = (WHOLE, WHOLE, shard.rows(1))
+
+
+def _forced(change, edited, members) -> Forced | None:
+    """That of `_fields`."""
+    return None if change is None else Forced(change, edited, members)
+
+
+def _carried(
+    decoder: Decoder,
+    frame: Frame,
+    stages: Int[Array, "n B"],
+    differences: Float[Array, "n S B d"],
+    blocks: Int[ArrayLike, ""],
+    forced: Forced | None,
+) -> Float[Array, "n S B d"]:
+    """`carry` of the rows of one device."""
     first_stages = jnp.min(stages, axis=1)
 
     def run_layer(layer, differences):
@@ -275,7 +375,8 @@ def carry(
         live = jnp.sum(first_stages <= halves[-1].stage)
         return jax.lax.fori_loop(0, live, run_batch, differences)
 
-    return jax.lax.fori_loop(jnp.min(first_stages) // 2, blocks, run_layer, differences)
+    first = shard.earliest(decoder, jnp.min(first_stages) // 2)
+    return jax.lax.fori_loop(first, blocks, run_layer, differences)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -384,6 +485,34 @@ def read_changes(
         whole_vocabulary: as in `metrics.Term`.
         forced: as in `carry`.
     """
+
+    def step(decoder, frame, stages, differences, reading, last_prompt, *forced):
+        return _changes_read(
+            *(decoder, frame, stages, differences, reading, last_prompt),
+            *(metric, whole_vocabulary, _forced(*forced)),
+        )
+
+    return shard.over(
+        step,
+        decoder,
+        *(frame, stages, differences, reading, last_prompt, *_fields(forced)),
+        given=(WHOLE, shard.rows(1), shard.rows(2), WHOLE, WHOLE, *_FIELDS),
+        gives=shard.rows(1),
+    )
+
+
+def _changes_read(
+    decoder: Decoder,
+    frame: Frame,
+    stages: Int[Array, "n B"],
+    differences: Float[Array, "n S B d"],
+    reading: Readings,
+    last_prompt: Int[Array, ""],
+    metric: Metric,
+    whole_vocabulary: bool,
+    forced: Forced | None,
+) -> Float[Array, "n B"]:
+    """`read_changes` of the rows of one device."""
     rows = last_prompt + reading.offsets
     base = frame.inputs[-1][rows]
     ended = _at_the_end(decoder, frame, stages, differences, rows, forced)
@@ -523,7 +652,7 @@ class _RowLogits:
         """Log-sum-exp over the tokens of a total and those of the chunk that starts there."""
         size = self.decoder.config.vocab_size
         tokens = start + jnp.arange(min(VOCABULARY_CHUNK, size))
-        logits = self.of(jnp.minimum(tokens, size - 1))
+        logits = self.decoder.unembed(self.rows, jnp.minimum(tokens, size - 1), alike=True)
         logits = jnp.where(tokens < size, logits, jnp.finfo(logits.dtype).min / 4)
         both = jnp.stack([total, logsumexp_last_axis(logits)], axis=-1)
         return logsumexp_last_axis(both)
@@ -570,4 +699,11 @@ def plain_value(
     decoder: Decoder, trace: Trace, reading: Readings, last_prompt: Int[Array, ""], metric: Metric
 ) -> Float[Array, ""]:
     """Y of a captured run whose last prompt token is at `last_prompt`."""
-    return read(decoder, metric, capture.kept(trace, "residual")[-1], reading, last_prompt)
+
+    def step(decoder, residual, reading, last_prompt):
+        return read(decoder, metric, residual, reading, last_prompt)
+
+    residual = capture.kept(trace, "residual")[-1]
+    return shard.over(
+        step, decoder, residual, reading, last_prompt, given=(WHOLE,) * 3, gives=WHOLE
+    )

@@ -20,8 +20,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxmed.data.pairs import Pair
 from jaxmed.engine import capture as capture_lib
-from jaxmed.engine import cost, propagate
+from jaxmed.engine import cost, propagate, shard
 from jaxmed.engine.capture import Frame
+from jaxmed.engine.cost import Devices
 from jaxmed.question.joined import Joined, Readings
 from jaxmed.question.metrics import Metric
 from jaxmed.question.question import Question
@@ -82,15 +83,18 @@ def captured(decoder: Decoder, pairs: Sequence[Pair], question: Question) -> Cap
         places.setdefault(_tokens(prompt, term), len(places))
     length = capture_lib.run_length(max(len(run) for run, _ in places))
     # As many for every block of so many pairs, so that one compilation serves all.
-    count = capture_lib.bucket(len(asked))
+    devices = Devices.of(decoder.mesh)
+    count = devices.filled(capture_lib.bucket(len(asked)))
     tokens, branches = np.zeros((2, count, length), np.int32)
     valid = np.zeros((count, length), bool)
     for (run, of_run), place in places.items():
         tokens[place, : len(run)], valid[place, : len(run)] = run, True
         branches[place, : len(run)] = of_run or 0
     branched = any(of_run for _, of_run in places)
-    at_once = min(count, cost.captured_at_once(length, jax.default_backend()))
+    own = count // devices.number
+    at_once = min(own, cost.captured_at_once(length, jax.default_backend()))
     traces = capture(decoder, tokens, valid, branches if branched else None, at_once)
+    traces = shard.everywhere(decoder, traces)
     by_reading: dict[tuple, list] = {}
     for each in asked:
         by_reading.setdefault(each[2].alike(), []).append(each)
@@ -130,13 +134,20 @@ def capture(
     branches: Int[Array, "C N"] | None,
     at_once: int,
 ) -> Trace:
-    """Every site's value in plain runs; `at_once` of them, a divisor of C, go through together."""
+    """Every site's value in plain runs, which are spread over the devices; on each `at_once` of
+    them go through together."""
 
-    def run(given):
-        tokens, valid, branches = given
-        return decoder(tokens, valid=valid, branches=branches)[1]
+    def step(decoder, *given):
+        def run(given):
+            tokens, valid, branches = given
+            return decoder(tokens, valid=valid, branches=branches)[1]
 
-    return jax.lax.map(run, (tokens, valid, branches), batch_size=at_once)
+        return jax.lax.map(run, given, batch_size=at_once)
+
+    over_runs = shard.rows(0)
+    return shard.over(
+        step, decoder, tokens, valid, branches, given=(over_runs,) * 3, gives=over_runs
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("size", "prefix_size"))
@@ -241,7 +252,7 @@ def carry(
         return propagate.carry(decoder, frame, stages, differences, blocks)
 
     if len(differences) == 1:  # A long list's: an axis of one run costs copies of the batches.
-        alone = of_run(jax.tree.map(lambda leaf: leaf[0], frames), differences[0])
+        alone = of_run(jax.tree.map(lambda leaf: leaf[0], frames), differences.squeeze(0))
         return alone[None]
     return jax.vmap(of_run)(frames, differences)
 

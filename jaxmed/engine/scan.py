@@ -11,11 +11,11 @@ from jaxtyping import Array, Float, Int
 
 from jaxmed.data.pairs import Pair
 from jaxmed.engine import blocks as blocks_lib
-from jaxmed.engine import capture, cost, plan, propagate
+from jaxmed.engine import capture, cost, plan, propagate, shard
 from jaxmed.engine import memory as memory_lib
 from jaxmed.engine import runs as runs_lib
 from jaxmed.engine.blocks import Block, Chosen, Patched
-from jaxmed.engine.cost import Batching
+from jaxmed.engine.cost import Batching, Devices
 from jaxmed.engine.plan import Units, Work
 from jaxmed.engine.runs import Captured
 from jaxmed.question import question as question_lib
@@ -176,6 +176,7 @@ class Scan:
             chosen=self._chosen,
             memory=memory,
             platform=jax.default_backend(),
+            devices=Devices.of(self.decoder.mesh),
         )
 
     def effects(
@@ -256,10 +257,13 @@ class Scan:
             enter = self._enter(captured.traces, works, units, base, source)
             if works[0].vectors is not None:
                 units = units.numbered()
-            chunks = units.chunks(sizes.batches, sizes.rows, padding_layer=config.num_layers)
-            # On the device before the first is begun, so that none waits for the host.
-            parts = jax.device_put(
-                [(part, plan.stage(config, works[0].site, part.layers)) for part in chunks]
+            # Of sizes that were recorded on another mesh, more rows.
+            count = Devices.of(decoder.mesh).filled(sizes.rows)
+            chunks = units.chunks(sizes.batches, count, padding_layer=config.num_layers)
+            # On the devices before the first is begun, so that none waits for the host.
+            parts = shard.spread(
+                decoder,
+                [(part, plan.stage(config, works[0].site, part.layers)) for part in chunks],
             )
             found = []
             for part, stages in parts:

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmed.behaviour import batches
+from jaxmed.engine import shard
 from jaxmed.intervention.units import Unit, masks
 from models.config import DecoderConfig
 from models.decoder import Decoder
@@ -190,8 +191,13 @@ def _means(
     sites: tuple[Site, ...],
 ) -> dict[Site, Float[Array, "B W L ..."]]:
     """Weighted sums over positions of sites' values in plain runs, for each row of weights."""
-    trace = decoder(tokens, valid=valid, positions=(), sites=sites)[1]
-    return {
-        site: jnp.einsum("bwn,bln...->bwl...", weights, getattr(trace, site.value))
-        for site in sites
-    }
+
+    def step(decoder, tokens, valid, weights):
+        trace = decoder(tokens, valid=valid, positions=(), sites=sites)[1]
+        return {
+            site: jnp.einsum("bwn,bln...->bwl...", weights, getattr(trace, site.value))
+            for site in sites
+        }
+
+    own = shard.rows(0)
+    return shard.over(step, decoder, tokens, valid, weights, given=(own,) * 3, gives=own)

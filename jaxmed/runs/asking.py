@@ -24,7 +24,7 @@ from jaxmed.runs.mediate import MediateSettings
 from jaxmed.runs.settings import like, setting
 from jaxmed.runs.skipping import Skipped
 from jaxmed.store import circumstances
-from models import products
+from models import placement, products
 from models.errors import InputError
 
 # What responses do not depend on: a run that goes on may be judged otherwise, and may answer more.
@@ -143,6 +143,7 @@ class AnswerSettings:
     )
     ignore_config: tuple[str, ...] = like(MediateSettings, "ignore_config")
     memory_gb: float | None = like(MediateSettings, "memory_gb")
+    mesh: str = like(MediateSettings, "mesh")
     skip_bad_prompts: bool = setting(
         help="Leave out, and count, prompts that cannot be used.", default=False
     )
@@ -438,6 +439,7 @@ def described(
         "judge_precisions": protocol.precisions(given),
         "judges_hash": hash_of([protocol.fingerprint(judge) for judge in given]),
         "matmul_precision": model.decoder.products.precision,
+        "mesh": placement.named(model.decoder.mesh),
         "stop_tokens": sorted(model.stop),
         "generation_not_followed": dict(model.not_followed),
         "tokenisation": model.encoder.counts,

@@ -14,8 +14,8 @@ from jaxmed.data import pairs
 from jaxmed.engine import rates
 from jaxmed.question.sites import GRANULARITIES
 from jaxmed.report import benchmark as tables
+from jaxmed.runs import loading, sweep
 from jaxmed.runs import settings as settings_lib
-from jaxmed.runs import sweep
 from jaxmed.runs.settings import setting
 from jaxmed.validation import benchmark, chips, lists, numerical_error, presets, truth
 from models import checkpoint, organisms, products
@@ -121,6 +121,12 @@ class BenchmarkSettings:
         "takes no TPU, but the tpu extra.",
         default=(),
         commas=True,
+    )
+    mesh: str = setting(
+        help="--compile_for: of how many chips it is one, as 8x1, laid out as launch.mediate has "
+        "it.",
+        default="1x1",
+        needs="compile_for",
     )
     model: str | None = setting(
         help="Folder of a checkpoint whose config.json gives the shape, for --preset.",
@@ -324,7 +330,8 @@ def _compilation(settings: BenchmarkSettings) -> tuple[list[dict], list[str]]:
         precisions = products.PRECISIONS
     figures = []
     for topology in settings.compile_for:
-        compiler = chips.Compiler(chips.chip(topology), say=sweep.say)
+        chip = chips.chip(topology, loading.mesh_sizes(settings.mesh))
+        compiler = chips.Compiler(chip, say=sweep.say)
         for precision in precisions:
             figures.append(chips.measure(asked, compiler, precision))
     return [dataclasses.asdict(each) for each in figures], tables.compiled_table(figures)

@@ -91,6 +91,7 @@ class CertifySettings:
     dtype: str = like(MediateSettings, "dtype")
     matmul_precision: str = like(MediateSettings, "matmul_precision")
     memory_gb: float | None = like(MediateSettings, "memory_gb")
+    mesh: str = like(MediateSettings, "mesh")
     overwrite: bool = like(MediateSettings, "overwrite")
 
     @property
@@ -232,7 +233,16 @@ def _identity(organism: Organism, contrast: str, settings: MediateSettings) -> d
 
 def _method(settings: MediateSettings) -> dict:
     """The part of it that is the same for all organisms."""
-    elsewhere = ("model", "pairs", "out", "granularity", "overwrite", "show_text", "memory_gb")
+    elsewhere = (
+        "model",
+        "pairs",
+        "out",
+        "granularity",
+        "overwrite",
+        "show_text",
+        "memory_gb",
+        "mesh",
+    )
     asked = {
         name: value for name, value in dataclasses.asdict(settings).items() if name not in elsewhere
     }

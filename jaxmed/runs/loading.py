@@ -4,16 +4,22 @@ import dataclasses
 import datetime
 import json
 import pathlib
+import re
 import typing
 from collections.abc import Collection
+
+import jax
 
 import models
 from jaxmed.data.tokens import Encoder
 from jaxmed.engine import rates
 from jaxmed.store import claims
-from models import checkpoint
+from models import checkpoint, placement
 from models.decoder import Decoder
 from models.errors import InputError
+
+# Of a device's memory, the most that weights take of it where they can be spread over more devices.
+_OF_WEIGHTS = 0.6
 
 AS_IT_STANDS = (
     "Prompts are text and are used as they stand; --chat wraps them in the tokenizer's chat "
@@ -79,6 +85,11 @@ class Settled(typing.Protocol):
         ...
 
     @property
+    def mesh(self) -> str:
+        """As 8x1, or "" for as few devices along `model` as hold the weights."""
+        ...
+
+    @property
     def out(self) -> str:
         """Folder of the run."""
         ...
@@ -100,20 +111,64 @@ def load(settings: Settled, rows: int | None = None) -> Loaded:
         rows: as of `rates.exact_precision`.
 
     Raises:
-        InputError: as `models.load`.
+        InputError: as `models.load`; or --mesh is none of this process's devices.
     """
+    count = jax.local_device_count()
+    storing = _stored_over(settings.mesh, count) if settings.mesh else None
     folder = checkpoint.resolve(settings.model)
     adapter = checkpoint.resolve_adapter(settings.adapter)
-    decoder, tokenizer = models.load(
-        folder,
-        adapter=adapter,
-        dtype=settings.dtype or None,
-        ignore_config=settings.ignore_config,
+    given = dict(
+        adapter=adapter, dtype=settings.dtype or None, ignore_config=settings.ignore_config
     )
+    if storing is None:
+        storing = 1 if count == 1 else _fewest(checkpoint.size(folder, **given), count)
+    decoder, tokenizer = models.load(folder, mesh=placement.of_devices(storing), **given)
     precision = settings.matmul_precision
     if precision == rates.AUTO:
         precision = rates.exact_precision(decoder, rows)
     return Loaded(folder, adapter, decoder.at_precision(precision), tokenizer)
+
+
+def _stored_over(mesh: str, count: int) -> int:
+    """Over how many of so many devices a mesh stores weights.
+
+    Raises:
+        InputError: it is no mesh, or one of another number of devices.
+    """
+    sweep, storing = mesh_sizes(mesh)
+    if sweep * storing != count:
+        possible = ", ".join(f"{count // model}x{model}" for model in _divisors(count))
+        raise InputError(
+            f"--mesh={mesh}: has {sweep * storing} devices, and this process has {count}: give one "
+            f"of {possible}; it takes fewer where it sees fewer (CUDA_VISIBLE_DEVICES=0,1)"
+        )
+    return storing
+
+
+def mesh_sizes(mesh: str) -> tuple[int, int]:
+    """The sizes of a mesh that is written as 8x1.
+
+    Raises:
+        InputError: it is not.
+    """
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", mesh)
+    if not found:
+        raise InputError(f"--mesh={mesh}: must be two numbers of devices, as 8x1")
+    return int(found[1]), int(found[2])
+
+
+def _divisors(count: int) -> list[int]:
+    return [number for number in range(1, count + 1) if count % number == 0]
+
+
+def _fewest(size: int, count: int) -> int:
+    """Over how many of so many devices weights of so many bytes are stored at least; over all of
+    them where they do not fit then either, which shows as they are loaded."""
+    memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    if memory is None:  # A CPU's devices share its memory.
+        return 1
+    hold = [number for number in _divisors(count) if size <= number * _OF_WEIGHTS * memory]
+    return min(hold, default=count)
 
 
 def settled(settings: Settings) -> Settings:

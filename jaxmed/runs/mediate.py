@@ -39,7 +39,7 @@ from jaxmed.runs.settings import setting
 from jaxmed.runs.skipping import Skipped
 from jaxmed.store import circumstances
 from jaxmed.store.results import Results
-from models import checkpoint, organisms, products
+from models import checkpoint, organisms, placement, products
 from models.config import DTYPES, DecoderConfig
 from models.decoder import Decoder
 from models.errors import InputError
@@ -217,6 +217,12 @@ class MediateSettings:
         default=None,
         least=1e-3,
     )
+    mesh: str = setting(
+        help="How this process's devices are laid out, as 8x1: units are spread over all of them, "
+        "and each layer's weights are stored in as many parts as the second number says. By "
+        "default as few as hold the weights.",
+        default="",
+    )
     skip_bad_pairs: bool = setting(
         help="Leave out, and count, pairs that cannot be used.", default=False
     )
@@ -287,7 +293,11 @@ def measure(settings: MediateSettings, *, progress: bool = True) -> tuple[Result
     say(f"Loading {settings.model}")
     loaded = loading.load(settings)
     decoder, tokenizer = loaded.decoder, loaded.tokenizer
-    settings = dataclasses.replace(settings, matmul_precision=decoder.products.precision)
+    settings = dataclasses.replace(
+        settings,
+        matmul_precision=decoder.products.precision,
+        mesh=placement.named(decoder.mesh),
+    )
     check_counts(settings, decoder.config)
     budget = memory.free(settings.memory_gb)
     encoder = loading.encoder(
@@ -327,6 +337,11 @@ def measure(settings: MediateSettings, *, progress: bool = True) -> tuple[Result
         settings.granularities,
         overwrite=settings.overwrite,
     )
+    if (earlier := results.run["mesh"]) != settings.mesh:
+        say(
+            f"{results.folder} was begun on devices laid out as {earlier}, here they are "
+            f"{settings.mesh}: the last bits of what is computed here may be others"
+        )
     asked = MediateRun(decoder, pairs, question, settings, budget, progress)
     selection = _screen(asked, results) if settings.screen else None
     _scan(asked, results, selection)

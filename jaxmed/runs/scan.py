@@ -25,6 +25,7 @@ from jaxmed.question.sites import GRANULARITIES
 from jaxmed.runs import sweep
 from jaxmed.runs.settings import check_choice
 from jaxmed.store import circumstances
+from models import placement
 from models.decoder import Decoder
 from models.errors import InputError
 
@@ -271,6 +272,7 @@ def _description(
         "directions": "in memory" if directions else "",
         "directions_hash": directions and directions.hash,
         "matmul_precision": decoder.products.precision,
+        "mesh": placement.named(decoder.mesh),
         # The name under which the results' arrays record it.
         "precision": decoder.products.precision,
         "pair_bases": [pair.base for pair in pairs],

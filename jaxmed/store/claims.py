@@ -17,6 +17,7 @@ CIRCUMSTANCES = (
     "command",
     "device",
     "memory_gb",
+    "mesh",
     "out",
     "overwrite",
     "seconds",

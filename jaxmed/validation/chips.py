@@ -7,6 +7,7 @@ Nothing is run on a TPU, none is looked for, and no weight is made.
 import dataclasses
 import functools
 import importlib.util
+import math
 import os
 import time
 from collections.abc import Callable
@@ -15,10 +16,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.experimental.compilation_cache import compilation_cache
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from jaxmed.engine import cost, memory, propagate
-from jaxmed.engine.cost import Batching
+from jaxmed.engine.cost import Batching, Devices
 from jaxmed.engine.plan import Work
 from jaxmed.question.joined import Joined
 from jaxmed.question.metrics import LogitDifference
@@ -26,6 +27,7 @@ from jaxmed.question.question import Question
 from jaxmed.validation import presets, programs
 from jaxmed.validation.compiled import Text
 from jaxmed.validation.programs import Carried, Program, Recorder
+from models import placement
 from models.config import DecoderConfig
 from models.decoder import Decoder
 from models.errors import InputError
@@ -55,22 +57,40 @@ class Chip:
         kind: JAX's name of it.
         memory: bytes that it has; None where that is not known.
         there: it, as where arrays are.
+        mesh: chips over which rows are spread, of which it is one; None for it alone.
     """
 
     topology: str
     kind: str
     memory: int | None
     there: SingleDeviceSharding = dataclasses.field(repr=False, compare=False)
+    mesh: Mesh | None = dataclasses.field(default=None, repr=False, compare=False)
+
+    @property
+    def devices(self) -> Devices:
+        """Over which rows are spread."""
+        return Devices.of(self.mesh)
+
+    def place(self, program: Program) -> list[jax.ShapeDtypeStruct]:
+        """What a program is given, where it lies."""
+        shardings = [self.there] * len(program.arguments)
+        if self.mesh is not None:
+            shardings = [NamedSharding(self.mesh, spec) for spec in program.places]
+        return [
+            jax.ShapeDtypeStruct(given.shape, given.dtype, sharding=sharding)
+            for given, sharding in zip(program.arguments, shardings, strict=True)
+        ]
 
 
-def chip(topology: str) -> Chip:
-    """One chip of a topology.
+def chip(topology: str, mesh: tuple[int, int] = (1, 1)) -> Chip:
+    """One chip of a topology, or of several that share the work.
 
     JAX is told to run on the CPU, so that libtpu, now that it is there, is not asked for a TPU; and
     to keep no compiled program: it could not read one for a chip that is not there.
 
     Args:
         topology: kind and shape, as v5e:2x2, v6e:2x4, v5p:2x2x1.
+        mesh: chips along `sweep` and `model`; the first of the topology.
 
     Raises:
         InputError: libtpu is not installed, or knows no such topology.
@@ -92,7 +112,19 @@ def chip(topology: str) -> Chip:
         ) from error
     device = found.devices[0]
     gib = _MEMORY_GIB.get(device.device_kind)
-    return Chip(topology, device.device_kind, gib and gib * _GIB, SingleDeviceSharding(device))
+    count = math.prod(mesh)
+    if count > len(found.devices):
+        raise InputError(
+            f"compile_for={topology}: has {len(found.devices)} chips, and a mesh of "
+            f"{'x'.join(map(str, mesh))} takes {count}"
+        )
+    return Chip(
+        topology,
+        device.device_kind,
+        gib and gib * _GIB,
+        SingleDeviceSharding(device),
+        None if count == 1 else placement.of(found.devices[:count], mesh[1]),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,10 +185,7 @@ def compile_program(program: Program, chip: Chip) -> tuple[CompiledProgram, Text
 
 
 def _compiled(program: Program, chip: Chip) -> jax.stages.Compiled:
-    placed = [
-        jax.ShapeDtypeStruct(given.shape, given.dtype, sharding=chip.there)
-        for given in program.arguments
-    ]
+    placed = chip.place(program)
 
     def called(*arrays):
         return program.function(*arrays)
@@ -188,17 +217,18 @@ class Figures:
 
     Attributes:
         topology, kind: of the chip.
+        mesh: of how many it is one, as 8x1.
         model, layers: what is scanned.
         precision: of products with differences.
-        tokens, batches, rows: of a prompt, of a chunk, and of a batch.
+        tokens, batches, rows: of a prompt, of a chunk, and of a batch on the chip.
         halves: of a block.
         layer_cycles: once for a layer and chunk.
         chunk_cycles: once for a chunk.
         enter_cycles: of the units of a chunk that enter.
         read_cycles: of a batch whose metric is read.
         fraction: of the cycles of a batch in a layer, those of its products with weights alone.
-        cycles_per_neuron: from entering to the metric, for a neuron with as many later blocks as a
-            neuron has on average.
+        cycles_per_neuron: of each chip of the mesh, from entering to the metric, for a neuron with
+            as many later blocks as a neuron has on average.
         passes: how often attention's half reads or writes its largest array, the scores' difference
             [heads, keys, rows].
         memory_bytes: the most that one of the programs takes on the chip.
@@ -207,6 +237,7 @@ class Figures:
 
     topology: str
     kind: str
+    mesh: str
     model: str
     layers: int
     precision: str
@@ -313,6 +344,7 @@ def measure(
     return Figures(
         topology=chip.topology,
         kind=chip.kind,
+        mesh=placement.named(chip.mesh),
         model=asked.model,
         layers=config.num_layers,
         precision=precision,
@@ -325,7 +357,7 @@ def measure(
         enter_cycles=enter.program.turn_cycles,
         read_cycles=reading.turn_cycles,
         fraction=sum(half.product_cycles for half in halves) / batch.turn_cycles,
-        cycles_per_neuron=whole_chunk / (carried.batches * carried.rows),
+        cycles_per_neuron=whole_chunk / (carried.batches * carried.rows * chip.devices.number),
         passes=_passes(asked, compiler, precision),
         memory_bytes=max(program.bytes for program in compiled),
         programs=tuple(compiled),
@@ -353,12 +385,15 @@ def recorded(asked: Asked, chip: Chip, precision: str) -> Recorder:
         InputError: the memory does not suffice.
     """
     config = asked.config
-    record, decoder = Recorder(), _decoder(config, precision)
+    record, decoder = Recorder(), _decoder(config, precision, chip.mesh)
     left = _memory_left(asked, decoder, chip)
 
     def batching(work: Work, term: Joined, runs: int) -> Batching:
-        found = cost.batching(config, config.dtype, work, term, left, "tpu", runs=runs)
-        return found._replace(rows=asked.rows // found.runs or found.rows)
+        found = cost.batching(
+            *(config, config.dtype, work, term, left, "tpu"), runs=runs, devices=chip.devices
+        )
+        rows = chip.devices.filled(asked.rows // found.runs)
+        return found._replace(rows=rows or found.rows)
 
     pair = presets.random_pair(config, asked.tokens)
     question = Question(LogitDifference(), directions=programs.directions(config))
@@ -372,26 +407,27 @@ def recorded(asked: Asked, chip: Chip, precision: str) -> Recorder:
             batching=batching,
         )
     if asked.whole:
-        rows = functools.partial(_rows, asked, left)
+        rows = functools.partial(_rows, asked, left, chip.devices)
         programs.of_gradients(record, decoder, pair, question)
         programs.of_joint_sets(record, decoder, pair, question)
         programs.of_answers(record, decoder, pair, rows)
     return record
 
 
-def _rows(asked: Asked, left: int, length: int, room: int) -> int:
+def _rows(asked: Asked, left: int, devices: Devices, length: int, room: int) -> int:
     """Rows of a batch of text, both runs of a divergence in it."""
     if asked.rows:
-        return asked.rows
+        return devices.filled(asked.rows)
     shared = {"length": length, "memory": left, "platform": "tpu"}
     read = cost.rows_at_once(asked.config, "float32", runs=2, **shared)
     answered = cost.answers_at_once(asked.config, "float32", "float32", room=room, **shared)
-    return min(read, answered)
+    return devices.number * min(read, answered)
 
 
 def _memory_left(asked: Asked, decoder: Decoder, chip: Chip) -> int:
     """Bytes beside the weights."""
     weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(decoder))
+    weights //= chip.devices.storing
     if asked.memory_gb is not None:
         left = int(asked.memory_gb * _GIB) - weights
     elif chip.memory is None:
@@ -409,9 +445,9 @@ def _memory_left(asked: Asked, decoder: Decoder, chip: Chip) -> int:
     return left
 
 
-def _decoder(config: DecoderConfig, precision: str) -> Decoder:
+def _decoder(config: DecoderConfig, precision: str, mesh: Mesh | None = None) -> Decoder:
     """A decoder that has shapes for weights, multiplied as on a TPU."""
-    return programs.shapes_of(config).at_precision(precision, platform="tpu")
+    return programs.shapes_of(config, mesh).at_precision(precision, platform="tpu")
 
 
 def products(decoder: Decoder) -> dict[str, Callable]:

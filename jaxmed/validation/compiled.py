@@ -178,6 +178,17 @@ class Text:
                 total += of is not None and any(array.size in sizes for array in of.arrays[:1])
         return total
 
+    @functools.cached_property
+    def collectives(self) -> tuple[Operation, ...]:
+        """The operations by which devices exchange numbers; of one that is begun and later ended,
+        its beginning."""
+        return tuple(
+            operation
+            for operations in self.computations.values()
+            for operation in operations
+            if operation.kind.removesuffix("-start") in _COLLECTIVES
+        )
+
     def in_memory(self) -> Iterator[Array]:
         """The arrays that operations outside of fusions give."""
         for name, operations in self.computations.items():
@@ -216,6 +227,10 @@ class Text:
 
 
 _PRODUCTS = ("convolution", "dot")
+_COLLECTIVES = (
+    *("all-gather", "all-reduce", "all-to-all", "collective-broadcast", "collective-permute"),
+    *("ragged-all-to-all", "reduce-scatter"),
+)
 # They make no array.
 _RENAMES = ("bitcast", "tuple", "get-tuple-element", "parameter", "while", "constant")
 

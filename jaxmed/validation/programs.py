@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.extend import core as jaxpr_lib
+from jax.sharding import Mesh, PartitionSpec
 
 from jaxmed.analysis import screening
 from jaxmed.behaviour import batches, generation, likelihood
@@ -21,7 +22,7 @@ from jaxmed.behaviour.judges import model as judging
 from jaxmed.behaviour.sampling import Choice, Sampling
 from jaxmed.data.pairs import Pair
 from jaxmed.engine import blocks, capture, cost, plan, propagate, runs
-from jaxmed.engine.cost import Batching
+from jaxmed.engine.cost import Batching, Devices
 from jaxmed.engine.plan import Work
 from jaxmed.question import directions as directions_lib
 from jaxmed.question.directions import Directions, SiteDirections
@@ -42,7 +43,7 @@ class Carried:
     """What a program that carries differences is given.
 
     Attributes:
-        batches, rows: of a chunk, and of a batch, those of all runs.
+        batches, rows: of a chunk, and of a batch, those of all runs; on each device.
         positions: of the span.
         prefix: positions before it, padding included.
     """
@@ -65,6 +66,7 @@ class Program:
         donated: places of the arguments whose memory it takes for what it gives.
         text: what it computes: programs of equal text are the same one.
         carried: of `carry`, what it is given.
+        places: how its arguments are spread over a mesh; nothing where there is none.
     """
 
     name: str
@@ -74,6 +76,7 @@ class Program:
     arguments: tuple[jax.ShapeDtypeStruct, ...]
     donated: tuple[int, ...]
     carried: Carried | None = None
+    places: tuple[PartitionSpec, ...] = ()
 
 
 class Recorder:
@@ -109,6 +112,7 @@ class Recorder:
                 continue
             inner, name = equation.params["jaxpr"], equation.params["name"].lstrip("_")
             donated = equation.params["donated_invars"]
+            places = _places(inner.jaxpr)
             program = Program(
                 name=name,
                 what=what,
@@ -117,6 +121,7 @@ class Recorder:
                 arguments=tuple(_shape(value) for value in inner.in_avals),
                 donated=tuple(place for place, given in enumerate(donated) if given),
                 carried=carried,
+                places=tuple(places.get(given, PartitionSpec()) for given in inner.jaxpr.invars),
             )
             self._found.setdefault((name, program.text), program)
         return shapes
@@ -126,9 +131,29 @@ def _shape(value) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(value.shape, value.dtype)
 
 
-def shapes_of(config: DecoderConfig) -> Decoder:
-    """A decoder that has shapes for weights."""
-    return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+def _places(jaxpr: jaxpr_lib.Jaxpr) -> dict[jaxpr_lib.Var, PartitionSpec]:
+    """Of what a function is given, how that which it spreads over a mesh is spread."""
+    found: dict[jaxpr_lib.Var, PartitionSpec] = {}
+    for equation in reversed(jaxpr.eqns):
+        given: list[PartitionSpec | None] = [None] * len(equation.invars)
+        if equation.primitive.name == "shard_map":
+            given = list(equation.params["in_specs"])
+        elif equation.primitive.name == "jit":
+            inner = equation.params["jaxpr"].jaxpr
+            given = list(map(_places(inner).get, inner.invars))
+        elif equation.primitive.name == "squeeze" and equation.outvars[0] in found:
+            given = [PartitionSpec(None, *found[equation.outvars[0]])]  # of its first axis
+        for variable, spec in zip(equation.invars, given, strict=True):
+            if spec is not None and isinstance(variable, jaxpr_lib.Var):
+                found[variable] = spec
+    return found
+
+
+def shapes_of(config: DecoderConfig, mesh: Mesh | None = None) -> Decoder:
+    """A decoder that has shapes for weights, on a mesh or on one device."""
+    decoder = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    decoder.mesh = mesh
+    return decoder
 
 
 def directions(config: DecoderConfig) -> Directions:
@@ -165,18 +190,7 @@ def of_scan(
         batching: the sizes of batches for a piece of work that is done in so many runs.
     """
     terms = cost.runs(decoder.config, pair, question)
-    count, length = 2 * len(terms), len(pair.prompt_ids) + max(len(t.response) for t in terms)
-    length = capture.run_length(length)
-    at_once = min(count, cost.captured_at_once(length, decoder.products.platform))
-    tokens = np.zeros((count, length), np.int32)
-    branches = tokens if any(term.branches for term in terms) else None
-    traces = record(
-        f"{count} of {length} tokens",
-        lambda decoder, tokens, valid, branches: runs.capture(
-            decoder, tokens, valid, branches, at_once
-        ),
-        *(decoder, tokens, tokens == 0, branches),
-    )
+    traces = _captured(record, decoder, pair, terms)
     for alike in _alike(terms):
         which = np.zeros(2 * len(alike), np.int32)
         record(
@@ -197,6 +211,25 @@ def of_scan(
                 if kind not in seen:
                     seen.add(kind)
                     _of_works(record, decoder, traces, group[0].term, question, works, sizes)
+
+
+def _captured(record: Recorder, decoder: Decoder, pair: Pair, terms: Sequence[Joined]) -> Any:
+    """The runs of both prompts with what is read after them."""
+    devices = Devices.of(decoder.mesh)
+    count = devices.filled(2 * len(terms))
+    length = len(pair.prompt_ids) + max(len(t.response) for t in terms)
+    length = capture.run_length(length)
+    own = count // devices.number
+    at_once = min(own, cost.captured_at_once(length, decoder.products.platform))
+    tokens = np.zeros((count, length), np.int32)
+    branches = tokens if any(term.branches for term in terms) else None
+    return record(
+        f"{count} of {length} tokens",
+        lambda decoder, tokens, valid, branches: runs.capture(
+            decoder, tokens, valid, branches, at_once
+        ),
+        *(decoder, tokens, tokens == 0, branches),
+    )
 
 
 def _alike(terms: Iterable[Joined]) -> list[list[Joined]]:
@@ -274,7 +307,7 @@ def _of_works(
         chunk,
         runs.carry,
         *(decoder, frames, stages, entering, to_carry),
-        carried=Carried(n, sizes.runs * rows, size, prefix_size),
+        carried=Carried(n, sizes.runs * rows // Devices.of(decoder.mesh).number, size, prefix_size),
     )
     record(
         f"{question.metric.name}, {chunk}",
@@ -289,32 +322,28 @@ def _of_works(
 def of_gradients(record: Recorder, decoder: Decoder, pair: Pair, question: Question) -> None:
     """The programs of screening, for every granularity that has gradients."""
     term = cost.runs(decoder.config, pair, question)[0]
-    tokens = pair.prompt_ids + term.response
-    branches = term.branches_after(pair.prompt_ids)
-    trace = record("", lambda decoder: capture.capture(decoder, tokens, branches), decoder)
-    for granularity, sites in SITES.items():
+    traces = _captured(record, decoder, pair, [term])
+    count = Devices.of(decoder.mesh).filled(2)
+    which, at = np.zeros(count, np.int32), np.zeros((count, traces.positions.shape[1]), np.int32)
+    rows = at, at, at == 0
+    for granularity in SITES:
         if granularity in ("token", "direction"):
             continue
-        changes = {site: getattr(trace, site.value) for site in sites}
         record(
             granularity,
-            lambda decoder, trace, changes, steps, reading, last: screening.unit_slopes(
-                decoder,
-                trace,
-                changes,
-                trace.embedding,
-                steps,
-                reading,
-                last,
+            lambda *given, granularity=granularity: screening.unit_slopes(
+                *given,
+                granularity=granularity,
                 metric=question.metric,
                 group_size=question.group_size,
             ),
-            *(decoder, trace, changes, 1, term.reading, len(pair.prompt_ids) - 1),
+            *(decoder, traces, which, which, rows, rows),
+            *(runs.stacked([term.reading] * count), which, 1),
         )
 
 
 def of_joint_sets(record: Recorder, decoder: Decoder, pair: Pair, question: Question) -> None:
-    """The programs of joint sets, two at once, that a scan does not have."""
+    """The programs of joint sets, two at once or one on each device, that a scan does not have."""
     config, term = decoder.config, cost.runs(decoder.config, pair, question)[0]
     (work,) = plan.plan(config, pair, term, question, ["neuron"], False)
     tokens, size = pair.prompt_ids + term.response, work.size
@@ -329,16 +358,17 @@ def of_joint_sets(record: Recorder, decoder: Decoder, pair: Pair, question: Ques
     )
     dtype = decoder.compute_dtype
     change = jax.ShapeDtypeStruct((config.num_layers, size, config.intermediate_size), dtype)
-    members = np.zeros((1, 2, config.num_layers, config.intermediate_size), bool)
+    count = Devices.of(decoder.mesh).filled(2)
+    members = np.zeros((1, count, config.num_layers, config.intermediate_size), bool)
     forced = change, np.zeros(size, bool), members
-    stages = plan.reader(config, np.zeros((1, 2), np.int32))
-    what = "2 sets of neurons"
+    stages = plan.reader(config, np.zeros((1, count), np.int32))
+    what = f"{count} sets of neurons"
     carried = record(
         what,
         lambda decoder, frame, stages, entering, blocks, *forced: propagate.carry(
             decoder, frame, stages, entering, blocks, propagate.Forced(*forced)
         ),
-        *(decoder, frame, stages, np.zeros((1, size, 2, config.hidden_size), dtype)),
+        *(decoder, frame, stages, np.zeros((1, size, count, config.hidden_size), dtype)),
         *(propagate.blocks_to_carry(config, size, term.reading), *forced),
     )
     record(
@@ -368,13 +398,12 @@ def of_answers(
     count = rows(length, room)
     tokens, lengths = np.zeros((count, length), np.int32), np.full(count, len(prompt), np.int32)
     targets = np.zeros((count, room), np.int32)
-    layers, together = (
-        decoder.blocks,
-        cost.prompts_together(length, count, decoder.products.platform),
-    )
-    groups = -(-count // together)
-    prompts = {"tokens": tokens, "lengths": lengths, "count": np.int32(count)}
-    prompts |= {"fresh": np.arange(groups * together, dtype=np.int32)}
+    devices = Devices.of(decoder.mesh).number
+    layers, own = decoder.blocks, count // devices
+    together = cost.prompts_together(length, own, decoder.products.platform)
+    groups = -(-own // together)
+    prompts = {"tokens": tokens, "lengths": lengths, "count": np.full(devices, own, np.int32)}
+    prompts |= {"fresh": np.tile(np.arange(groups * together, dtype=np.int32), (devices, 1))}
     answers = {"lengths": lengths, "seeds": np.zeros(count, np.uint32)}
     answers |= {"choice": Choice.of(Sampling()), "is_stop": np.zeros(config.vocab_size, bool)}
     answers |= dict.fromkeys(("max_tokens", "most_steps", "most_ended"), np.int32(room))
@@ -401,6 +430,8 @@ def of_answers(
         record(f"{what}, {room} new", go_on, decoder, layers, holds, rows_begun, answers)
         for read in (likelihood.response_logprobs, likelihood.response_divergences):
             record(what, read, decoder, holds, tokens, lengths, lengths, targets)
+    if decoder.mesh is not None:
+        return  # A judge has one device.
     record(
         f"{count} rows of {length} tokens",
         judging.answer_log_probabilities,

@@ -113,7 +113,8 @@ def test_mesh(entry, folder, cache_dir, files_unread):
     mesh = jax.make_mesh((1, 1), ("sweep", "model"), axis_types=axes)
     decoder = load(folder, cache_dir, mesh=mesh)
     assert_equal(decoder, tiny.decoder())
-    assert decoder.embedding.sharding.spec == P("model")
+    assert decoder.embedding.sharding.spec == P(None, "model")
+    assert decoder.mesh is None  # of one device
 
 
 def test_loading_writes_nothing(folder, cache_dir):

@@ -111,8 +111,8 @@ def test_a_step_with_a_hold_of_nothing_has_the_same_logits(family):
             layers,
             holds,
             rows,
-            fresh=np.arange(ROWS),
-            count=np.int32(ROWS),
+            fresh=np.arange(ROWS)[None],
+            count=np.int32([ROWS]),
             tokens=tokens,
             lengths=lengths,
             together=2,
@@ -230,7 +230,7 @@ def logits_after_one_more(family, cache_dtype):
     tokens = np.random.default_rng(1).integers(0, 61, (ROWS, 32)).astype(np.int32)
     layers, kept_as = generation.layered(model), np.dtype(cache_dtype or "float32")
     rows = generation.empty(model, layers, rows=ROWS, length=32, room=16, kept_as=kept_as)
-    shared = {"fresh": np.arange(ROWS), "count": np.int32(ROWS), "together": 2}
+    shared = {"fresh": np.arange(ROWS)[None], "count": np.int32([ROWS]), "together": 2}
     rows = generation.fill(model, layers, [], rows, tokens=tokens, lengths=lengths, **shared)
     after, *_ = jax.jit(generation._step)(model, layers, [], rows, tokens[:, 0], lengths)
     return np.asarray(model.unembed(after))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxmed.engine import blocks, cost, plan
+from jaxmed.engine.cost import Devices
 from jaxmed.question import metrics
 from jaxmed.question.positions import Positions
 from jaxmed.question.question import Question
@@ -108,3 +109,28 @@ def test_padding_of_a_span_takes_positions_before_it():
     (term,) = cost.runs(config, UNEQUAL, question)
     work = plan.plan(config, UNEQUAL, term, question, ["head"], False)[0]
     assert (work.start, work.size, work.needed[0]) == (0, 12, 11)
+
+
+def test_each_of_several_devices_has_as_many_rows_and_its_own_memory():
+    """But on a CPU, whose devices share it."""
+    asked = pair(12, 12)
+
+    def rows(platform, devices, memory):
+        (block,) = blocks.blocks(
+            *(SMALL, np.float32, [asked], Question(LOGIT, Positions.LAST), ["neuron"]),
+            chosen=[{}],
+            memory=memory,
+            platform=platform,
+            devices=devices,
+        )
+        (sizes,) = block.batches
+        return sizes.rows
+
+    # A list that fills eight devices as it fills one.
+    one = rows("cpu", Devices(), 2**31)
+    assert rows("cpu", Devices(8), 8 * 2**31) == 8 * one
+    assert rows("cpu", Devices(8), 2**30) < 8 * one
+    assert rows("gpu", Devices(8), 2**27) == rows("cpu", Devices(8), 2**30)
+    # Where the weights are in parts there is room for a layer of them less.
+    assert rows("cpu", Devices(8, 4), 2**30) <= rows("cpu", Devices(8), 2**30)
+    assert rows("cpu", Devices(6, 2), 2**31) % 6 == 0

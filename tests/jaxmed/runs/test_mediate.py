@@ -597,6 +597,8 @@ def test_a_file_without_a_usable_pair_is_refused_though_bad_pairs_may_be_skipped
         ({"matmul_precision": "highest"}, "--matmul_precision=highest: not one of auto, float32"),
         ({"memory_gb": float("nan")}, "--memory_gb=nan: must be a number, and at least 0.001"),
         ({"memory_gb": float("inf")}, "--memory_gb=inf: must be a number"),
+        ({"mesh": "8"}, "--mesh=8: must be two numbers of devices, as 8x1"),
+        ({"mesh": "3x1"}, "--mesh=3x1: has 3 devices, and this process has 1: give one of 1x1"),
         ({"joint_size": 1, "group_size": 2}, "--joint_size needs"),
         ({"joint_size": 1, "granularity": ("layer",)}, "--joint_size needs"),
         ({"joint_share": 0.5}, "--joint_share needs --joint_size"),

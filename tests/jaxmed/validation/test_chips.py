@@ -117,6 +117,32 @@ def test_all_programs_compile(family, topology):
 
 
 @pytest.mark.tpu
+@pytest.mark.parametrize("mesh", [(8, 1), (2, 4)])
+def test_chips_that_share_the_work_exchange_weights_alone(mesh):
+    """Nothing where each has all of them; else they are gathered, and single numbers reduced."""
+    began = time.perf_counter()
+    config = tiny.config("gemma2", dtype="bfloat16")
+    chip = chips.chip("v5e:2x4", mesh)
+    asked = Asked("gemma2", config, tokens=20, granularities=("head",), rows=8, whole=True)
+    compile_for, exchanged = chips.Compiler(chip), {}
+    for program in chips.recorded(asked, chip, "split2").programs:
+        compiled, text = compile_for(program)
+        assert text is not None, compiled.error
+        for operation in text.collectives:
+            kind = operation.kind.removesuffix("-start")
+            exchanged.setdefault(kind, set()).add(program.name)
+            if kind == "all-reduce":
+                assert {array.shape for array in operation.arrays} == {()}, operation.text
+    print(f"\n{chip.topology}, {mesh}: {time.perf_counter() - began:.0f} s, {exchanged}")
+    if mesh[1] == 1:
+        assert not exchanged
+        return
+    assert exchanged.keys() == {"all-gather", "all-reduce"}
+    gathering = {"capture", "enter", "carry", "read_changes", "unit_slopes", "fill", "advance"}
+    assert exchanged["all-gather"] >= gathering
+
+
+@pytest.mark.tpu
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_products_take_the_passes_of_their_precision(precision, topology):
