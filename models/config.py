@@ -140,6 +140,14 @@ class DecoderConfig:
         for rotary in filter(None, (self.rotary, self.window_rotary)):
             self._check_rotary(rotary)
 
+    @property
+    def block_weights(self) -> tuple[int, int]:
+        """Numbers in the matrices of a block's attention and MLP."""
+        heads = 2 * self.num_heads + 2 * self.num_kv_heads
+        matrices = 3 if self.gated_mlp else 2
+        width = self.hidden_size
+        return width * self.head_dim * heads, matrices * width * self.intermediate_size
+
     def _check_rotary(self, rotary: Rotary) -> None:
         check_above(0, "rope_theta", rotary.theta)
         check_above(0, "the rotated share of a head", rotary.fraction)

@@ -100,6 +100,7 @@ def _joint_changes(
     sizes = cost.batching(
         *(config, decoder.dtype, work, term, memory, jax.default_backend()),
         devices=Devices.of(decoder.mesh),
+        alike=True,
     )
     blocks = propagate.blocks_to_carry(config, work.size, term.reading)
     found = []

@@ -300,11 +300,11 @@ def _converted(decoder: Decoder) -> int:
     and the vocabulary's or a chunk of them."""
     config = decoder.config
     if Devices.of(decoder.mesh).storing > 1:
-        return sum(cost.block_weights(config)) + config.vocab_size * config.hidden_size
+        return sum(config.block_weights) + config.vocab_size * config.hidden_size
     if decoder.dtype.itemsize >= 4:
         return 0
     tokens = _tokens_of_a_chunk(decoder) if _in_chunks(decoder) else config.vocab_size
-    return sum(cost.block_weights(config)) + tokens * config.hidden_size
+    return sum(config.block_weights) + tokens * config.hidden_size
 
 
 # --- Rows ----------------------------------------------------------------------------------------

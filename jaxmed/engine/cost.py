@@ -25,17 +25,9 @@ from models.config import DecoderConfig
 from models.errors import InputError
 
 
-def block_weights(config: DecoderConfig) -> tuple[int, int]:
-    """Numbers in the matrices of a block's attention and MLP."""
-    heads = 2 * config.num_heads + 2 * config.num_kv_heads
-    matrices = 3 if config.gated_mlp else 2
-    width = config.hidden_size
-    return width * config.head_dim * heads, matrices * width * config.intermediate_size
-
-
 def block_operations(config: DecoderConfig) -> float:
     """Floating-point operations of a block's products with its weights, for one position."""
-    return 2.0 * sum(block_weights(config))
+    return 2.0 * sum(config.block_weights)
 
 
 def runs(config: DecoderConfig, pair: Pair, question: Question) -> list[Joined]:
@@ -130,7 +122,7 @@ def unit_operations(
 
 def _position_operations(config: DecoderConfig, start, size):
     """Of the products of attention and MLP, for one of `size` positions after `start` others."""
-    projections, mlp = block_weights(config)
+    projections, mlp = config.block_weights
     # Scores and values: each a product with the prefix, and two with the span.
     attention = 2 * _head_width(config) * (start + 2 * size)
     return 2.0 * (projections + attention), 2.0 * mlp
@@ -206,14 +198,15 @@ def batching(
     runs: int = 1,
     captured: int = 2,
     devices: Devices = Devices(),  # noqa: B008 (it is a tuple)
+    alike: bool = False,
 ) -> Batching:
     """How many runs are patched together, and batches and their units, that fit the memory.
 
     A batch goes through a block at once; a chunk's batches do so one after another, before the next
     layer's turn, so that a layer's weights are fetched once for all of them. A short list leaves a
     device idle, and a batch of many layers' units has rows that wait for their layer: so as many
-    runs as there are go through together, each with few units. There are two sizes of batches and
-    no more, so that little is compiled.
+    runs as there are go through together, each with few units. Their number is a power of four, and
+    there are two sizes of batches for each and no more, so that little is compiled.
 
     Args:
         config: the model.
@@ -225,6 +218,7 @@ def batching(
         runs: in which these units are patched.
         captured: plain runs that are held.
         devices: that share the rows of a batch.
+        alike: a short list gets the batches of a long one: for lists of all lengths in turn.
 
     Raises:
         InputError: not even one unit fits.
@@ -233,7 +227,7 @@ def batching(
     units = devices.filled(len(work.units)) // devices.number  # of each device
     rows = max(1, positions_together(platform) // work.size)
     together = max(1, min(2 * _BATCHES * rows // units, 2 * runs - 1))
-    together = _power_of_two(together)
+    together = _power_of_four(together)
     while True:
         fixed, each, held = _bytes(
             *(config, np.dtype(dtype), work, term, platform),
@@ -251,10 +245,10 @@ def batching(
                 f"unit with {work.size} positions, {(fixed + unit) / 2**30:.4f} GiB: give "
                 "more with memory_gb (--memory_gb), or take a larger device or shorter prompts"
             )
-        together //= 2
+        together //= 4
     rows = max(1, rows // together)
     few = max(1, rows // _FEW)
-    if units <= 2 * _BATCHES * few:
+    if units <= 2 * _BATCHES * few and not alike:
         rows = few
     return Batching(together, _BATCHES, devices.number * min(rows, _power_of_two(fits)))
 
@@ -309,7 +303,7 @@ def _bytes(
     number = max(4, dtype.itemsize)  # of activations, which are float32 at least
     width, hidden = config.hidden_size, config.intermediate_size
     heads, kv = _head_width(config), _kv_width(config)
-    weights = sum(block_weights(config))
+    weights = sum(config.block_weights)
     # The traces; in each run the change of a site, and the frame, on the span and before it.
     run = capture.run_length(work.start + work.size + len(term.response))
     site = max(width, heads, hidden)
@@ -470,6 +464,11 @@ def logits_at_once(config: DecoderConfig) -> int:
 def _power_of_two(fits: int) -> int:
     """The largest that is at most `fits`, which is 1 or more."""
     return 1 << (fits.bit_length() - 1)
+
+
+def _power_of_four(fits: int) -> int:
+    """The largest that is at most `fits`, which is 1 or more."""
+    return 1 << (fits.bit_length() - 1 & ~1)
 
 
 def _head_width(config: DecoderConfig) -> int:

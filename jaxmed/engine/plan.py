@@ -26,10 +26,9 @@ from models.sites import Site
 ALL_POSITIONS = -1
 NO_POSITION = -2
 
-# Lengths that spans are padded to, in each octave. Each is compiled, and what many units save by
-# the finer ones is worth it.
-_LENGTHS, _LENGTHS_OF_MANY = 2, 8
-_MANY = 2048  # units
+# Lengths that spans are padded to, in each octave, and the multiply-adds of a run's list from which
+# on so many are worth what compiling for each of them takes.
+_LENGTHS = {1: 0, 2: 2e10, 8: 1e12}
 
 
 @jax.tree_util.register_dataclass
@@ -156,9 +155,9 @@ def plan(
             work += _token_work(config, edited, columns, (first_read, last_read))
             continue
         shape = question_lib.shapes(config, pair, question, [granularity])[granularity]
-        count = np.sum(chosen.get(granularity, np.ones(shape)))
+        count = int(np.sum(chosen.get(granularity, np.ones(shape))))
         first = min(int(edited.base[0]), first_read)
-        start, size = _span(first, last_read, _LENGTHS_OF_MANY if count >= _MANY else _LENGTHS)
+        start, size = _span(first, last_read, _lengths(config, count, last_read + 1 - first))
         needed = last_read + 1 - first
         if granularity == "direction":
             work += _direction_work(question.directions, edited, start, size, needed)
@@ -191,7 +190,11 @@ def _direction_work(
 def _token_work(config, edited: Edited, columns: np.ndarray, read: tuple[int, int]) -> list[Work]:
     """Each position alone, in groups of positions whose spans have the same padded length."""
     firsts = np.minimum(edited.base, read[0])
-    spans = [_span(first, read[1], _LENGTHS, smallest=16) for first in firsts.tolist()]
+    count = config.num_layers * len(SITES["token"])  # units of each position
+    spans = [
+        _span(first, read[1], _lengths(config, count, read[1] + 1 - first), smallest=16)
+        for first in firsts.tolist()
+    ]
     work = []
     for start, size in sorted(set(spans)):
         here = np.array([span == (start, size) for span in spans])
@@ -205,10 +208,16 @@ def _token_work(config, edited: Edited, columns: np.ndarray, read: tuple[int, in
     return work
 
 
+def _lengths(config: DecoderConfig, units: int, positions: int) -> int:
+    """How many lengths in each octave the spans of a list of units are padded to."""
+    needed = units * positions * config.num_layers / 2 * sum(config.block_weights)
+    return max(lengths for lengths, least in _LENGTHS.items() if needed >= least)
+
+
 def _span(first: int, last: int, lengths: int, smallest: int = 1) -> tuple[int, int]:
     """Start and padded length of the span that holds all edited and read positions, with so many
     lengths in each octave: with eight 1, 2, ..., 16, 18, ..., 32, 36, ...; with two 1, 2, 3, 4, 6,
-    8, 12, 16, ..."""
+    8, 12, 16, ...; with one the powers of two."""
     length = max(smallest, last - first + 1)
     step = max(1, capture.bucket(length) // 2 // lengths)
     size = -(-length // step) * step

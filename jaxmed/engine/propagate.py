@@ -150,15 +150,16 @@ def _written(
     return added.reshape(*layers.shape, *added.shape[1:])
 
 
+def goes_through_norm(config: DecoderConfig, site: Site) -> bool:
+    """Whether a norm follows the module that a site is inside of: what a unit adds then depends on
+    all that the module writes."""
+    return site in _INSIDE and config.post_norm
+
+
 def writes(
     decoder: Decoder, trace: Trace, site: Site, start: Int[ArrayLike, ""], size: int
-) -> Float[Array, "L S d"] | None:
-    """What the modules that a site is inside of write, before the norm that follows.
-
-    None where no norm follows: what a unit adds then does not depend on it.
-    """
-    if site not in _INSIDE or not decoder.config.post_norm:
-        return None
+) -> Float[Array, "L S d"]:
+    """What the modules that a site is inside of write, before the norm that follows."""
     value = capture.take(getattr(trace, site.value), jnp.arange(size) + start)
     return _writes(decoder, value, site)
 

@@ -191,7 +191,7 @@ def writes(
     starts: Int[Array, "R"],
     site: Site,
     size: int,
-) -> Float[Array, "R L S d"] | None:
+) -> Float[Array, "R L S d"]:
     """What modules write in captured runs, as `propagate.writes` gives it."""
     return jax.vmap(
         lambda run, start: propagate.writes(decoder, _at(traces, run), site, start, size)

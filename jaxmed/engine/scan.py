@@ -293,7 +293,9 @@ class Scan:
         rows = zip(*(capture.edited_rows(w.edited, w.start, size) for w in works), strict=True)
         changes = runs_lib.changes(traces, base, source, site, *map(np.stack, rows))
         starts = np.array([work.start for work in works], np.int32)
-        written = runs_lib.writes(decoder, traces, base, starts, site, size)
+        written = None
+        if propagate.goes_through_norm(decoder.config, site):
+            written = runs_lib.writes(decoder, traces, base, starts, site, size)
         vectors = works[0].vectors
         if vectors is None:
             group_size = self._question.group_size

@@ -268,11 +268,13 @@ def _of_works(
         lambda traces, which, at: runs.changes(traces, which, which, site, at, at, at == 0),
         *(traces, which, at),
     )
-    written = record(
-        f"{site}, {span}",
-        lambda decoder, traces, which: runs.writes(decoder, traces, which, which, site, size),
-        *(decoder, traces, which),
-    )
+    written = None
+    if propagate.goes_through_norm(decoder.config, site):
+        written = record(
+            f"{site}, {span}",
+            lambda decoder, traces, which: runs.writes(decoder, traces, which, which, site, size),
+            *(decoder, traces, which),
+        )
     units, _ = blocks.merged([*works, *[works[-1]] * (sizes.runs - len(works))])
     part = next(units.chunks(n, rows, decoder.config.num_layers))
     chunk = f"{n} x {rows} rows, {span}"

@@ -31,16 +31,22 @@ SMALL = presets.llama(
 )
 
 
-@pytest.mark.parametrize("intermediate_size, most, lengths", [(1000, 1.125, 56), (40, 1.5, 18)])
-def test_spans_are_little_longer_than_what_is_needed(intermediate_size, most, lengths):
-    """Of many units less than of few."""
-    config = tiny.config("llama", intermediate_size=intermediate_size, max_positions=512)
+@pytest.mark.parametrize(
+    "config, granularity, most, lengths",
+    [
+        (SMALL, "neuron", 1.125, 56),
+        (SMALL, "layer", 2, 15),
+        (tiny.config("llama", max_positions=512), "neuron", 2, 10),
+    ],
+)
+def test_spans_are_little_longer_than_what_is_needed(config, granularity, most, lengths):
+    """Less where more operations are saved: what is saved has to be worth compiling for."""
     question = Question(LOGIT, Positions.PROMPT)
     found = {}
     for length in range(3, 513):
         asked = pair(length, length)
         (term,) = cost.runs(config, asked, question)
-        (work,) = plan.plan(config, asked, term, question, ["neuron"], False)
+        (work,) = plan.plan(config, asked, term, question, [granularity], False)
         assert np.all(work.needed == length)
         assert work.start == 0
         found[length] = work.size
@@ -103,12 +109,12 @@ def test_responses_share_a_run_where_that_is_less_work():
 
 
 def test_padding_of_a_span_takes_positions_before_it():
-    """Eleven positions are edited, and none is before the span of twelve."""
+    """Eleven positions are edited, and none is before the span of sixteen."""
     question = Question(LOGIT, Positions.PROMPT)
     config = dataclasses.replace(tiny.config("llama"), max_positions=512)
     (term,) = cost.runs(config, UNEQUAL, question)
     work = plan.plan(config, UNEQUAL, term, question, ["head"], False)[0]
-    assert (work.start, work.size, work.needed[0]) == (0, 12, 11)
+    assert (work.start, work.size, work.needed[0]) == (0, 16, 11)
 
 
 def test_each_of_several_devices_has_as_many_rows_and_its_own_memory():
