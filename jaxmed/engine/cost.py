@@ -92,8 +92,7 @@ def needed_operations(
     """
     if stages is None:
         stages = plan.stage(config, work.site, work.units.layers)
-    start = work.start + work.size - work.needed
-    return unit_operations(config, stages, start, work.needed, term)
+    return unit_operations(config, stages, work.end - work.needed, work.needed, term)
 
 
 def unit_operations(

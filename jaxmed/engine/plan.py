@@ -95,6 +95,7 @@ class Work:
         units: the units; their positions are relative to the span's start.
         edited: the edited positions.
         start, size: the span's first position, and its padded length.
+        end: the position after the last that is read.
         needed: of each unit, the positions from its first edited one to the last that is read, [U].
         place: index of the units in the granularity's effects.
         vectors: where the units are directions of the site, theirs, [U', size of the site]; `units`
@@ -107,6 +108,7 @@ class Work:
     edited: Edited
     start: int
     size: int
+    end: int
     needed: np.ndarray
     place: tuple[AnyArray, ...]
     vectors: np.ndarray | None = None
@@ -157,23 +159,23 @@ def plan(
         shape = question_lib.shapes(config, pair, question, [granularity])[granularity]
         count = int(np.sum(chosen.get(granularity, np.ones(shape))))
         first = min(int(edited.base[0]), first_read)
-        start, size = _span(first, last_read, _lengths(config, count, last_read + 1 - first))
-        needed = last_read + 1 - first
+        end = last_read + 1
+        start, size = _span(first, last_read, _lengths(config, count, end - first))
         if granularity == "direction":
-            work += _direction_work(question.directions, edited, start, size, needed)
+            work += _direction_work(question.directions, edited, (start, size, end), end - first)
             continue
         for index, site in enumerate(SITES[granularity]):
             units = Units.grid(config.num_layers, question_lib.unit_count(config, question, site))
             place = {"module": (units.layers, np.full(len(units), index)), "layer": (units.layers,)}
             place = place.get(granularity, (units.layers, units.units))
-            lengths = np.full(len(units), needed)
-            work.append(Work(granularity, site, units, edited, start, size, lengths, place))
+            needed = np.full(len(units), end - first)
+            work.append(Work(granularity, site, units, edited, start, size, end, needed, place))
     work = [w.only(chosen[w.granularity]) if w.granularity in chosen else w for w in work]
     return [w for w in work if len(w.units)]
 
 
 def _direction_work(
-    directions: Directions | None, edited: Edited, start: int, size: int, needed: int
+    directions: Directions | None, edited: Edited, span: tuple[int, int, int], needed: int
 ) -> Iterator[Work]:
     """The given directions, site by site."""
     if directions is None:
@@ -184,7 +186,7 @@ def _direction_work(
         units = Units(of_site.layers, which, np.full(count, ALL_POSITIONS, np.int32))
         place = (of_site.layers, np.full(count, index), of_site.numbers)
         lengths = np.full(count, needed)
-        yield Work("direction", site, units, edited, start, size, lengths, place, of_site.vectors)
+        yield Work("direction", site, units, edited, *span, lengths, place, of_site.vectors)
 
 
 def _token_work(config, edited: Edited, columns: np.ndarray, read: tuple[int, int]) -> list[Work]:
@@ -204,7 +206,8 @@ def _token_work(config, edited: Edited, columns: np.ndarray, read: tuple[int, in
         needed = np.tile(read[1] + 1 - firsts[here], config.num_layers)
         for index, site in enumerate(SITES["token"]):
             site_place = (units.layers, np.full(len(units), index), place)
-            work.append(Work("token", site, units, group, start, size, needed, site_place))
+            span = (start, size, read[1] + 1)
+            work.append(Work("token", site, units, group, *span, needed, site_place))
     return work
 
 

@@ -121,7 +121,7 @@ def test_units_of_runs_that_differ_are_laid_into_one_list():
     def work(layers, units, positions):
         made = plan.Units(*(np.array(each, np.int32) for each in (layers, units, positions)))
         edited = Edited(np.arange(4), np.arange(4))
-        return plan.Work("token", Site.MLP, made, edited, 0, 4, np.full(len(made), 4), ())
+        return plan.Work("token", Site.MLP, made, edited, 0, 4, 4, np.full(len(made), 4), ())
 
     runs_of = [work([0, 0, 1], [0, 0, 0], [1, 3, 2]), work([0, 1, 1], [0, 0, 2], [0, 1, -1])]
     units, rows = blocks.merged(runs_of)
@@ -135,7 +135,7 @@ def test_fewer_runs_go_together_where_the_memory_is_small():
     config, question = tiny.config("llama"), Question(LOGIT)
     (group,) = blocks.groups(config, PAIRS, question, "layer", [{}] * 3)
     (sizes,) = blocks.batches(config, np.float32, [group], 6, 2**30, "cpu")
-    assert sizes.runs == 8
+    assert sizes.runs == 4
 
     def runs_in(memory: int) -> int:
         """How many go together; 0 where not one unit fits."""
