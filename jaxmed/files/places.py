@@ -188,12 +188,15 @@ class Place:
     def written_locally(self) -> Iterator[pathlib.Path]:
         """A local folder for those who write files by path: the place itself, or one whose files
         are published at the end."""
-        if self.folder is not None:
-            yield self.folder
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            yield pathlib.Path(folder)
-            self.publish(pathlib.Path(folder))
+        try:
+            if self.folder is not None:
+                yield self.folder
+                return
+            with tempfile.TemporaryDirectory() as folder:
+                yield pathlib.Path(folder)
+                self.publish(pathlib.Path(folder))
+        except OSError as error:
+            raise self._not_written(error) from error
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
@@ -201,13 +204,17 @@ class Place:
         try:
             yield
         except (ValueError, OSError, RuntimeError) as error:
-            raise PlaceError(
-                f"{self}: cannot be written to ({reason(error)}). What was finished is kept: see "
-                "to room, rights and connection, and give the same command again"
-            ) from error
+            raise self._not_written(error) from error
+
+    def _not_written(self, error: Exception) -> PlaceError:
+        return PlaceError(
+            f"{self}: cannot be written to ({reason(error)}). What was finished is kept: see to "
+            "room, rights and connection, and give the same command again"
+        )
 
     @contextlib.contextmanager
-    def _reading(self) -> Iterator[None]:
+    def reading(self) -> Iterator[None]:
+        """Has what TensorStore raises while it reads here be a `PlaceError`."""
         try:
             yield
         except (ValueError, OSError, RuntimeError) as error:
