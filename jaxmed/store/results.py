@@ -245,15 +245,21 @@ class Results(Mapping[str, Effects]):
         self._write({name: np.float32(value) for name, value in totals.items()}, pair_index)
 
     def __getitem__(self, granularity: str) -> Effects:
-        nie, tie = self.effects(granularity)
+        return self.of_layers(granularity, _ALL)
+
+    def of_layers(self, granularity: str, layers: slice) -> Effects:
+        """The effects of some layers, by their numbers; the others are not read."""
+        nie, tie = self.effects(granularity, layers=layers)
         units = self.sizes.coordinates(granularity, self.run.get("group_size", 1))
         return Effects(
             granularity=granularity,
             nie=nie,
             tie=tie,
-            done=self.done(granularity),
+            done=self.done(granularity, layers=layers),
             totals=self.totals,
-            coordinates={"pair": np.array(self.pair_ids, object)} | units,
+            coordinates={"pair": np.array(self.pair_ids, object)}
+            | units
+            | {"layer": units["layer"][layers]},
             attributes=attributes(self.run, granularity),
         )
 
@@ -291,20 +297,30 @@ class Results(Mapping[str, Effects]):
         return done
 
     def effects(
-        self, granularity: str, exact: bool = False, *, layers: slice = _ALL
+        self,
+        granularity: str,
+        exact: bool = False,
+        *,
+        layers: slice = _ALL,
+        pairs: slice = _ALL,
     ) -> tuple[Float32[np.ndarray, "pair layer *unit"], Float32[np.ndarray, "pair layer *unit"]]:
         """NIE and TIE; NaN where a unit was not run or failed.
 
         Args:
             granularity: one of `granularities`.
             exact: give NaN for estimates too.
-            layers: those that are read; where their ends are those of parts nothing else is.
+            layers, pairs: those that are read; where the layers' ends are those of parts nothing
+                else is.
         """
         self._check_asked(granularity)
-        vouched = (Status.EXACT,) if exact else (Status.EXACT, Status.ESTIMATED)
-        known = np.isin(self.done(granularity, layers=layers), vouched)
-        nie, tie = self._read([f"{granularity}/{name}" for name in ESTIMANDS], _ALL, layers)
-        nie[~known] = tie[~known] = np.nan
+        names = [f"{granularity}/{name}" for name in ("done", *ESTIMANDS)]
+        # In this order: what is vouched for was written before.
+        (done,) = self._read(names[:1], pairs, layers)
+        nie, tie = self._read(names[1:], pairs, layers)
+        unknown = done != Status.EXACT
+        if not exact:
+            unknown &= done != Status.ESTIMATED
+        nie[unknown] = tie[unknown] = np.nan
         return nie, tie
 
     def estimated(
