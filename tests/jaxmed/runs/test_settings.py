@@ -127,3 +127,31 @@ def test_every_setting_that_is_a_path_is_known_to_be_one(kind):
     named = PATHS | ({"organism", "profile"} if kind is BenchmarkSettings else set())
     for field in dataclasses.fields(kind):
         assert settings_lib.about_field(field).path == (field.name in named), field.name
+
+
+BUCKETS = {(MediateSettings, "out"), (ReportSettings, "results"), (ClampSettings, "results")}
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_a_path_is_local_unless_the_setting_says_that_it_may_be_in_a_bucket(kind):
+    fields = dataclasses.fields(kind)
+    needed = [field.name for field in fields if field.default is dataclasses.MISSING]
+    several = {name for name in PATHS & {field.name for field in fields}} & {
+        field.name for field in fields if settings_lib.value_type(kind, field.name) is tuple
+    }
+    for field in fields:
+        if not settings_lib.about_field(field).path:
+            continue
+        for path, taken in (
+            ("gs://bucket/x", (kind, field.name) in BUCKETS),
+            ("s3://bucket/x", False),
+            ("a=https://host/x", False),
+        ):
+            given = {name: ("x",) if name in several else "x" for name in needed}
+            given[field.name] = (path,) if field.name in several else path
+            if taken:
+                settings_lib.check(kind(**given))
+                continue
+            with pytest.raises(InputError) as error:
+                settings_lib.check(kind(**given))
+            assert str(error.value).startswith(f"--{field.name}={path}: must be a local path, ")
