@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import json
+import pathlib
 import shutil
 
 import jax
