@@ -4,8 +4,8 @@ Everywhere the first axis is the pair, and NaN means that the pair has no such u
 intervals and tests of a unit are over the pairs that have it.
 """
 
+import functools
 import math
-import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,9 +17,10 @@ _VALUES_AT_ONCE = 2**23  # resampled means in memory, 64 MiB in float64
 
 def pair_mean(values: np.ndarray) -> np.ndarray:
     """Mean over the pairs that have the unit: [pair, unit...] -> [unit...], NaN where none has."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Mean of empty slice", RuntimeWarning)
-        return np.asarray(np.nanmean(values, axis=0, dtype=np.float64))
+    missing = np.isnan(values)
+    total = np.where(missing, 0, values).sum(axis=0, dtype=np.float64)
+    with np.errstate(invalid="ignore"):
+        return np.asarray(total / (len(values) - missing.sum(axis=0)))
 
 
 def by_base(values: np.ndarray, bases: Sequence[str]) -> np.ndarray:
@@ -167,8 +168,9 @@ def q_values(p: np.ndarray, untested: int = 0) -> np.ndarray:
     return q
 
 
+@functools.lru_cache(maxsize=8)
 def _draw_counts(pairs: int, resamples: int, seed: int) -> np.ndarray:
-    """How often each resample draws each pair, [resample, pair]."""
+    """How often each resample draws each pair, [resample, pair]; drawn once for many units."""
     generator = np.random.default_rng(seed)
     return generator.multinomial(pairs, np.full(pairs, 1 / pairs), size=resamples)
 

@@ -511,13 +511,13 @@ def _screen(asked: MediateRun, results: Results) -> screening.Selection:
         name="gradient screen",
         progress=asked.progress,
     )
-    estimated = ranking.strength(*results.estimates())
+    estimated = ranking.estimated_strength(results)
     return screening.select(estimated, settings.screen, settings.screen_audit, SCREEN_SEED)
 
 
 def _audit(results: Results, selection: screening.Selection, top: int) -> dict:
     """What the exact effects say of the neurons that were not computed, for `run.json`."""
-    exact = ranking.strength(*results.effects("neuron", exact=True))
+    exact = ranking.exact_strength(results, "neuron")
     # A failed candidate raises no threshold, and a failed sample is a hit: the bound still holds.
     failed = np.where(selection.sampled, np.inf, 0)
     audit = audit_lib.missed(selection, np.where(np.isnan(exact), failed, exact), top)
@@ -532,7 +532,7 @@ def _audit(results: Results, selection: screening.Selection, top: int) -> dict:
             for number in range(selection.stratum.max() + 1)
         ],
         "spearman": _spearman(
-            exact[selection.sampled], ranking.strength(*results.estimates())[selection.sampled]
+            exact[selection.sampled], ranking.estimated_strength(results)[selection.sampled]
         ),
     }
 
@@ -734,7 +734,7 @@ def _joint(asked: MediateRun, results: Results) -> dict | None:
             asked.decoder,
             asked.pairs[searched],
             asked.question,
-            ranking.strength(*(side[searched] for side in results.effects("neuron", exact=True))),
+            ranking.exact_strength(results, "neuron", searched),
             size=settings.joint_size,
             share=settings.joint_share,
             memory=asked.budget,

@@ -201,15 +201,21 @@ class Results(Mapping[str, Effects]):
             self._array(name)[pair_index] = value
 
     def __getitem__(self, granularity: str) -> Effects:
-        nie, tie = self.effects(granularity)
+        return self.of_layers(granularity, slice(None))
+
+    def of_layers(self, granularity: str, layers: slice) -> Effects:
+        """The effects of some layers, by their numbers; the others are not read."""
+        nie, tie = self.effects(granularity, layers=layers)
         units = self.sizes.coordinates(granularity, self.run.get("group_size", 1))
         return Effects(
             granularity=granularity,
             nie=nie,
             tie=tie,
-            done=self.done(granularity),
+            done=self.done(granularity, layers=layers),
             totals=self.totals,
-            coordinates={"pair": np.array(self.pair_ids, object)} | units,
+            coordinates={"pair": np.array(self.pair_ids, object)}
+            | units
+            | {"layer": units["layer"][layers]},
             attributes=attributes(self.run, granularity),
         )
 
@@ -224,22 +230,36 @@ class Results(Mapping[str, Effects]):
         done = self.done(granularity)
         return np.flatnonzero((done == Status.NOT_RUN).reshape(len(done), -1).all(axis=1)).tolist()
 
-    def done(self, granularity: str) -> UInt8[np.ndarray, "pair layer *unit"]:
-        """What is known of each unit, a number of `Status`."""
-        return _read(self._of(granularity, "done"))
+    def done(
+        self, granularity: str, *, layers: slice = slice(None)
+    ) -> UInt8[np.ndarray, "pair layer *unit"]:
+        """What is known of each unit (of some layers), a number of `Status`."""
+        return _read(self._of(granularity, "done"), (slice(None), layers))
+
+    def layers_together(self, granularity: str) -> int:
+        """Layers of a chunk: fewer are read no faster."""
+        return self._of(granularity, "nie").chunks[1]
 
     def effects(
-        self, granularity: str, exact: bool = False
+        self,
+        granularity: str,
+        exact: bool = False,
+        *,
+        layers: slice = slice(None),
+        pairs: slice = slice(None),
     ) -> tuple[Float32[np.ndarray, "pair layer *unit"], Float32[np.ndarray, "pair layer *unit"]]:
         """NIE and TIE; NaN where a unit was not run or failed.
 
         Args:
             granularity: one of `granularities`.
             exact: give NaN for estimates too.
+            layers, pairs: those that are read; all by default.
         """
-        vouched = (Status.EXACT,) if exact else (Status.EXACT, Status.ESTIMATED)
-        known = np.isin(self.done(granularity), vouched)
-        written = (_read(self._of(granularity, name)) for name in ESTIMANDS)
+        done = _read(self._of(granularity, "done"), (pairs, layers))
+        known = done == Status.EXACT
+        if not exact:
+            known |= done == Status.ESTIMATED
+        written = (_read(self._of(granularity, name), (pairs, layers)) for name in ESTIMANDS)
         nie, tie = (np.where(known, values, np.float32("nan")) for values in written)
         return nie, tie
 
@@ -337,8 +357,8 @@ class Results(Mapping[str, Effects]):
         return array
 
 
-def _read(array: zarr.Array, pairs: slice | int = slice(None)) -> np.ndarray:
-    return np.asarray(array[pairs])
+def _read(array: zarr.Array, where: tuple | slice | int = slice(None)) -> np.ndarray:
+    return np.asarray(array[where])
 
 
 def _check_empty(folder: pathlib.Path) -> None:
