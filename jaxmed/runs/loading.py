@@ -116,6 +116,26 @@ def load(settings: Settled, rows: int | None = None) -> Loaded:
     return Loaded(folder, adapter, decoder.at_precision(precision), tokenizer)
 
 
+def shapes(settings: Settled) -> Loaded:
+    """What `load` gives, but for the weights, which are not read: the decoder has their shapes.
+
+    Raises:
+        InputError: as `load`.
+    """
+    folder = checkpoint.resolve(settings.model)
+    adapter = checkpoint.resolve_adapter(settings.adapter)
+    decoder, tokenizer = checkpoint.shapes(
+        folder,
+        adapter=adapter,
+        dtype=settings.dtype or None,
+        ignore_config=settings.ignore_config,
+    )
+    precision = settings.matmul_precision
+    if precision == rates.AUTO:
+        precision = rates.exact_precision(decoder)
+    return Loaded(folder, adapter, decoder.at_precision(precision), tokenizer)
+
+
 def settled(settings: Settings) -> Settings:
     """The settings, with what is settled when a run begins as `run.json` records it.
 

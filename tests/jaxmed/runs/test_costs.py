@@ -2,12 +2,14 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import pytest
 
 from jaxmed.engine import rates
 from jaxmed.runs import costs, mediate
 from jaxmed.runs.compilation import Compilation
 from jaxmed.runs.mediate import MediateSettings
+from models.products import Products
 from tests import tiny
 
 OPERATIONS = {"layer": 1e9, "token": 8e11, "neuron": 1.99e11}
@@ -94,3 +96,71 @@ LAYERS_TO_NEURON = "--granularity=layer,module,head,neuron"
 def test_how_to_leave_the_dearest_out(changes, dearest, told):
     said = mediate._without(dataclasses.replace(SETTINGS, **changes), dearest)
     assert (told in said) if told else said == ""
+
+
+# What is told before a run.
+
+
+@pytest.fixture
+def plan():
+    """Of a bfloat16 model whose weights take a quarter of an H100."""
+
+    class Shaped:
+        dtype = jnp.dtype(jnp.bfloat16)
+        products = Products("bfloat16", "cpu")
+
+    return costs.Plan(
+        decoder=Shaped(),
+        pairs=500,
+        units={"layer": 32, "neuron": 458_752},
+        blocks={"layer": 63, "neuron": 2000},
+        operations={"layer": 1e12, "neuron": 2e18},
+    )
+
+
+def lines_of(plan, name, monkeypatch, weights=20 * 10**9):
+    monkeypatch.setattr(costs.Plan, "weights", weights)
+    return list(costs._told_of(name, plan))
+
+
+def test_stored_bytes_are_those_of_effects_statuses_and_estimates(plan):
+    assert plan.stored("neuron") == 500 * 458_752 * 9
+    screened = dataclasses.replace(plan, screened=True)
+    assert screened.stored("neuron") == 500 * 458_752 * 17
+    assert screened.stored("layer") == plan.stored("layer") == 500 * 32 * 9
+
+
+def test_a_measured_accelerator_is_told_with_what_was_measured(plan, monkeypatch):
+    about, time = lines_of(plan, "h100", monkeypatch)
+    assert "weights take 25% of its memory" in about and "in bfloat16 takes 1 in bfloat16" in about
+    # 2e18 / (0.49 * 989e12) s; the layers' 1e12 take no time.
+    assert (
+        "about 69 minutes: of a scan of neurons in bfloat16 49% of that rate was measured" in time
+    )
+    assert time.endswith("which nothing reaches, it is 34 minutes")
+
+
+def test_an_accelerator_that_was_not_measured_is_told_by_its_datasheet_alone(plan, monkeypatch):
+    _, time = lines_of(plan, "v5p", monkeypatch)
+    assert time == (
+        "There no scan was measured in bfloat16; at the datasheet's rate, which nothing reaches, it "
+        "is 73 minutes"
+    )
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype", "passes"),
+    [
+        ("split3", jnp.bfloat16, 3),
+        ("float32", jnp.bfloat16, 3),
+        ("split2", jnp.bfloat16, 2),
+        ("split3", jnp.float32, 6),
+        ("bfloat16", jnp.float32, 1),
+    ],
+)
+def test_products_take_as_many_passes_as_they_have_parts(
+    precision, dtype, passes, plan, monkeypatch
+):
+    plan.decoder.products, plan.decoder.dtype = Products(precision, "cpu"), jnp.dtype(dtype)
+    about, _ = lines_of(plan, "h200", monkeypatch)
+    assert f"takes {passes} in bfloat16" in about
