@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
-from jaxmed.analysis import summary
+from jaxmed.analysis import slabs, summary
+from jaxmed.question import effects as effects_lib
 from jaxmed.question.effects import Effects, Sizes, Totals
 from jaxmed.store.results import Results
 from models.errors import InputError
@@ -144,8 +145,15 @@ class Findings(Mapping[str, Effects]):
         count = f"{len(te)} pair{'' if len(te) == 1 else 's'}"
         lines = [f"Findings of {count}: {asked}; {mean}"]
         width = max(map(len, self))
-        lines += [f"  {name:{width}}  {effects.described()}" for name, effects in self.items()]
+        lines += [f"  {name:{width}}  {self._described(name)}" for name in self]
         return "\n".join(lines)
+
+    def _described(self, granularity: str) -> str:
+        """Of a folder no effects are read for it."""
+        if not isinstance(self._source, Results):
+            return self[granularity].described()
+        counts, _ = slabs.statuses(self._source, granularity)
+        return effects_lib.described(self._source.coordinates(granularity), counts.tolist())
 
 
 def _frame(rows: pa.Table) -> "pandas.DataFrame":

@@ -3,6 +3,7 @@
 import dataclasses
 import enum
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -191,14 +192,24 @@ class Effects:
 
     def described(self) -> str:
         """Axes with their lengths, and how many effects are not exact."""
-        axes = ", ".join(f"{name} {len(along)}" for name, along in self.coordinates.items())
-        counts = {status: int((self.done == status).sum()) for status in Status}
-        others = [
-            f"{counts[status]:,} {status.name.lower().replace('_', ' ')}"
-            for status in Status
-            if counts[status] and status != Status.EXACT
-        ]
-        return f"nie, tie [{axes}]" + (f"; {', '.join(others)}" if others else "")
+        counts = [np.count_nonzero(self.done == status) for status in Status]
+        return described(self.coordinates, counts)
+
+
+def described(coordinates: dict[str, np.ndarray], counts: Sequence[int]) -> str:
+    """Axes with their lengths, and how many effects are not exact, for people.
+
+    Args:
+        coordinates: as `Effects` has them.
+        counts: how many effects have each `Status`.
+    """
+    axes = ", ".join(f"{name} {len(along)}" for name, along in coordinates.items())
+    others = [
+        f"{count:,} {status.name.lower().replace('_', ' ')}"
+        for status, count in zip(Status, counts, strict=True)
+        if count and status != Status.EXACT
+    ]
+    return f"nie, tie [{axes}]" + (f"; {', '.join(others)}" if others else "")
 
 
 def places(

