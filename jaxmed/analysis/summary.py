@@ -186,7 +186,7 @@ def _of_slab(slab: Effects, first: int) -> Iterator[tuple[str, _Statistics]]:
     exact = ~(slab.done == Status.ESTIMATED).any(axis=0).ravel()
     nie, tie = (side.reshape(len(side), -1) for side in (slab.nie, slab.tie))
     step = max(1, _EFFECTS_AT_ONCE // len(nie))
-    for start in range(0, nie.shape[1], step):
+    for start in range(0, max(1, nie.shape[1]), step):
         units = slice(start, start + step)
         values = {
             "nie": nie[:, units],

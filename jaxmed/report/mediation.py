@@ -496,6 +496,8 @@ def _planted(units: UnitTable, truth: dict) -> np.ndarray:
     """Which units are planted, bool [unit]; none without a truth."""
     key = scoring.TRUTH_KEYS.get(units.granularity)
     places = {tuple(place) for place in truth.get(key, [])}
+    if not places:
+        return np.zeros(len(units), bool)
     if units.granularity == "neuron":
         places = {(layer, unit - unit % units.group_size) for layer, unit in places}
     second = units.site if units.granularity == "module" else units.unit
