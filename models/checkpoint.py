@@ -367,7 +367,7 @@ class Source:
 
     def shapes(self) -> Decoder:
         """The model with shapes and types in the place of its weights."""
-        return nnx.merge(self._graph, nnx.from_flat_state(self._parameters.items()))
+        return nnx.merge(self._graph, nnx.from_flat_state(list(self._parameters.items())))
 
     def write_cache(self, cache_dir: str | os.PathLike | None = None) -> cache.Entry:
         """Reads the weights, and writes them to the cache in the type in which they are stored.

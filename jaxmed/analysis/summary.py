@@ -1,6 +1,7 @@
 """`summary.parquet`: a row per unit and estimand."""
 
 import dataclasses
+import io
 from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
@@ -9,7 +10,6 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from jaxmed.analysis import estimands, slabs, statistics
-from jaxmed.files import atomic
 from jaxmed.question import effects as effects_lib
 from jaxmed.question.effects import TOTALS, Effects, Status, Totals
 from jaxmed.store.results import Results
@@ -17,6 +17,7 @@ from jaxmed.store.results import Results
 SUMMARISED = ("nie", "tie", "nde", "int")  # those of every unit that a summary has
 
 _SUMMARY_FILE = "summary.parquet"
+_EFFECTS = "jaxmed.effects"  # in the file: the `Results.state` that it was made of
 _STATISTICS = ("mean", "ci_low", "ci_high", "p_value", "q_value")
 _SCHEMA = pa.schema(
     {
@@ -66,38 +67,45 @@ def summarise(found: Mapping[str, Effects]) -> pa.Table:
 def write_summary(results: Results) -> None:
     """Writes `summarise`'s table to `summary.parquet` in the results folder, in groups of rows of
     one granularity and estimand."""
-
-    def write(path) -> None:
-        with pq.ParquetWriter(path, _SCHEMA) as writer:
-            for table in _tables(results):
-                writer.write_table(table)
-
-    atomic.replace_file(results.folder / _SUMMARY_FILE, write)
+    schema = _SCHEMA.with_metadata({_EFFECTS: results.state()})
+    file = io.BytesIO()
+    with pq.ParquetWriter(file, schema) as writer:
+        for table in _tables(results):
+            writer.write_table(table)
+    results.place.write(_SUMMARY_FILE, file.getvalue())
 
 
 def read_summary(results: Results) -> ds.Dataset:
-    """`summary.parquet`, written anew if it is missing or older than the effects.
+    """`summary.parquet`, written anew if it is missing or not of the effects that are there.
 
     Its rows are read when they are asked for: `to_table(columns=, filter=)`.
     """
     kept = kept_summary(results)
     if kept is None:
         write_summary(results)
-        kept = _open(results)
+        kept = _opened(results)
+    assert kept is not None  # it has been written
     return kept
 
 
 def kept_summary(results: Results) -> ds.Dataset | None:
-    """`summary.parquet` as it is; None if it is missing or older than the effects."""
-    path = results.folder / _SUMMARY_FILE
-    written = max(file.stat().st_mtime_ns for file in (results.folder / "effects.zarr").rglob("*"))
-    if path.exists() and path.stat().st_mtime_ns >= written:
-        return _open(results)
-    return None
+    """`summary.parquet` as it is; None if it is missing or not of the effects that are there."""
+    kept = _opened(results)
+    made_of = kept and (kept.schema.metadata or {}).get(_EFFECTS.encode(), b"").decode()
+    return kept if made_of == results.state() else None
 
 
-def _open(results: Results) -> ds.Dataset:
-    return ds.dataset(results.folder / _SUMMARY_FILE, schema=_SCHEMA)
+def _opened(results: Results) -> ds.Dataset | None:
+    """The file's rows, unread where it is local; None if there is no file."""
+    folder = results.place.folder
+    if folder is not None:
+        path = folder / _SUMMARY_FILE
+        return ds.dataset(path) if path.is_file() else None
+    file = results.place.read(_SUMMARY_FILE)
+    if file is None:
+        return None
+    fragment = ds.ParquetFileFormat().make_fragment(pa.BufferReader(file))
+    return ds.FileSystemDataset([fragment], fragment.physical_schema, fragment.format)
 
 
 def _tables(found: Mapping[str, Effects]) -> Iterator[pa.Table]:
