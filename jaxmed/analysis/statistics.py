@@ -69,9 +69,8 @@ def mean_interval(
         counts = _draw_counts(len(pairs), resamples, seed).astype(np.float64)
         for chunk in np.array_split(units, -(-len(units) * resamples // _VALUES_AT_ONCE)):
             sums = values[np.ix_(pairs, chunk)].T @ counts.T
-            sums.sort(axis=1)
-            for bound, quantile in zip(interval, ((1 - level) / 2, (1 + level) / 2), strict=True):
-                bound[chunk] = _quantile_of_sorted(sums, quantile) / len(pairs)
+            bounds = _quantiles(sums, ((1 - level) / 2, (1 + level) / 2))
+            interval[:, chunk] = np.divide(bounds, len(pairs))
     low, high = (bound.reshape(unit_shape) for bound in interval)
     return pair_mean(values).reshape(unit_shape), low, high
 
@@ -175,16 +174,24 @@ def _draw_counts(pairs: int, resamples: int, seed: int) -> np.ndarray:
     return generator.multinomial(pairs, np.full(pairs, 1 / pairs), size=resamples)
 
 
-def _quantile_of_sorted(rows: np.ndarray, quantile: float) -> np.ndarray:
-    """What np.quantile(rows, quantile, axis=1) gives, which is 5 times slower than sorting."""
-    place = quantile * (rows.shape[1] - 1)
-    below, above = rows[:, int(np.floor(place))], rows[:, int(np.ceil(place))]
-    return below + (above - below) * (place % 1)
+def _quantiles(rows: np.ndarray, quantiles: Sequence[float]) -> list[np.ndarray]:
+    """What np.quantile(rows, quantiles, axis=1) gives, which is 5 times slower; reorders `rows`."""
+    places = [quantile * (rows.shape[1] - 1) for quantile in quantiles]
+    ends = [(int(np.floor(place)), int(np.ceil(place))) for place in places]
+    rows.partition(sorted({place for pair in ends for place in pair}), axis=1)
+    return [
+        rows[:, below] + (rows[:, above] - rows[:, below]) * (place % 1)
+        for place, (below, above) in zip(places, ends, strict=True)
+    ]
 
 
 def _units_by_pairs(values: np.ndarray):
     """Yields (pairs, units): the indices of units, [pair, unit], that the same pairs have."""
-    present = np.packbits(~np.isnan(values), axis=0)
+    missing = np.isnan(values)
+    if not missing.any():
+        yield np.arange(len(values)), np.arange(values.shape[1])
+        return
+    present = np.packbits(~missing, axis=0)
     patterns, pattern_of_unit = np.unique(present, axis=1, return_inverse=True)
     for index, pattern in enumerate(patterns.T):
         pairs = np.flatnonzero(np.unpackbits(pattern, count=len(values)))

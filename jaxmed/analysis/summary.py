@@ -1,7 +1,9 @@
 """`summary.parquet`: a row per unit and estimand."""
 
+import concurrent.futures
 import dataclasses
 import io
+import os
 from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
@@ -33,8 +35,9 @@ _SCHEMA = pa.schema(
     }
 )
 
-# Effects whose statistics are formed at once: 16 MiB in float64, and some arrays as large.
+# Effects whose statistics a thread forms at once: 16 MiB in float64, and some arrays as large.
 _EFFECTS_AT_ONCE = 2**21
+_THREADS = min(4, os.cpu_count() or 1)
 # Rows of a group of the file: a reader may pass over groups that it does not want.
 _ROWS_AT_ONCE = 2**18
 
@@ -194,7 +197,8 @@ def _of_slab(slab: Effects, first: int) -> Iterator[tuple[str, _Statistics]]:
     exact = ~(slab.done == Status.ESTIMATED).any(axis=0).ravel()
     nie, tie = (side.reshape(len(side), -1) for side in (slab.nie, slab.tie))
     step = max(1, _EFFECTS_AT_ONCE // len(nie))
-    for start in range(0, max(1, nie.shape[1]), step):
+
+    def of_units(start: int) -> list[tuple[str, _Statistics]]:
         units = slice(start, start + step)
         values = {
             "nie": nie[:, units],
@@ -202,9 +206,15 @@ def _of_slab(slab: Effects, first: int) -> Iterator[tuple[str, _Statistics]]:
             "nde": estimands.natural_direct_effect(slab.te, tie[:, units]),
             "int": estimands.interaction(nie[:, units], tie[:, units]),
         }
-        for estimand in SUMMARISED:
-            over_bases = statistics.by_base(values[estimand], slab.totals.bases)
-            yield estimand, _Statistics.of(over_bases, exact[units], first + start)
+        over_bases = {name: statistics.by_base(values[name], slab.totals.bases) for name in values}
+        return [
+            (name, _Statistics.of(over_bases[name], exact[units], first + start))
+            for name in SUMMARISED
+        ]
+
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        for found in pool.map(of_units, range(0, max(1, nie.shape[1]), step)):
+            yield from found
 
 
 def _rows(

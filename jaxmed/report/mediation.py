@@ -392,7 +392,9 @@ def _told(units: UnitTable) -> np.ndarray:
     return np.union1d(largest(units.size(), _UNITS_IN_TABLE), of_each)
 
 
-def _index(units: UnitTable, index: int, coordinates: dict[str, np.ndarray]) -> list[int]:
+def _index(
+    units: UnitTable, index: int | np.integer, coordinates: dict[str, np.ndarray]
+) -> list[int]:
     """Where a unit lies in arrays of effects with these coordinates."""
     place = {name: getattr(units, name)[index] for name in ("layer", "site", "position")}
     axes = list(coordinates)[1:]  # after the pair's

@@ -5,7 +5,6 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 
 import jax
-from flax import nnx
 
 from jaxmed.engine import rates
 from jaxmed.runs.compilation import Compilation
@@ -196,7 +195,9 @@ class Plan:
     """What a run has before it, known from shapes alone.
 
     Attributes:
-        decoder: the model; shapes suffice.
+        weights: bytes of the parameters in memory.
+        dtype: their type.
+        precision: in which differences are multiplied by them, of `products.PRECISIONS`.
         pairs: how many.
         units: of a pair, by granularity, at most.
         blocks: units of work, by granularity; empty where a single unit does not fit the memory.
@@ -205,20 +206,15 @@ class Plan:
         screened: whether gradients rank the neurons first.
     """
 
-    decoder: Decoder
+    weights: int
+    dtype: str
+    precision: str
     pairs: int
     units: Mapping[str, int]
     blocks: Mapping[str, int]
     operations: Mapping[str, float]
     joint: float = 0.0
     screened: bool = False
-
-    @property
-    def weights(self) -> int:
-        """Bytes of the parameters in memory."""
-        return sum(
-            leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(nnx.state(self.decoder))
-        )
 
     def stored(self, granularity: str) -> int:
         """Bytes of a granularity's effects: NIE and TIE, and a status of both, of each unit; the
@@ -264,11 +260,11 @@ def told(plan: Plan, forecast: Forecast, accelerator: str = "") -> Iterator[str]
 
 def _told_of(name: str, plan: Plan) -> Iterator[str]:
     """Lines on a named accelerator."""
-    chip, precision = ACCELERATORS[name], plan.decoder.products.precision
+    chip, precision = ACCELERATORS[name], plan.precision
     if precision == "float32":
         precision = "split3"  # which is as exact, and what a matrix unit makes float32 products of
     passes = products.PARTS[precision] or 1
-    if plan.decoder.dtype.name != "bfloat16":  # Weights are cut as well.
+    if plan.dtype != "bfloat16":  # Weights are cut as well.
         passes = passes * (passes + 1) // 2
     yield (
         f"One {name} (datasheet: {chip.bfloat16 / 1e12:,.0f} TFLOP/s in bfloat16, "

@@ -9,8 +9,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 
+import jax
 import numpy as np
 import tqdm
+from flax import nnx
 from scipy import stats
 
 from jaxmed.analysis import audit as audit_lib
@@ -303,10 +305,13 @@ def dry_run(settings: MediateSettings) -> Iterator[str]:
     if settings.screen:
         computed = screening.MARGIN * settings.screen + settings.screen_audit
         operations["neuron"] *= min(1.0, computed / units["neuron"])
+    parameters = jax.tree.leaves(nnx.state(decoder))
     plan = costs_lib.Plan(
-        decoder,
-        len(pairs),
-        units,
+        weights=sum(each.size * each.dtype.itemsize for each in parameters),
+        dtype=decoder.dtype.name,
+        precision=decoder.products.precision,
+        pairs=len(pairs),
+        units=units,
         blocks={},
         operations=operations,
         joint=_joint_operations(settings, config, pairs, question),

@@ -2,14 +2,12 @@
 
 import dataclasses
 
-import jax.numpy as jnp
 import pytest
 
 from jaxmed.engine import rates
 from jaxmed.runs import costs, mediate
 from jaxmed.runs.compilation import Compilation
 from jaxmed.runs.mediate import MediateSettings
-from models.products import Products
 from tests import tiny
 
 OPERATIONS = {"layer": 1e9, "token": 8e11, "neuron": 1.99e11}
@@ -104,23 +102,15 @@ def test_how_to_leave_the_dearest_out(changes, dearest, told):
 @pytest.fixture
 def plan():
     """Of a bfloat16 model whose weights take a quarter of an H100."""
-
-    class Shaped:
-        dtype = jnp.dtype(jnp.bfloat16)
-        products = Products("bfloat16", "cpu")
-
     return costs.Plan(
-        decoder=Shaped(),
+        weights=20 * 10**9,
+        dtype="bfloat16",
+        precision="bfloat16",
         pairs=500,
         units={"layer": 32, "neuron": 458_752},
         blocks={"layer": 63, "neuron": 2000},
         operations={"layer": 1e12, "neuron": 2e18},
     )
-
-
-def lines_of(plan, name, monkeypatch, weights=20 * 10**9):
-    monkeypatch.setattr(costs.Plan, "weights", weights)
-    return list(costs._told_of(name, plan))
 
 
 def test_stored_bytes_are_those_of_effects_statuses_and_estimates(plan):
@@ -130,8 +120,8 @@ def test_stored_bytes_are_those_of_effects_statuses_and_estimates(plan):
     assert screened.stored("layer") == plan.stored("layer") == 500 * 32 * 9
 
 
-def test_a_measured_accelerator_is_told_with_what_was_measured(plan, monkeypatch):
-    about, time = lines_of(plan, "h100", monkeypatch)
+def test_a_measured_accelerator_is_told_with_what_was_measured(plan):
+    about, time = costs._told_of("h100", plan)
     assert "weights take 25% of its memory" in about and "in bfloat16 takes 1 in bfloat16" in about
     # 2e18 / (0.49 * 989e12) s; the layers' 1e12 take no time.
     assert (
@@ -140,8 +130,8 @@ def test_a_measured_accelerator_is_told_with_what_was_measured(plan, monkeypatch
     assert time.endswith("which nothing reaches, it is 34 minutes")
 
 
-def test_an_accelerator_that_was_not_measured_is_told_by_its_datasheet_alone(plan, monkeypatch):
-    _, time = lines_of(plan, "v5p", monkeypatch)
+def test_an_accelerator_that_was_not_measured_is_told_by_its_datasheet_alone(plan):
+    _, time = costs._told_of("v5p", plan)
     assert time.startswith("There no scan was measured in bfloat16; at the datasheet's rate")
     assert time.endswith("it is 73 minutes")
 
@@ -149,16 +139,14 @@ def test_an_accelerator_that_was_not_measured_is_told_by_its_datasheet_alone(pla
 @pytest.mark.parametrize(
     ("precision", "dtype", "passes"),
     [
-        ("split3", jnp.bfloat16, 3),
-        ("float32", jnp.bfloat16, 3),
-        ("split2", jnp.bfloat16, 2),
-        ("split3", jnp.float32, 6),
-        ("bfloat16", jnp.float32, 1),
+        ("split3", "bfloat16", 3),
+        ("float32", "bfloat16", 3),
+        ("split2", "bfloat16", 2),
+        ("split3", "float32", 6),
+        ("bfloat16", "float32", 1),
     ],
 )
-def test_products_take_as_many_passes_as_they_have_parts(
-    precision, dtype, passes, plan, monkeypatch
-):
-    plan.decoder.products, plan.decoder.dtype = Products(precision, "cpu"), jnp.dtype(dtype)
-    about, _ = lines_of(plan, "h200", monkeypatch)
+def test_products_take_as_many_passes_as_they_have_parts(precision, dtype, passes, plan):
+    changed = dataclasses.replace(plan, precision=precision, dtype=dtype)
+    about, _ = costs._told_of("h200", changed)
     assert f"takes {passes} in bfloat16" in about
