@@ -188,7 +188,7 @@ def _quantiles(rows: np.ndarray, quantiles: Sequence[float]) -> list[np.ndarray]
 def _units_by_pairs(values: np.ndarray):
     """Yields (pairs, units): the indices of units, [pair, unit], that the same pairs have."""
     missing = np.isnan(values)
-    if not missing.any():
+    if values.shape[1] and not missing.any():
         yield np.arange(len(values)), np.arange(values.shape[1])
         return
     present = np.packbits(~missing, axis=0)
