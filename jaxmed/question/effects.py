@@ -192,7 +192,7 @@ class Effects:
 
     def described(self) -> str:
         """Axes with their lengths, and how many effects are not exact."""
-        counts = [np.count_nonzero(self.done == status) for status in Status]
+        counts = [int((self.done == status).sum()) for status in Status]
         return described(self.coordinates, counts)
 
 
