@@ -173,7 +173,7 @@ class Results(Mapping[str, Effects]):
             return cls._writing(place, wanted)
         earlier = claims.read_run(place)
         if earlier is None:
-            raise places.PlaceError(f"{place.path(RUN_FILE)}: is there no longer")
+            raise places.gone(place, RUN_FILE)
         # Raises, before anything is deleted, if it is not a run's.
         _check_written_by_this(place, earlier, also_older=overwrite)
         if overwrite:
@@ -393,7 +393,7 @@ class Results(Mapping[str, Effects]):
         """Reads `run.json` again, to which other processes may have added."""
         run = claims.read_run(self.place)
         if run is None:
-            raise places.PlaceError(f"{self.place.path(RUN_FILE)}: is there no longer")
+            raise places.gone(self.place, RUN_FILE)
         self.run = run
 
     def record(self, extra: dict) -> None:
@@ -536,8 +536,7 @@ def _arrays(place: Place, run: dict, *, writable: bool) -> dict[str, ts.TensorSt
             # A chunk of NaN, or of zeros, says that it was written.
             "store_data_equal_to_fill_value": True,
         }
-        mode = {} if writable else {"read": True, "write": False}
-        return ts.open(spec, open=True, context=place.context, **mode)
+        return ts.open(spec, open=True, read=True, write=writable, context=place.context)
 
     opening = {name: opened(name) for name in layout.array_names(run)}
     arrays = {}
