@@ -12,7 +12,7 @@ from launch import flags, program
 
 def main() -> None:
     """Runs what the flags ask for."""
-    program.start(flags.of(ConvertSettings), convert.run)
+    program.start(flags.of(ConvertSettings), convert.run, computes=False)
 
 
 if __name__ == "__main__":

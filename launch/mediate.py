@@ -3,6 +3,8 @@
 python -m launch.mediate --model=DIR_OR_HUB_ID --pairs=FILE --out=DIR
 """
 
+from collections.abc import Iterable
+
 from jaxmed.report import mediation
 from jaxmed.runs import mediate
 from jaxmed.runs.mediate import MediateSettings
@@ -10,11 +12,14 @@ from launch import flags, program
 
 
 def main() -> None:
-    """Runs what the flags ask for."""
-    program.start(
-        flags.of(MediateSettings),
-        lambda settings: mediation.closing_lines(mediate.run(settings)),
-    )
+    """Runs what the flags ask for, or tells what it would take."""
+
+    def run(settings: MediateSettings) -> Iterable[str]:
+        if settings.dry_run:
+            return mediate.dry_run(settings)
+        return mediation.closing_lines(mediate.run(settings))
+
+    program.start(flags.of(MediateSettings), run)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import TypeVar
 import jax
 from absl import app, flags
 
-from jaxmed.runs import compilation
+from jaxmed.runs import compilation, devices
 from models import cache
 from models.errors import InputError
 
@@ -22,9 +22,13 @@ flags.disclaim_key_flags()
 
 
 def start(
-    settings: Callable[[], Settings], run: Callable[[Settings], Iterable[str] | None]
+    settings: Callable[[], Settings],
+    run: Callable[[Settings], Iterable[str] | None],
+    *,
+    computes: bool = True,
 ) -> None:
-    """Parses the flags, runs what they ask for, and prints the lines that it ends with.
+    """Parses the flags, says which device is used, runs what the flags ask for, and prints the
+    lines that it ends with.
 
     Input that cannot be used ends the program with one message and exit status 1; a defect of the
     program itself shows its traceback.
@@ -32,6 +36,7 @@ def start(
     Args:
         settings: what `flags.of` returns.
         run: is given the settings, and returns the lines, unless it has said all by then.
+        computes: whether it needs a device; one that does not leaves them to others.
     """
     compiled = flags.DEFINE_string(
         "compilation_cache",
@@ -48,7 +53,10 @@ def start(
         logging.getLogger("jax").setLevel(logging.WARNING)
         keep_compiled(compiled.value)
         try:
-            for line in run(settings()) or ():
+            asked = settings()
+            for line in devices.told(getattr(asked, "mesh", "")) if computes else ():
+                print(line, file=sys.stderr)
+            for line in run(asked) or ():
                 print(line)
             if told := compilation.so_far().told:
                 print(told, file=sys.stderr)

@@ -12,7 +12,9 @@ from launch import flags, program
 def main() -> None:
     """Runs what the flags ask for."""
     program.start(
-        flags.of(ReportSettings), lambda settings: mediation.closing_lines(report.run(settings))
+        flags.of(ReportSettings),
+        lambda settings: mediation.closing_lines(report.run(settings)),
+        computes=False,
     )
 
 

@@ -193,6 +193,24 @@ def save(
         raise
 
 
+def shapes(
+    folder_or_hub_id: str | os.PathLike,
+    *,
+    adapter: str | os.PathLike | None = None,
+    dtype=None,
+    ignore_config: Collection[str] = (),
+) -> tuple[Decoder, transformers.PreTrainedTokenizerBase | None]:
+    """What `load` gives, but that the weights are not read: the decoder has their shapes and types
+    instead, and says what a model costs. Arguments and errors as of `load`."""
+    source = Source.examine(
+        resolve(folder_or_hub_id), dtype, resolve_adapter(adapter), ignore_config
+    )
+    tokenizer = read_tokenizer(source.folder, source.adapter)
+    if tokenizer is not None:
+        _check_tokenizer(source, tokenizer)
+    return source.shapes(), tokenizer
+
+
 def check_free(folder: pathlib.Path) -> None:
     """Raises CheckpointError if a folder to be written is not empty, or cannot be made."""
     above = next(parent for parent in folder.absolute().parents if parent.exists())
@@ -359,6 +377,10 @@ class Source:
         if not cache.may_hold(folder, self._file_bytes):
             return None
         return cache.find(folder, self._entry_name(folder))
+
+    def shapes(self) -> Decoder:
+        """The model with shapes and types in the place of its weights."""
+        return nnx.merge(self._graph, nnx.from_flat_state(list(self._parameters.items())))
 
     def write_cache(self, cache_dir: str | os.PathLike | None = None) -> cache.Entry:
         """Reads the weights, and writes them to the cache in the type in which they are stored.

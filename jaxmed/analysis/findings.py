@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
 
-from jaxmed.analysis import summary
+from jaxmed.analysis import slabs, summary
+from jaxmed.question import effects as effects_lib
 from jaxmed.question.effects import Effects, Sizes, Totals
 from jaxmed.store.results import Results
 from models.errors import InputError
@@ -54,6 +57,8 @@ class Findings(Mapping[str, Effects]):
     @property
     def totals(self) -> Totals:
         """Which pairs these are, and what was measured of them: te, y_base, y_source."""
+        if isinstance(self._source, Results):
+            return self._source.totals
         return self[next(iter(self))].totals
 
     def summary(self) -> "pandas.DataFrame":
@@ -62,14 +67,12 @@ class Findings(Mapping[str, Effects]):
         Its columns are as `analysis.summary.summarise` says. A folder's own file is read where it
         is up to date.
         """
-        import pandas
-
-        return self._summary.to_pandas(types_mapper={pa.int32(): pandas.Int32Dtype()}.get)
+        return _frame(self._summary.to_table())
 
     @functools.cached_property
-    def _summary(self) -> pa.Table:
+    def _summary(self) -> ds.Dataset:
         kept = summary.kept_summary(self._source) if isinstance(self._source, Results) else None
-        return summary.summarise(self) if kept is None else kept
+        return ds.dataset(summary.summarise(self._source)) if kept is None else kept
 
     def top(
         self, count: int = 20, *, estimand: str = "nie", granularity: str | None = None
@@ -87,19 +90,19 @@ class Findings(Mapping[str, Effects]):
         Raises:
             InputError: there is no such estimand or granularity.
         """
-        import pandas
-
         if estimand not in summary.SUMMARISED:
             raise InputError(f"estimand={estimand!r}: not one of {', '.join(summary.SUMMARISED)}")
         names = list(self) if granularity is None else [granularity]
         if granularity is not None and granularity not in self:
             raise InputError(f"granularity={granularity!r}: not one of {', '.join(self)}")
-        rows = self.summary()
-        whole = (rows["granularity"] == "token") & (rows["site"] == Site.RESIDUAL)
-        rows = rows.loc[(rows["estimand"] == estimand) & rows["exact"] & ~whole]
-        rows = rows.sort_values("mean", key=abs, ascending=False, kind="stable")
-        ranked = [rows.loc[rows["granularity"] == name].head(count) for name in names]
-        return pandas.concat(ranked, ignore_index=True)
+        residual = (pc.field("granularity") == "token") & (pc.field("site") == str(Site.RESIDUAL))
+        asked = (pc.field("estimand") == estimand) & pc.field("exact") & ~residual
+        ranked = []
+        for name in names:
+            rows = self._summary.to_table(filter=asked & (pc.field("granularity") == name))
+            largest = np.argsort(-np.abs(rows["mean"].to_numpy()), kind="stable")[:count]
+            ranked.append(rows.take(largest))
+        return _frame(pa.concat_tables(ranked))
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes a results folder, which `open_run` and `launch.report` read.
@@ -140,8 +143,22 @@ class Findings(Mapping[str, Effects]):
         count = f"{len(te)} pair{'' if len(te) == 1 else 's'}"
         lines = [f"Findings of {count}: {asked}; {mean}"]
         width = max(map(len, self))
-        lines += [f"  {name:{width}}  {effects.described()}" for name, effects in self.items()]
+        lines += [f"  {name:{width}}  {self._described(name)}" for name in self]
         return "\n".join(lines)
+
+    def _described(self, granularity: str) -> str:
+        """Of a folder no effects are read for it."""
+        if not isinstance(self._source, Results):
+            return self[granularity].described()
+        counts, _ = slabs.statuses(self._source, granularity)
+        return effects_lib.described(self._source.coordinates(granularity), counts.tolist())
+
+
+def _frame(rows: pa.Table) -> "pandas.DataFrame":
+    """Rows of a summary for pandas, whose integers may be missing."""
+    import pandas
+
+    return rows.to_pandas(types_mapper={pa.int32(): pandas.Int32Dtype()}.get)
 
 
 def open_run(folder: str | os.PathLike) -> Findings:

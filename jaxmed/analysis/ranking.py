@@ -4,7 +4,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy import stats
 
-from jaxmed.analysis import statistics
+from jaxmed.analysis import slabs, statistics
 from jaxmed.analysis.joint import JointSet
 from jaxmed.store.results import Results
 
@@ -15,7 +15,24 @@ MINIMUM_TOTAL_EFFECT = 0.1
 def strength(nie: np.ndarray, tie: np.ndarray) -> np.ndarray:
     """The larger of |mean NIE| and |mean TIE|: [pair, unit...] -> [unit...], NaN where no pair has
     the unit."""
-    return np.maximum(np.abs(statistics.pair_mean(nie)), np.abs(statistics.pair_mean(tie)))
+    return _larger((statistics.pair_mean(nie), statistics.pair_mean(tie)))
+
+
+def exact_strength(
+    results: Results, granularity: str, pairs: slice = slice(None)
+) -> Float[np.ndarray, "layer *unit"]:
+    """The `strength` of a run's units over pairs, by exact effects alone."""
+    return _larger(slabs.mean_effects(results, granularity, pairs))
+
+
+def estimated_strength(results: Results) -> Float[np.ndarray, "layer neuron"]:
+    """The `strength` of a run's neurons by the estimates that they are screened by."""
+    return _larger(slabs.mean_estimates(results))
+
+
+def _larger(means: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    nie, tie = map(np.abs, means)
+    return np.maximum(nie, tie)
 
 
 def share(effects: np.ndarray, te: np.ndarray, minimum: float = MINIMUM_TOTAL_EFFECT) -> np.ndarray:
@@ -107,12 +124,8 @@ def rankings(results: Results, granularity: str) -> dict[str, Float[np.ndarray, 
     "nie", "tie" and "max" are |mean NIE|, |mean TIE| and the larger of both; neurons of a run with
     a joint set have "joint" as well: first its neurons, in their order, then the others by "max".
     """
-    nie, tie = results.effects(granularity, exact=True)
-    scores = {
-        "nie": np.abs(statistics.pair_mean(nie)),
-        "tie": np.abs(statistics.pair_mean(tie)),
-        "max": strength(nie, tie),
-    }
+    nie, tie = means = slabs.mean_effects(results, granularity)
+    scores = {"nie": np.abs(nie), "tie": np.abs(tie), "max": _larger(means)}
     if granularity == "neuron" and "joint" in results.run:
         scores["joint"] = joint_set(results).scores(scores["max"])
     return scores

@@ -4,8 +4,8 @@ Everywhere the first axis is the pair, and NaN means that the pair has no such u
 intervals and tests of a unit are over the pairs that have it.
 """
 
+import functools
 import math
-import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,9 +17,10 @@ _VALUES_AT_ONCE = 2**23  # resampled means in memory, 64 MiB in float64
 
 def pair_mean(values: np.ndarray) -> np.ndarray:
     """Mean over the pairs that have the unit: [pair, unit...] -> [unit...], NaN where none has."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Mean of empty slice", RuntimeWarning)
-        return np.asarray(np.nanmean(values, axis=0, dtype=np.float64))
+    missing = np.isnan(values)
+    total = np.where(missing, 0, values).sum(axis=0, dtype=np.float64)
+    with np.errstate(invalid="ignore"):
+        return np.asarray(total / (len(values) - missing.sum(axis=0)))
 
 
 def by_base(values: np.ndarray, bases: Sequence[str]) -> np.ndarray:
@@ -68,9 +69,8 @@ def mean_interval(
         counts = _draw_counts(len(pairs), resamples, seed).astype(np.float64)
         for chunk in np.array_split(units, -(-len(units) * resamples // _VALUES_AT_ONCE)):
             sums = values[np.ix_(pairs, chunk)].T @ counts.T
-            sums.sort(axis=1)
-            for bound, quantile in zip(interval, ((1 - level) / 2, (1 + level) / 2), strict=True):
-                bound[chunk] = _quantile_of_sorted(sums, quantile) / len(pairs)
+            bounds = _quantiles(sums, ((1 - level) / 2, (1 + level) / 2))
+            interval[:, chunk] = np.divide(bounds, len(pairs))
     low, high = (bound.reshape(unit_shape) for bound in interval)
     return pair_mean(values).reshape(unit_shape), low, high
 
@@ -167,22 +167,31 @@ def q_values(p: np.ndarray, untested: int = 0) -> np.ndarray:
     return q
 
 
+@functools.lru_cache(maxsize=8)
 def _draw_counts(pairs: int, resamples: int, seed: int) -> np.ndarray:
-    """How often each resample draws each pair, [resample, pair]."""
+    """How often each resample draws each pair, [resample, pair]; drawn once for many units."""
     generator = np.random.default_rng(seed)
     return generator.multinomial(pairs, np.full(pairs, 1 / pairs), size=resamples)
 
 
-def _quantile_of_sorted(rows: np.ndarray, quantile: float) -> np.ndarray:
-    """What np.quantile(rows, quantile, axis=1) gives, which is 5 times slower than sorting."""
-    place = quantile * (rows.shape[1] - 1)
-    below, above = rows[:, int(np.floor(place))], rows[:, int(np.ceil(place))]
-    return below + (above - below) * (place % 1)
+def _quantiles(rows: np.ndarray, quantiles: Sequence[float]) -> list[np.ndarray]:
+    """What np.quantile(rows, quantiles, axis=1) gives, which is 5 times slower; reorders `rows`."""
+    places = [quantile * (rows.shape[1] - 1) for quantile in quantiles]
+    ends = [(int(np.floor(place)), int(np.ceil(place))) for place in places]
+    rows.partition(sorted({place for pair in ends for place in pair}), axis=1)
+    return [
+        rows[:, below] + (rows[:, above] - rows[:, below]) * (place % 1)
+        for place, (below, above) in zip(places, ends, strict=True)
+    ]
 
 
 def _units_by_pairs(values: np.ndarray):
     """Yields (pairs, units): the indices of units, [pair, unit], that the same pairs have."""
-    present = np.packbits(~np.isnan(values), axis=0)
+    missing = np.isnan(values)
+    if values.shape[1] and not missing.any():
+        yield np.arange(len(values)), np.arange(values.shape[1])
+        return
+    present = np.packbits(~missing, axis=0)
     patterns, pattern_of_unit = np.unique(present, axis=1, return_inverse=True)
     for index, pattern in enumerate(patterns.T):
         pairs = np.flatnonzero(np.unpackbits(pattern, count=len(values)))

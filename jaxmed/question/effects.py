@@ -2,6 +2,8 @@
 
 import dataclasses
 import enum
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -157,27 +159,17 @@ class Effects:
         """Y(x'), of the plain run of the source prompt."""
         return self.totals.y_source
 
-    def places(self) -> dict[str, np.ndarray]:
-        """Where each unit is: "layer", "site", "unit" and "position", each [unit].
-
-        A unit is a head, (the first of its group) a neuron, or a direction's number; what has no
-        such place has -1, and what has no site of its own is named by its granularity.
-        """
-        axes = {name: along for name, along in self.coordinates.items() if name != "pair"}
-        grid = np.indices([len(along) for along in axes.values()]).reshape(len(axes), -1)
-        found = {
-            name: along[index] for (name, along), index in zip(axes.items(), grid, strict=True)
-        }
-        nowhere = np.full(grid.shape[1], -1)
-        unit = next(
-            (found[name] for name in ("head", "neuron", "direction") if name in found), nowhere
+    def of_layers(self, layers: slice) -> "Effects":
+        """Those of some layers, by their numbers."""
+        return dataclasses.replace(
+            self,
+            **{name: getattr(self, name)[:, layers] for name in _OF_UNITS},
+            coordinates=self.coordinates | {"layer": self.coordinates["layer"][layers]},
         )
-        return {
-            "layer": found["layer"],
-            "site": found.get("site", np.full(nowhere.shape, self.granularity, object)),
-            "unit": unit,
-            "position": found.get("position", nowhere),
-        }
+
+    def places(self) -> dict[str, np.ndarray]:
+        """Where each unit is; see the function of this name."""
+        return places(self.granularity, self.coordinates)
 
     def to_xarray(self) -> "xarray.Dataset":
         """The effects with names and coordinates for their axes; TE and Y beside them.
@@ -200,14 +192,53 @@ class Effects:
 
     def described(self) -> str:
         """Axes with their lengths, and how many effects are not exact."""
-        axes = ", ".join(f"{name} {len(along)}" for name, along in self.coordinates.items())
-        counts = {status: int((self.done == status).sum()) for status in Status}
-        others = [
-            f"{counts[status]:,} {status.name.lower().replace('_', ' ')}"
-            for status in Status
-            if counts[status] and status != Status.EXACT
-        ]
-        return f"nie, tie [{axes}]" + (f"; {', '.join(others)}" if others else "")
+        counts = [int((self.done == status).sum()) for status in Status]
+        return described(self.coordinates, counts)
+
+
+def described(coordinates: dict[str, np.ndarray], counts: Sequence[int]) -> str:
+    """Axes with their lengths, and how many effects are not exact, for people.
+
+    Args:
+        coordinates: as `Effects` has them.
+        counts: how many effects have each `Status`.
+    """
+    axes = ", ".join(f"{name} {len(along)}" for name, along in coordinates.items())
+    others = [
+        f"{count:,} {status.name.lower().replace('_', ' ')}"
+        for status, count in zip(Status, counts, strict=True)
+        if count and status != Status.EXACT
+    ]
+    return f"nie, tie [{axes}]" + (f"; {', '.join(others)}" if others else "")
+
+
+def places(
+    granularity: str, coordinates: dict[str, np.ndarray], units: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """Where units are: "layer", "site", "unit" and "position", each [unit].
+
+    A unit is a head, (the first of its group) a neuron, or a direction's number; what has no such
+    place has -1, and what has no site of its own is named by its granularity.
+
+    Args:
+        granularity: of the units.
+        coordinates: as `Effects` has them.
+        units: indices of the units, counted over all axes; all of them by default.
+    """
+    axes = {name: along for name, along in coordinates.items() if name != "pair"}
+    shape = [len(along) for along in axes.values()]
+    units = np.arange(math.prod(shape)) if units is None else units
+    at = np.unravel_index(units, shape)
+    found = {name: along[index] for (name, along), index in zip(axes.items(), at, strict=True)}
+    nowhere = np.full(len(units), -1)
+    return {
+        "layer": found["layer"],
+        "site": found.get("site", np.full(len(units), granularity, object)),
+        "unit": next(
+            (found[name] for name in ("head", "neuron", "direction") if name in found), nowhere
+        ),
+        "position": found.get("position", nowhere),
+    }
 
 
 def attributes(run: dict, granularity: str) -> dict[str, str]:

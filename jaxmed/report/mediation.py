@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset as ds
 from matplotlib.figure import Figure
 
-from jaxmed.analysis import ranking
+from jaxmed.analysis import ranking, slabs
 from jaxmed.analysis.summary import read_summary
 from jaxmed.question.effects import ESTIMANDS, Status
 from jaxmed.report import numbers, pages, rendering
@@ -29,6 +30,8 @@ from models.errors import InputError
 
 _UNITS_IN_TABLE = 10
 _SIGNIFICANT = 0.05
+# Of the summary, what is told of units.
+_COLUMNS = ["layer", "site", "unit", "position", "n_pairs", "mean", "ci_low", "ci_high", "q_value"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -303,11 +306,9 @@ def _measured(results: Results) -> tuple[dict[str, UnitTable], dict[str, Any]]:
     }
 
 
-def total_verdict(results: Results, summary: pa.Table) -> TotalVerdict | None:
+def total_verdict(results: Results, summary: ds.Dataset) -> TotalVerdict | None:
     """The total effect; None if it was not measured for any pair."""
-    rows = summary.filter(
-        (pc.field("granularity") == "total") & (pc.field("estimand") == "te")
-    ).to_pylist()
+    rows = _rows(summary, "total", "te").to_pylist()
     if not rows:
         return None
     te = {name: math.nan if value is None else value for name, value in rows[0].items()}
@@ -321,38 +322,86 @@ def total_verdict(results: Results, summary: pa.Table) -> TotalVerdict | None:
 
 
 def unit_tables(
-    results: Results, summary: pa.Table, total: TotalVerdict | None
+    results: Results, summary: ds.Dataset, total: TotalVerdict | None
 ) -> dict[str, UnitTable]:
-    """The units of each granularity that has any, coarse to fine; exact effects alone."""
+    """The units of each granularity that has any, coarse to fine; exact effects alone.
+
+    They have shares where they are told of.
+    """
     # No share is formed of a total effect that may be 0.
     unsure = total is not None and total.te.low <= 0 <= total.te.high
     tables = {}
     for granularity in results.granularities:
-        rows = summary.filter((pc.field("granularity") == granularity) & pc.field("exact"))
-        values = {}
-        for name, effects in zip(ESTIMANDS, results.effects(granularity, exact=True), strict=True):
-            table = rows.filter(pc.field("estimand") == name)
-            share = ranking.share(effects, results.te)[~np.isnan(effects).all(axis=0)]
-            values[name] = EstimandValues(
-                mean=_column(table, "mean"),
-                low=_column(table, "ci_low"),
-                high=_column(table, "ci_high"),
-                q=_column(table, "q_value"),
-                share=np.full_like(share, np.nan) if unsure else share,
-            )
-        places = rows.filter(pc.field("estimand") == ESTIMANDS[0])
-        if places.num_rows:
-            tables[granularity] = UnitTable(
-                granularity,
-                layer=_column(places, "layer"),
-                site=places["site"].to_numpy(),
-                unit=_column(places, "unit"),
-                position=_column(places, "position"),
-                n_pairs=_column(places, "n_pairs"),
-                group_size=results.run.get("group_size", 1),
-                **values,
-            )
+        nie, tie = (_rows(summary, granularity, name) for name in ESTIMANDS)
+        if not nie.num_rows:
+            continue
+        units = UnitTable(
+            granularity,
+            layer=_column(nie, "layer"),
+            site=nie["site"].to_numpy(),
+            unit=_column(nie, "unit"),
+            position=_column(nie, "position"),
+            n_pairs=_column(nie, "n_pairs"),
+            group_size=results.run.get("group_size", 1),
+            nie=_values(nie),
+            tie=_values(tie),
+        )
+        tables[granularity] = units if unsure else _with_shares(results, units)
     return tables
+
+
+def _rows(summary: ds.Dataset, granularity: str, estimand: str) -> pa.Table:
+    """The summary's exact rows of one family; no others are read."""
+    family = (pc.field("granularity") == granularity) & (pc.field("estimand") == estimand)
+    return summary.to_table(columns=_COLUMNS, filter=family & pc.field("exact"))
+
+
+def _values(rows: pa.Table) -> EstimandValues:
+    """Of one estimand, without shares."""
+    return EstimandValues(
+        mean=_column(rows, "mean"),
+        low=_column(rows, "ci_low"),
+        high=_column(rows, "ci_high"),
+        q=_column(rows, "q_value"),
+        share=np.full(rows.num_rows, np.nan),
+    )
+
+
+def _with_shares(results: Results, units: UnitTable) -> UnitTable:
+    """The same units, with shares of those that are told of: only these effects are read."""
+    told = np.flatnonzero(_is_ranked(units))
+    told = told[_told(units.of(told))]
+    shares = {name: values.share.copy() for name, values in units.by_estimand().items()}
+    for slab in slabs.slabs(results, units.granularity, units.layer[told].tolist()):
+        here = told[np.isin(units.layer[told], slab.coordinates["layer"])]
+        at = tuple(np.transpose([_index(units, each, slab.coordinates) for each in here]))
+        exact = slab.done[:, *at] == Status.EXACT
+        for name, share in shares.items():
+            effects = np.where(exact, getattr(slab, name)[:, *at], np.nan)
+            share[here] = ranking.share(effects, results.te)
+    values = units.by_estimand().items()
+    return dataclasses.replace(
+        units, **{name: dataclasses.replace(each, share=shares[name]) for name, each in values}
+    )
+
+
+def _told(units: UnitTable) -> np.ndarray:
+    """Indices of the units whose shares are told: of the table's rows, and of the largest by each
+    estimand."""
+    of_each = [np.argmax(np.abs(values.mean)) for values in units.by_estimand().values()]
+    return np.union1d(largest(units.size(), _UNITS_IN_TABLE), of_each)
+
+
+def _index(
+    units: UnitTable, index: int | np.integer, coordinates: dict[str, np.ndarray]
+) -> list[int]:
+    """Where a unit lies in arrays of effects with these coordinates."""
+    place = {name: getattr(units, name)[index] for name in ("layer", "site", "position")}
+    axes = list(coordinates)[1:]  # after the pair's
+    return [
+        int(np.flatnonzero(coordinates[name] == place.get(name, units.unit[index]))[0])
+        for name in axes
+    ]
 
 
 def _column(table: pa.Table, name: str) -> np.ndarray:
@@ -364,7 +413,11 @@ def _column(table: pa.Table, name: str) -> np.ndarray:
 def _ranked(units: UnitTable) -> UnitTable:
     """The units that are ranked: the residual stream is left to the map of tokens, as the whole of
     it at the last token of the last layer is TE by definition."""
-    return units.of(units.site != "residual") if units.granularity == "token" else units
+    return units.of(_is_ranked(units))
+
+
+def _is_ranked(units: UnitTable) -> np.ndarray:
+    return (units.granularity != "token") | (units.site != "residual")
 
 
 def _section(results: Results, units: UnitTable) -> Section:
@@ -447,6 +500,8 @@ def _planted(units: UnitTable, truth: dict) -> np.ndarray:
     """Which units are planted, bool [unit]; none without a truth."""
     key = scoring.TRUTH_KEYS.get(units.granularity)
     places = {tuple(place) for place in truth.get(key, [])}
+    if not places:
+        return np.zeros(len(units), bool)
     if units.granularity == "neuron":
         places = {(layer, unit - unit % units.group_size) for layer, unit in places}
     second = units.site if units.granularity == "module" else units.unit
@@ -519,8 +574,8 @@ def screen_verdict(results: Results) -> ScreenVerdict | None:
 
 
 def _screen_figure(results: Results, screen: ScreenVerdict) -> Figure:
-    exact = ranking.strength(*results.effects("neuron", exact=True))
-    estimated = ranking.strength(*results.estimates())
+    exact = ranking.exact_strength(results, "neuron")
+    estimated = ranking.estimated_strength(results)
     both = ~np.isnan(exact) & ~np.isnan(estimated)
     return figures.draw_screen(
         estimated=estimated[both],
@@ -535,12 +590,11 @@ def _statuses(results: Results) -> list[dict]:
     """How many effects of each granularity have which status."""
     rows = []
     for granularity in results.granularities:
-        done = results.done(granularity)
-        counts = np.bincount(done.ravel(), minlength=len(Status))
+        counts, begun = slabs.statuses(results, granularity)
         # Positions beyond a pair's length, and directions that do not exist, are no work undone.
         if granularity in ("token", "direction"):
-            begun = (done != Status.NOT_RUN).any(axis=(1, 2, 3))
-            counts[Status.NOT_RUN] = done[~begun].size
+            units = math.prod(results.sizes.shape(granularity))
+            counts[Status.NOT_RUN] = units * np.count_nonzero(~begun)
         rows.append(
             {
                 "granularity": granularity,

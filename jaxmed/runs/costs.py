@@ -1,9 +1,14 @@
-"""What a scan costs, as people are told: before it starts, and once its first pair is done."""
+"""What a scan costs, as people are told: by --dry_run, before it starts, and once its first pair is
+done."""
 
-from collections.abc import Iterable, Mapping
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+
+import jax
 
 from jaxmed.engine import rates
 from jaxmed.runs.compilation import Compilation
+from models import products
 from models.decoder import Decoder
 
 # Shorter waits are not worth a sentence.
@@ -152,3 +157,145 @@ def _duration(seconds: float) -> str:
     if seconds >= 120:
         return f"{seconds / 60:.0f} minutes"
     return f"{seconds:.0f} seconds" if seconds >= 10 else f"{seconds:.2g} seconds"
+
+
+@dataclasses.dataclass(frozen=True)
+class Accelerator:
+    """What a chip's datasheet says, and how much of that was seen of it.
+
+    Attributes:
+        bfloat16: operations a second of dense bfloat16 products.
+        memory: bytes.
+        bandwidth: bytes a second from and to its memory.
+        reached: by precision, which fraction of `bfloat16` the products and parts that a scan of
+            neurons has to make came to (docs/performance.md); empty where none was measured.
+    """
+
+    bfloat16: float
+    memory: float
+    bandwidth: float
+    reached: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+ACCELERATORS = {
+    # 8B shapes for bfloat16, 1B shapes for the others: useful rate x parts x fraction / datasheet.
+    "h100": Accelerator(
+        *(989e12, 80e9, 3.35e12), {"bfloat16": 0.49, "split2": 0.43, "split3": 0.49}
+    ),
+    "h200": Accelerator(989e12, 141e9, 4.8e12),
+    "a100": Accelerator(312e12, 80e9, 2.04e12),
+    "v5e": Accelerator(197e12, 16e9, 0.82e12),
+    "v5p": Accelerator(459e12, 95e9, 2.77e12),
+    "v6e": Accelerator(918e12, 32e9, 1.64e12),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a run has before it, known from shapes alone.
+
+    Attributes:
+        weights: bytes of the parameters in memory.
+        dtype: their type.
+        precision: in which differences are multiplied by them, of `products.PRECISIONS`.
+        pairs: how many.
+        units: of a pair, by granularity, at most.
+        blocks: units of work, by granularity; empty where a single unit does not fit the memory.
+        operations: floating-point operations of all products, by granularity.
+        joint: those of a joint set, at most; 0 without one.
+        screened: whether gradients rank the neurons first.
+    """
+
+    weights: int
+    dtype: str
+    precision: str
+    pairs: int
+    units: Mapping[str, int]
+    blocks: Mapping[str, int]
+    operations: Mapping[str, float]
+    joint: float = 0.0
+    screened: bool = False
+
+    def stored(self, granularity: str) -> int:
+        """Bytes of a granularity's effects: NIE and TIE, and a status of both, of each unit; the
+        estimates of a screen beside."""
+        of_a_unit = 4 + 4 + 1 + (8 if self.screened and granularity == "neuron" else 0)
+        return self.pairs * self.units[granularity] * of_a_unit
+
+
+def told(plan: Plan, forecast: Forecast, accelerator: str = "") -> Iterator[str]:
+    """Lines on what a run will take, for people.
+
+    Args:
+        plan: of the run.
+        forecast: of its scan, on this machine.
+        accelerator: one of `ACCELERATORS`, of which the time is told as well; "" for none.
+    """
+    yield "Nothing was computed, and nothing is written: a run of these settings has"
+    yield _row("granularity", "units a pair", "pairs", "units of work", "operations", "stored")
+    for name in _dearest_first(plan.operations):
+        yield _row(
+            *(name, f"{plan.units[name]:,}", f"{plan.pairs:,}"),
+            f"{plan.blocks[name]:,}" if plan.blocks else "?",
+            *(f"{plan.operations[name]:.2e}", _size(plan.stored(name))),
+        )
+    stored = sum(map(plan.stored, plan.units))
+    yield (
+        f"Stored: {_size(stored)} of effects before compression, and the summary's "
+        f"{4 * sum(plan.units.values()):,} rows"
+    )
+    yield (
+        f"Read: weights of {_size(plan.weights)} (the first time once more, for their hash), and "
+        "the effects once for the summary"
+    )
+    total = sum(plan.operations.values())
+    beside = f", and at most {plan.joint:.2e} for the joint set" if plan.joint else ""
+    screen = "; the gradients of the screen come on top" if plan.screened else ""
+    yield f"Operations: {total:.2e} for the scan{beside}{screen}"
+    count = len(jax.local_devices())
+    yield f"Here ({count} x {jax.devices()[0].device_kind}): {forecast.told(plan.operations)}"
+    if accelerator:
+        yield from _told_of(accelerator, plan)
+
+
+def _told_of(name: str, plan: Plan) -> Iterator[str]:
+    """Lines on a named accelerator."""
+    chip, precision = ACCELERATORS[name], plan.precision
+    if precision == "float32":
+        precision = "split3"  # which is as exact, and what a matrix unit makes float32 products of
+    passes = products.PARTS[precision] or 1
+    if plan.dtype != "bfloat16":  # Weights are cut as well.
+        passes = passes * (passes + 1) // 2
+    yield (
+        f"One {name} (datasheet: {chip.bfloat16 / 1e12:,.0f} TFLOP/s in bfloat16, "
+        f"{chip.memory / 1e9:,.0f} GB, {chip.bandwidth / 1e9:,.0f} GB/s): weights take "
+        f"{plan.weights / chip.memory:.0%} of its memory; a product in {precision} takes "
+        f"{passes} in bfloat16"
+    )
+    seconds = passes * sum(plan.operations.values()) / chip.bfloat16
+    least = f"at the datasheet's rate, which nothing reaches, it is {_duration(seconds)}"
+    if reached := chip.reached.get(precision):
+        # Other lists come less near to the products' rate than neurons do.
+        slowed = sum(
+            passes * each * _SHARES["neuron"] / (_SHARES[of] * reached * chip.bfloat16)
+            for of, each in plan.operations.items()
+        )
+        yield (
+            f"There the scan takes about {_duration(slowed)}: of a scan of neurons in {precision} "
+            f"{reached:.0%} of that rate was measured, and other lists come less near; {least}"
+        )
+    else:
+        yield f"There no scan was measured in {precision}; {least}"
+
+
+def _row(*cells: str) -> str:
+    first, *others = cells
+    return f"  {first:<12}" + "".join(f"{cell:>15}" for cell in others)
+
+
+def _size(count: float) -> str:
+    """A number of bytes, for people."""
+    for unit, of in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= of:
+            return f"{count / of:.1f} {unit}"
+    return f"{count:.0f} bytes"

@@ -171,6 +171,26 @@ def _fewest(size: int, count: int) -> int:
     return min(hold, default=count)
 
 
+def shapes(settings: Settled) -> Loaded:
+    """What `load` gives, but for the weights, which are not read: the decoder has their shapes.
+
+    Raises:
+        InputError: as `load`.
+    """
+    folder = checkpoint.resolve(settings.model)
+    adapter = checkpoint.resolve_adapter(settings.adapter)
+    decoder, tokenizer = checkpoint.shapes(
+        folder,
+        adapter=adapter,
+        dtype=settings.dtype or None,
+        ignore_config=settings.ignore_config,
+    )
+    precision = settings.matmul_precision
+    if precision == rates.AUTO:
+        precision = rates.exact_precision(decoder)
+    return Loaded(folder, adapter, decoder.at_precision(precision), tokenizer)
+
+
 def settled(settings: Settings) -> Settings:
     """The settings, with what is settled when a run begins as `run.json` records it.
 

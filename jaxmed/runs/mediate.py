@@ -6,10 +6,13 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 
+import jax
 import numpy as np
 import tqdm
+from flax import nnx
 from scipy import stats
 
 from jaxmed.analysis import audit as audit_lib
@@ -233,6 +236,17 @@ class MediateSettings:
     overwrite: bool = setting(
         help="Start again in a folder that holds an earlier run.", default=False
     )
+    dry_run: bool = setting(
+        help="Only tell what the run would compute and store, and how long it would take here; no "
+        "weights are read, and nothing is written.",
+        default=False,
+    )
+    accelerator: str = setting(
+        help="--dry_run: tell how long it would take on one of these as well, by its datasheet.",
+        default="",
+        choices=("", *costs_lib.ACCELERATORS),
+        needs="dry_run",
+    )
     show_text: bool = setting(help="Show prompts in the report, escaped.", default=False)
 
     @property
@@ -273,6 +287,52 @@ def run(settings: MediateSettings) -> Results:
     return results
 
 
+def dry_run(settings: MediateSettings) -> Iterator[str]:
+    """Lines on what a run of these settings would take. No weights are read, and nothing is
+    written; all else is checked as for a run.
+
+    Raises:
+        InputError: as `measure`.
+    """
+    check(settings)
+    settings = loading.settled(settings)
+    _check_files(settings)
+    loaded = loading.shapes(settings)
+    decoder, config = loaded.decoder, loaded.decoder.config
+    check_counts(settings, config)
+    read = _read(settings, decoder, loaded.tokenizer, sweep.say)
+    pairs, question = read.pairs, read.question
+    shape_of = sizes(config, pairs, question, settings.granularities).shape
+    units = {name: math.prod(shape_of(name)) for name in settings.granularities}
+    operations = {
+        name: sum(cost.operations(config, pair, question, [name]) for pair in pairs)
+        for name in units
+    }
+    if settings.screen:
+        computed = screening.MARGIN * settings.screen + settings.screen_audit
+        operations["neuron"] *= min(1.0, computed / units["neuron"])
+    parameters = jax.tree.leaves(nnx.state(decoder))
+    plan = costs_lib.Plan(
+        weights=sum(each.size * each.dtype.itemsize for each in parameters),
+        dtype=decoder.dtype.name,
+        precision=decoder.products.precision,
+        pairs=len(pairs),
+        units=units,
+        blocks={},
+        operations=operations,
+        joint=_joint_operations(settings, config, pairs, question),
+        screened=bool(settings.screen),
+    )
+    try:
+        budget = memory.free(settings.memory_gb) - plan.weights
+        blocks = scan.Scan(decoder, pairs, question, chosen=[{}] * len(pairs)).blocks(units, budget)
+        plan = dataclasses.replace(plan, blocks=Counter(block.granularity for block in blocks))
+    except InputError as error:
+        yield f"Here it would not fit: {error}"
+    about = (question.positions.value, question.metric.name, question.group_size)
+    yield from costs_lib.told(plan, costs_lib.Forecast(decoder, about), settings.accelerator)
+
+
 def measure(settings: MediateSettings, *, progress: bool = True) -> tuple[Results, MediateRun]:
     """Computes every effect that is asked for, and stores them, without summary and report.
 
@@ -304,35 +364,8 @@ def measure(settings: MediateSettings, *, progress: bool = True) -> tuple[Result
     )
     check_counts(settings, decoder.config)
     budget = memory.free(settings.memory_gb)
-    encoder = loading.encoder(
-        tokenizer,
-        chat=settings.chat,
-        date=settings.date,
-        template_args=settings.template_args,
-    )
-    skipped = Skipped("pairs", settings.skip_bad_pairs, say)
-    pairs = _read_pairs(settings, encoder, skipped, say)
-    directions = (
-        directions_lib.read(settings.directions, decoder.config) if settings.directions else None
-    )
-
-    def ask(of: list[Pair]) -> Question:
-        return Question(
-            _metric(settings, decoder, encoder, of),
-            Positions(settings.positions),
-            Align(settings.align),
-            settings.group_size,
-            directions,
-        )
-
-    pairs = _usable(settings, decoder, pairs, ask, skipped, say)
-    if settings.most_pairs:
-        pairs = _drawn(pairs, settings.most_pairs, say)
-    question = ask(pairs)
-    for line in encoder.told:
-        say(line)
-    if pairs[0].prompt_text is not None and not pairs[0].is_chat and encoder.has_template:
-        say(loading.AS_IT_STANDS)
+    read = _read(settings, decoder, tokenizer, say)
+    encoder, pairs, question, skipped = read.encoder, read.pairs, read.question, read.skipped
     results = Results.resume_or_create(
         settings.out,
         _description(settings, question, loaded, pairs, skipped.count),
@@ -463,6 +496,52 @@ def _drawn(pairs: list[Pair], most: int, say: Callable[[str], None]) -> list[Pai
     return [pair for pair in pairs if pair.id in chosen]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Read:
+    """What is asked of which pairs; `encoder` has made their tokens, `skipped` counts others."""
+
+    encoder: Encoder
+    pairs: list[Pair]
+    question: Question
+    skipped: Skipped
+
+
+def _read(
+    settings: MediateSettings, decoder: Decoder, tokenizer, say: Callable[[str], None]
+) -> _Read:
+    """Reads and checks the pairs; of the model only the config is looked at."""
+    encoder = loading.encoder(
+        tokenizer,
+        chat=settings.chat,
+        date=settings.date,
+        template_args=settings.template_args,
+    )
+    skipped = Skipped("pairs", settings.skip_bad_pairs, say)
+    pairs = _read_pairs(settings, encoder, skipped, say)
+    directions = (
+        directions_lib.read(settings.directions, decoder.config) if settings.directions else None
+    )
+
+    def ask(of: list[Pair]) -> Question:
+        return Question(
+            _metric(settings, decoder, encoder, of),
+            Positions(settings.positions),
+            Align(settings.align),
+            settings.group_size,
+            directions,
+        )
+
+    pairs = _usable(settings, decoder, pairs, ask, skipped, say)
+    if settings.most_pairs:
+        pairs = _drawn(pairs, settings.most_pairs, say)
+    question = ask(pairs)
+    for line in encoder.told:
+        say(line)
+    if pairs[0].prompt_text is not None and not pairs[0].is_chat and encoder.has_template:
+        say(loading.AS_IT_STANDS)
+    return _Read(encoder, pairs, question, skipped)
+
+
 def _description(
     settings: MediateSettings,
     question: Question,
@@ -530,13 +609,13 @@ def _screen(asked: MediateRun, results: Results) -> screening.Selection:
         name="gradient screen",
         progress=asked.progress,
     )
-    estimated = ranking.strength(*results.estimates())
+    estimated = ranking.estimated_strength(results)
     return screening.select(estimated, settings.screen, settings.screen_audit, SCREEN_SEED)
 
 
 def _audit(results: Results, selection: screening.Selection, top: int) -> dict:
     """What the exact effects say of the neurons that were not computed, for `run.json`."""
-    exact = ranking.strength(*results.effects("neuron", exact=True))
+    exact = ranking.exact_strength(results, "neuron")
     # A failed candidate raises no threshold, and a failed sample is a hit: the bound still holds.
     failed = np.where(selection.sampled, np.inf, 0)
     audit = audit_lib.missed(selection, np.where(np.isnan(exact), failed, exact), top)
@@ -551,7 +630,7 @@ def _audit(results: Results, selection: screening.Selection, top: int) -> dict:
             for number in range(selection.stratum.max() + 1)
         ],
         "spearman": _spearman(
-            exact[selection.sampled], ranking.strength(*results.estimates())[selection.sampled]
+            exact[selection.sampled], ranking.estimated_strength(results)[selection.sampled]
         ),
     }
 
@@ -689,11 +768,8 @@ def _announce(
         chosen: by granularity, the units that are computed; all of the others.
         forecast: what they are expected to take.
     """
-    settings, pairs = asked.settings, asked.pairs
-    joint = settings.joint_size * sum(
-        joint_lib.operations(asked.decoder.config, pair, asked.question) * joint_lib.CANDIDATES
-        for pair in pairs[: settings.joint_pairs]
-    )
+    settings = asked.settings
+    joint = _joint_operations(settings, asked.decoder.config, asked.pairs, asked.question)
     units = {
         name: int(chosen[name].sum()) if name in chosen else math.prod(results.sizes.shape(name))
         for name in operations
@@ -709,6 +785,16 @@ def _announce(
         asked.say(costs_lib.shares(operations, units))
         if without := _without(settings, costs_lib.dearest(operations)):
             asked.say(without)
+
+
+def _joint_operations(
+    settings: MediateSettings, config: DecoderConfig, pairs: list[Pair], question: Question
+) -> float:
+    """Floating-point operations of the search for a joint set, at most."""
+    return settings.joint_size * sum(
+        joint_lib.operations(config, pair, question) * joint_lib.CANDIDATES
+        for pair in pairs[: settings.joint_pairs]
+    )
 
 
 def _without(settings: MediateSettings, dearest: str) -> str:
@@ -753,7 +839,7 @@ def _joint(asked: MediateRun, results: Results) -> dict | None:
             asked.decoder,
             asked.pairs[searched],
             asked.question,
-            ranking.strength(*(side[searched] for side in results.effects("neuron", exact=True))),
+            ranking.exact_strength(results, "neuron", searched),
             size=settings.joint_size,
             share=settings.joint_share,
             memory=asked.budget,

@@ -119,7 +119,8 @@ def check(settings) -> None:
         if needed and given(settings, name):
             has = getattr(settings, needed)
             if not has or (value and has != value):
-                raise InputError(f"--{name} needs --{needed}={value or 'K'}")
+                wanted = "" if has is False else f"={value or 'K'}"
+                raise InputError(f"--{name} needs --{needed}{wanted}")
 
 
 def check_choice(name: str, value: str | tuple[str, ...], choices: Iterable[str]) -> None:

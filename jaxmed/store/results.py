@@ -250,18 +250,21 @@ class Results(Mapping[str, Effects]):
     def of_layers(self, granularity: str, layers: slice) -> Effects:
         """The effects of some layers, by their numbers; the others are not read."""
         nie, tie = self.effects(granularity, layers=layers)
-        units = self.sizes.coordinates(granularity, self.run.get("group_size", 1))
+        coordinates = self.coordinates(granularity)
         return Effects(
             granularity=granularity,
             nie=nie,
             tie=tie,
             done=self.done(granularity, layers=layers),
             totals=self.totals,
-            coordinates={"pair": np.array(self.pair_ids, object)}
-            | units
-            | {"layer": units["layer"][layers]},
+            coordinates=coordinates | {"layer": coordinates["layer"][layers]},
             attributes=attributes(self.run, granularity),
         )
+
+    def coordinates(self, granularity: str) -> dict[str, np.ndarray]:
+        """The axes of effects, as `Effects` has them."""
+        units = self.sizes.coordinates(granularity, self.run.get("group_size", 1))
+        return {"pair": np.array(self.pair_ids, object)} | units
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.granularities)

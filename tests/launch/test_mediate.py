@@ -8,6 +8,7 @@ import pytest
 import zarr
 
 from jaxmed.runs import mediate
+from models import checkpoint
 from tests import tiny
 from tests.launch import process
 
@@ -297,13 +298,53 @@ def test_a_defect_of_the_program_shows_its_traceback(monkeypatch, model, pairs, 
         launch(model=model, pairs=pairs(PAIR), out=tmp_path / "out")
 
 
+def test_a_dry_run_tells_what_a_run_takes_and_neither_reads_weights_nor_writes(
+    model, pairs, tmp_path, monkeypatch
+):
+    flags = {"model": model, "pairs": pairs(PAIR, PAIR | {"id": "two"}), "out": tmp_path / "out"}
+    flags |= {"granularity": "layer,neuron", "matmul_precision": "float32"}
+
+    def read(source, mesh=None):
+        raise AssertionError("the weights are read")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.Source, "read", read)
+        status, told = launch(**flags, dry_run="true", accelerator="h100")
+        with pytest.raises(AssertionError, match="the weights are read"):
+            launch(**flags)
+    assert status == 0 and not flags["out"].exists()
+    status, _ = launch(**flags)
+    run = json.loads((flags["out"] / "run.json").read_text())
+    assert status == 0
+    rows = {line.split()[0]: line.split()[1:] for line in told.splitlines() if line[:2] == "  "}
+    for name, units in {"layer": 2, "neuron": 24}.items():
+        blocks = [block for block in run["blocks"] if block["granularity"] == name]
+        assert rows[name][:3] == [str(units), "2", str(len(blocks))]
+        assert rows[name][4:] == [str(2 * units * 9), "bytes"]
+    assert "Here (1 x cpu): Going by the " in told and "One h100 (datasheet: 989" in told
+    assert "a product in split3 takes 6 in bfloat16" in told  # of float32 weights
+    assert "There the scan takes about" in told and "49% of that rate was measured" in told
+
+
+def test_a_dry_run_names_a_pair_that_cannot_be_used(model, pairs, tmp_path):
+    file = pairs(PAIR, PAIR | {"id": "two", "safe_ids": [7]})
+    status, error = launch(model=model, pairs=file, out=tmp_path / "out", dry_run="true")
+    assert status == 1 and error.startswith(f"Error: {file}:2: pair 'two': ")
+
+
+def test_an_accelerator_is_asked_of_a_dry_run_alone(model, pairs, tmp_path):
+    status, error = launch(model=model, pairs=pairs(PAIR), out=tmp_path / "o", accelerator="v5e")
+    assert (status, error) == (1, "Error: --accelerator needs --dry_run")
+
+
 def test_bad_input_ends_the_process_with_status_1_and_one_error(model, pairs, tmp_path):
     file = pairs(PAIR, PAIR | {"id": "two", "safe_ids": [7]})
     failed = process.run(
         "mediate", f"--model={model}", f"--pairs={file}", f"--out={tmp_path / 'out'}"
     )
     assert failed.returncode == 1 and failed.stdout == ""
-    progress, error = failed.stderr.splitlines()
+    device, progress, error = failed.stderr.splitlines()
+    assert device.startswith("Runs on CPU ")
     assert progress == f"Loading {model}"
     assert error.startswith(f"Error: {file}:2: pair 'two': ")
     assert not (tmp_path / "out").exists()

@@ -56,7 +56,8 @@ class EstimandValues:
         mean: over pairs, in the metric's unit.
         low, high: its 95% interval; NaN where there is none.
         q: false discovery rate; NaN where it was not tested.
-        share: of the mean TE, a fraction; NaN where there is too little to take a share of.
+        share: of the mean TE, a fraction; NaN where there is too little to take a share of, or
+            where it is not told.
     """
 
     mean: Float[np.ndarray, "unit"]
@@ -96,9 +97,13 @@ class UnitTable:
     def __len__(self) -> int:
         return len(self.layer)
 
+    def by_estimand(self) -> dict[str, EstimandValues]:
+        """The effects by the names of their estimands, "nie" and "tie"."""
+        return {"nie": self.nie, "tie": self.tie}
+
     def values(self, estimand: str) -> EstimandValues:
-        """The effects by the name of their estimand, "nie" or "tie"."""
-        return {"nie": self.nie, "tie": self.tie}[estimand]
+        """The effects by one estimand, "nie" or "tie"."""
+        return self.by_estimand()[estimand]
 
     def size(self) -> Float[np.ndarray, "unit"]:
         """The larger of |mean NIE| and |mean TIE|."""

@@ -270,14 +270,14 @@ def test_estimates_are_not_tested_but_count_in_the_correction(run):
 
 def test_the_summary_file_is_read_while_it_is_newer_than_the_effects(run):
     path = run.place.folder / "summary.parquet"
-    assert summary.read_summary(run).equals(pq.read_table(path))
+    assert summary.read_summary(run).to_table().equals(pq.read_table(path))
     written = path.stat().st_mtime_ns
     summary.read_summary(run)
     assert path.stat().st_mtime_ns == written
 
     os.utime(path, ns=(written - 10**9, written - 10**9))
     run.write(0, "layer", np.full(2, 7.0), np.full(2, 7.0))
-    table = summary.read_summary(run)
+    table = summary.read_summary(run).to_table()
     assert table.equals(pq.read_table(path))
     mean = run.effects("layer")[0][:, 0].astype(float).mean()
     assert row_of(table, granularity="layer", layer=0, estimand="nie")["mean"] == pytest.approx(

@@ -94,3 +94,59 @@ LAYERS_TO_NEURON = "--granularity=layer,module,head,neuron"
 def test_how_to_leave_the_dearest_out(changes, dearest, told):
     said = mediate._without(dataclasses.replace(SETTINGS, **changes), dearest)
     assert (told in said) if told else said == ""
+
+
+# What is told before a run.
+
+
+@pytest.fixture
+def plan():
+    """Of a bfloat16 model whose weights take a quarter of an H100."""
+    return costs.Plan(
+        weights=20 * 10**9,
+        dtype="bfloat16",
+        precision="bfloat16",
+        pairs=500,
+        units={"layer": 32, "neuron": 458_752},
+        blocks={"layer": 63, "neuron": 2000},
+        operations={"layer": 1e12, "neuron": 2e18},
+    )
+
+
+def test_stored_bytes_are_those_of_effects_statuses_and_estimates(plan):
+    assert plan.stored("neuron") == 500 * 458_752 * 9
+    screened = dataclasses.replace(plan, screened=True)
+    assert screened.stored("neuron") == 500 * 458_752 * 17
+    assert screened.stored("layer") == plan.stored("layer") == 500 * 32 * 9
+
+
+def test_a_measured_accelerator_is_told_with_what_was_measured(plan):
+    about, time = costs._told_of("h100", plan)
+    assert "weights take 25% of its memory" in about and "in bfloat16 takes 1 in bfloat16" in about
+    # 2e18 / (0.49 * 989e12) s; the layers' 1e12 take no time.
+    assert (
+        "about 69 minutes: of a scan of neurons in bfloat16 49% of that rate was measured" in time
+    )
+    assert time.endswith("which nothing reaches, it is 34 minutes")
+
+
+def test_an_accelerator_that_was_not_measured_is_told_by_its_datasheet_alone(plan):
+    _, time = costs._told_of("v5p", plan)
+    assert time.startswith("There no scan was measured in bfloat16; at the datasheet's rate")
+    assert time.endswith("it is 73 minutes")
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype", "passes"),
+    [
+        ("split3", "bfloat16", 3),
+        ("float32", "bfloat16", 3),
+        ("split2", "bfloat16", 2),
+        ("split3", "float32", 6),
+        ("bfloat16", "float32", 1),
+    ],
+)
+def test_products_take_as_many_passes_as_they_have_parts(precision, dtype, passes, plan):
+    changed = dataclasses.replace(plan, precision=precision, dtype=dtype)
+    about, _ = costs._told_of("h200", changed)
+    assert f"takes {passes} in bfloat16" in about
