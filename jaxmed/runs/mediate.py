@@ -6,8 +6,9 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
+import jax
 import numpy as np
 import tqdm
 from scipy import stats
@@ -20,6 +21,7 @@ from jaxmed.data import pairs as pairs_lib
 from jaxmed.data import splits
 from jaxmed.data.pairs import Pair
 from jaxmed.data.tokens import Encoder
+from jaxmed.engine import blocks as blocks_lib
 from jaxmed.engine import cost, memory, rates, scan
 from jaxmed.engine.blocks import Block
 from jaxmed.files import reading
@@ -28,16 +30,18 @@ from jaxmed.question import directions as directions_lib
 from jaxmed.question import effects, metrics
 from jaxmed.question.effects import Status
 from jaxmed.question.positions import Align, Positions
-from jaxmed.question.question import Question, sizes
+from jaxmed.question.question import Question, sizes, token_columns
 from jaxmed.question.question import check as check_pair
 from jaxmed.question.sites import SITES, group_count
 from jaxmed.report import mediation
-from jaxmed.runs import compilation, loading, sweep
+from jaxmed.runs import compilation, loading, processes, sweep
 from jaxmed.runs import costs as costs_lib
 from jaxmed.runs import settings as settings_lib
+from jaxmed.runs.processes import Process
 from jaxmed.runs.settings import setting
 from jaxmed.runs.skipping import Skipped
-from jaxmed.store import circumstances
+from jaxmed.runs.sweep import Shared
+from jaxmed.store import circumstances, claims
 from jaxmed.store.results import Results
 from models import checkpoint, organisms, products
 from models.config import DTYPES, DecoderConfig
@@ -223,6 +227,22 @@ class MediateSettings:
     overwrite: bool = setting(
         help="Start again in a folder that holds an earlier run.", default=False
     )
+    process: int | None = setting(
+        help="Which of several processes this is that do one run together, from 0: each is the "
+        "same command, on the same or another machine, and --out a folder or bucket that all of "
+        "them see. By default what Slurm, Kubernetes or Cloud TPU says, else the only one.",
+        default=None,
+        least=0,
+    )
+    processes: int | None = setting(
+        help="How many these are; one that is not there is not waited for. By default what Slurm or "
+        f"Cloud TPU says, or ${processes.COUNT} beside Kubernetes' index.",
+        default=None,
+        least=1,
+    )
+    retry_failed: bool = setting(
+        help="Compute the units of work again that failed in an earlier run.", default=False
+    )
     show_text: bool = setting(help="Show prompts in the report, escaped.", default=False)
 
     @property
@@ -239,6 +259,7 @@ class MediateRun:
     Attributes:
         decoder, pairs, question, settings: what is asked of what.
         budget: bytes of memory.
+        process: which of those that do the run together.
         progress: show progress bars, and say what goes on.
     """
 
@@ -247,6 +268,7 @@ class MediateRun:
     question: Question
     settings: MediateSettings
     budget: int
+    process: Process
     progress: bool
 
     def say(self, text: str) -> None:
@@ -255,8 +277,18 @@ class MediateRun:
 
 
 def run(settings: MediateSettings) -> Results:
-    """Computes every effect that is asked for, and writes files and report; see `measure`."""
+    """Computes every effect that is asked for, and writes files and report; see `measure`.
+
+    Of several processes the first writes summary and report, once nothing is left to compute; it
+    waits for none of the others.
+    """
     results, asked = measure(settings)
+    if not asked.process.is_first:
+        asked.say(
+            f"Nothing is left for {asked.process}; process 0 writes summary and report, or the same "
+            "command alone"
+        )
+        return results
     summary.write_summary(results)
     mediation.write(results.folder, settings.show_text, asked.pairs)
     results.finish()
@@ -267,7 +299,9 @@ def measure(settings: MediateSettings, *, progress: bool = True) -> tuple[Result
     """Computes every effect that is asked for, and stores them, without summary and report.
 
     A folder that holds an unfinished run of the same settings is gone on with. Nothing is written
-    before the checkpoint and every pair have been checked.
+    before the checkpoint and every pair have been checked. Several processes do the phases of a run
+    together: gradients of the screen, from which each then makes the same selection; and the scan.
+    The first one alone does the joint set. None waits for another: it does what is missing.
 
     Args:
         settings: what is asked.
@@ -281,7 +315,10 @@ def measure(settings: MediateSettings, *, progress: bool = True) -> tuple[Result
     """
     began = time.time()
     check(settings)
+    process = processes.this(settings.process, settings.processes)
+    _check_together(settings, process)
     settings = loading.settled(settings)
+    chosen_here = settings.matmul_precision == rates.AUTO
     say = sweep.teller(progress)
     _check_files(settings)
     say(f"Loading {settings.model}")
@@ -319,27 +356,63 @@ def measure(settings: MediateSettings, *, progress: bool = True) -> tuple[Result
         say(line)
     if pairs[0].prompt_text is not None and not pairs[0].is_chat and encoder.has_template:
         say(loading.AS_IT_STANDS)
-    results = Results.resume_or_create(
-        settings.out,
-        _description(settings, question, loaded, pairs, skipped.count),
-        sizes(decoder.config, pairs, question, settings.granularities),
-        [pair.id for pair in pairs],
-        settings.granularities,
-        overwrite=settings.overwrite,
+    together = blocks_lib.layers_together(
+        *(decoder.config, pairs, question, settings.granularities, jax.default_backend()),
+        computed=_most_computed(settings),
     )
-    asked = MediateRun(decoder, pairs, question, settings, budget, progress)
+
+    def opened() -> Results:
+        return Results.resume_or_create(
+            settings.out,
+            _description(settings, question, loaded, pairs, skipped.count),
+            sizes(decoder.config, pairs, question, settings.granularities),
+            [pair.id for pair in pairs],
+            settings.granularities,
+            layers_together=together,
+            overwrite=settings.overwrite,
+        )
+
+    try:
+        results = opened()
+    except InputError:
+        # A process that began at the same time may have found another precision the faster.
+        other = claims.recorded(settings.out, "matmul_precision")
+        if not chosen_here or other in (None, settings.matmul_precision):
+            raise
+        settings = dataclasses.replace(settings, matmul_precision=other)
+        decoder = decoder.at_precision(other)
+        results = opened()
+    asked = MediateRun(decoder, pairs, question, settings, budget, process, progress)
     selection = _screen(asked, results) if settings.screen else None
-    _scan(asked, results, selection)
-    # Of all that the file has, also what this run does not use: no reason not to go on.
-    measured = {"tokenisation": encoder.counts}
-    if selection:
-        measured["audit"] = _audit(results, selection, settings.screen)
-    if settings.joint_size and "joint" not in results.run and (joint := _joint(asked, results)):
-        measured["joint"] = joint
-    # A run that was stopped, or is repeated, adds to what it took before.
-    measured["seconds"] = results.run.get("seconds", 0) + time.time() - began
+    retried = _scan(asked, results, selection)
+    measured = {}
+    if process.is_first:
+        # Of all that the file has, also what this run does not use: no reason not to go on.
+        measured["tokenisation"] = encoder.counts
+        if selection:
+            measured["audit"] = _audit(results, selection, settings.screen)
+        if settings.joint_size and (retried or "joint" not in results.run):
+            measured["joint"] = _joint(asked, results)
+    # A run that was stopped, or is repeated, adds to what it took before, and so do processes.
     results.record(measured)
+    results.add_up({"seconds": time.time() - began})
     return results, asked
+
+
+def _check_together(settings: MediateSettings, process: Process) -> None:
+    """Raises `InputError` where several processes cannot do what is asked."""
+    if settings.overwrite and not process.is_alone:
+        raise InputError(
+            f"--overwrite: this is {process}, and each would delete what the others have begun; "
+            "delete the folder first, or choose another --out, or give --processes=1"
+        )
+
+
+def _most_computed(settings: MediateSettings) -> dict[str, int]:
+    """How many units of a granularity are computed at most, where it is not all of them."""
+    if not settings.screen:
+        return {}
+    return {"neuron": screening.MARGIN * settings.screen + settings.screen_audit}
 
 
 def check(settings: MediateSettings) -> None:
@@ -504,11 +577,28 @@ def _screen(asked: MediateRun, results: Results) -> screening.Selection:
             asked.decoder, asked.pairs[index], asked.question, steps=settings.screen_steps
         )
 
+    def lacking(indices: Sequence[int]) -> list[int]:
+        missing = set(results.missing_estimates())
+        return [index for index in indices if index in missing]
+
+    def fail(index: int) -> None:
+        results.write_estimates(index, *np.full((2, *results.sizes.shape("neuron")), np.nan))
+
     sweep.run(
-        results.missing_estimates(),
+        range(len(asked.pairs)),
         compute,
         lambda index, estimates: results.write_estimates(index, *estimates),
         name="gradient screen",
+        shared=Shared(
+            results,
+            asked.process,
+            name="screen-{:05d}".format,
+            lacking=lacking,
+            fail=fail,
+            about=lambda index: f"pair '{results.pair_ids[index]}'",
+            # Later ones would select other neurons than those that have been computed.
+            retry_failed=settings.retry_failed and "blocks" not in results.run,
+        ),
         progress=asked.progress,
     )
     estimated = ranking.strength(*results.estimates())
@@ -546,52 +636,84 @@ def _spearman(left: np.ndarray, right: np.ndarray) -> float:
     return float(np.corrcoef(left, right)[0, 1])
 
 
-def _scan(asked: MediateRun, results: Results, selection: screening.Selection | None) -> None:
+def _scan(asked: MediateRun, results: Results, selection: screening.Selection | None) -> bool:
     """Computes what is missing, block by block.
 
     Args:
         asked, results: the run.
         selection: the neurons to compute; all without one.
+
+    Returns:
+        Whether some of it had failed before.
     """
     pairs, question, say = asked.pairs, asked.question, asked.say
-    missing = {name: set(results.missing(name)) for name in results.granularities}
-    left = set().union(*missing.values())
-    if not left:
-        say(f"Nothing is left to compute in {results.folder}")
-        return
-    if len(left) < len(pairs):
-        say(f"Going on with {results.folder}: {len(pairs) - len(left)} pairs are done")
     chosen = {"neuron": selection.computed} if selection else {}
     of_pairs = scan.Scan(asked.decoder, pairs, question, chosen=[chosen] * len(pairs))
-    # A block of which a pair is missing is computed whole: bits are those of its batches.
-    todo = [
-        block
-        for block in _blocks(asked, results, of_pairs)
-        if missing[block.granularity].intersection(block.pairs)
-    ]
+    blocks = _blocks(asked, results, of_pairs)
+    # Bits of a pair's totals depend on the pairs that it is run with: one block writes them.
+    of_totals = {index: block.name for block in reversed(blocks) for index in block.pairs}
+
+    def fail(block: Block) -> None:
+        for index in block.pairs:
+            nothing = np.full(results.sizes.shape(block.granularity), np.nan)
+            _write(asked, results, selection, block, index, (nothing, nothing), Status.FAILED)
+
+    shared = Shared(
+        results,
+        asked.process,
+        name=lambda block: block.name,
+        lacking=functools.partial(_lacking, results),
+        fail=fail,
+        smaller=Block.halved,
+        about=functools.partial(_about, results),
+        retry_failed=asked.settings.retry_failed,
+    )
+    todo = shared.left(blocks)
+    if not todo:
+        say(f"Nothing is left to compute in {results.place}")
+        return False
+    left = {index for block in todo for index in block.pairs}
+    if len(left) < len(pairs):
+        say(f"Going on with {results.place}: {len(pairs) - len(left)} pairs are done")
+
+    @functools.cache
+    def of_layers(index: int, granularity: str) -> np.ndarray:
+        return cost.layer_operations(
+            asked.decoder.config, pairs[index], question, granularity, chosen
+        )
+
     costs = {
         block: sum(
-            cost.operations(asked.decoder.config, pairs[i], question, [block.granularity], chosen)
-            for i in block.pairs
+            float(np.sum(of_layers(index, block.granularity)[slice(*block.layers)]))
+            for index in block.pairs
         )
         for block in todo
     }
+    own = [block for block in shared.own(blocks) if block in costs]
     forecast, compiled = None, compilation.so_far()
     if asked.progress:
         about = (question.positions.value, question.metric.name, question.group_size)
         forecast = costs_lib.Forecast(asked.decoder, about)
-        _announce(asked, results, len(left), _by_granularity(costs), chosen, forecast)
-    began, to_come = time.time(), dict(costs)
+        shares = {block: costs[block] for block in own}
+        _announce(
+            *(asked, results, len(left), _by_granularity(costs), _by_granularity(shares)),
+            *(chosen, forecast),
+        )
+    began, to_come = time.time(), {block: costs[block] for block in own}
 
     def commit(block: Block, found: list[effects.PairEffects]) -> None:
+        name = block.granularity
         for index, of_pair in zip(block.pairs, found, strict=True):
-            results.write_totals(index, of_pair.y_base, of_pair.y_source)
-            _write(results, index, block.granularity, of_pair, question, selection)
-        del to_come[block]
-        done = [other for other in todo if other not in to_come]
+            if of_totals[index] == block.name:
+                results.write_totals(index, of_pair.y_base, of_pair.y_source)
+            sides = of_pair.nie[name], of_pair.tie[name]
+            _write(asked, results, selection, block, index, sides, Status.EXACT)
+        if to_come.pop(block, None) is None:
+            return
+        done = [other for other in own if other not in to_come]
         of_each = [other.granularity for other in done]
         # Once, when the last of the granularities has been begun with.
-        if of_each.count(block.granularity) == 1 and set(of_each) == set(_by_granularity(costs)):
+        if of_each.count(name) == 1 and set(of_each) == {other.granularity for other in own}:
             seconds, operations = time.time() - began, sum(costs[other] for other in done)
             told = costs_lib.left(seconds, operations, _by_granularity(to_come))
             if told and asked.progress:
@@ -602,25 +724,57 @@ def _scan(asked: MediateRun, results: Results, selection: screening.Selection | 
             forecast.add(block.granularity, costs[block], seconds)
 
     sweep.run(
-        todo,
+        blocks,
         of_pairs.effects,
         commit,
         name="block",
         unit="block",
         costs=costs,
         on_done=done,
+        shared=shared,
         progress=asked.progress,
     )
     if forecast:
         say(forecast.keep(compilation.so_far().since(compiled)))
+    return shared.retries
 
 
 def _blocks(asked: MediateRun, results: Results, of_pairs: scan.Scan) -> list[Block]:
     """The units of work, whose batches are sized once: whoever goes on with the run keeps them."""
-    if "blocks" not in results.run:
-        blocks = of_pairs.blocks(results.granularities, asked.budget)
-        results.record({"blocks": [dataclasses.asdict(block) for block in blocks]})
-    return [Block.of(recorded) for recorded in results.run["blocks"]]
+    recorded = results.run.get("blocks")
+    if recorded is None:
+        together = {name: results.layers_together(name) for name in results.granularities}
+        blocks = of_pairs.blocks(results.granularities, asked.budget, together)
+        recorded = results.settle("blocks", [dataclasses.asdict(block) for block in blocks])
+    return [Block.of(block) for block in recorded]
+
+
+def _lacking(results: Results, blocks: Sequence[Block]) -> list[Block]:
+    """Those of which the store lacks anything. One of which a pair is missing is computed whole:
+    bits are those of its batches."""
+    committed = {name: results.committed(name) for name in {each.granularity for each in blocks}}
+    return [
+        block
+        for block in blocks
+        if not committed[block.granularity][np.ix_(block.pairs, _parts(results, block))].all()
+    ]
+
+
+def _parts(results: Results, block: Block) -> range:
+    """The parts of the layers, as they are stored, that a block has."""
+    together, (first, stop) = results.layers_together(block.granularity), block.layers
+    return range(first // together, -(-stop // together))
+
+
+def _about(results: Results, block: Block) -> str:
+    """A block, as people are told of it."""
+    first, *others = (results.pair_ids[index] for index in block.pairs)
+    told = f"{block.granularity} of pair '{first}'"
+    if others:
+        told += f" and {len(others)} more"
+    if block.layers != (0, results.sizes.layers):
+        told += f", layers {block.layers[0]} to {block.layers[1] - 1}"
+    return told
 
 
 def _by_granularity(costs: Mapping[Block, float]) -> dict[str, float]:
@@ -632,25 +786,41 @@ def _by_granularity(costs: Mapping[Block, float]) -> dict[str, float]:
 
 
 def _write(
+    asked: MediateRun,
     results: Results,
-    index: int,
-    granularity: str,
-    found: effects.PairEffects,
-    question: Question,
     selection: screening.Selection | None,
+    block: Block,
+    index: int,
+    sides: tuple[np.ndarray, np.ndarray],
+    computed: Status,
 ) -> None:
-    """Writes one pair's effects; estimates stand in for neurons that were not computed."""
+    """Writes one pair's effects; estimates stand in for neurons that were not computed.
+
+    Args:
+        asked, results, selection: the run.
+        block: whose effects they are.
+        index: of the pair.
+        sides: NIE and TIE of all the pair's units; those of other layers are not read.
+        computed: what is known of the units that were computed.
+    """
+    granularity, question = block.granularity, asked.question
     shape = results.sizes.shape(granularity)
-    nie, tie = (effects.fitted(side[granularity], shape) for side in (found.nie, found.tie))
-    status = Status.EXACT
+    nie, tie = (effects.fitted(side, shape) for side in sides)
+    status = np.full(shape, computed)
     if granularity == "direction" and question.directions:
-        status = np.where(question.directions.given, Status.EXACT, Status.NOT_RUN)
+        status[~question.directions.given] = Status.NOT_RUN
+    elif granularity == "token":
+        columns = token_columns(asked.pairs[index], question)
+        status[..., np.setdiff1d(np.arange(shape[-1]), columns)] = Status.NOT_RUN
     elif granularity == "neuron" and selection:
-        status = np.where(selection.computed, Status.EXACT, Status.ESTIMATED)
+        status[~selection.computed] = Status.ESTIMATED
         estimates = results.estimates(index)
         nie = np.where(selection.computed, nie, estimates[0])
         tie = np.where(selection.computed, tie, estimates[1])
-    results.write(index, granularity, nie, tie, status)
+    together = results.layers_together(granularity)
+    for part in _parts(results, block):
+        here = slice(part * together, (part + 1) * together)
+        results.write(index, granularity, nie[here], tie[here], status[here], part=part)
 
 
 def _announce(
@@ -658,6 +828,7 @@ def _announce(
     results: Results,
     todo: int,
     operations: dict[str, float],
+    own: dict[str, float],
     chosen: dict[str, np.ndarray],
     forecast: costs_lib.Forecast,
 ) -> None:
@@ -667,6 +838,7 @@ def _announce(
         asked, results: the run.
         todo: pairs to be scanned.
         operations: floating-point operations of their scan, by granularity.
+        own: those of what this process begins with.
         chosen: by granularity, the units that are computed; all of the others.
         forecast: what they are expected to take.
     """
@@ -684,8 +856,13 @@ def _announce(
         f"{todo} pairs, at most {sum(units.values()):,} units each, by both estimands: "
         f"{total:.2e} floating-point operations"
         + (f", and at most {joint:.2e} for the joint set" if joint else "")
-        + f". {forecast.told(operations)}"
+        + (f". {forecast.told(own)}" if asked.process.is_alone else "")
     )
+    if not asked.process.is_alone:
+        told = f": {forecast.told(own)}" if own else ""
+        asked.say(
+            f"This is {asked.process}; {sum(own.values()) / total:.0%} of it is its own{told}"
+        )
     if len(operations) > 1 and total:
         asked.say(costs_lib.shares(operations, units))
         if without := _without(settings, costs_lib.dearest(operations)):
