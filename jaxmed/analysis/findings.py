@@ -6,7 +6,6 @@ summary, which is analysis, and the store. `jaxmed.scan` and `open_run` make it.
 
 import functools
 import os
-import pathlib
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -106,12 +105,11 @@ class Findings(Mapping[str, Effects]):
         """Writes a results folder, which `open_run` and `launch.report` read.
 
         Args:
-            folder: made if it is missing, and must be empty.
+            folder: a local path or gs://bucket/path; made if it is missing, and must be empty.
 
         Raises:
             InputError: the folder is not empty or cannot be made.
         """
-        folder = pathlib.Path(os.path.expanduser(folder))
         if isinstance(self._source, Results):
             self._source.copy(folder)
             return
@@ -149,7 +147,8 @@ class Findings(Mapping[str, Effects]):
 def open_run(folder: str | os.PathLike) -> Findings:
     """What a run of `launch.mediate`, finished or not, has found, or what `save` wrote.
 
-    The folder is only read. What the run has not yet computed is NaN, and `done` says so.
+    The folder, a local path or gs://bucket/path, is only read. What the run has not yet computed is
+    NaN, and `done` says so.
 
     Raises:
         InputError: it is no results folder, or a file in it is damaged (and which).

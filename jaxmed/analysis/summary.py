@@ -1,5 +1,6 @@
 """`summary.parquet`: a row per unit and estimand."""
 
+import io
 from collections.abc import Mapping
 
 import numpy as np
@@ -7,13 +8,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jaxmed.analysis import estimands, statistics
-from jaxmed.files import atomic
 from jaxmed.question.effects import TOTALS, Effects, Status, Totals
 from jaxmed.store.results import Results
 
 SUMMARISED = ("nie", "tie", "nde", "int")  # those of every unit that a summary has
 
 _SUMMARY_FILE = "summary.parquet"
+_EFFECTS = "jaxmed.effects"  # in the file: the `Results.state` that it was made of
 
 
 def summarise(found: Mapping[str, Effects]) -> pa.Table:
@@ -58,25 +59,28 @@ def summarise(found: Mapping[str, Effects]) -> pa.Table:
 
 def write_summary(results: Results) -> pa.Table:
     """Writes `summarise`'s table to `summary.parquet` in the results folder, and returns it."""
+    state = results.state()
     table = summarise(results)
-    path = results.folder / _SUMMARY_FILE
-    atomic.replace_file(path, lambda temporary: pq.write_table(table, temporary))
+    file = io.BytesIO()
+    pq.write_table(table.replace_schema_metadata({_EFFECTS: state}), file)
+    results.place.write(_SUMMARY_FILE, file.getvalue())
     return table
 
 
 def read_summary(results: Results) -> pa.Table:
-    """`summary.parquet`, written anew if it is missing or older than the effects."""
+    """`summary.parquet`, written anew if it is missing or not of the effects that are there."""
     table = kept_summary(results)
     return write_summary(results) if table is None else table
 
 
 def kept_summary(results: Results) -> pa.Table | None:
-    """What `summary.parquet` holds; None if it is missing or older than the effects."""
-    path = results.folder / _SUMMARY_FILE
-    written = max(file.stat().st_mtime_ns for file in (results.folder / "effects.zarr").rglob("*"))
-    if path.exists() and path.stat().st_mtime_ns >= written:
-        return pq.read_table(path)
-    return None
+    """What `summary.parquet` holds; None if it is missing or not of the effects that are there."""
+    file = results.place.read(_SUMMARY_FILE)
+    if file is None:
+        return None
+    table = pq.read_table(pa.BufferReader(file))
+    made_of = (table.schema.metadata or {}).get(_EFFECTS.encode(), b"").decode()
+    return table.replace_schema_metadata() if made_of == results.state() else None
 
 
 def _rows(

@@ -7,7 +7,6 @@ compute. What verdicts say is in `templates/mediation.*`.
 import dataclasses
 import enum
 import math
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -223,7 +222,7 @@ class Section:
     rows: Sequence[dict]
 
 
-def write(folder, show_text: bool = False, pairs=None) -> pathlib.Path:
+def write(folder, show_text: bool = False, pairs=None) -> str:
     """Writes `figures/*.png` and `report.html` into a results folder.
 
     Args:
@@ -233,7 +232,7 @@ def write(folder, show_text: bool = False, pairs=None) -> pathlib.Path:
             show_text.
 
     Returns:
-        The path of `report.html`.
+        Where `report.html` is, a local path or gs://bucket/path.
 
     Raises:
         InputError: the folder is no results folder, or show_text has no pairs to show.
@@ -254,24 +253,26 @@ def write(folder, show_text: bool = False, pairs=None) -> pathlib.Path:
         drawn["joint"] = figures.draw_joint({"nie": shares.share_nie, "tie": shares.share_tie})
     if told["screen"]:
         drawn["screen"] = _screen_figure(results, told["screen"])
-    return pages.write(
-        results.folder,
-        "mediation.html.j2",
-        run=results.run,
-        model=pages.model_name(results.run["model"]),
-        sizes=results.sizes,
-        group_size=results.run.get("group_size", 1),
-        granularities=results.granularities,
-        # The page is one of the files that a run writes before it is finished.
-        finished=not any(results.missing(name) for name in results.granularities),
-        minimum=ranking.MINIMUM_TOTAL_EFFECT,
-        bars=BARS_IN_FIGURE,
-        statuses=_statuses(results),
-        pairs=_pairs(results, pairs if show_text else None),
-        show_text=show_text,
-        figures={name: pages.save(figure, results.folder, name) for name, figure in drawn.items()},
-        **told,
-    )
+    with results.place.written_locally() as folder:
+        pages.write(
+            folder,
+            "mediation.html.j2",
+            run=results.run,
+            model=pages.model_name(results.run["model"]),
+            sizes=results.sizes,
+            group_size=results.run.get("group_size", 1),
+            granularities=results.granularities,
+            # The page is one of the files that a run writes before it is finished.
+            finished=not any(results.missing(name) for name in results.granularities),
+            minimum=ranking.MINIMUM_TOTAL_EFFECT,
+            bars=BARS_IN_FIGURE,
+            statuses=_statuses(results),
+            pairs=_pairs(results, pairs if show_text else None),
+            show_text=show_text,
+            figures={name: pages.save(figure, folder, name) for name, figure in drawn.items()},
+            **told,
+        )
+    return results.place.path("report.html")
 
 
 def closing_lines(results: Results) -> list[str]:
@@ -280,6 +281,7 @@ def closing_lines(results: Results) -> list[str]:
     return rendering.lines(
         "mediation.txt.j2",
         folder=results.folder,
+        report=results.place.path("report.html"),
         missing=max(len(results.missing(name)) for name in results.granularities),
         pairs=len(results.pair_ids),
         **told,

@@ -54,7 +54,9 @@ class AnswerSettings:
         "name, where two files number their prompts alike. May be given several times.",
         path=True,
     )
-    out: str = like(MediateSettings, "out")
+    out: str = like(
+        MediateSettings, "out", help="Folder for the results; a stopped run goes on.", bucket=False
+    )
     adapter: str = like(MediateSettings, "adapter")
     chat: bool = like(MediateSettings, "chat")
     most_prompts: int = setting(

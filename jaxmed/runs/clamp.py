@@ -72,9 +72,11 @@ class ClampSettings(AnswerSettings):
         f"{REFERENCE_PROMPTS} of the others.",
     )
     results: str = setting(
-        help="Folder of a run of launch.mediate, which ranks the units that are held.",
+        help="Folder of a run of launch.mediate, local or gs://bucket/path, which ranks the units "
+        "that are held.",
         default="",
         path=True,
+        bucket=True,
     )
     granularity: str = setting(
         help="--results: of the units.", default="neuron", choices=units.GRANULARITIES

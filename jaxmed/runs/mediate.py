@@ -63,7 +63,11 @@ class MediateSettings:
         "counterfactual_ids, harmful_ids, safe_ids.",
         path=True,
     )
-    out: str = setting(help="Folder for the results; a stopped run goes on.", path=True)
+    out: str = setting(
+        help="Folder for the results, local or gs://bucket/path; a stopped run goes on.",
+        path=True,
+        bucket=True,
+    )
     granularity: tuple[str, ...] = setting(
         help=f"Any of {', '.join(SITES)}. token edits each aligned prompt position alone, "
         "whatever --positions says. direction needs --directions, and --directions alone is enough "

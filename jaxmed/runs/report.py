@@ -5,6 +5,7 @@ import dataclasses
 from jaxmed.data import pairs as pairs_lib
 from jaxmed.report import mediation
 from jaxmed.runs import loading
+from jaxmed.runs import settings as settings_lib
 from jaxmed.runs.settings import setting
 from jaxmed.store.results import Results
 from models import checkpoint
@@ -15,7 +16,9 @@ from models.errors import InputError
 class ReportSettings:
     """Which report is written again, and whether it shows text."""
 
-    results: str = setting(help="Folder that a run has written.", path=True)
+    results: str = setting(
+        help="Folder that a run has written, local or gs://bucket/path.", path=True, bucket=True
+    )
     show_text: bool = setting(
         help="Show prompts, escaped; the run's file of pairs must still be there.", default=False
     )
@@ -27,6 +30,7 @@ def run(settings: ReportSettings) -> Results:
     Raises:
         InputError: the folder is no results folder, or the texts to show are gone.
     """
+    settings_lib.check(settings)
     results = Results.open(settings.results)
     pairs = _pairs(results) if settings.show_text else None
     mediation.write(results.folder, settings.show_text, pairs)

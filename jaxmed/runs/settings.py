@@ -18,6 +18,7 @@ import typing
 from collections.abc import Iterable
 from typing import Any
 
+from jaxmed.files import places
 from models.errors import InputError
 
 _KEY = "setting"
@@ -35,6 +36,7 @@ class Setting:
     commas: bool = False
     needs: str = ""
     path: bool = False
+    bucket: bool = False
 
 
 def setting(
@@ -48,6 +50,7 @@ def setting(
     commas: bool = False,
     needs: str = "",
     path: bool = False,
+    bucket: bool = False,
 ) -> Any:
     """A field of a dataclass of settings. Its annotation is str, int, float or bool, or one of
     these or None, or tuple[str, ...].
@@ -62,8 +65,9 @@ def setting(
         needs: another setting, "name" or "name=value", without which (or without which value) this
             one would say nothing, and must keep its default.
         path: whether it is a path, or NAME=PATH; a ~ in its flag is the user's home.
+        bucket: whether the path may be gs://bucket/path.
     """
-    about = Setting(help, tuple(choices), least, most, above, commas, needs, path)
+    about = Setting(help, tuple(choices), least, most, above, commas, needs, path, bucket)
     return dataclasses.field(default=default, metadata={_KEY: about})
 
 
@@ -106,6 +110,8 @@ def check(settings) -> None:
         value = getattr(settings, name)
         if about.choices and value is not None:
             check_choice(f"--{name}", value, about.choices)
+        elif about.path and value is not None:
+            _check_local(name, value, about)
         elif value is not None:
             _check_range(name, value, about)
     for name, about in fields.items():
@@ -123,6 +129,14 @@ def check_choice(name: str, value: str | tuple[str, ...], choices: Iterable[str]
     values = value if isinstance(value, tuple) else (value,)
     if unknown := sorted({str(each) for each in values if each not in choices}):
         raise InputError(f"{name}={','.join(unknown)}: not one of {', '.join(choices)}")
+
+
+def _check_local(name: str, value: str | tuple[str, ...], about: Setting) -> None:
+    for path in value if isinstance(value, tuple) else (value,):
+        scheme = places.scheme(path)
+        if scheme and not (about.bucket and scheme == "gs"):
+            buckets = ", or gs://bucket/path" if about.bucket else ", and no bucket"
+            raise InputError(f"--{name}={path}: must be a local path{buckets}")
 
 
 def _check_range(name: str, value: Any, about: Setting) -> None:

@@ -8,7 +8,7 @@ import jax
 
 from jaxmed.version import __version__
 
-_PACKAGES = ("jax", "jaxlib", "flax", "transformers", "numpy", "scipy", "zarr")
+_PACKAGES = ("jax", "jaxlib", "flax", "transformers", "numpy", "scipy", "tensorstore", "zarr")
 
 
 def circumstances() -> dict:

@@ -2,14 +2,13 @@
 
 import json
 import os
-import pathlib
-import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
 
-from jaxmed.files import atomic
+from jaxmed.files import places
+from jaxmed.files.places import Place
 from models.errors import InputError
 
 # Keys of a run that say where and when it ran, not what was asked; a resumed run may change them.
@@ -78,37 +77,35 @@ def claim(
         InputError: the folder cannot be made, holds a run with another setting, or files but no
             run.
     """
-    folder, run = pathlib.Path(folder), plain(run)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be made ({error.strerror})") from error
-    check_kind(folder, run["program"])
-    if not (folder / RUN_FILE).exists():
-        write_run(folder, run)
+    place, run = places.at(folder), plain(run)
+    place.make()
+    check_kind(place, run["program"])
+    if place.create(RUN_FILE, encoded(run)):
         return run
-    earlier = read_object(folder / RUN_FILE)
     if overwrite:
         for name in own_files:
-            delete(folder / name)
-        write_run(folder, run)
+            place.delete(name)
+        place.write(RUN_FILE, encoded(run))
         return run
-    check_same_settings(folder, earlier, run, (*CIRCUMSTANCES, *may_change))
-    current = earlier | {name: run[name] for name in may_change}
-    if current != earlier:
-        write_run(folder, current)
-    return current
+
+    def going_on(earlier: dict) -> dict:
+        check_same_settings(place, earlier, run, (*CIRCUMSTANCES, *may_change))
+        return earlier | {name: run[name] for name in may_change}
+
+    return change(place, going_on)
 
 
-def check_kind(folder: str | os.PathLike, program: str) -> None:
+def check_kind(folder: str | os.PathLike | Place, program: str) -> None:
     """Raises `InputError` where a folder holds files of something else than a run of this program,
     which no setting could go on with or replace."""
-    folder = pathlib.Path(folder)
-    if (folder / RUN_FILE).exists():
-        if read_object(folder / RUN_FILE).get("program") != program:
-            raise InputError(f"{folder} holds another kind of run: choose another folder")
-    elif folder.is_dir() and any(folder.iterdir()):
-        raise InputError(f"{folder} holds files of something else: choose another folder")
+    place = places.at(folder)
+    if place.is_empty():
+        return
+    run = read_run(place)
+    if run is None:
+        raise InputError(f"{place} holds files of something else: choose another folder")
+    if run.get("program") != program:
+        raise InputError(f"{place} holds another kind of run: choose another folder")
 
 
 def recorded(folder: str | os.PathLike, key: str) -> Any:
@@ -117,12 +114,12 @@ def recorded(folder: str | os.PathLike, key: str) -> Any:
     Raises:
         InputError: the file is damaged.
     """
-    path = pathlib.Path(folder) / RUN_FILE
-    return read_object(path).get(key) if path.is_file() else None
+    run = read_run(places.at(folder))
+    return None if run is None else run.get(key)
 
 
 def check_same_settings(
-    folder: pathlib.Path, earlier: dict, wanted: dict, ignored: Collection[str]
+    folder: Place, earlier: dict, wanted: dict, ignored: Collection[str]
 ) -> None:
     """Raises `InputError` where a run is asked for otherwise than the folder's, and says in what.
 
@@ -155,21 +152,51 @@ def check_same_settings(
     )
 
 
-def read_object(path: pathlib.Path) -> dict:
-    """The JSON object that a file holds; `InputError` if it is damaged or holds something else."""
+def read_run(place: Place) -> dict | None:
+    """What `run.json` holds; None if there is none.
+
+    Raises:
+        InputError: it is damaged, or holds something else.
+    """
+    return _decoded(place, place.read(RUN_FILE))
+
+
+def change(place: Place, changed: Callable[[dict], dict]) -> dict:
+    """Replaces `run.json` by what a function makes of its content, and loses nothing that others
+    write there at the same time: the function is called again on what another has written.
+
+    Returns:
+        The new content.
+
+    Raises:
+        InputError: it is damaged, or there is none any more.
+    """
+    while True:
+        content, generation = place.look(RUN_FILE)
+        earlier = _decoded(place, content)
+        if earlier is None:
+            raise places.PlaceError(f"{place.path(RUN_FILE)}: is there no longer")
+        run = changed(earlier)
+        if run == earlier or place.replace(RUN_FILE, encoded(run), generation):
+            return run
+
+
+def encoded(run: dict) -> bytes:
+    """`run.json` of this content."""
+    return (json.dumps(run, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _decoded(place: Place, content: bytes | None) -> dict | None:
+    if content is None:
+        return None
+    path = place.path(RUN_FILE)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        run = json.loads(content.decode())
     except ValueError as error:
         raise InputError(f"{path} is damaged ({error}): choose another folder") from error
-    if not isinstance(content, dict):
+    if not isinstance(run, dict):
         raise InputError(f"{path} was not written by a run of jaxmed: choose another folder")
-    return content
-
-
-def write_run(folder: pathlib.Path, run: dict) -> None:
-    """Writes `run.json`, whole or not at all."""
-    text = json.dumps(run, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    atomic.replace_file(folder / RUN_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+    return run
 
 
 def plain(value: Any) -> Any:
@@ -188,11 +215,3 @@ def plain(value: Any) -> Any:
 def _shortened(value) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def delete(path: pathlib.Path) -> None:
-    """Deletes a file, a folder with all that is in it, or nothing if there is none."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

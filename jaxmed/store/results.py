@@ -1,26 +1,28 @@
 """The folder that a run writes: `run.json` says what was asked, `effects.zarr` holds the effects.
 
-A run can stop at any moment. Every array is chunked by pair, a pair's effects are written before
-its `done`, and `effects` gives only what `done` vouches for, so half a write is never read.
+The folder is local or in a bucket (`jaxmed.files.places`), and several processes may write to it
+at once. A run can stop at any moment. Every array is cut into chunks by pair and by *part*, some
+layers of a granularity, and a chunk is written whole or not at all. A part's effects are written
+before its `done`, and `effects` gives only what `done` vouches for: half a write is never read.
 """
 
 import dataclasses
+import hashlib
+import json
 import os
-import pathlib
-import shutil
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Literal
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
-import zarr
+import tensorstore as ts
 from jaxtyping import Bool, Float32, UInt8
 from numpy.typing import ArrayLike
-from zarr.errors import ZarrUserWarning
 
+from jaxmed.files import places
+from jaxmed.files.places import Place
 from jaxmed.question.effects import (
     ESTIMANDS,
-    TOTALS,
     Effects,
     Sizes,
     Status,
@@ -29,44 +31,54 @@ from jaxmed.question.effects import (
     statuses,
 )
 from jaxmed.question.sites import GRANULARITIES
-from jaxmed.store.claims import (
-    CIRCUMSTANCES,
-    RUN_FILE,
-    check_same_settings,
-    delete,
-    plain,
-    read_object,
-    write_run,
-)
+from jaxmed.store import claims, layout
+from jaxmed.store.claims import CIRCUMSTANCES, RUN_FILE, check_same_settings, plain
+from jaxmed.store.layout import EFFECTS_FILE, ESTIMATES, RECORDED_ON_ARRAYS
 from models.errors import InputError
 
-_EFFECTS_FILE = "effects.zarr"
-_OWN_FILES = (RUN_FILE, _EFFECTS_FILE, "summary.parquet", "report.html", "figures")
-_ESTIMATES = ("screen/nie", "screen/tie")
-_RECORDED_ON_ARRAYS = ("positions", "metric", "precision")
-_WRITTEN_HERE = ("finished", "pair_ids", "sizes", "granularities", "measured")
+_BEGUN = "sweep/begun/"
+_OWN_FILES = (EFFECTS_FILE, "sweep", "summary.parquet", "report.html", "figures")
+_WRITTEN_HERE = (
+    "finished",
+    "pair_ids",
+    "sizes",
+    "granularities",
+    "layers_together",
+    "measured",
+)
+_ALL = slice(None)
 
 
 class Results(Mapping[str, Effects]):
     """An open results folder; by granularity, the effects that are in it now.
 
+    Where the folder cannot be read or written any more, all methods raise
+    `jaxmed.files.places.PlaceError`; what was written before is kept.
+
     Attributes:
-        folder: its path.
-        run: what `run.json` holds: the settings, and what `record` and `finish` added.
+        place: where it is.
+        run: what `run.json` held when it was last read or written: the settings, and what `record`,
+            `settle` and `finish` added.
         sizes: the `Sizes` of the arrays.
         pair_ids: the pairs' ids, in the order of every array's first axis.
         bases: the base prompt of each pair; its own id where the run does not say.
         granularities: those that the run was asked for, coarse to fine.
     """
 
-    def __init__(self, folder: pathlib.Path, run: dict, group: zarr.Group):
-        self.folder = folder
+    def __init__(self, place: Place, run: dict, arrays: dict[str, ts.TensorStore], writable: bool):
+        self.place = place
         self.run = run
         self.sizes = Sizes.of(run)
         self.pair_ids = tuple(run["pair_ids"])
         self.bases = tuple(run.get("pair_bases", self.pair_ids))
         self.granularities = tuple(run["granularities"])
-        self._group = group
+        self._arrays = arrays
+        self._writable = writable
+
+    @property
+    def folder(self) -> str:
+        """Where it is, as text: a local path or gs://bucket/path."""
+        return str(self.place)
 
     @classmethod
     def create(
@@ -76,51 +88,55 @@ class Results(Mapping[str, Effects]):
         sizes: Sizes,
         pair_ids: Sequence[str],
         granularities: Iterable[str],
+        *,
+        layers_together: Mapping[str, int] | None = None,
     ) -> "Results":
         """Starts a results folder, to write to it.
 
         Args:
-            folder: a path; made if it is missing, and must be empty.
+            folder: a local path or gs://bucket/path; made if it is missing, and must be empty.
             run: what was asked, as JSON values; "positions", "metric" and "precision" are needed.
                 Where its "screen" is not 0 there is room for estimates of the neurons. Its
                 "pair_bases" are the base prompts of the pairs.
             sizes: the sizes of the arrays.
             pair_ids: one distinct id per pair.
             granularities: those to make arrays for, out of `GRANULARITIES`.
+            layers_together: by granularity, how many layers are one part, which is written and
+                committed at once; all layers where it is not named.
 
         Raises:
             InputError: the folder is not empty or cannot be made, or an argument is not as above.
         """
-        folder = pathlib.Path(folder)
-        _check_empty(folder)
-        described = _described(run, sizes, pair_ids, granularities)
-        _make(folder)
-        return _start(folder, described)
+        place = places.at(folder)
+        _check_empty(place)
+        described = _described(run, sizes, pair_ids, granularities, layers_together or {})
+        place.make()
+        if not place.create(RUN_FILE, claims.encoded(described)):
+            raise _not_empty(place)
+        return cls._writing(place, described)
 
     @classmethod
     def open(cls, folder: str | os.PathLike) -> "Results":
         """Opens a results folder to read it; nothing in it is changed.
 
+        Args:
+            folder: a local path or gs://bucket/path.
+
         Raises:
             InputError: it is no results folder, or a file in it is damaged (and which).
         """
-        return cls._open(pathlib.Path(os.path.expanduser(folder)), "r")
-
-    @classmethod
-    def _open(cls, folder: pathlib.Path, mode: Literal["r", "r+"]) -> "Results":
-        run = _read_run(folder)
-        path = folder / _EFFECTS_FILE
-        try:
-            # What is there, not what the consolidated metadata of the start say.
-            group = zarr.open_group(path, mode=mode, use_consolidated=False)
-        except (OSError, ValueError, KeyError) as error:
+        place = places.at(folder)
+        run = claims.read_run(place)
+        if run is None:
+            raise InputError(f"{place} is not a results folder: it has no {RUN_FILE}")
+        _check_written_by_this(place, run)
+        path = f"{EFFECTS_FILE}/{layout.ROOT}"
+        if not place.exists(path):
             raise InputError(
-                f"{path} is missing or damaged ({error}): run again and overwrite it"
-            ) from error
-        for name in _array_names(run):
-            if name not in group:
-                raise InputError(f"{path} lacks the array {name}: run again and overwrite it")
-        return cls(folder, run, group)
+                f"{place.path(EFFECTS_FILE)} is missing or damaged (it has no {layout.ROOT}): run "
+                "again and overwrite it"
+            )
+        return cls(place, run, _arrays(place, run, writable=False), writable=False)
 
     @classmethod
     def resume_or_create(
@@ -130,31 +146,54 @@ class Results(Mapping[str, Effects]):
         sizes: Sizes,
         pair_ids: Sequence[str],
         granularities: Iterable[str],
+        *,
+        layers_together: Mapping[str, int] | None = None,
         overwrite: bool = False,
     ) -> "Results":
         """Opens the folder of an earlier run of the same settings and pairs, or starts one, to
-        write to it.
+        write to it. Of several that start at once one creates it, and the others open that.
 
         Args:
             folder, run, sizes, pair_ids, granularities: as in `create`.
-            overwrite: start again; deletes what an earlier run wrote there, and nothing else.
+            layers_together: as in `create`; a run that is gone on with keeps its own.
+            overwrite: start again; deletes what an earlier run wrote there, and nothing else. While
+                another process writes there it must not be asked for.
 
         Raises:
             InputError: the folder holds a run with another setting (and which; `CIRCUMSTANCES` are
-                not compared), or files but no run.
+                not compared), one of a version that stored effects otherwise, or files but no run.
         """
-        folder = pathlib.Path(folder)
-        if not (folder / RUN_FILE).exists():
-            return cls.create(folder, run, sizes, pair_ids, granularities)
-        earlier = _read_run(folder)  # raises, before anything is deleted, if it is not a run's
-        wanted = _described(run, sizes, pair_ids, granularities)
+        place = places.at(folder)
+        wanted = _described(run, sizes, pair_ids, granularities, layers_together or {})
+        # Looked for again, since another may have begun in between.
+        if not (place.exists(RUN_FILE) or place.is_empty() or place.exists(RUN_FILE)):
+            raise _not_empty(place)
+        place.make()
+        if place.create(RUN_FILE, claims.encoded(wanted)):
+            return cls._writing(place, wanted)
+        earlier = claims.read_run(place)
+        if earlier is None:
+            raise places.PlaceError(f"{place.path(RUN_FILE)}: is there no longer")
+        # Raises, before anything is deleted, if it is not a run's.
+        _check_written_by_this(place, earlier, also_older=overwrite)
         if overwrite:
-            for name in _OWN_FILES:
-                delete(folder / name)
-            return _start(folder, wanted)
-        written_later = (*earlier["measured"], "measured", "finished")
-        check_same_settings(folder, earlier, wanted, (*CIRCUMSTANCES, *written_later))
-        return cls._open(folder, "r+")
+            _delete_effects(place, earlier)
+            place.write(RUN_FILE, claims.encoded(wanted))
+            return cls._writing(place, wanted)
+        written_later = (*earlier["measured"], "measured", "finished", "layers_together")
+        check_same_settings(place, earlier, wanted, (*CIRCUMSTANCES, *written_later))
+        return cls._writing(place, earlier)
+
+    @classmethod
+    def _writing(cls, place: Place, run: dict) -> "Results":
+        """The results in a place whose `run.json` is there; makes what describes the arrays, if
+        whoever began has not come that far."""
+        if not place.exists(f"{EFFECTS_FILE}/{layout.ROOT}"):
+            files = layout.described(run)
+            root = files.pop(layout.ROOT)
+            place.write_all((f"{EFFECTS_FILE}/{name}", data) for name, data in files.items())
+            place.write(f"{EFFECTS_FILE}/{layout.ROOT}", root)
+        return cls(place, run, _arrays(place, run, writable=True), writable=True)
 
     def write(
         self,
@@ -163,8 +202,10 @@ class Results(Mapping[str, Effects]):
         nie: ArrayLike,
         tie: ArrayLike,
         status: ArrayLike = Status.EXACT,
+        *,
+        part: int | None = None,
     ) -> None:
-        """Writes the effects of one pair at one granularity.
+        """Writes the effects of one pair at one granularity, and commits them.
 
         Args:
             pair_index: index into `pair_ids`.
@@ -172,21 +213,25 @@ class Results(Mapping[str, Effects]):
             nie, tie: [layer, ...] as `Sizes.shape` says, in units of the metric.
             status: a `Status`, one for all units or an array of the effects' shape; `statuses`
                 says what becomes of it where an effect is not finite.
+            part: all arrays are of the layers of this part alone, [part * together, (part + 1) *
+                together) with `together` as `layers_together` says; by default of all layers.
 
         Raises:
             ValueError: an array has another shape.
         """
+        layers = self._layers(granularity, part)
+        shape = (layers.stop - layers.start, *self.sizes.shape(granularity)[1:])
         effects = {"nie": np.asarray(nie, np.float32), "tie": np.asarray(tie, np.float32)}
         for name, values in effects.items():
-            if values.shape != self.sizes.shape(granularity):
+            if values.shape != shape:
                 raise ValueError(
                     f"{granularity}/{name} of pair {self.pair_ids[pair_index]} has shape"
-                    f" {values.shape}, the results folder expects {self.sizes.shape(granularity)}"
+                    f" {values.shape}, the results folder expects {shape}"
                 )
         done = statuses(granularity, effects["nie"], effects["tie"], status)
-        for name, values in effects.items():
-            self._of(granularity, name)[pair_index] = values
-        self._of(granularity, "done")[pair_index] = done
+        where = (pair_index, layers)
+        self._write({f"{granularity}/{name}": values for name, values in effects.items()}, where)
+        self._write({f"{granularity}/done": done}, where)
 
     def write_totals(
         self, pair_index: int, y_base: float, y_source: float, te: float | None = None
@@ -197,19 +242,24 @@ class Results(Mapping[str, Effects]):
         """
         te = y_source - y_base if te is None else te
         totals = {"y_base": y_base, "y_source": y_source, "te": te}
-        for name, value in totals.items():
-            self._array(name)[pair_index] = value
+        self._write({name: np.float32(value) for name, value in totals.items()}, pair_index)
 
     def __getitem__(self, granularity: str) -> Effects:
-        nie, tie = self.effects(granularity)
+        return self.of_layers(granularity, _ALL)
+
+    def of_layers(self, granularity: str, layers: slice) -> Effects:
+        """The effects of some layers, by their numbers; the others are not read."""
+        nie, tie = self.effects(granularity, layers=layers)
         units = self.sizes.coordinates(granularity, self.run.get("group_size", 1))
         return Effects(
             granularity=granularity,
             nie=nie,
             tie=tie,
-            done=self.done(granularity),
+            done=self.done(granularity, layers=layers),
             totals=self.totals,
-            coordinates={"pair": np.array(self.pair_ids, object)} | units,
+            coordinates={"pair": np.array(self.pair_ids, object)}
+            | units
+            | {"layer": units["layer"][layers]},
             attributes=attributes(self.run, granularity),
         )
 
@@ -219,41 +269,74 @@ class Results(Mapping[str, Effects]):
     def __len__(self) -> int:
         return len(self.granularities)
 
-    def missing(self, granularity: str) -> list[int]:
-        """Indices of the pairs of which no unit was run."""
-        done = self.done(granularity)
-        return np.flatnonzero((done == Status.NOT_RUN).reshape(len(done), -1).all(axis=1)).tolist()
+    def layers_together(self, granularity: str) -> int:
+        """How many layers of a granularity are one part."""
+        self._check_asked(granularity)
+        return layout.layers_together(self.run, granularity)
 
-    def done(self, granularity: str) -> UInt8[np.ndarray, "pair layer *unit"]:
-        """What is known of each unit, a number of `Status`."""
-        return _read(self._of(granularity, "done"))
+    def committed(self, granularity: str) -> Bool[np.ndarray, "pair part"]:
+        """Which parts of which pairs are written, whatever came of them; no array is read."""
+        self._check_asked(granularity)
+        return self._written(f"{granularity}/done")
+
+    def missing(self, granularity: str) -> list[int]:
+        """Indices of the pairs of which some part is not written."""
+        return np.flatnonzero(~self.committed(granularity).all(axis=1)).tolist()
+
+    def done(
+        self, granularity: str, *, layers: slice = _ALL
+    ) -> UInt8[np.ndarray, "pair layer *unit"]:
+        """What is known of each unit, a number of `Status`.
+
+        Args:
+            granularity: one of `granularities`.
+            layers: those that are read.
+        """
+        self._check_asked(granularity)
+        (done,) = self._read([f"{granularity}/done"], _ALL, layers)
+        return done
 
     def effects(
-        self, granularity: str, exact: bool = False
+        self,
+        granularity: str,
+        exact: bool = False,
+        *,
+        layers: slice = _ALL,
+        pairs: slice = _ALL,
     ) -> tuple[Float32[np.ndarray, "pair layer *unit"], Float32[np.ndarray, "pair layer *unit"]]:
         """NIE and TIE; NaN where a unit was not run or failed.
 
         Args:
             granularity: one of `granularities`.
             exact: give NaN for estimates too.
+            layers, pairs: those that are read; where the layers' ends are those of parts nothing
+                else is.
         """
-        vouched = (Status.EXACT,) if exact else (Status.EXACT, Status.ESTIMATED)
-        known = np.isin(self.done(granularity), vouched)
-        written = (_read(self._of(granularity, name)) for name in ESTIMANDS)
-        nie, tie = (np.where(known, values, np.float32("nan")) for values in written)
+        self._check_asked(granularity)
+        names = [f"{granularity}/{name}" for name in ("done", *ESTIMANDS)]
+        # In this order: what is vouched for was written before.
+        (done,) = self._read(names[:1], pairs, layers)
+        nie, tie = self._read(names[1:], pairs, layers)
+        unknown = done != Status.EXACT
+        if not exact:
+            unknown &= done != Status.ESTIMATED
+        nie[unknown] = tie[unknown] = np.nan
         return nie, tie
 
-    def estimated(self, granularity: str) -> Bool[np.ndarray, "layer *unit"]:
+    def estimated(
+        self, granularity: str, *, layers: slice = _ALL
+    ) -> Bool[np.ndarray, "layer *unit"]:
         """Units of which any pair has but an estimate."""
-        return (self.done(granularity) == Status.ESTIMATED).any(axis=0)
+        return (self.done(granularity, layers=layers) == Status.ESTIMATED).any(axis=0)
 
     def write_estimates(self, pair_index: int, nie: ArrayLike, tie: ArrayLike) -> None:
         """Writes the estimates by which one pair's neurons are screened, [layer, neuron]."""
-        for name, values in zip(_ESTIMATES, (nie, tie), strict=True):
-            self._array(name)[pair_index] = np.asarray(values, np.float32)
+        # One after the other: the last commits both.
+        for name, values in zip(ESTIMATES, (nie, tie), strict=True):
+            self._write({name: np.asarray(values, np.float32)}, pair_index)
 
     def estimates(
-        self, pairs: slice | int = slice(None)
+        self, pairs: slice | int = _ALL, *, layers: slice = _ALL
     ) -> tuple[
         Float32[np.ndarray, "*pair layer neuron"], Float32[np.ndarray, "*pair layer neuron"]
     ]:
@@ -261,100 +344,239 @@ class Results(Mapping[str, Effects]):
 
         Args:
             pairs: a slice of the pairs, or the index of one.
+            layers: those that are read.
 
         Returns:
             Both, without the first axis for one pair; NaN for a pair without estimates yet.
         """
-        nie, tie = (_read(self._array(name), pairs) for name in _ESTIMATES)
+        nie, tie = self._read(ESTIMATES, pairs, layers)
         return nie, tie
 
     def missing_estimates(self) -> list[int]:
         """Indices of the pairs without estimates of both estimands."""
-        unknown = [np.isnan(values).all(axis=(1, 2)) for values in self.estimates()]
-        return np.flatnonzero(np.any(unknown, axis=0)).tolist()
+        return np.flatnonzero(~self._written(ESTIMATES[-1]).all(axis=1)).tolist()
 
     @property
     def te(self) -> Float32[np.ndarray, "pair"]:
         """TE = Y(x') - Y(x); NaN where it was not measured."""
-        return _read(self._array("te"))
+        return self._read(["te"], _ALL)[0]
 
     @property
     def y_base(self) -> Float32[np.ndarray, "pair"]:
         """Y(x); NaN where it was not measured."""
-        return _read(self._array("y_base"))
+        return self._read(["y_base"], _ALL)[0]
 
     @property
     def y_source(self) -> Float32[np.ndarray, "pair"]:
         """Y(x'); NaN where it was not measured."""
-        return _read(self._array("y_source"))
+        return self._read(["y_source"], _ALL)[0]
 
     @property
     def totals(self) -> Totals:
         """What is known of whole pairs."""
         return Totals(self.pair_ids, self.bases, self.te, self.y_base, self.y_source)
 
+    def state(self) -> str:
+        """A hash that is another one as soon as any effect has been written, or written again:
+        what is made of the effects can tell by it whether it is still of these."""
+        found = hashlib.sha256()
+        for granularity in self.granularities:
+            marks = self.place.read_all(f"{EFFECTS_FILE}/{granularity}/done/c/")
+            for name, _, generation in marks:
+                found.update(name.encode() + b"\0" + generation + b"\0")
+        return found.hexdigest()
+
+    def refresh(self) -> None:
+        """Reads `run.json` again, to which other processes may have added."""
+        run = claims.read_run(self.place)
+        if run is None:
+            raise places.PlaceError(f"{self.place.path(RUN_FILE)}: is there no longer")
+        self.run = run
+
     def record(self, extra: dict) -> None:
-        """Adds what was measured beside the effects to `run`."""
-        self._check_writable()
-        _check_free_keys(extra)
-        measured = sorted({*self.run["measured"], *extra})
-        self.run = {**self.run, **plain(extra), "measured": measured}
-        write_run(self.folder, self.run)
+        """Adds what was measured beside the effects to `run`, whatever it said before."""
+        self._add(lambda run: extra)
+
+    def add_up(self, amounts: Mapping[str, float]) -> None:
+        """Adds numbers, as of seconds, to those that `run` has under the same keys."""
+        self._add(lambda run: {key: run.get(key, 0) + value for key, value in amounts.items()})
+
+    def settle(self, key: str, value: Any) -> Any:
+        """Chooses something once for all who work on this run.
+
+        Args:
+            key: of `run`.
+            value: what it is if `run.json` says nothing of it yet.
+
+        Returns:
+            What it is.
+        """
+        self._add(lambda run: {} if run.get(key) is not None else {key: value})
+        return self.run[key]
 
     def finish(self) -> None:
         """Marks the run as finished: all its files are written."""
-        self._check_writable()
-        self.run = {**self.run, "finished": True}
-        write_run(self.folder, self.run)
+        self._change(lambda run: {**run, "finished": True})
 
-    def copy(self, folder: pathlib.Path) -> None:
+    def begin(self, unit: str, process: int) -> bool:
+        """Marks a unit of work as begun, and says whether it was not before.
+
+        The mark is for other processes, so that not two begin with the same; nothing depends on it.
+
+        Args:
+            unit: its name.
+            process: who begins.
+        """
+        self._check_writable()
+        mark = json.dumps({"process": process, "id": uuid.uuid4().hex}).encode()
+        return self.place.create(f"{_BEGUN}{unit}", mark)
+
+    def begun(self) -> dict[str, int]:
+        """The units that are marked as begun, and the process that began each."""
+        marks = self.place.read_all(_BEGUN)
+        return {name.removeprefix(_BEGUN): json.loads(mark)["process"] for name, mark, _ in marks}
+
+    def copy(self, folder: str | os.PathLike) -> None:
         """Copies run and effects, as they are in the folder now, into an empty one.
 
         Raises:
             InputError: the folder is not empty or cannot be made.
         """
-        _check_empty(folder)
-        _make(folder)
-        shutil.copytree(self.folder / _EFFECTS_FILE, folder / _EFFECTS_FILE)
-        write_run(folder, self.run)
+        place = places.at(folder)
+        _check_empty(place)
+        place.make()
+        files = self.place.read_all(f"{EFFECTS_FILE}/")
+        place.write_all((name, data) for name, data, _ in files)
+        place.write(RUN_FILE, claims.encoded(self.run))  # the last: half a copy is no run
+
+    def _add(self, extra: Callable[[dict], dict]) -> None:
+        """Adds to `run.json` what a function makes of its content."""
+
+        def added(run: dict) -> dict:
+            more = extra(run)
+            _check_free_keys(more)
+            return {**run, **plain(more), "measured": sorted({*run["measured"], *more})}
+
+        self._change(added)
+
+    def _change(self, changed: Callable[[dict], dict]) -> None:
+        self._check_writable()
+        self.run = claims.change(self.place, changed)
 
     def _check_writable(self) -> None:
-        if self._group.read_only:
+        if not self._writable:
             raise ValueError(f"{self.folder} was opened read-only")
 
-    def _of(self, granularity: str, name: str) -> zarr.Array:
-        """An array of one granularity."""
+    def _check_asked(self, granularity: str) -> None:
         if granularity not in self.granularities:
             raise InputError(
                 f"{self.folder} was not run at granularity {granularity!r}, only at"
                 f" {', '.join(self.granularities)}"
             )
-        return self._array(f"{granularity}/{name}")
 
-    def _array(self, name: str) -> zarr.Array:
-        array = self._group[name]
-        assert isinstance(array, zarr.Array)
-        return array
+    def _layers(self, granularity: str, part: int | None) -> slice:
+        """The layers of a part; all for None."""
+        self._check_asked(granularity)
+        if part is None:
+            return slice(0, self.sizes.layers)
+        together = self.layers_together(granularity)
+        start = part * together
+        if not 0 <= start < self.sizes.layers:
+            raise ValueError(f"{granularity} has no part {part}")
+        return slice(start, min(start + together, self.sizes.layers))
+
+    def _written(self, name: str) -> Bool[np.ndarray, "pair part"]:
+        """Which chunks of an array are there."""
+        prefix = f"{EFFECTS_FILE}/{name}/c/"
+        together = layout.layers_together(self.run, name.partition("/")[0])
+        written = np.zeros((len(self.pair_ids), -(-self.sizes.layers // together)), bool)
+        chunks = self.place.names(prefix)
+        if not chunks:
+            self.refresh()  # a bucket that is gone lists nothing, but cannot be read
+        for chunk in chunks:
+            pair, part, *_ = chunk.removeprefix(prefix).split("/")
+            written[int(pair), int(part)] = True
+        return written
+
+    def _write(self, arrays: Mapping[str, Any], where: Any) -> None:
+        """Writes to several arrays at once, at the same place."""
+        self._check_writable()
+        with self.place.writing():
+            written = [self._arrays[name][where].write(values) for name, values in arrays.items()]
+            for each in written:
+                each.result()
+
+    def _read(
+        self, names: Sequence[str], pairs: slice | int, layers: slice | None = None
+    ) -> list[np.ndarray]:
+        """Several arrays, or the layers of them that are asked for."""
+        where: Any = pairs
+        if layers is not None:
+            start, stop, step = layers.indices(self.sizes.layers)
+            where = (pairs, slice(start, max(start, stop), step))
+        with self.place.reading():
+            reads = [self._arrays[name][where].read() for name in names]
+            return [np.asarray(each.result()) for each in reads]
 
 
-def _read(array: zarr.Array, pairs: slice | int = slice(None)) -> np.ndarray:
-    return np.asarray(array[pairs])
+def _arrays(place: Place, run: dict, *, writable: bool) -> dict[str, ts.TensorStore]:
+    """The arrays of a run by name.
+
+    Raises:
+        InputError: one is missing or damaged.
+    """
+
+    def opened(name: str) -> ts.Future:
+        spec = {
+            "driver": "zarr3",
+            "kvstore": place.spec(f"{EFFECTS_FILE}/{name}"),
+            # A chunk of NaN, or of zeros, says that it was written.
+            "store_data_equal_to_fill_value": True,
+        }
+        mode = {} if writable else {"read": True, "write": False}
+        return ts.open(spec, open=True, context=place.context, **mode)
+
+    opening = {name: opened(name) for name in layout.array_names(run)}
+    arrays = {}
+    for name, future in opening.items():
+        try:
+            arrays[name] = future.result()
+        except (ValueError, OSError, RuntimeError) as error:
+            path = place.path(EFFECTS_FILE)
+            if not place.exists(f"{EFFECTS_FILE}/{name}/zarr.json"):
+                raise InputError(
+                    f"{path} lacks the array {name}: run again and overwrite it"
+                ) from error
+            raise InputError(
+                f"{path} is missing or damaged ({places.reason(error)}): run again and overwrite it"
+            ) from error
+    return arrays
 
 
-def _check_empty(folder: pathlib.Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} is not an empty folder: choose another folder")
+def _check_empty(place: Place) -> None:
+    if not place.is_empty():
+        raise _not_empty(place)
 
 
-def _make(folder: pathlib.Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be made ({error.strerror})") from error
+def _not_empty(place: Place) -> InputError:
+    return InputError(f"{place} is not an empty folder: choose another folder")
+
+
+def _delete_effects(place: Place, run: dict) -> None:
+    """Deletes what an earlier run wrote but `run.json`, which says that it may be; what vouches for
+    effects before these, since this may be stopped half way."""
+    for granularity in run["granularities"]:
+        place.delete(f"{EFFECTS_FILE}/{granularity}/done")
+    for name in _OWN_FILES:
+        place.delete(name)
 
 
 def _described(
-    run: dict, sizes: Sizes, pair_ids: Sequence[str], granularities: Iterable[str]
+    run: dict,
+    sizes: Sizes,
+    pair_ids: Sequence[str],
+    granularities: Iterable[str],
+    layers_together: Mapping[str, int],
 ) -> dict:
     """The content of a new `run.json`."""
     pair_ids = [str(pair_id) for pair_id in pair_ids]
@@ -368,89 +590,22 @@ def _described(
         )
     if len(run.get("pair_bases", pair_ids)) != len(pair_ids):
         raise ValueError("the run has not one of 'pair_bases' for each pair")
-    for key in _RECORDED_ON_ARRAYS:
+    for key in RECORDED_ON_ARRAYS:
         if key not in run:
             raise ValueError(f"the run does not say its {key!r}")
     _check_free_keys(run)
+    names = [name for name in GRANULARITIES if name in granularities]
     return {
         **plain(run),
         "sizes": plain(dataclasses.asdict(sizes)),
-        "granularities": [name for name in GRANULARITIES if name in granularities],
+        "granularities": names,
+        "layers_together": {
+            name: min(layers_together.get(name, sizes.layers), sizes.layers) for name in names
+        },
         "pair_ids": pair_ids,
         "measured": [],
         "finished": False,
     }
-
-
-def _start(folder: pathlib.Path, described: dict) -> Results:
-    # run.json comes first: it marks the folder as ours, so that --overwrite may mend a folder
-    # whose arrays were only half made.
-    write_run(folder, described)
-    group = zarr.create_group(folder / _EFFECTS_FILE, zarr_format=3)
-    pairs = {"pair": np.array(described["pair_ids"], object)}
-    axes = {"": pairs} | {name: pairs | _units(described, name) for name in _groups(described)}
-    # Coordinates come before the arrays whose presence `open` checks.
-    for granularity, along in axes.items():
-        for name, values in along.items():
-            _write_coordinate(group, f"{granularity}/{name}".lstrip("/"), values)
-    for name in _array_names(described):
-        granularity, _, leaf = name.rpartition("/")
-        names, shape = zip(*((axis, len(v)) for axis, v in axes[granularity].items()), strict=True)
-        # Directions may be of any sites, which another program should find beside them.
-        own = {"sites": described["sizes"]["sites"]} if granularity == "direction" else {}
-        asked = attributes(described, granularity)
-        group.create_array(
-            name,
-            shape=shape,
-            chunks=(1, *shape[1:]),
-            dtype="uint8" if leaf == "done" else "float32",
-            fill_value=int(Status.NOT_RUN) if leaf == "done" else float("nan"),
-            attributes={key: asked[key] for key in _RECORDED_ON_ARRAYS} | own,
-            dimension_names=names,
-        )
-    _consolidate(folder / _EFFECTS_FILE, axes)
-    return Results(folder, described, group)
-
-
-def _groups(run: dict) -> tuple[str, ...]:
-    """The groups of arrays with effects: granularities, and what their units are screened by."""
-    return (*run["granularities"], *(("screen",) if run.get("screen") else ()))
-
-
-def _units(run: dict, group: str) -> dict[str, np.ndarray]:
-    granularity = "neuron" if group == "screen" else group
-    return Sizes.of(run).coordinates(granularity, run.get("group_size", 1))
-
-
-def _write_coordinate(group: zarr.Group, path: str, values: np.ndarray) -> None:
-    is_text = values.dtype == object
-    array = group.create_array(
-        path,
-        shape=values.shape,
-        chunks=values.shape,
-        dtype=str if is_text else values.dtype,
-        fill_value="" if is_text else 0,
-        dimension_names=[path.rpartition("/")[2]],
-    )
-    array[:] = values
-
-
-def _consolidate(path: pathlib.Path, groups: Iterable[str]) -> None:
-    """Gathers what readers of the whole, or of one group, need to know of the arrays in it."""
-    with warnings.catch_warnings():
-        # Zarr 3 has no word on them yet; a reader that does not know them reads each array's own.
-        warnings.filterwarnings("ignore", "Consolidated metadata", ZarrUserWarning)
-        for name in sorted(groups, reverse=True):  # the whole last
-            zarr.consolidate_metadata(str(path), path=name or None)
-
-
-def _array_names(run: dict) -> list[str]:
-    leaves = ("nie", "tie", "done")
-    return [
-        *TOTALS,
-        *(f"{granularity}/{leaf}" for granularity in run["granularities"] for leaf in leaves),
-        *(_ESTIMATES if run.get("screen") else ()),
-    ]
 
 
 def _check_free_keys(run: dict) -> None:
@@ -459,11 +614,19 @@ def _check_free_keys(run: dict) -> None:
         raise ValueError(f"{', '.join(taken)}: {RUN_FILE} keeps these keys for itself")
 
 
-def _read_run(folder: pathlib.Path) -> dict:
-    path = folder / RUN_FILE
-    if not path.is_file():
-        raise InputError(f"{folder} is not a results folder: it has no {RUN_FILE}")
-    run = read_object(path)
-    if not set(_WRITTEN_HERE) <= set(run):
-        raise InputError(f"{path} was not written by a run of jaxmed: choose another folder")
-    return run
+def _check_written_by_this(place: Place, run: dict, *, also_older: bool = False) -> None:
+    """Raises `InputError` where `run.json` is not that of a sweep, or of effects in chunks that
+    cannot be read here."""
+    lacking = set(_WRITTEN_HERE) - set(run)
+    if lacking == {"layers_together"}:
+        if not also_older:
+            version = run.get("versions", {}).get("jaxmed", "an earlier version")
+            raise InputError(
+                f"{place} was written by a jaxmed ({version}) that did not store effects by parts "
+                "of the layers: read it with that one, choose another folder, or run again and "
+                "overwrite it"
+            )
+    elif lacking:
+        raise InputError(
+            f"{place.path(RUN_FILE)} was not written by a run of jaxmed: choose another folder"
+        )
