@@ -3,18 +3,24 @@
 python -m launch.mediate --model=DIR_OR_HUB_ID --pairs=FILE --out=DIR
 """
 
+from collections.abc import Iterator
+
 from jaxmed.report import mediation
-from jaxmed.runs import mediate
+from jaxmed.runs import mediate, processes, sweep
 from jaxmed.runs.mediate import MediateSettings
 from launch import flags, program
 
 
 def main() -> None:
     """Runs what the flags ask for."""
-    program.start(
-        flags.of(MediateSettings),
-        lambda settings: mediation.closing_lines(mediate.run(settings)),
-    )
+    program.start(flags.of(MediateSettings), _run)
+
+
+def _run(settings: MediateSettings) -> Iterator[str]:
+    results = mediate.run(settings)
+    if processes.this(settings.process, settings.processes).is_first:
+        yield from mediation.closing_lines(results)
+    sweep.check_failed(results)
 
 
 if __name__ == "__main__":

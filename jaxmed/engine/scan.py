@@ -223,6 +223,12 @@ class Scan:
                 total[block.granularity][stop:] = np.nan
         return effects
 
+    def totals(self, index: int) -> tuple[float, float]:
+        """Y of both plain runs of a pair."""
+        with jax.default_matmul_precision("float32"):
+            ((y_base, y_source),) = self._capture((index,)).values()
+        return y_base, y_source
+
     def _nothing(self, block: Block, pair: Pair) -> dict[str, np.ndarray]:
         """No effect of any of a pair's units."""
         config = self.decoder.config

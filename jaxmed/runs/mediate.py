@@ -239,7 +239,7 @@ class MediateSettings:
         least=0,
     )
     processes: int | None = setting(
-        help="How many these are; one that is not there is not waited for. By default what Slurm or "
+        help="How many these are; none that is missing is waited for. By default what Slurm or "
         f"Cloud TPU says, or ${processes.COUNT} beside Kubernetes' index.",
         default=None,
         least=1,
@@ -289,8 +289,8 @@ def run(settings: MediateSettings) -> Results:
     results, asked = measure(settings)
     if not asked.process.is_first:
         asked.say(
-            f"Nothing is left for {asked.process}; process 0 writes summary and report, or the same "
-            "command alone"
+            f"Nothing is left for {asked.process}. Process 0 writes summary and report; should it "
+            "be gone, the same command does, as process 0 or alone"
         )
         return results
     summary.write_summary(results)
@@ -396,7 +396,8 @@ def measure(settings: MediateSettings, *, progress: bool = True) -> tuple[Result
         if selection:
             measured["audit"] = _audit(results, selection, settings.screen)
         if settings.joint_size and (retried or "joint" not in results.run):
-            measured["joint"] = _joint(asked, results)
+            if joint := _joint(asked, results):
+                measured["joint"] = joint
     # A run that was stopped, or is repeated, adds to what it took before, and so do processes.
     results.record(measured)
     results.add_up({"seconds": time.time() - began})
@@ -740,7 +741,28 @@ def _scan(asked: MediateRun, results: Results, selection: screening.Selection | 
     )
     if forecast:
         say(forecast.keep(compilation.so_far().since(compiled)))
+    if asked.process.is_first:
+        _complete_totals(asked, results, of_pairs)
     return shared.retries
+
+
+def _complete_totals(asked: MediateRun, results: Results, of_pairs: scan.Scan) -> None:
+    """Measures Y of pairs whose block failed that would have written it."""
+    unknown = np.flatnonzero(np.isnan(results.te)).tolist()
+    sweep.run(
+        unknown,
+        lambda index, advance: of_pairs.totals(index),
+        lambda index, found: results.write_totals(index, *found),
+        name="total effect",
+        shared=Shared(
+            results,
+            Process(),
+            name="total-{:05d}".format,
+            lacking=lambda indices: indices,
+            fail=lambda index: None,
+        ),
+        progress=asked.progress,
+    )
 
 
 def _blocks(asked: MediateRun, results: Results, of_pairs: scan.Scan) -> list[Block]:
