@@ -206,13 +206,14 @@ class Shared(Generic[Unit]):
         if (name := self.name(unit)) in self._may_be_failed:
             self._results.place.delete(f"{_FAILED}{name}")
 
-    def give_up(self, unit: Unit, error: Exception) -> None:
-        """Commits a unit that failed, unless another process has done it."""
+    def give_up(self, unit: Unit, error: Exception) -> bool:
+        """Commits a unit that failed, unless another process has done it; and says whether."""
         if unit not in self.left([unit]):
-            return
+            return False
         told = {"process": self.process.index, "time": time.time(), "error": _first_line(error)}
         self._results.place.write(f"{_FAILED}{self.name(unit)}", json.dumps(told).encode())
         self._fail(unit)
+        return True
 
 
 def failed(place: Place) -> dict[str, bytes]:
@@ -311,8 +312,8 @@ def run(
                         found = _attempted(shared, each, compute, advance, inform)
                 except _FailedError as failure:
                     assert shared is not None
-                    shared.give_up(each, failure.error)
-                    inform(f"{shared.name(each)} failed again ({failure}): it has no effects")
+                    if shared.give_up(each, failure.error):
+                        inform(f"{shared.name(each)} failed again ({failure}): it has no effects")
                     in_a_row += 1
                     if in_a_row == _ENOUGH:
                         _stop(failure)
