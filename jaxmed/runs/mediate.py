@@ -395,9 +395,9 @@ def measure(settings: MediateSettings, *, progress: bool = True) -> tuple[Result
         measured["tokenisation"] = encoder.counts
         if selection:
             measured["audit"] = _audit(results, selection, settings.screen)
-        if settings.joint_size and (retried or "joint" not in results.run):
-            if joint := _joint(asked, results):
-                measured["joint"] = joint
+        wanted = settings.joint_size and (retried or "joint" not in results.run)
+        if wanted and (joint := _joint(asked, results)):
+            measured["joint"] = joint
     # A run that was stopped, or is repeated, adds to what it took before, and so do processes.
     results.record(measured)
     results.add_up({"seconds": time.time() - began})
