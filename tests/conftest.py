@@ -27,7 +27,10 @@ CHECKED = (
 )
 jaxtyping.install_import_hook(CHECKED, f"{typecheck.__name__}.checked")
 
-from models import cache  # noqa: E402 (only now, so that it is checked too)
+# Only now, so that they are checked too.
+from jaxmed.files import places  # noqa: E402
+from models import cache  # noqa: E402
+from tests.buckets import Buckets  # noqa: E402
 
 # Most of the time goes into compiling, so compiled programs are kept, where programs keep theirs:
 # for other modules, for the programs that tests start, and for the next time.
@@ -47,6 +50,25 @@ def compiled_programs_are_forgotten():
     yield
     jax.clear_caches()
     gc.collect()
+
+
+@pytest.fixture(scope="session")
+def buckets():
+    """A server of buckets, which TensorStore takes for Google's."""
+    server = Buckets()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        retries = {"max_retries": 8, "initial_delay": "1ms", "max_delay": "4ms"}
+        patch.setattr(places, "RETRIES", retries)
+        yield server
+    server.close()
+
+
+@pytest.fixture
+def bucket(buckets):
+    """An empty bucket, gs://NAME."""
+    return buckets.make()
 
 
 # Where most of the time goes, longest first: workers that begin with these end together.

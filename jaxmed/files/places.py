@@ -125,8 +125,8 @@ class Place:
 
     def write_all(self, files: Iterable[tuple[str, bytes]]) -> None:
         """Writes many files, several at a time; each is whole or not there."""
-        with self.writing():
-            for some in _batches(files):
+        for some in _batches(files):
+            with self.writing():
                 _wait([self._files.write(name, data) for name, data in some])
 
     def replace(self, name: str, data: bytes, generation: bytes) -> bool:

@@ -6,10 +6,10 @@ in memory; TensorStore writes and reads the arrays of effects.
 
 import warnings
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import zarr
-from zarr.core.buffer import Buffer
 from zarr.errors import ZarrUserWarning
 from zarr.storage import MemoryStore
 
@@ -44,7 +44,7 @@ def described(run: dict) -> dict[str, bytes]:
     Args:
         run: the content of its `run.json`.
     """
-    files: dict[str, Buffer] = {}
+    files: dict[str, Any] = {}
     store = MemoryStore(files)
     group = zarr.create_group(store, zarr_format=3)
     pairs = {"pair": np.array(run["pair_ids"], object)}

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import pathlib
 import subprocess
 import sys
 
@@ -245,7 +246,7 @@ def test_a_report_is_made_of_a_saved_scan(decoder, tmp_path):
         decoder, PAIRS, ("layer", "head"), chosen={"head": [(0, 1)]}, progress=False
     )
     found.save(tmp_path)
-    page = mediation.write(tmp_path).read_text()
+    page = pathlib.Path(mediation.write(tmp_path)).read_text()
     assert "qwen2 decoder in memory" in page
     assert (tmp_path / "figures" / "layer.png").exists()
     assert json.loads((tmp_path / "run.json").read_text())["finished"] is True

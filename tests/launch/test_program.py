@@ -75,3 +75,23 @@ def test_small_programs_are_kept_too_and_found_again(tmp_path):
     first, second = done.stdout.split("6.0\n")[:2]
     assert "cache_hits" in second and "cache_hits" not in first
     assert list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("certify", []),
+        ("clamp", ["--model=gone", "--prompts=gone"]),
+        ("convert", ["--model=gone"]),
+        ("demo", []),
+        ("judge", ["--judge=gone", "--responses=gone"]),
+        ("respond", ["--model=gone", "--prompts=gone"]),
+    ],
+)
+def test_programs_that_write_to_no_bucket_say_so_before_anything_is_loaded(
+    name, flags, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    failed = process.call(name, *flags, "--out=gs://bucket/out")
+    assert failed.returncode == 1 and list(tmp_path.iterdir()) == []
+    assert failed.stderr == ("Error: --out=gs://bucket/out: must be a local path, and no bucket\n")

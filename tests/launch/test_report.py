@@ -1,10 +1,13 @@
 """The report is written again from a results folder alone."""
 
+import base64
 import json
 
 import numpy as np
+import pandas
 import pytest
 
+from jaxmed.analysis.findings import open_run
 from jaxmed.question import effects
 from jaxmed.store import results
 from models import checkpoint
@@ -45,6 +48,22 @@ def finished(tmp_path):
     made.record({"seconds": 1.0})
     made.finish()
     return tmp_path / "out"
+
+
+def test_a_report_of_a_run_in_a_bucket_is_written_there(finished, bucket):
+    results.Results.open(finished).copy(f"{bucket}/out")
+    done = process.call("report", f"--results={bucket}/out")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"Results: {bucket}/out (open {bucket}/out/report.html)")
+    place = results.Results.open(f"{bucket}/out").place
+    page = place.read("report.html").decode()
+    shown = "data:image/png;base64," + base64.b64encode(place.read("figures/neuron.png")).decode()
+    assert "<h1" in page and shown in page and "tell me" not in page
+    assert place.exists("summary.parquet")
+    assert process.call("report", f"--results={finished}").returncode == 0
+    assert (finished / "figures" / "neuron.png").read_bytes() == place.read("figures/neuron.png")
+    top = [open_run(folder).top(2) for folder in (finished, f"{bucket}/out")]
+    pandas.testing.assert_frame_equal(*top)
 
 
 def test_a_report_is_written_again_with_text_if_asked_for(finished):

@@ -269,7 +269,7 @@ def test_estimates_are_not_tested_but_count_in_the_correction(run):
 
 
 def test_the_summary_file_is_read_while_it_is_newer_than_the_effects(run):
-    path = run.folder / "summary.parquet"
+    path = run.place.folder / "summary.parquet"
     assert summary.read_summary(run).equals(pq.read_table(path))
     written = path.stat().st_mtime_ns
     summary.read_summary(run)

@@ -3,6 +3,7 @@
 import base64
 import html.parser
 import math
+import pathlib
 import re
 import types
 
@@ -58,7 +59,7 @@ class Page(html.parser.HTMLParser):
         super().__init__()
         self.tags, self.images, self.addresses, text = [], [], [], []
         self.handle_data = text.append
-        self.feed(path.read_text(encoding="utf-8"))
+        self.feed(pathlib.Path(path).read_text(encoding="utf-8"))
         self.text = re.sub(r"\s+", " ", " ".join(text))
 
     def handle_starttag(self, tag, attributes):
@@ -84,7 +85,7 @@ def page(planted):
 def test_the_page_carries_its_figures_and_runs_nothing(page, planted):
     assert "script" not in page.tags
     assert all(address.startswith("data:image/png;base64,") for address in page.addresses)
-    written = sorted(path.read_bytes() for path in (planted.folder / "figures").iterdir())
+    written = sorted(path.read_bytes() for path in (planted.place.folder / "figures").iterdir())
     shown = sorted(base64.b64decode(image.partition(",")[2]) for image in page.images)
     assert len(shown) == len(sites.GRANULARITIES) + 1  # and the joint path
     assert shown == written and all(picture[1:4] == b"PNG" for picture in shown)
@@ -159,7 +160,7 @@ def test_directions_are_named_by_layer_site_and_number(tmp_path):
     verdict = mediation.largest_verdict(tables["direction"], "logits")
     assert verdict.same and verdict.nie.unit == name and say("largest", verdict) in shown.text
     assert "Directions sae.npz" in shown.text
-    assert [path.name for path in (made.folder / "figures").iterdir()] == ["direction.png"]
+    assert [path.name for path in (made.place.folder / "figures").iterdir()] == ["direction.png"]
     assert mediation.closing_lines(made)[2] == f"Directions: {say('largest', verdict)}"
 
 
@@ -203,7 +204,7 @@ def test_a_screen_without_a_bound_says_so(sampled, left, verdict, tmp_path):
 def test_only_what_was_run_is_shown(tmp_path):
     made = fabricate(tmp_path, granularities=["layer"])
     shown = Page(mediation.write(tmp_path))
-    assert [path.name for path in (made.folder / "figures").iterdir()] == ["layer.png"]
+    assert [path.name for path in (made.place.folder / "figures").iterdir()] == ["layer.png"]
     assert len(shown.images) == 1
     assert "Attention heads" not in shown.text and "planted" not in shown.text
     assert "not finished" not in shown.text

@@ -149,12 +149,14 @@ def test_an_organism_is_scored_by_the_truth_of_its_pairs_contrast(
     made = mediate.run(
         to(asked, tmp_path, model=str(folder), pairs=str(file), granularity=("head",))
     )
-    assert described(made.folder)["truth"] == contrasts.get(found)
-    assert (found is not None) == ("planted truth" in (made.folder / "report.html").read_text())
+    assert described(made.place.folder)["truth"] == contrasts.get(found)
+    assert (found is not None) == (
+        "planted truth" in (made.place.folder / "report.html").read_text()
+    )
 
 
 def test_a_run_writes_the_files_of_the_contract(finished):
-    group = zarr.open_group(finished.folder / "effects.zarr", mode="r")
+    group = zarr.open_group(finished.place.folder / "effects.zarr", mode="r")
     names = {f"{name}/{leaf}" for name in UNITS for leaf in ("nie", "tie", "done")}
     found = {name: array for name, array in group.members(None) if hasattr(array, "shape")}
     coordinates = {name for name in found if name.rpartition("/")[2] in AXES}
@@ -177,7 +179,7 @@ def test_a_run_writes_the_files_of_the_contract(finished):
         else:
             assert array.dtype == np.float32 and np.isnan(array.fill_value)
     for name in ("summary.parquet", "report.html", "figures/neuron.png"):
-        assert (finished.folder / name).stat().st_size > 0
+        assert (finished.place.folder / name).stat().st_size > 0
 
 
 def test_pairs_of_the_asked_splits_alone_are_used(asked, tmp_path, capsys):
@@ -215,7 +217,7 @@ def test_so_many_pairs_are_drawn_and_another_number_is_another_run(asked, tmp_pa
 
 
 def test_run_json_says_what_was_asked_and_how_it_was_computed(asked, finished):
-    run = described(finished.folder)
+    run = described(finished.place.folder)
     flags = json.loads(json.dumps(dataclasses.asdict(asked)))
     today = datetime.date.today().isoformat()
     settled = {"date": today, "matmul_precision": "float32"}
@@ -230,7 +232,7 @@ def test_run_json_says_what_was_asked_and_how_it_was_computed(asked, finished):
 
 
 def test_a_summary_has_a_row_for_every_unit_and_estimand(finished):
-    rows = pq.read_table(finished.folder / "summary.parquet").to_pylist()
+    rows = pq.read_table(finished.place.folder / "summary.parquet").to_pylist()
     columns = {"granularity", "layer", "site", "unit", "position", "estimand"}
     columns |= {"mean", "ci_low", "ci_high", "p_value", "q_value", "n_pairs"}
     assert columns <= rows[0].keys()
@@ -251,25 +253,25 @@ def test_effects_are_those_that_python_gets_from_scan(asked, finished):
     for granularity in UNITS:
         scanned = jaxmed.scan(decoder, pairs, granularity, LogitDifference())[granularity]
         for name in ("nie", "tie"):
-            written = arrays(finished.folder)[f"{granularity}/{name}"]
+            written = arrays(finished.place.folder)[f"{granularity}/{name}"]
             # Other batches round otherwise; effects that cancel do so relative to the others.
             scale = np.nanmax(np.abs(written))
             expected = getattr(scanned, name)
             np.testing.assert_allclose(written, expected, rtol=1e-4, atol=1e-6 * scale)
         for name in TOTALS:
             np.testing.assert_allclose(
-                arrays(finished.folder)[name], getattr(scanned, name), rtol=1e-5
+                arrays(finished.place.folder)[name], getattr(scanned, name), rtol=1e-5
             )
 
 
 def test_te_is_the_source_run_minus_the_base_run(finished):
-    found = arrays(finished.folder)
+    found = arrays(finished.place.folder)
     np.testing.assert_allclose(found["te"], found["y_source"] - found["y_base"], rtol=1e-5)
     assert (np.abs(found["te"]) > 1e-3).all()
 
 
 def test_tokens_count_from_the_prompts_end_and_are_nan_beyond_its_aligned_positions(finished):
-    found = arrays(finished.folder)
+    found = arrays(finished.place.folder)
     for index, length in enumerate(ALIGNED):
         for name in ("nie", "tie"):
             token = found[f"token/{name}"][index]
@@ -287,7 +289,7 @@ def test_tokens_are_nan_where_alignment_from_the_start_leaves_the_end_out(asked,
     # 7 and 6 tokens: the base prompt's last one has no partner.
     pairs = write(tmp_path / "pairs.jsonl", PAIRS[1])
     question = {"align": "start", "positions": "prompt", "granularity": ("token",)}
-    found = arrays(mediate.run(to(asked, tmp_path, pairs=str(pairs), **question)).folder)
+    found = arrays(mediate.run(to(asked, tmp_path, pairs=str(pairs), **question)).place.folder)
     assert found["token/nie"].shape == (1, LAYERS, 3, 7)
     assert np.isnan(found["token/nie"][..., 0]).all()
     assert (found["token/done"][..., 0] == Status.NOT_RUN).all()
@@ -374,7 +376,7 @@ def test_a_run_that_is_stopped_between_blocks_goes_on_with_the_missing_ones(
     assert scans == [*first, *((name, BLOCKS[1]) for name in UNITS)]
     assert described(out)["finished"] is True
     assert (out / "summary.parquet").exists() and (out / "report.html").exists()
-    assert_same_arrays(out, in_two_blocks.folder)
+    assert_same_arrays(out, in_two_blocks.place.folder)
 
 
 def test_a_block_of_which_a_pair_is_missing_is_computed_whole(
@@ -400,7 +402,7 @@ def test_a_block_of_which_a_pair_is_missing_is_computed_whole(
     mediate.run(settings)
     first = [(name, BLOCKS[0]) for name in ("token", "neuron")]
     assert scans == [*first, *((name, BLOCKS[1]) for name in UNITS)]
-    assert_same_arrays(tmp_path / "out", in_two_blocks.folder)
+    assert_same_arrays(tmp_path / "out", in_two_blocks.place.folder)
 
 
 def test_long_lists_are_computed_and_stored_in_parts_of_the_layers(
@@ -551,13 +553,13 @@ def test_gradients_that_fail_leave_the_selection_to_the_other_pairs(
 @pytest.fixture
 def copied(finished, tmp_path):
     """A copy of the finished run, to be spoiled."""
-    return shutil.copytree(finished.folder, tmp_path / "out")
+    return shutil.copytree(finished.place.folder, tmp_path / "out")
 
 
 def test_a_finished_run_is_not_computed_again(asked, copied, scans, finished, tmp_path):
     mediate.run(to(asked, tmp_path))
     assert scans == []
-    assert_same_arrays(copied, finished.folder)
+    assert_same_arrays(copied, finished.place.folder)
 
 
 @pytest.mark.parametrize(
@@ -600,8 +602,8 @@ def test_an_ignored_key_of_config_json_is_recorded(asked, finished, tmp_path):
     with pytest.raises(InputError, match="config.json: .* --ignore_config=trained_in"):
         mediate.run(other)
     found = mediate.run(dataclasses.replace(other, ignore_config=("trained_in",)))
-    assert described(found.folder)["ignore_config"] == ["trained_in"]
-    assert described(finished.folder)["ignore_config"] == []
+    assert described(found.place.folder)["ignore_config"] == ["trained_in"]
+    assert described(finished.place.folder)["ignore_config"] == []
 
 
 def test_other_weights_under_the_same_name_are_refused(asked, copied, tmp_path):
@@ -619,12 +621,12 @@ def test_another_adapter_under_the_same_name_is_refused(asked, model, tmp_path):
     options = {"target_modules": ["up_proj"]}
     adapter = lora.write(name, tensors, **options)
     settings = to(asked, tmp_path, adapter=str(adapter), granularity=("layer",))
-    run = described(mediate.run(settings).folder)
+    run = described(mediate.run(settings).place.folder)
     assert run["adapter"] == str(adapter)
     assert run["adapter_hash"] == checkpoint.adapter_hash(adapter)
     assert run["weights_hash"] == checkpoint.weights_hash(model)
     plain = mediate.run(to(asked, tmp_path / "plain", granularity=("layer",)))
-    assert described(plain.folder)["adapter_hash"] is None
+    assert described(plain.place.folder)["adapter_hash"] is None
     assert np.abs(plain.te - results.Results.open(settings.out).te).max() > 1e-3
     lora.write(name, tensors, lora_alpha=1, **options)
     with pytest.raises(InputError, match=r"not of the same adapter \(what --adapter holds\)"):
@@ -640,7 +642,7 @@ def test_a_run_whose_report_failed_is_not_finished(asked, tmp_path, monkeypatch)
         with pytest.raises(pytest.fail.Exception):
             mediate.run(settings)
     assert described(tmp_path / "out")["finished"] is False
-    assert described(mediate.run(settings).folder)["finished"] is True
+    assert described(mediate.run(settings).place.folder)["finished"] is True
 
 
 def test_overwrite_starts_again(asked, copied, scans, tmp_path):
@@ -694,9 +696,9 @@ def test_bad_pairs_are_left_out_said_and_counted_if_asked_to(asked, finished, tm
     pairs = write(tmp_path / "pairs.jsonl", PAIRS[0], *BAD_PAIRS, *PAIRS[1:])
     settings = to(asked, tmp_path, pairs=str(pairs), skip_bad_pairs=True)
     run = mediate.run(settings)
-    assert described(run.folder)["skipped"] == 4
+    assert described(run.place.folder)["skipped"] == 4
     assert run.pair_ids == ("even", "longer", "short")
-    assert_same_arrays(run.folder, finished.folder)
+    assert_same_arrays(run.place.folder, finished.place.folder)
     said = capsys.readouterr().err
     for line, fault in ((2, "not JSON"), (3, "token id 61"), (4, "65 tokens"), (5, "same first")):
         assert any(
@@ -762,6 +764,18 @@ def test_settings_that_make_no_sense_are_refused_before_the_model_is_loaded(
         mediate.run(to(asked, tmp_path, **changes))
     assert str(caught.value).startswith(said)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_in_a_bucket_is_that_of_a_folder(asked, finished, scans, bucket, tmp_path):
+    settings = dataclasses.replace(asked, out=f"{bucket}/a/run")
+    in_bucket = mediate.run(settings)
+    for name in ("report.html", "summary.parquet", "figures/neuron.png"):
+        assert in_bucket.place.exists(name)
+    in_bucket.copy(tmp_path / "copy")
+    assert_same_arrays(tmp_path / "copy", finished.place.folder)
+    scans.clear()
+    assert mediate.run(settings).run["finished"] and scans == []
+    assert not pathlib.Path("gs:").exists()
 
 
 @pytest.mark.parametrize("out", ["pairs.jsonl", "pairs.jsonl/out", "taken"])
@@ -839,7 +853,7 @@ def test_a_file_of_directions_adds_them_to_what_is_asked(asked, finished, vector
     run = mediate.run(settings)
     assert run.granularities == ("layer", "direction")
     assert run.sizes.sites == ("residual", "neuron")
-    group = zarr.open_group(run.folder / "effects.zarr", mode="r")
+    group = zarr.open_group(run.place.folder / "effects.zarr", mode="r")
     assert group["direction/nie"].attrs["sites"] == ["residual", "neuron"]
     assert group["direction/done"].shape == (3, LAYERS, 2, 3)
     given = np.zeros((LAYERS, 2, 3), bool)
@@ -851,22 +865,22 @@ def test_a_file_of_directions_adds_them_to_what_is_asked(asked, finished, vector
         np.testing.assert_allclose(side[:, 1, 1], neurons[:, 1, [7, 2, 11]], rtol=1e-3, atol=1e-7)
     decoder, _ = models.load(asked.model)
     read = directions.read(vectors, decoder.config)
-    assert described(run.folder)["directions_hash"] == read.hash
-    rows = pq.read_table(run.folder / "summary.parquet").to_pylist()
+    assert described(run.place.folder)["directions_hash"] == read.hash
+    rows = pq.read_table(run.place.folder / "summary.parquet").to_pylist()
     places = [
         (row["layer"], row["site"], row["unit"])
         for row in rows
         if (row["granularity"], row["estimand"]) == ("direction", "nie")
     ]
     assert places == [(0, "residual", 0), *((1, "neuron", number) for number in range(3))]
-    assert (run.folder / "figures" / "direction.png").exists()
+    assert (run.place.folder / "figures" / "direction.png").exists()
     assert not run.missing("direction")
 
     # Another file under the same name is another question.
     other = np.load(vectors)
     np.savez(tmp_path / "other.npz", **{**other, "residual.0": -other["residual.0"]})
-    path = described(run.folder) | {"directions": str(tmp_path / "other.npz")}
-    (run.folder / "run.json").write_text(json.dumps(path))
+    path = described(run.place.folder) | {"directions": str(tmp_path / "other.npz")}
+    (run.place.folder / "run.json").write_text(json.dumps(path))
     with pytest.raises(InputError, match="not of the same directions"):
         mediate.run(dataclasses.replace(settings, directions=str(tmp_path / "other.npz")))
 
@@ -910,7 +924,7 @@ def test_a_screened_run_is_exact_where_it_computes_and_says_where_it_does_not(
 
 
 def test_a_screened_run_records_what_it_may_have_missed(finished, screened):
-    audit = described(screened.folder)["audit"]
+    audit = described(screened.place.folder)["audit"]
     candidates = screening.MARGIN * TOP
     assert (audit["candidates"], audit["sampled"]) == (candidates, AUDITED)
     assert audit["uncomputed"] == LAYERS * NEURONS - candidates - AUDITED
@@ -921,7 +935,7 @@ def test_a_screened_run_records_what_it_may_have_missed(finished, screened):
     assert missing.sum() <= audit["bound"] <= audit["uncomputed"]
     assert -1 <= audit["spearman"] <= 1 and audit["confidence"] == 0.95
     assert "At most" in mediation.closing_lines(screened)[-1]
-    assert (screened.folder / "figures" / "screen.png").exists()
+    assert (screened.place.folder / "figures" / "screen.png").exists()
 
 
 def test_a_screened_run_goes_on_with_the_same_neurons(
@@ -957,7 +971,7 @@ def test_a_screened_run_goes_on_with_the_same_neurons(
     assert scored == ["even", "longer", "longer", "short"]  # each estimate is kept
     everything = ("short", "even", "longer")
     assert scans == [("layer", everything)] * 2 + [("neuron", everything)]
-    assert_same_arrays(tmp_path / "out", screened.folder)
+    assert_same_arrays(tmp_path / "out", screened.place.folder)
     with pytest.raises(InputError, match="other settings: --screen was 2, is now 3"):
         mediate.run(dataclasses.replace(settings, screen=3))
 
@@ -1013,7 +1027,7 @@ def test_a_joint_set_is_searched_confirmed_and_reported(asked, tmp_path, monkeyp
         joint_pairs=1,
     )
     run = mediate.run(settings)
-    joint = described(run.folder)["joint"]
+    joint = described(run.place.folder)["joint"]
     picked = [tuple(unit) for unit in joint["picked"]]
     assert len(set(picked)) == len(joint["share_nie"]) == len(joint["share_tie"]) == 2
     # Each share is the joint effect of the set so far.
@@ -1038,7 +1052,7 @@ def test_a_joint_set_is_searched_confirmed_and_reported(asked, tmp_path, monkeyp
         share = np.mean([getattr(other, name)["joint"][1] for other in others]) / te
         np.testing.assert_allclose(joint["confirmed"][f"share_{name}"], share, rtol=1e-4)
     assert joint["seconds"] > 0 and joint["share"] == 2
-    assert (run.folder / "figures" / "joint.png").exists()
+    assert (run.place.folder / "figures" / "joint.png").exists()
 
 
 def test_no_joint_set_is_formed_where_the_total_effect_is_too_small(
@@ -1048,7 +1062,7 @@ def test_no_joint_set_is_formed_where_the_total_effect_is_too_small(
     same = PAIRS[0] | {"counterfactual_ids": PAIRS[0]["prompt_ids"]}
     pairs = write(tmp_path / "pairs.jsonl", same)
     run = mediate.run(to(asked, tmp_path, pairs=str(pairs), granularity=("neuron",), joint_size=2))
-    assert described(run.folder)["finished"] is True and "joint" not in run.run
+    assert described(run.place.folder)["finished"] is True and "joint" not in run.run
     assert "No joint set: the mean total effect" in capsys.readouterr().err
     np.testing.assert_array_equal(run.effects("neuron"), 0)
 
@@ -1104,7 +1118,7 @@ def test_text_and_its_token_ids_give_the_same_effects(text_model, tmp_path, caps
         found.append(
             mediate.run(MediateSettings(str(text_model), str(pairs), out, ("layer",), chat=chat))
         )
-    assert_same_arrays(found[1].folder, found[0].folder)
+    assert_same_arrays(found[1].place.folder, found[0].place.folder)
     assert "--chat wraps them" not in capsys.readouterr().err
 
 
@@ -1121,7 +1135,7 @@ def test_first_tokens_may_be_given_as_ids_or_as_words(text_model, tmp_path):
             safe_tokens=("id:14",),
         )
         found.append(mediate.run(settings))
-    assert_same_arrays(found[1].folder, found[0].folder)
+    assert_same_arrays(found[1].place.folder, found[0].place.folder)
 
 
 def test_first_tokens_are_alike_after_the_pairs_that_are_kept(tmp_path, capsys):

@@ -127,3 +127,29 @@ def test_every_setting_that_is_a_path_is_known_to_be_one(kind):
     named = PATHS | ({"organism", "profile"} if kind is BenchmarkSettings else set())
     for field in dataclasses.fields(kind):
         assert settings_lib.about_field(field).path == (field.name in named), field.name
+
+
+BUCKETS = {(MediateSettings, "out"), (ReportSettings, "results"), (ClampSettings, "results")}
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_a_path_is_local_unless_the_setting_says_that_it_may_be_in_a_bucket(kind):
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    several = {name for name in fields if settings_lib.value_type(kind, name) is tuple}
+
+    def given(name, path):
+        return {name: (path,) if name in several else path}
+
+    needed = [name for name, field in fields.items() if field.default is dataclasses.MISSING]
+    least = {name: value for each in needed for name, value in given(each, "x").items()}
+    for name, field in fields.items():
+        if not settings_lib.about_field(field).path:
+            continue
+        for path in ("gs://bucket/x", "s3://bucket/x", "a=https://host/x"):
+            settings = kind(**least | given(name, path))
+            if path.startswith("gs:") and (kind, name) in BUCKETS:
+                settings_lib.check(settings)
+                continue
+            with pytest.raises(InputError) as error:
+                settings_lib.check(settings)
+            assert str(error.value).startswith(f"--{name}={path}: must be a local path, ")
