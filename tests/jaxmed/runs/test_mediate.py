@@ -3,7 +3,6 @@
 import dataclasses
 import datetime
 import json
-import pathlib
 import shutil
 
 import jax
@@ -414,7 +413,7 @@ def test_long_lists_are_computed_and_stored_in_parts_of_the_layers(
     of_neurons = [block for block in found.run["blocks"] if block["granularity"] == "neuron"]
     assert [block["layers"] for block in of_neurons] == [[0, 1], [1, 2]] * 3
     assert found.layers_together("neuron") == 1 and found.layers_together("layer") == LAYERS
-    written, expected = arrays(tmp_path / "out"), arrays(pathlib.Path(finished.folder))
+    written, expected = arrays(tmp_path / "out"), arrays(finished.place.folder)
     assert (written["neuron/done"] == Status.EXACT).all()
     for name in ("nie", "tie"):
         whole = expected[f"neuron/{name}"]
@@ -446,7 +445,7 @@ def test_one_process_does_what_others_have_left_and_the_first_writes_the_report(
     mediate.run(dataclasses.replace(settings, process=0, processes=2))
     assert scans == [] and described(out)["finished"] is True
     assert (out / "report.html").exists() and described(out)["seconds"] > seconds > 0
-    assert_same_arrays(out, in_two_blocks.folder)
+    assert_same_arrays(out, in_two_blocks.place.folder)
 
 
 def test_processes_that_find_another_precision_the_faster_take_that_of_the_first(
@@ -491,7 +490,7 @@ def test_blocks_that_fail_have_no_effects_until_they_are_tried_again(
         faulty(patch, lambda block: ValueError("no") if block.name in failing else None)
         mediate.run(settings)
     assert len(scans) == 8 and described(out)["finished"] is True
-    found, expected = arrays(out), arrays(pathlib.Path(in_two_blocks.folder))
+    found, expected = arrays(out), arrays(in_two_blocks.place.folder)
     assert np.isfinite(found["te"]).all()  # though the block failed that measures it first
     assert (found["layer/done"][[0, 2]] == Status.FAILED).all()
     has_unit = expected["token/done"][[0, 2]] == Status.EXACT
@@ -504,7 +503,7 @@ def test_blocks_that_fail_have_no_effects_until_they_are_tried_again(
     assert scans == []
     mediate.run(dataclasses.replace(settings, retry_failed=True))
     assert scans == [("layer", BLOCKS[0]), ("token", BLOCKS[0])]
-    assert_same_arrays(out, in_two_blocks.folder)
+    assert_same_arrays(out, in_two_blocks.place.folder)
 
 
 def test_a_block_for_which_the_memory_does_not_suffice_is_computed_in_smaller_batches(
