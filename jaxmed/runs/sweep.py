@@ -224,10 +224,10 @@ def failed(place: Place) -> dict[str, bytes]:
 def check_failed(results: Results) -> None:
     """Raises `UnitsFailedError` where units of a results folder failed."""
     if names := sorted(failed(results.place)):
-        shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+        shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
         raise UnitsFailedError(
-            f"{len(names)} units of work failed and have no effects ({shown}); --retry_failed "
-            "takes them up again"
+            f"Units of work that failed, and have no effects: {shown}; --retry_failed takes them "
+            "up again"
         )
 
 
