@@ -291,11 +291,8 @@ def layers_together(
     """
     longest = max(pairs, key=lambda pair: max(len(pair.prompt_ids), len(pair.counterfactual_ids)))
     return {
-        granularity: _layers_of_a_part(
-            *(config, longest, question, granularity, platform),
-            most=computed.get(granularity),
-        )
-        for granularity in granularities
+        name: _layers_of_a_part(config, longest, question, name, platform, computed.get(name))
+        for name in granularities
     }
 
 

@@ -361,7 +361,11 @@ def measure(settings: MediateSettings, *, progress: bool = True) -> tuple[Result
     if pairs[0].prompt_text is not None and not pairs[0].is_chat and encoder.has_template:
         say(loading.AS_IT_STANDS)
     together = blocks_lib.layers_together(
-        *(decoder.config, pairs, question, settings.granularities, jax.default_backend()),
+        decoder.config,
+        pairs,
+        question,
+        settings.granularities,
+        platform=jax.default_backend(),
         computed=_most_computed(settings),
     )
 
@@ -589,6 +593,13 @@ def _screen(asked: MediateRun, results: Results) -> screening.Selection:
     def fail(index: int) -> None:
         results.write_estimates(index, *np.full((2, *results.sizes.shape("neuron")), np.nan))
 
+    # Later estimates would select other neurons than those that have been computed.
+    is_settled = "blocks" in results.run
+    if is_settled and settings.retry_failed:
+        asked.say(
+            "Which neurons are computed is settled: pairs whose gradients failed stay without a say "
+            "in it; --overwrite starts again"
+        )
     sweep.run(
         range(len(asked.pairs)),
         compute,
@@ -601,8 +612,7 @@ def _screen(asked: MediateRun, results: Results) -> screening.Selection:
             lacking=lacking,
             fail=fail,
             about=lambda index: f"pair '{results.pair_ids[index]}'",
-            # Later ones would select other neurons than those that have been computed.
-            retry_failed=settings.retry_failed and "blocks" not in results.run,
+            retry_failed=settings.retry_failed and not is_settled,
         ),
         progress=asked.progress,
     )
@@ -701,8 +711,13 @@ def _scan(asked: MediateRun, results: Results, selection: screening.Selection | 
         forecast = costs_lib.Forecast(asked.decoder, about)
         shares = {block: costs[block] for block in own}
         _announce(
-            *(asked, results, len(left), _by_granularity(costs), _by_granularity(shares)),
-            *(chosen, forecast),
+            asked,
+            results,
+            todo=len(left),
+            operations=_by_granularity(costs),
+            own=_by_granularity(shares),
+            chosen=chosen,
+            forecast=forecast,
         )
     began, to_come = time.time(), {block: costs[block] for block in own}
 
@@ -778,6 +793,11 @@ def _blocks(asked: MediateRun, results: Results, of_pairs: scan.Scan) -> list[Bl
 def _lacking(results: Results, blocks: Sequence[Block]) -> list[Block]:
     """Those of which the store lacks anything. One of which a pair is missing is computed whole:
     bits are those of its batches."""
+    if len(blocks) == 1:
+        (block,) = blocks
+        parts = _parts(results, block)
+        there = results.committed(block.granularity, block.pairs)[:, parts.start : parts.stop]
+        return [] if there.all() else [block]
     committed = {name: results.committed(name) for name in {each.granularity for each in blocks}}
     return [
         block

@@ -201,6 +201,11 @@ class Shared(Generic[Unit]):
             self._may_be_failed.add(self.name(unit))  # another process is at it, or was
             yield unit
 
+    def may_commit(self, unit: Unit) -> bool:
+        """Whether a unit is still to be committed: what another process has done meanwhile is the
+        same, and may have been read by now."""
+        return self.process.is_alone or bool(self.left([unit]))
+
     def done(self, unit: Unit) -> None:
         """A unit was committed: it is no longer one that failed."""
         if (name := self.name(unit)) in self._may_be_failed:
@@ -322,7 +327,8 @@ def run(
                     compiling = compilation.so_far().since(compiled).seconds
                     seconds = time.monotonic() - began - compiling
                     on_done(each, seconds)
-                    commit(each, found)
+                    if shared is None or shared.may_commit(each):
+                        commit(each, found)
                     if shared is not None:
                         shared.done(each)
                         if not shared.process.is_alone:
