@@ -50,6 +50,7 @@ from models.errors import InputError
 
 SCREEN_SEED = 0  # of the audit sample
 DRAW_SEED = 0  # of --most_pairs
+_SCREENED = "screen-"  # units of work whose gradients are taken
 
 
 @dataclasses.dataclass(frozen=True)
@@ -590,15 +591,21 @@ def _screen(asked: MediateRun, results: Results) -> screening.Selection:
         missing = set(results.missing_estimates())
         return [index for index in indices if index in missing]
 
+    def name(index: int) -> str:
+        return f"{_SCREENED}{index:05d}"
+
+    def is_screened(name: str) -> bool:
+        return name.startswith(_SCREENED)
+
     def fail(index: int) -> None:
         results.write_estimates(index, *np.full((2, *results.sizes.shape("neuron")), np.nan))
 
     # Later estimates would select other neurons than those that have been computed.
     is_settled = "blocks" in results.run
-    if is_settled and settings.retry_failed:
+    if settings.retry_failed and is_settled and any(map(is_screened, sweep.failed(results.place))):
         asked.say(
-            "Which neurons are computed is settled: pairs whose gradients failed stay without a say "
-            "in it; --overwrite starts again"
+            "Which neurons are computed is settled, without the pairs whose gradients failed; only "
+            "--overwrite takes these up again"
         )
     sweep.run(
         range(len(asked.pairs)),
@@ -608,7 +615,7 @@ def _screen(asked: MediateRun, results: Results) -> screening.Selection:
         shared=Shared(
             results,
             asked.process,
-            name="screen-{:05d}".format,
+            name=name,
             lacking=lacking,
             fail=fail,
             about=lambda index: f"pair '{results.pair_ids[index]}'",
