@@ -591,18 +591,13 @@ def _screen(asked: MediateRun, results: Results) -> screening.Selection:
         missing = set(results.missing_estimates())
         return [index for index in indices if index in missing]
 
-    def name(index: int) -> str:
-        return f"{_SCREENED}{index:05d}"
-
-    def is_screened(name: str) -> bool:
-        return name.startswith(_SCREENED)
-
     def fail(index: int) -> None:
         results.write_estimates(index, *np.full((2, *results.sizes.shape("neuron")), np.nan))
 
     # Later estimates would select other neurons than those that have been computed.
     is_settled = "blocks" in results.run
-    if settings.retry_failed and is_settled and any(map(is_screened, sweep.failed(results.place))):
+    failed = [name for name in sweep.failed(results.place) if name.startswith(_SCREENED)]
+    if settings.retry_failed and is_settled and failed:
         asked.say(
             "Which neurons are computed is settled, without the pairs whose gradients failed; only "
             "--overwrite takes these up again"
@@ -615,7 +610,7 @@ def _screen(asked: MediateRun, results: Results) -> screening.Selection:
         shared=Shared(
             results,
             asked.process,
-            name=name,
+            name=lambda index: f"{_SCREENED}{index:05d}",
             lacking=lacking,
             fail=fail,
             about=lambda index: f"pair '{results.pair_ids[index]}'",

@@ -461,7 +461,7 @@ def test_processes_that_find_another_precision_the_faster_take_that_of_the_first
     found, asked_again = mediate.measure(settings)
     assert asked_again.decoder.products.precision == found.run["precision"] == "float32"
     assert scans == []
-    with pytest.raises(InputError, match="--matmul_precision was float32, is now split3"):
+    with pytest.raises(InputError, match='precision was "float32", is now "split3"'):
         mediate.measure(dataclasses.replace(settings, matmul_precision="split3"))
 
 
