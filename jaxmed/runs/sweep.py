@@ -120,7 +120,7 @@ class Shared(Generic[Unit]):
     Attributes:
         process: which this is.
         name, about, smaller: as `__init__` has them.
-        retries: whether there are units that failed before and are taken up again.
+        retries: whether any units failed before and are taken up again.
     """
 
     def __init__(
@@ -153,7 +153,7 @@ class Shared(Generic[Unit]):
         there = failed(results.place)
         self._again = there if retry_failed else {}
         self._may_be_failed = set(there)
-        self.retries = False
+        self.retries = bool(self._again)
 
     def own(self, units: Sequence[Unit]) -> Sequence[Unit]:
         """Those that this process begins with."""
@@ -203,8 +203,14 @@ class Shared(Generic[Unit]):
 
     def may_commit(self, unit: Unit) -> bool:
         """Whether a unit is still to be committed: what another process has done meanwhile is the
-        same, and may have been read by now."""
-        return self.process.is_alone or bool(self.left([unit]))
+        same, and may have been read by now. What another has given up is."""
+        if self.process.is_alone or self.left([unit]):
+            return True
+        name = self.name(unit)
+        if self._results.place.exists(f"{_FAILED}{name}"):
+            self._may_be_failed.add(name)
+            return True
+        return False
 
     def done(self, unit: Unit) -> None:
         """A unit was committed: it is no longer one that failed."""
@@ -327,12 +333,13 @@ def run(
                     compiling = compilation.so_far().since(compiled).seconds
                     seconds = time.monotonic() - began - compiling
                     on_done(each, seconds)
-                    if shared is None or shared.may_commit(each):
+                    if shared is None:
                         commit(each, found)
-                    if shared is not None:
+                    elif shared.may_commit(each):
+                        commit(each, found)
                         shared.done(each)
-                        if not shared.process.is_alone:
-                            inform(_told(shared, each, seconds, compiling))
+                    if shared is not None and not shared.process.is_alone:
+                        inform(_told(shared, each, seconds, compiling))
             if costs is None:
                 bar.update(1)
 

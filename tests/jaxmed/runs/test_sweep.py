@@ -164,6 +164,28 @@ def test_a_unit_that_another_process_has_done_is_not_given_up(results):
     sweep.check_failed(results)
 
 
+def test_a_unit_that_another_process_has_done_is_not_committed_again(results):
+    def compute(unit, advance):
+        if unit == 4:
+            write(results, unit)  # by the other
+        return unit
+
+    assert run(results, compute, of=shared(results, Process(0, 2))) == [0, 2, 6, 7, 5, 3, 1]
+
+
+def test_a_unit_that_another_process_has_given_up_is_committed(results):
+    other = shared(results, Process(1, 2))
+
+    def compute(unit, advance):
+        if unit == 4:
+            assert other.give_up(unit, FAULT)
+        return unit
+
+    assert run(results, compute, of=shared(results, Process(0, 2))) == [0, 2, 4, 6, 7, 5, 3, 1]
+    assert results.done("layer")[4, 0] == Status.EXACT
+    sweep.check_failed(results)
+
+
 def test_units_that_fail_one_after_the_other_stop_the_process(results):
     with pytest.raises(RuntimeError, match="4 units .* with ValueError: first line. All that"):
         run(results, failing(dict.fromkeys(range(2, 8), 2)))
