@@ -222,7 +222,7 @@ class MediateSettings:
     )
     memory_gb: float | None = setting(
         help="Memory that the run may take on its device, weights and program included, in GiB; by "
-        "default most of what is free.",
+        "default most of what is free. Of several processes on one machine, each one's part.",
         default=None,
         least=1e-3,
     )
@@ -766,6 +766,8 @@ def _scan(asked: MediateRun, results: Results, selection: screening.Selection | 
 def _complete_totals(asked: MediateRun, results: Results, of_pairs: scan.Scan) -> None:
     """Measures Y of pairs whose block failed that would have written it."""
     unknown = np.flatnonzero(np.isnan(results.te)).tolist()
+    if not unknown:
+        return
     sweep.run(
         unknown,
         lambda index, advance: of_pairs.totals(index),
