@@ -218,7 +218,7 @@ def test_a_part_takes_about_a_minute_and_still_fills_the_device(monkeypatch):
     whole = cost.operations(config, PAIRS[1], question, ["neuron"])
     assert of_layers.sum() == pytest.approx(whole, rel=1e-12)
     monkeypatch.setattr(cost, "UNITS_OF_A_BLOCK", 1000)
-    monkeypatch.setattr(cost, "_OPERATIONS", {"cpu": of_layers[:2].sum()})
+    monkeypatch.setattr(cost, "_OPERATIONS", {"cpu": float(of_layers[:2].sum())})
     assert together() == 2
     # Modules of a prompt are too few to fill a chunk by a layer's.
     monkeypatch.setattr(cost, "_OPERATIONS", {"cpu": 1.0})
