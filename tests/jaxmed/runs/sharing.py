@@ -10,7 +10,7 @@ from jaxmed.engine import cost, scan
 from launch import mediate
 
 # A block has two pairs at most, and a layer's neurons fill a chunk.
-SIZES = {"_PAIRS": {"cpu": 2}, "_TOGETHER": {"cpu": 4}, "UNITS_OF_A_BLOCK": 12}
+SIZES = {"_PAIRS": {"cpu": 2}, "_TOGETHER": {"cpu": 2}, "UNITS_OF_A_BLOCK": 12}
 
 
 def slow(seconds: float) -> None:
