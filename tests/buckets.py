@@ -27,8 +27,7 @@ class Buckets:
         self.requests: list[tuple[str, str]] = []
         self._generations = itertools.count(1)
         self._lock = threading.Lock()
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
-        self._server.daemon_threads = True
+        self._server = _Server(("127.0.0.1", 0), _handler(self))
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
         self.environment = {
             "TENSORSTORE_GCS_HTTP_URL": f"http://127.0.0.1:{self._server.server_port}",
@@ -104,6 +103,11 @@ class Buckets:
             return 412, {}, b""
         del objects[name]
         return 204, {}, b""
+
+
+class _Server(http.server.ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 256  # connections that TensorStore opens at once
 
 
 def _holds(asked: dict[str, str], generation: int) -> bool:

@@ -49,6 +49,13 @@ def at(folder: "str | os.PathLike | Place") -> "Place":
     return folder if isinstance(folder, Place) else Place(os.fspath(folder))
 
 
+def gone(place: "Place", name: str) -> PlaceError:
+    """The error where a file was deleted that was there before."""
+    return PlaceError(
+        f"{place.path(name)}: is there no longer; the folder, or its bucket, was deleted meanwhile"
+    )
+
+
 class Place:
     """A local folder or a part of a bucket, which need not be there yet; see `at`.
 
@@ -237,6 +244,8 @@ def _beginning(prefix: str) -> ts.KvStore.KeyRange:
 
 
 def reason(error: Exception) -> str:
-    """What TensorStore says, without the lines of its source that it names."""
-    text = re.sub(r"\s*\[(source locations|tensorstore_spec)=.*", "", str(error), flags=re.DOTALL)
+    """What TensorStore says, without what it adds for its developers: a status before, and notes in
+    brackets after."""
+    text = re.sub(r"^[A-Z_]+: ", "", str(error))
+    text = re.sub(r"\s*\[[\w ]+='.*?'\](?=\s*(\[|$))", "", text, flags=re.DOTALL)
     return text if len(text) <= 300 else text[:297] + "..."

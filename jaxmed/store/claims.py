@@ -178,7 +178,7 @@ def change(place: Place, changed: Callable[[dict], dict]) -> dict:
         content, generation = place.look(RUN_FILE)
         earlier = _decoded(place, content)
         if earlier is None:
-            raise places.PlaceError(f"{place.path(RUN_FILE)}: is there no longer")
+            raise places.gone(place, RUN_FILE)
         run = changed(earlier)
         if run == earlier or place.replace(RUN_FILE, encoded(run), generation):
             return run

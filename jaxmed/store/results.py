@@ -173,7 +173,7 @@ class Results(Mapping[str, Effects]):
             return cls._writing(place, wanted)
         earlier = claims.read_run(place)
         if earlier is None:
-            raise places.PlaceError(f"{place.path(RUN_FILE)}: is there no longer")
+            raise places.gone(place, RUN_FILE)
         # Raises, before anything is deleted, if it is not a run's.
         _check_written_by_this(place, earlier, also_older=overwrite)
         if overwrite:
@@ -397,7 +397,7 @@ class Results(Mapping[str, Effects]):
         """Reads `run.json` again, to which other processes may have added."""
         run = claims.read_run(self.place)
         if run is None:
-            raise places.PlaceError(f"{self.place.path(RUN_FILE)}: is there no longer")
+            raise places.gone(self.place, RUN_FILE)
         self.run = run
 
     def record(self, extra: dict) -> None:

@@ -1,7 +1,5 @@
 """Templates: what is escaped, what is missing, and how lines are made."""
 
-import pathlib
-
 import jinja2
 import pytest
 
@@ -43,7 +41,8 @@ def test_sentences_are_one_line_and_tables_are_aligned():
 def test_lines_are_plain_text():
     lines = rendering.lines(
         "mediation.txt.j2",
-        folder=pathlib.Path("a & b"),
+        folder="a & b",
+        report="a & b/report.html",
         missing=1,
         pairs=2,
         total=None,
