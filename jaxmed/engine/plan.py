@@ -118,7 +118,8 @@ class Work:
 
     def of(self, first: int, stop: int) -> "Work":
         """The units of some layers, from the first to the one before `stop`."""
-        return self._subset((first <= self.units.layers) & (self.units.layers < stop))
+        layers = np.asarray(self.units.layers)
+        return self._subset((first <= layers) & (layers < stop))
 
     def _subset(self, here: np.ndarray) -> "Work":
         """Those that a mask of the units chooses."""

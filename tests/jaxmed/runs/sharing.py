@@ -7,6 +7,7 @@ import sys
 import time
 
 from jaxmed.engine import cost, scan
+from jaxmed.files import places
 from launch import mediate
 
 # A block has two pairs at most, and a layer's neurons fill a chunk.
@@ -28,4 +29,5 @@ if __name__ == "__main__":
     slow(float(sys.argv.pop(1)))
     for name, value in SIZES.items():
         setattr(cost, name, value)
+    places.RETRIES.update(initial_delay="10ms", max_delay="50ms")
     mediate.main()

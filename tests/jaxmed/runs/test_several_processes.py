@@ -5,6 +5,7 @@ import collections
 import contextlib
 import dataclasses
 import json
+import os
 import pathlib
 import random
 import re
@@ -19,6 +20,7 @@ import zarr
 from jaxmed.engine import cost
 from jaxmed.runs import mediate
 from jaxmed.runs.mediate import MediateSettings
+from jaxmed.store.results import Results
 from tests import tiny
 from tests.jaxmed.runs import sharing
 from tests.launch import process
@@ -35,6 +37,7 @@ PAIRS = [
     }
     for number in range(6)
 ]
+PLACE = {"TENSORSTORE_GCS_HTTP_URL", "GOOGLE_AUTH_TOKEN_FOR_TESTING"}  # of the tests' buckets
 SECONDS = 0.05  # that a unit takes beside what it computes
 
 
@@ -83,8 +86,8 @@ def assert_same(found, expected):
 class Started:
     """A process, and what it says."""
 
-    def __init__(self, asked, out, log: pathlib.Path, number: int, count: int, **flags):
-        flags |= {"model": asked.model, "pairs": asked.pairs, "out": str(out)}
+    def __init__(self, asked, out, log: pathlib.Path, number: int, count: int):
+        flags = {"model": asked.model, "pairs": asked.pairs, "out": str(out)}
         flags |= {"granularity": ",".join(GRANULARITIES), "process": number, "processes": count}
         self.log = log
         with log.open("w") as file:
@@ -92,7 +95,8 @@ class Started:
                 [sys.executable, "-m", "tests.jaxmed.runs.sharing", str(SECONDS)]
                 + [f"--{name}={value}" for name, value in flags.items()],
                 cwd=process.ROOT,
-                env=process.ENVIRONMENT,
+                env=process.ENVIRONMENT
+                | {name: os.environ[name] for name in PLACE & {*os.environ}},
                 stdout=file,
                 stderr=file,
             )
@@ -173,6 +177,27 @@ def killed(asked, undisturbed, folder, seed, count, again):
 
 def test_what_killed_processes_have_left_others_do_to_the_same_bits(asked, undisturbed, tmp_path):
     killed(asked, undisturbed, tmp_path, seed=time.time_ns(), count=2, again=1)
+
+
+@pytest.mark.parity
+def test_two_processes_do_a_run_in_a_bucket_that_fails_in_between(
+    asked, undisturbed, buckets, bucket, tmp_path
+):
+    moments, statuses = random.Random(0), (503, 429, -503)
+
+    def trouble(method, name):
+        return moments.choice(statuses) if moments.random() < 0.1 else 0
+
+    out = f"{bucket}/out"
+    with buckets.troubled(trouble), started(asked, out, tmp_path / "logs", 2) as processes:
+        ended = [one.end() for one in processes]
+    assert ended == [0, 0], [one.log.read_text() for one in processes]
+    done = collections.Counter(unit for one in processes for unit in one.units())
+    assert len(done) == 18 and sum(times > 1 for times in done.values()) <= 1
+    found = alone(asked, out=out)
+    assert found.run["finished"] is True
+    found.copy(tmp_path / "copy")
+    assert_same(Results.open(tmp_path / "copy"), undisturbed)
 
 
 @pytest.mark.parity
