@@ -1,5 +1,7 @@
-"""What every program shares: how it starts, where it keeps what it compiles, and how it fails."""
+"""What every program shares: how it starts, where it keeps what it compiles, and how it ends."""
 
+import enum
+import errno
 import logging
 import os
 import pathlib
@@ -11,7 +13,7 @@ from typing import TypeVar
 import jax
 from absl import app, flags
 
-from jaxmed.runs import compilation, devices
+from jaxmed.runs import compilation, devices, sweep
 from models import cache
 from models.errors import InputError
 
@@ -20,6 +22,20 @@ Settings = TypeVar("Settings")
 # The flag belongs to the program that starts, whose --help then shows it.
 flags.disclaim_key_flags()
 
+# What is wrong with the place that is written to, not with the program.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_KEPT = "What was finished is kept: the same command goes on."
+
+
+class Exit(enum.IntEnum):
+    """Exit status of every program."""
+
+    DONE = 0
+    ERROR = 1  # bad input, nothing can be written, or a defect of the program
+    UNITS_FAILED = 2  # all else is done
+    UNITS_MISSING = 3  # stopped by SIGTERM; the same command goes on
+    INTERRUPTED = 130
+
 
 def start(
     settings: Callable[[], Settings],
@@ -27,11 +43,11 @@ def start(
     *,
     computes: bool = True,
 ) -> None:
-    """Parses the flags, says which device is used, runs what the flags ask for, and prints the
-    lines that it ends with.
+    """Parses the flags, says which device is used, runs what the flags ask for, prints the lines
+    that it ends with, and exits as `Exit` has it.
 
-    Input that cannot be used ends the program with one message and exit status 1; a defect of the
-    program itself shows its traceback.
+    Input that cannot be used, and a disk that is full, end the program with one message; a defect
+    of the program itself shows its traceback.
 
     Args:
         settings: what `flags.of` returns.
@@ -53,18 +69,29 @@ def start(
         logging.getLogger("jax").setLevel(logging.WARNING)
         keep_compiled(compiled.value)
         try:
-            asked = settings()
-            for line in devices.told(getattr(asked, "mesh", "")) if computes else ():
-                print(line, file=sys.stderr)
-            for line in run(asked) or ():
-                print(line)
+            with sweep.terminable():
+                asked = settings()
+                for line in devices.told(getattr(asked, "mesh", "")) if computes else ():
+                    print(line, file=sys.stderr)
+                for line in run(asked) or ():
+                    print(line)
             if told := compilation.so_far().told:
                 print(told, file=sys.stderr)
         except InputError as error:
             sys.exit(f"Error: {error}")
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+            sys.exit(f"Error: {error.filename or 'files'}: cannot be written ({error.strerror})")
+        except sweep.UnitsFailedError as error:
+            print(error, file=sys.stderr)
+            sys.exit(Exit.UNITS_FAILED)
+        except sweep.Terminated:
+            print(f"Ended by SIGTERM. {_KEPT}", file=sys.stderr)
+            sys.exit(Exit.UNITS_MISSING)
         except KeyboardInterrupt:
-            print("Stopped. What was finished is kept: the same command goes on.", file=sys.stderr)
-            sys.exit(130)
+            print(f"Stopped. {_KEPT}", file=sys.stderr)
+            sys.exit(Exit.INTERRUPTED)
 
     app.run(guarded)
 

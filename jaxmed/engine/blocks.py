@@ -1,11 +1,13 @@
 """Blocks of pairs: what is computed together, and in batches of what sizes.
 
-A block is a unit of work: some pairs at one granularity. Its runs that patch the same units go
-through the model together: a pair's layers, modules or heads alone are too few to fill a device.
+A block is a unit of work: some pairs at one granularity, and a range of layers. Its runs that patch
+the same units go through the model together: a pair's layers, modules or heads alone are too few to
+fill a device. A pair's long list is cut into parts of some layers, each of about a minute.
 Everything here is known before a model is run.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -15,6 +17,7 @@ from jaxmed.data.pairs import Pair
 from jaxmed.engine import capture, cost, plan
 from jaxmed.engine.cost import Batching, Devices
 from jaxmed.engine.plan import NO_POSITION, Units, Work
+from jaxmed.question import question as question_lib
 from jaxmed.question.joined import Joined
 from jaxmed.question.question import Question
 from models.config import DecoderConfig
@@ -30,18 +33,41 @@ class Block:
     Attributes:
         granularity: of the effects.
         pairs: indices of the pairs.
+        layers: the first whose units are computed, and the one after the last.
         batches: sizes, one for each of the block's `groups`.
     """
 
     granularity: str
     pairs: tuple[int, ...]
+    layers: tuple[int, int]
     batches: tuple[Batching, ...]
 
     @classmethod
     def of(cls, recorded: Mapping) -> "Block":
         """That which `run.json` holds as `dataclasses.asdict` gives it."""
-        batches = (Batching(*sizes) for sizes in recorded["batches"])
-        return cls(recorded["granularity"], tuple(recorded["pairs"]), tuple(batches))
+        return cls(
+            granularity=recorded["granularity"],
+            pairs=tuple(recorded["pairs"]),
+            layers=tuple(recorded["layers"]),
+            batches=tuple(Batching(*sizes) for sizes in recorded["batches"]),
+        )
+
+    @property
+    def name(self) -> str:
+        """No other block of its run is called so."""
+        return f"{self.granularity}-{self.pairs[0]:05d}-{self.layers[0]:03d}"
+
+    def halved(self) -> "Block | None":
+        """The same with half as many units in a batch or, where there is one in each, half as many
+        runs together; None where nothing is left to halve."""
+        for name in ("rows", "runs"):
+            if any(getattr(sizes, name) > 1 for sizes in self.batches):
+                smaller = (
+                    sizes._replace(**{name: max(1, getattr(sizes, name) // 2)})
+                    for sizes in self.batches
+                )
+                return dataclasses.replace(self, batches=tuple(smaller))
+        return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +103,7 @@ def groups(
     question: Question,
     granularity: str,
     chosen: Sequence[Chosen],
+    layers: tuple[int, int] | None = None,
 ) -> list[list[Patched]]:
     """The runs of a block that go through the model together.
 
@@ -86,16 +113,38 @@ def groups(
         question: the metric and the positions.
         granularity: of the units.
         chosen: of each pair.
+        layers: as of `Block`; all of them by default.
     """
-    found: dict[tuple, list[Patched]] = {}
+    runs = _patched(config, pairs, question, granularity, chosen)
+    return _together(runs, layers or (0, config.num_layers))
+
+
+def _patched(
+    config: DecoderConfig,
+    pairs: Sequence[Pair],
+    question: Question,
+    granularity: str,
+    chosen: Sequence[Chosen],
+) -> list[Patched]:
+    """All runs of some pairs, with the units of all layers."""
+    found = []
     for index, (pair, of_pair) in enumerate(zip(pairs, chosen, strict=True)):
         for term in cost.runs(config, pair, question):
             for swapped in (False, True):
                 works = plan.plan(config, pair, term, question, [granularity], swapped, of_pair)
                 for span in sorted({(work.start, work.size) for work in works}):
                     here = tuple(work for work in works if (work.start, work.size) == span)
-                    run = Patched(index, term, swapped, here)
-                    found.setdefault(run.alike(), []).append(run)
+                    found.append(Patched(index, term, swapped, here))
+    return found
+
+
+def _together(runs: Iterable[Patched], layers: tuple[int, int]) -> list[list[Patched]]:
+    """Those that have units in a range of layers, with these units alone; alike ones together."""
+    found: dict[tuple, list[Patched]] = {}
+    for run in runs:
+        if works := tuple(inside for work in run.works if len((inside := work.of(*layers)).units)):
+            here = dataclasses.replace(run, works=works)
+            found.setdefault(here.alike(), []).append(here)
     return list(found.values())
 
 
@@ -181,6 +230,7 @@ def blocks(
     memory: int,
     platform: str,
     devices: Devices = Devices(),  # noqa: B008 (it is a tuple)
+    layers_together: Mapping[str, int] | None = None,
 ) -> list[Block]:
     """All blocks: of pairs of like length, and smaller ones for a granularity whose lists are long
     than for one whose lists are short.
@@ -191,6 +241,8 @@ def blocks(
         question: the metric and the positions.
         granularities: of the effects.
         chosen: of each pair.
+        layers_together: by granularity, how many layers a block has at most; all of one that is not
+            named.
 
     Raises:
         InputError: not even one unit fits the memory.
@@ -203,22 +255,88 @@ def blocks(
     of_each = devices.memory(memory, platform)
     size = cost.pairs_of_a_block(config, dtype, max(lengths), runs, of_each, platform)
 
-    def of_pairs(granularity: str, indices: Sequence[int]) -> list[list[Patched]]:
+    def of_pairs(granularity: str, indices: Sequence[int]) -> list[Patched]:
         some, masks = [pairs[index] for index in indices], [chosen[index] for index in indices]
-        return groups(config, some, question, granularity, masks)
+        return _patched(config, some, question, granularity, masks)
 
     found = []
     for alike in _parts(order, size):
         for granularity in granularities:
-            works = _works(of_pairs(granularity, alike))
+            works = _works([of_pairs(granularity, alike)])
             fills = [cost.pairs_that_fill(len(w.units), w.size, platform, devices) for w in works]
+            step = (layers_together or {}).get(granularity, config.num_layers)
             for part in _parts(alike, min([size, *fills])):
-                sizes = batches(
-                    *(config, dtype, of_pairs(granularity, part)),
-                    *(capture.bucket(runs * len(part)), memory, platform, devices),
-                )
-                found.append(Block(granularity, tuple(part), sizes))
+                patched, held = of_pairs(granularity, part), capture.bucket(runs * len(part))
+                for start in range(0, config.num_layers, step):
+                    layers = start, min(start + step, config.num_layers)
+                    of_groups = _together(patched, layers)
+                    sizes = batches(config, dtype, of_groups, held, memory, platform, devices)
+                    found.append(Block(granularity, tuple(part), layers, sizes))
     return found
+
+
+def layers_together(
+    config: DecoderConfig,
+    pairs: Sequence[Pair],
+    question: Question,
+    granularities: Iterable[str],
+    platform: str,
+    *,
+    computed: Mapping[str, int],
+) -> dict[str, int]:
+    """By granularity, of how many layers a pair's effects are computed, and stored, at once: all,
+    where that is about a minute's work, else a power of two. A part still fills the device.
+
+    Args:
+        config, platform: as in `cost.batching`.
+        pairs, question, granularities: as of `blocks`.
+        computed: by granularity, how many units of a pair are computed at most; all of one that is
+            not named.
+    """
+    longest = max(pairs, key=lambda pair: max(len(pair.prompt_ids), len(pair.counterfactual_ids)))
+    return {
+        name: _layers_of_a_part(config, longest, question, name, platform, computed.get(name))
+        for name in granularities
+    }
+
+
+def _layers_of_a_part(
+    config: DecoderConfig,
+    pair: Pair,
+    question: Question,
+    granularity: str,
+    platform: str,
+    most: int | None,
+) -> int:
+    """Layers that are computed at once of a pair's units, `most` at most of which are computed."""
+    layers = config.num_layers
+    works = [work for _, work in cost.works(config, pair, question, [granularity])]
+    operations = cost.layer_operations(config, pair, question, granularity)
+    _, *of_a_layer = question_lib.shapes(config, pair, question, [granularity])[granularity]
+    units = math.prod(of_a_layer)
+    share = 1.0 if most is None else min(1.0, most / (layers * units))
+
+    def fills(together: int) -> bool:
+        units = [max(1, int(share * len(work.units) * together / layers)) for work in works]
+        return all(
+            cost.pairs_that_fill(number, work.size, platform) == 1
+            for number, work in zip(units, works, strict=True)
+        )
+
+    def is_small(together: int) -> bool:
+        parts = [operations[start : start + together] for start in range(0, layers, together)]
+        dearest = share * max(float(np.sum(part)) for part in parts)
+        return (
+            share * together * units <= cost.UNITS_OF_A_BLOCK
+            and dearest <= cost.operations_of_a_block(platform)
+        )
+
+    if is_small(layers):
+        return layers
+    powers = [1 << exponent for exponent in range((layers - 1).bit_length())]
+    filling = [together for together in powers if fills(together)]
+    small = [together for together in filling if is_small(together)]
+    return max(small) if small else min(filling, default=layers)
 
 
 def operations_done(
@@ -240,7 +358,7 @@ def operations_done(
     total = 0.0
     for block in found:
         some, masks = zip(*((pairs[index], chosen[index]) for index in block.pairs), strict=True)
-        of_groups = groups(config, some, question, block.granularity, masks)
+        of_groups = groups(config, some, question, block.granularity, masks, block.layers)
         for group, sizes in zip(of_groups, block.batches, strict=True):
             for runs in together(group, sizes):
                 total += sum(

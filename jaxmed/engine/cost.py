@@ -65,6 +65,21 @@ def operations(
     )
 
 
+def layer_operations(
+    config: DecoderConfig,
+    pair: Pair,
+    question: Question,
+    granularity: str,
+    chosen: Mapping[str, np.ndarray] | None = None,
+) -> Float[np.ndarray, "L"]:
+    """Those of `operations` that the units of each layer need."""
+    total = np.zeros(config.num_layers)
+    for term, work in works(config, pair, question, [granularity], chosen):
+        needed = needed_operations(config, work, term)
+        total += np.bincount(work.units.layers, needed, config.num_layers)
+    return total
+
+
 def works(
     config: DecoderConfig,
     pair: Pair,
@@ -140,11 +155,21 @@ _PAIRS = {"cpu": 8}
 _PAIRS_ON_ACCELERATORS = 32
 _CAPTURED = 0.25  # of the memory, at most, that the captured runs of a block of pairs take
 GATHERED = 2**20  # numbers of the weights that are gathered at once for units that enter
+UNITS_OF_A_BLOCK = 2**17  # of a pair, at most, where a layer has no more
+# Floating-point operations of it, at most: about a minute's.
+_OPERATIONS = {"cpu": 1e13}
+_OPERATIONS_ON_ACCELERATORS = 5e15
 
 
 def positions_together(platform: str) -> int:
     """Positions that go through a block together."""
     return _TOGETHER.get(platform, _TOGETHER_ON_ACCELERATORS)
+
+
+def operations_of_a_block(platform: str) -> float:
+    """Floating-point operations of a block of one pair's units, at most, if a layer takes no more:
+    about a minute's."""
+    return _OPERATIONS.get(platform, _OPERATIONS_ON_ACCELERATORS)
 
 
 class Devices(NamedTuple):

@@ -115,7 +115,15 @@ class Work:
 
     def only(self, chosen: np.ndarray) -> "Work":
         """The units that a mask of the granularity's effects chooses."""
-        here = chosen[self.place]
+        return self._subset(chosen[self.place])
+
+    def of(self, first: int, stop: int) -> "Work":
+        """The units of some layers, from the first to the one before `stop`."""
+        layers = np.asarray(self.units.layers)
+        return self._subset((first <= layers) & (layers < stop))
+
+    def _subset(self, here: np.ndarray) -> "Work":
+        """Those that a mask of the units chooses."""
         return dataclasses.replace(
             self,
             units=self.units.subset(here),

@@ -150,12 +150,18 @@ class Scan:
         self._chosen, self._rotation = list(chosen), rotation
         self._captured: tuple[tuple[int, ...], Captured] | None = None
 
-    def blocks(self, granularities: Iterable[str], memory: int) -> list[Block]:
+    def blocks(
+        self,
+        granularities: Iterable[str],
+        memory: int,
+        layers_together: Mapping[str, int] | None = None,
+    ) -> list[Block]:
         """The units of work, with the sizes of their batches, which effects depend on by rounding.
 
         Args:
             granularities: which to compute.
             memory: bytes for the runs and the differences.
+            layers_together: as of `blocks.blocks`.
 
         Raises:
             DataError: a pair does not fit the model or the question.
@@ -177,12 +183,13 @@ class Scan:
             memory=memory,
             platform=jax.default_backend(),
             devices=Devices.of(self.decoder.mesh),
+            layers_together=layers_together,
         )
 
     def effects(
         self, block: Block, on_operations: Callable[[float], None] = lambda operations: None
     ) -> list[PairEffects]:
-        """The effects of a block, of each of its pairs.
+        """The effects of a block, of each of its pairs; NaN in layers that are not the block's.
 
         Args:
             block: of `blocks`.
@@ -192,7 +199,7 @@ class Scan:
         pairs = [self._pairs[index] for index in block.pairs]
         chosen = [self._chosen[index] for index in block.pairs]
         of_groups = blocks_lib.groups(
-            self.decoder.config, pairs, self._question, block.granularity, chosen
+            self.decoder.config, pairs, self._question, block.granularity, chosen, block.layers
         )
         under_way, found = _UnderWay(on_operations), []
         with jax.default_matmul_precision("float32"):
@@ -212,7 +219,16 @@ class Scan:
                 _leave_out(pair, self._question, total)
                 for name in {block.granularity} & set(masks):
                     total[name][~masks[name]] = np.nan
+                first, stop = block.layers
+                total[block.granularity][:first] = np.nan
+                total[block.granularity][stop:] = np.nan
         return effects
+
+    def totals(self, index: int) -> tuple[float, float]:
+        """Y of both plain runs of a pair."""
+        with jax.default_matmul_precision("float32"):
+            ((y_base, y_source),) = self._capture((index,)).values()
+        return y_base, y_source
 
     def _nothing(self, block: Block, pair: Pair) -> dict[str, np.ndarray]:
         """No effect of any of a pair's units."""

@@ -260,7 +260,8 @@ def statuses(
     """What is known of one pair's effects, [layer, ...], a number of `Status` each.
 
     A unit without a finite effect becomes FAILED, unless NOT_RUN or LEFT_OUT is wanted; token
-    positions that are NaN in every layer and site lie beyond the pair's length: NOT_RUN.
+    positions that are NaN in every layer and site lie beyond the pair's length: NOT_RUN, unless
+    FAILED or LEFT_OUT is wanted.
 
     Args:
         granularity: of the effects.
@@ -271,6 +272,7 @@ def statuses(
     known = (np.isfinite(nie) & np.isfinite(tie)) | none_expected
     done = np.where(known, wanted, Status.FAILED).astype(np.uint8)
     if granularity == "token":
-        absent = np.isnan(nie) & np.isnan(tie) & (np.asarray(wanted) != Status.LEFT_OUT)
+        absent = np.isnan(nie) & np.isnan(tie)
+        absent &= ~np.isin(wanted, (Status.FAILED, Status.LEFT_OUT))
         done[..., absent.all(axis=(0, 1))] = Status.NOT_RUN
     return done

@@ -100,7 +100,8 @@ class CertifySettings:
         own = {field.name for field in dataclasses.fields(self)}
         shared = [field.name for field in dataclasses.fields(MediateSettings) if field.name in own]
         values: dict[str, Any] = {name: getattr(self, name) for name in shared}
-        return MediateSettings(model="", pairs="", **values)
+        # Each run is this process's own, whatever a launcher has started beside it.
+        return MediateSettings(model="", pairs="", process=0, processes=1, **values)
 
 
 def run(settings: CertifySettings, *, progress: bool = True) -> Certificate:
@@ -233,16 +234,8 @@ def _identity(organism: Organism, contrast: str, settings: MediateSettings) -> d
 
 def _method(settings: MediateSettings) -> dict:
     """The part of it that is the same for all organisms."""
-    elsewhere = (
-        "model",
-        "pairs",
-        "out",
-        "granularity",
-        "overwrite",
-        "show_text",
-        "memory_gb",
-        "mesh",
-    )
+    elsewhere = ("model", "pairs", "out", "granularity", "overwrite", "show_text", "memory_gb")
+    elsewhere += ("mesh", "process", "processes", "retry_failed")
     asked = {
         name: value for name, value in dataclasses.asdict(settings).items() if name not in elsewhere
     }

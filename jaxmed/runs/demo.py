@@ -70,6 +70,8 @@ def run(settings: DemoSettings, say: Callable[[str], None] = sweep.tell) -> None
         positions="prompt",
         joint_size=_planted(organism),
         overwrite=True,
+        process=0,
+        processes=1,
         # The organism's language is abstract; there is nothing to hide.
         show_text=True,
     )

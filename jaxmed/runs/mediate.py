@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -23,6 +23,7 @@ from jaxmed.data import pairs as pairs_lib
 from jaxmed.data import splits
 from jaxmed.data.pairs import Pair
 from jaxmed.data.tokens import Encoder
+from jaxmed.engine import blocks as blocks_lib
 from jaxmed.engine import cost, memory, rates, scan
 from jaxmed.engine.blocks import Block
 from jaxmed.files import reading
@@ -31,16 +32,18 @@ from jaxmed.question import directions as directions_lib
 from jaxmed.question import effects, metrics
 from jaxmed.question.effects import Status
 from jaxmed.question.positions import Align, Positions
-from jaxmed.question.question import Question, sizes
+from jaxmed.question.question import Question, sizes, token_columns
 from jaxmed.question.question import check as check_pair
 from jaxmed.question.sites import SITES, group_count
 from jaxmed.report import mediation
-from jaxmed.runs import compilation, loading, sweep
+from jaxmed.runs import compilation, loading, processes, sweep
 from jaxmed.runs import costs as costs_lib
 from jaxmed.runs import settings as settings_lib
+from jaxmed.runs.processes import Process
 from jaxmed.runs.settings import setting
 from jaxmed.runs.skipping import Skipped
-from jaxmed.store import circumstances
+from jaxmed.runs.sweep import Shared
+from jaxmed.store import circumstances, claims
 from jaxmed.store.results import Results
 from models import checkpoint, organisms, placement, products
 from models.config import DTYPES, DecoderConfig
@@ -49,6 +52,7 @@ from models.errors import InputError
 
 SCREEN_SEED = 0  # of the audit sample
 DRAW_SEED = 0  # of --most_pairs
+_SCREENED = "screen-"  # units of work whose gradients are taken
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,7 +224,7 @@ class MediateSettings:
     )
     memory_gb: float | None = setting(
         help="Memory that the run may take on its device, weights and program included, in GiB; by "
-        "default most of what is free.",
+        "default most of what is free. Of several processes on one machine, each one's part.",
         default=None,
         least=1e-3,
     )
@@ -247,6 +251,22 @@ class MediateSettings:
         choices=("", *costs_lib.ACCELERATORS),
         needs="dry_run",
     )
+    process: int | None = setting(
+        help="Which of several processes this is that do one run together, from 0: each is the "
+        "same command, on the same or another machine, and --out a folder or bucket that all of "
+        "them see. By default what Slurm, Kubernetes or Cloud TPU says, else the only one.",
+        default=None,
+        least=0,
+    )
+    processes: int | None = setting(
+        help="How many these are; none that is missing is waited for. By default what Slurm or "
+        f"Cloud TPU says, or ${processes.COUNT} beside Kubernetes' index.",
+        default=None,
+        least=1,
+    )
+    retry_failed: bool = setting(
+        help="Compute the units of work again that failed in an earlier run.", default=False
+    )
     show_text: bool = setting(help="Show prompts in the report, escaped.", default=False)
 
     @property
@@ -263,6 +283,7 @@ class MediateRun:
     Attributes:
         decoder, pairs, question, settings: what is asked of what.
         budget: bytes of memory.
+        process: which of those that do the run together.
         progress: show progress bars, and say what goes on.
     """
 
@@ -271,6 +292,7 @@ class MediateRun:
     question: Question
     settings: MediateSettings
     budget: int
+    process: Process
     progress: bool
 
     def say(self, text: str) -> None:
@@ -279,8 +301,18 @@ class MediateRun:
 
 
 def run(settings: MediateSettings) -> Results:
-    """Computes every effect that is asked for, and writes files and report; see `measure`."""
+    """Computes every effect that is asked for, and writes files and report; see `measure`.
+
+    Of several processes the first writes summary and report, once nothing is left to compute; it
+    waits for none of the others.
+    """
     results, asked = measure(settings)
+    if not asked.process.is_first:
+        asked.say(
+            f"Nothing is left for {asked.process}. Process 0 writes summary and report; should it "
+            "be gone, the same command does, as process 0 or alone"
+        )
+        return results
     summary.write_summary(results)
     mediation.write(results.folder, settings.show_text, asked.pairs)
     results.finish()
@@ -325,7 +357,13 @@ def dry_run(settings: MediateSettings) -> Iterator[str]:
     )
     try:
         budget = memory.free(settings.memory_gb) - plan.weights
-        blocks = scan.Scan(decoder, pairs, question, chosen=[{}] * len(pairs)).blocks(units, budget)
+        together = blocks_lib.layers_together(
+            *(config, pairs, question, settings.granularities),
+            platform=jax.default_backend(),
+            computed=_most_computed(settings),
+        )
+        of_pairs = scan.Scan(decoder, pairs, question, chosen=[{}] * len(pairs))
+        blocks = of_pairs.blocks(units, budget, together)
         plan = dataclasses.replace(plan, blocks=Counter(block.granularity for block in blocks))
     except InputError as error:
         yield f"Here it would not fit: {error}"
@@ -337,7 +375,9 @@ def measure(settings: MediateSettings, *, progress: bool = True) -> tuple[Result
     """Computes every effect that is asked for, and stores them, without summary and report.
 
     A folder that holds an unfinished run of the same settings is gone on with. Nothing is written
-    before the checkpoint and every pair have been checked.
+    before the checkpoint and every pair have been checked. Several processes do the phases of a run
+    together: gradients of the screen, from which each then makes the same selection; and the scan.
+    The first one alone does the joint set. None waits for another: it does what is missing.
 
     Args:
         settings: what is asked.
@@ -351,7 +391,10 @@ def measure(settings: MediateSettings, *, progress: bool = True) -> tuple[Result
     """
     began = time.time()
     check(settings)
+    process = processes.this(settings.process, settings.processes)
+    _check_together(settings, process)
     settings = loading.settled(settings)
+    chosen_here = settings.matmul_precision == rates.AUTO
     say = sweep.teller(progress)
     _check_files(settings)
     say(f"Loading {settings.model}")
@@ -366,32 +409,73 @@ def measure(settings: MediateSettings, *, progress: bool = True) -> tuple[Result
     budget = memory.free(settings.memory_gb)
     read = _read(settings, decoder, tokenizer, say)
     encoder, pairs, question, skipped = read.encoder, read.pairs, read.question, read.skipped
-    results = Results.resume_or_create(
-        settings.out,
-        _description(settings, question, loaded, pairs, skipped.count),
-        sizes(decoder.config, pairs, question, settings.granularities),
-        [pair.id for pair in pairs],
+    together = blocks_lib.layers_together(
+        decoder.config,
+        pairs,
+        question,
         settings.granularities,
-        overwrite=settings.overwrite,
+        platform=jax.default_backend(),
+        computed=_most_computed(settings),
     )
+
+    def opened() -> Results:
+        return Results.resume_or_create(
+            settings.out,
+            _description(settings, question, loaded, pairs, skipped.count),
+            sizes(decoder.config, pairs, question, settings.granularities),
+            [pair.id for pair in pairs],
+            settings.granularities,
+            layers_together=together,
+            overwrite=settings.overwrite,
+        )
+
+    try:
+        results = opened()
+    except InputError:
+        # A process that began at the same time may have found another precision the faster.
+        other = claims.recorded(settings.out, "matmul_precision")
+        if not chosen_here or other in (None, settings.matmul_precision):
+            raise
+        settings = dataclasses.replace(settings, matmul_precision=other)
+        decoder = decoder.at_precision(other)
+        results = opened()
     if (earlier := results.run["mesh"]) != settings.mesh:
         say(
             f"{results.folder} was begun on devices laid out as {earlier}, here they are "
             f"{settings.mesh}: the last bits of what is computed here may be others"
         )
-    asked = MediateRun(decoder, pairs, question, settings, budget, progress)
+    asked = MediateRun(decoder, pairs, question, settings, budget, process, progress)
     selection = _screen(asked, results) if settings.screen else None
-    _scan(asked, results, selection)
-    # Of all that the file has, also what this run does not use: no reason not to go on.
-    measured = {"tokenisation": encoder.counts}
-    if selection:
-        measured["audit"] = _audit(results, selection, settings.screen)
-    if settings.joint_size and "joint" not in results.run and (joint := _joint(asked, results)):
-        measured["joint"] = joint
-    # A run that was stopped, or is repeated, adds to what it took before.
-    measured["seconds"] = results.run.get("seconds", 0) + time.time() - began
+    retried = _scan(asked, results, selection)
+    measured = {}
+    if process.is_first:
+        # Of all that the file has, also what this run does not use: no reason not to go on.
+        measured["tokenisation"] = encoder.counts
+        if selection:
+            measured["audit"] = _audit(results, selection, settings.screen)
+        wanted = settings.joint_size and (retried or "joint" not in results.run)
+        if wanted and (joint := _joint(asked, results)):
+            measured["joint"] = joint
+    # A run that was stopped, or is repeated, adds to what it took before, and so do processes.
     results.record(measured)
+    results.add_up({"seconds": time.time() - began})
     return results, asked
+
+
+def _check_together(settings: MediateSettings, process: Process) -> None:
+    """Raises `InputError` where several processes cannot do what is asked."""
+    if settings.overwrite and not process.is_alone:
+        raise InputError(
+            f"--overwrite: this is {process}, and each would delete what the others have begun; "
+            "delete the folder first, or choose another --out, or give --processes=1"
+        )
+
+
+def _most_computed(settings: MediateSettings) -> dict[str, int]:
+    """How many units of a granularity are computed at most, where it is not all of them."""
+    if not settings.screen:
+        return {}
+    return {"neuron": screening.MARGIN * settings.screen + settings.screen_audit}
 
 
 def check(settings: MediateSettings) -> None:
@@ -602,11 +686,35 @@ def _screen(asked: MediateRun, results: Results) -> screening.Selection:
             asked.decoder, asked.pairs[index], asked.question, steps=settings.screen_steps
         )
 
+    def lacking(indices: Sequence[int]) -> list[int]:
+        missing = set(results.missing_estimates())
+        return [index for index in indices if index in missing]
+
+    def fail(index: int) -> None:
+        results.write_estimates(index, *np.full((2, *results.sizes.shape("neuron")), np.nan))
+
+    # Later estimates would select other neurons than those that have been computed.
+    is_settled = "blocks" in results.run
+    failed = [name for name in sweep.failed(results.place) if name.startswith(_SCREENED)]
+    if settings.retry_failed and is_settled and failed:
+        asked.say(
+            "Which neurons are computed is settled, without the pairs whose gradients failed; only "
+            "--overwrite takes these up again"
+        )
     sweep.run(
-        results.missing_estimates(),
+        range(len(asked.pairs)),
         compute,
         lambda index, estimates: results.write_estimates(index, *estimates),
         name="gradient screen",
+        shared=Shared(
+            results,
+            asked.process,
+            name=lambda index: f"{_SCREENED}{index:05d}",
+            lacking=lacking,
+            fail=fail,
+            about=lambda index: f"pair '{results.pair_ids[index]}'",
+            retry_failed=settings.retry_failed and not is_settled,
+        ),
         progress=asked.progress,
     )
     estimated = ranking.estimated_strength(results)
@@ -644,52 +752,89 @@ def _spearman(left: np.ndarray, right: np.ndarray) -> float:
     return float(np.corrcoef(left, right)[0, 1])
 
 
-def _scan(asked: MediateRun, results: Results, selection: screening.Selection | None) -> None:
+def _scan(asked: MediateRun, results: Results, selection: screening.Selection | None) -> bool:
     """Computes what is missing, block by block.
 
     Args:
         asked, results: the run.
         selection: the neurons to compute; all without one.
+
+    Returns:
+        Whether some of it had failed before.
     """
     pairs, question, say = asked.pairs, asked.question, asked.say
-    missing = {name: set(results.missing(name)) for name in results.granularities}
-    left = set().union(*missing.values())
-    if not left:
-        say(f"Nothing is left to compute in {results.folder}")
-        return
-    if len(left) < len(pairs):
-        say(f"Going on with {results.folder}: {len(pairs) - len(left)} pairs are done")
     chosen = {"neuron": selection.computed} if selection else {}
     of_pairs = scan.Scan(asked.decoder, pairs, question, chosen=[chosen] * len(pairs))
-    # A block of which a pair is missing is computed whole: bits are those of its batches.
-    todo = [
-        block
-        for block in _blocks(asked, results, of_pairs)
-        if missing[block.granularity].intersection(block.pairs)
-    ]
+    blocks = _blocks(asked, results, of_pairs)
+    # Bits of a pair's totals depend on the pairs that it is run with: one block writes them.
+    of_totals = {index: block.name for block in reversed(blocks) for index in block.pairs}
+
+    def fail(block: Block) -> None:
+        for index in block.pairs:
+            nothing = np.full(results.sizes.shape(block.granularity), np.nan)
+            _write(asked, results, selection, block, index, (nothing, nothing), Status.FAILED)
+
+    shared = Shared(
+        results,
+        asked.process,
+        name=lambda block: block.name,
+        lacking=functools.partial(_lacking, results),
+        fail=fail,
+        smaller=Block.halved,
+        about=functools.partial(_about, results),
+        retry_failed=asked.settings.retry_failed,
+    )
+    todo = shared.left(blocks)
+    if not todo:
+        say(f"Nothing is left to compute in {results.place}")
+        return False
+    left = {index for block in todo for index in block.pairs}
+    if len(left) < len(pairs):
+        say(f"Going on with {results.place}: {len(pairs) - len(left)} pairs are done")
+
+    @functools.cache
+    def of_layers(index: int, granularity: str) -> np.ndarray:
+        return cost.layer_operations(
+            asked.decoder.config, pairs[index], question, granularity, chosen
+        )
+
     costs = {
         block: sum(
-            cost.operations(asked.decoder.config, pairs[i], question, [block.granularity], chosen)
-            for i in block.pairs
+            float(np.sum(of_layers(index, block.granularity)[slice(*block.layers)]))
+            for index in block.pairs
         )
         for block in todo
     }
+    own = [block for block in shared.own(blocks) if block in costs]
     forecast, compiled = None, compilation.so_far()
     if asked.progress:
         about = (question.positions.value, question.metric.name, question.group_size)
         forecast = costs_lib.Forecast(asked.decoder, about)
-        _announce(asked, results, len(left), _by_granularity(costs), chosen, forecast)
-    began, to_come = time.time(), dict(costs)
+        shares = {block: costs[block] for block in own}
+        _announce(
+            asked,
+            results,
+            todo=len(left),
+            operations=_by_granularity(costs),
+            own=_by_granularity(shares),
+            chosen=chosen,
+            forecast=forecast,
+        )
+    began, to_come = time.time(), {block: costs[block] for block in own}
 
     def commit(block: Block, found: list[effects.PairEffects]) -> None:
+        name = block.granularity
         for index, of_pair in zip(block.pairs, found, strict=True):
-            results.write_totals(index, of_pair.y_base, of_pair.y_source)
-            _write(results, index, block.granularity, of_pair, question, selection)
-        del to_come[block]
-        done = [other for other in todo if other not in to_come]
+            if of_totals[index] == block.name:
+                results.write_totals(index, of_pair.y_base, of_pair.y_source)
+            sides = of_pair.nie[name], of_pair.tie[name]
+            _write(asked, results, selection, block, index, sides, Status.EXACT)
+        if to_come.pop(block, None) is None:
+            return
+        done = [other for other in own if other not in to_come]
         of_each = [other.granularity for other in done]
         # Once, when the last of the granularities has been begun with.
-        if of_each.count(block.granularity) == 1 and set(of_each) == set(_by_granularity(costs)):
+        if of_each.count(name) == 1 and set(of_each) == {other.granularity for other in own}:
             seconds, operations = time.time() - began, sum(costs[other] for other in done)
             told = costs_lib.left(seconds, operations, _by_granularity(to_come))
             if told and asked.progress:
@@ -700,25 +845,85 @@ def _scan(asked: MediateRun, results: Results, selection: screening.Selection | 
             forecast.add(block.granularity, costs[block], seconds)
 
     sweep.run(
-        todo,
+        blocks,
         of_pairs.effects,
         commit,
         name="block",
         unit="block",
         costs=costs,
         on_done=done,
+        shared=shared,
         progress=asked.progress,
     )
     if forecast:
         say(forecast.keep(compilation.so_far().since(compiled)))
+    if asked.process.is_first:
+        _complete_totals(asked, results, of_pairs)
+    return shared.retries
+
+
+def _complete_totals(asked: MediateRun, results: Results, of_pairs: scan.Scan) -> None:
+    """Measures Y of pairs whose block failed that would have written it."""
+    unknown = np.flatnonzero(np.isnan(results.te)).tolist()
+    if not unknown:
+        return
+    sweep.run(
+        unknown,
+        lambda index, advance: of_pairs.totals(index),
+        lambda index, found: results.write_totals(index, *found),
+        name="total effect",
+        shared=Shared(
+            results,
+            Process(),
+            name="total-{:05d}".format,
+            lacking=lambda indices: indices,
+            fail=lambda index: None,
+        ),
+        progress=asked.progress,
+    )
 
 
 def _blocks(asked: MediateRun, results: Results, of_pairs: scan.Scan) -> list[Block]:
     """The units of work, whose batches are sized once: whoever goes on with the run keeps them."""
-    if "blocks" not in results.run:
-        blocks = of_pairs.blocks(results.granularities, asked.budget)
-        results.record({"blocks": [dataclasses.asdict(block) for block in blocks]})
-    return [Block.of(recorded) for recorded in results.run["blocks"]]
+    recorded = results.run.get("blocks")
+    if recorded is None:
+        together = {name: results.layers_together(name) for name in results.granularities}
+        blocks = of_pairs.blocks(results.granularities, asked.budget, together)
+        recorded = results.settle("blocks", [dataclasses.asdict(block) for block in blocks])
+    return [Block.of(block) for block in recorded]
+
+
+def _lacking(results: Results, blocks: Sequence[Block]) -> list[Block]:
+    """Those of which the store lacks anything. One of which a pair is missing is computed whole:
+    bits are those of its batches."""
+    if len(blocks) == 1:
+        (block,) = blocks
+        parts = _parts(results, block)
+        there = results.committed(block.granularity, block.pairs)[:, parts.start : parts.stop]
+        return [] if there.all() else [block]
+    committed = {name: results.committed(name) for name in {each.granularity for each in blocks}}
+    return [
+        block
+        for block in blocks
+        if not committed[block.granularity][np.ix_(block.pairs, _parts(results, block))].all()
+    ]
+
+
+def _parts(results: Results, block: Block) -> range:
+    """The parts of the layers, as they are stored, that a block has."""
+    together, (first, stop) = results.layers_together(block.granularity), block.layers
+    return range(first // together, -(-stop // together))
+
+
+def _about(results: Results, block: Block) -> str:
+    """A block, as people are told of it."""
+    first, *others = (results.pair_ids[index] for index in block.pairs)
+    told = f"{block.granularity} of pair '{first}'"
+    if others:
+        told += f" and {len(others)} more"
+    if block.layers != (0, results.sizes.layers):
+        told += f", layers {block.layers[0]} to {block.layers[1] - 1}"
+    return told
 
 
 def _by_granularity(costs: Mapping[Block, float]) -> dict[str, float]:
@@ -730,25 +935,41 @@ def _by_granularity(costs: Mapping[Block, float]) -> dict[str, float]:
 
 
 def _write(
+    asked: MediateRun,
     results: Results,
-    index: int,
-    granularity: str,
-    found: effects.PairEffects,
-    question: Question,
     selection: screening.Selection | None,
+    block: Block,
+    index: int,
+    sides: tuple[np.ndarray, np.ndarray],
+    computed: Status,
 ) -> None:
-    """Writes one pair's effects; estimates stand in for neurons that were not computed."""
+    """Writes one pair's effects; estimates stand in for neurons that were not computed.
+
+    Args:
+        asked, results, selection: the run.
+        block: whose effects they are.
+        index: of the pair.
+        sides: NIE and TIE of all the pair's units; those of other layers are not read.
+        computed: what is known of the units that were computed.
+    """
+    granularity, question = block.granularity, asked.question
     shape = results.sizes.shape(granularity)
-    nie, tie = (effects.fitted(side[granularity], shape) for side in (found.nie, found.tie))
-    status = Status.EXACT
+    nie, tie = (effects.fitted(side, shape) for side in sides)
+    status = np.full(shape, computed)
     if granularity == "direction" and question.directions:
-        status = np.where(question.directions.given, Status.EXACT, Status.NOT_RUN)
+        status[~question.directions.given] = Status.NOT_RUN
+    elif granularity == "token":
+        columns = token_columns(asked.pairs[index], question)
+        status[..., np.setdiff1d(np.arange(shape[-1]), columns)] = Status.NOT_RUN
     elif granularity == "neuron" and selection:
-        status = np.where(selection.computed, Status.EXACT, Status.ESTIMATED)
+        status[~selection.computed] = Status.ESTIMATED
         estimates = results.estimates(index)
         nie = np.where(selection.computed, nie, estimates[0])
         tie = np.where(selection.computed, tie, estimates[1])
-    results.write(index, granularity, nie, tie, status)
+    together = results.layers_together(granularity)
+    for part in _parts(results, block):
+        here = slice(part * together, (part + 1) * together)
+        results.write(index, granularity, nie[here], tie[here], status[here], part=part)
 
 
 def _announce(
@@ -756,6 +977,7 @@ def _announce(
     results: Results,
     todo: int,
     operations: dict[str, float],
+    own: dict[str, float],
     chosen: dict[str, np.ndarray],
     forecast: costs_lib.Forecast,
 ) -> None:
@@ -765,6 +987,7 @@ def _announce(
         asked, results: the run.
         todo: pairs to be scanned.
         operations: floating-point operations of their scan, by granularity.
+        own: those of what this process begins with.
         chosen: by granularity, the units that are computed; all of the others.
         forecast: what they are expected to take.
     """
@@ -779,8 +1002,13 @@ def _announce(
         f"{todo} pairs, at most {sum(units.values()):,} units each, by both estimands: "
         f"{total:.2e} floating-point operations"
         + (f", and at most {joint:.2e} for the joint set" if joint else "")
-        + f". {forecast.told(operations)}"
+        + (f". {forecast.told(own)}" if asked.process.is_alone else "")
     )
+    if not asked.process.is_alone:
+        told = f": {forecast.told(own)}" if own else ""
+        asked.say(
+            f"This is {asked.process}; {sum(own.values()) / total:.0%} of it is its own{told}"
+        )
     if len(operations) > 1 and total:
         asked.say(costs_lib.shares(operations, units))
         if without := _without(settings, costs_lib.dearest(operations)):

@@ -277,10 +277,17 @@ class Results(Mapping[str, Effects]):
         self._check_asked(granularity)
         return layout.layers_together(self.run, granularity)
 
-    def committed(self, granularity: str) -> Bool[np.ndarray, "pair part"]:
-        """Which parts of which pairs are written, whatever came of them; no array is read."""
+    def committed(
+        self, granularity: str, pairs: Sequence[int] | None = None
+    ) -> Bool[np.ndarray, "pair part"]:
+        """Which parts of which pairs are written, whatever came of them; no array is read.
+
+        Args:
+            granularity: one of `granularities`.
+            pairs: indices of those that are asked about, a few; all pairs by default.
+        """
         self._check_asked(granularity)
-        return self._written(f"{granularity}/done")
+        return self._written(f"{granularity}/done", pairs)
 
     def missing(self, granularity: str) -> list[int]:
         """Indices of the pairs of which some part is not written."""
@@ -488,18 +495,23 @@ class Results(Mapping[str, Effects]):
             raise ValueError(f"{granularity} has no part {part}")
         return slice(start, min(start + together, self.sizes.layers))
 
-    def _written(self, name: str) -> Bool[np.ndarray, "pair part"]:
-        """Which chunks of an array are there."""
+    def _written(
+        self, name: str, pairs: Sequence[int] | None = None
+    ) -> Bool[np.ndarray, "pair part"]:
+        """Which chunks of an array are there, of some pairs or of all."""
         prefix = f"{EFFECTS_FILE}/{name}/c/"
         together = layout.layers_together(self.run, name.partition("/")[0])
         written = np.zeros((len(self.pair_ids), -(-self.sizes.layers // together)), bool)
-        chunks = self.place.names(prefix)
+        if pairs is None:
+            chunks = self.place.names(prefix)
+        else:
+            chunks = [chunk for pair in pairs for chunk in self.place.names(f"{prefix}{pair}/")]
         if not chunks:
             self.refresh()  # a bucket that is gone lists nothing, but cannot be read
         for chunk in chunks:
             pair, part, *_ = chunk.removeprefix(prefix).split("/")
             written[int(pair), int(part)] = True
-        return written
+        return written if pairs is None else written[list(pairs)]
 
     def _write(self, arrays: Mapping[str, Any], where: Any) -> None:
         """Writes to several arrays at once, at the same place."""

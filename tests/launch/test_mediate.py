@@ -1,13 +1,18 @@
 """The command line: what it writes and says, and how it fails."""
 
+import errno
 import json
+import os
 import re
+import signal
 
 import numpy as np
 import pytest
 import zarr
 
+from jaxmed.engine import scan
 from jaxmed.runs import mediate
+from jaxmed.store.results import Results
 from models import checkpoint
 from tests import tiny
 from tests.launch import process
@@ -274,6 +279,67 @@ def test_a_bad_flag_gets_one_line_that_names_it(fault, model, pairs, tmp_path):
 def test_flags_that_absl_refuses_are_named_without_a_traceback(flags, said):
     status, message = launch(**flags)
     assert status == 1 and said in message and "Traceback" not in message, message
+
+
+def test_units_that_fail_end_the_program_with_status_2(model, pairs, tmp_path, monkeypatch):
+    effects = scan.Scan.effects
+
+    def failing(self, block, *arguments):
+        if block.granularity == "module":
+            raise ValueError("no\nmore")
+        return effects(self, block, *arguments)
+
+    flags = {"model": model, "pairs": pairs(PAIR), "out": tmp_path / "out"}
+    flags = [f"--{name}={value}" for name, value in flags.items()]
+    flags.append("--granularity=layer,module")
+    with monkeypatch.context() as patch:
+        patch.setattr(scan.Scan, "effects", failing)
+        done = process.call("mediate", *flags)
+    assert done.returncode == 2
+    assert done.stdout.startswith(f"Results: {tmp_path / 'out'} ") and "Layers: " in done.stdout
+    said = done.stderr.splitlines()
+    assert "module-00000-000 failed (ValueError: no): tried once more" in said
+    assert said[-1] == (
+        "Units of work that failed, and have no effects: module-00000-000; --retry_failed takes "
+        "them up again"
+    )
+    assert process.call("mediate", *flags).returncode == 2
+    assert process.call("mediate", *flags, "--retry_failed").returncode == 0
+    assert process.call("mediate", *flags).returncode == 0
+
+
+def test_sigterm_ends_the_program_with_status_3_after_the_block_under_way(
+    model, pairs, tmp_path, monkeypatch
+):
+    effects = scan.Scan.effects
+
+    def ended(self, block, *arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return effects(self, block, *arguments)
+
+    flags = {"model": model, "pairs": pairs(PAIR), "out": tmp_path / "out"}
+    flags = [f"--{name}={value}" for name, value in flags.items()]
+    flags.append("--granularity=layer,module")
+    with monkeypatch.context() as patch:
+        patch.setattr(scan.Scan, "effects", ended)
+        done = process.call("mediate", *flags)
+    assert done.returncode == 3 and done.stdout == ""
+    assert done.stderr.splitlines()[-1] == (
+        "Ended by SIGTERM. What was finished is kept: the same command goes on."
+    )
+    found = Results.open(tmp_path / "out")
+    assert (found.missing("layer"), found.missing("module")) == ([], [0])
+    assert process.call("mediate", *flags).returncode == 0
+
+
+def test_a_full_disk_ends_the_program_with_one_message(monkeypatch):
+    def full(settings):
+        raise OSError(errno.ENOSPC, "No space left on device", "out/report.html")
+
+    monkeypatch.setattr(mediate, "run", full)
+    done = process.call("mediate", "--model=x", "--pairs=y", "--out=z")
+    assert done.returncode == 1
+    assert done.stderr == "Error: out/report.html: cannot be written (No space left on device)\n"
 
 
 def test_words_that_are_no_flags_are_refused():

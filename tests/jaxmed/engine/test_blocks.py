@@ -169,6 +169,70 @@ def test_pairs_of_like_length_share_a_block_and_long_lists_are_done_pair_by_pair
     assert made == [blocks.Block.of(dataclasses.asdict(block)) for block in made]
 
 
+def test_parts_of_the_layers_have_the_effects_of_the_whole_list():
+    decoder, question = tiny.decoder("qwen2"), Question(LOGIT)
+    chosen = [{"neuron": np.arange(3 * 40).reshape(3, 40) % 3 > 0}, {}, {}]
+    of_pairs = scan.Scan(decoder, PAIRS, question, chosen=chosen)
+    names, together = ("module", "neuron"), {"neuron": 2}
+    whole = of_pairs.blocks(names, 2**30)
+    parts = of_pairs.blocks(names, 2**30, together)
+    assert {block.layers for block in whole} == {(0, 3)}
+    assert [block.layers for block in parts if block.granularity == "neuron"] == [(0, 2), (2, 3)]
+    assert [block for block in parts if block.granularity == "module"] == whole[:1]
+    assert [block.name for block in parts] == [
+        "module-00002-000",
+        "neuron-00002-000",
+        "neuron-00002-002",
+    ]
+    (expected,) = (of_pairs.effects(block) for block in whole[1:])
+    for block in parts[1:]:
+        inside = np.zeros(3, bool)
+        inside[slice(*block.layers)] = True
+        for found, of_whole in zip(of_pairs.effects(block), expected, strict=True):
+            for side in ("nie", "tie"):
+                part = getattr(found, side)["neuron"]
+                wanted = getattr(of_whole, side)["neuron"]
+                assert np.isnan(part[~inside]).all()
+                np.testing.assert_allclose(
+                    part[inside], wanted[inside], rtol=1e-4, atol=1e-6 * np.nanmax(np.abs(wanted))
+                )
+
+
+def test_a_part_takes_about_a_minute_and_still_fills_the_device(monkeypatch):
+    config, question = tiny.config("llama", num_layers=12), Question(LOGIT)
+
+    def together(granularity="neuron", **computed):
+        names = ["layer", granularity]
+        found = blocks.layers_together(config, PAIRS, question, names, "cpu", computed=computed)
+        assert found["layer"] == 12
+        return found[granularity]
+
+    assert together() == 12  # 480 neurons are few
+    monkeypatch.setattr(cost, "_TOGETHER", {"cpu": 8})  # a chunk has 64 rows of them
+    monkeypatch.setattr(cost, "UNITS_OF_A_BLOCK", 200)
+    assert together() == 4 and together(neuron=200) == 12
+    monkeypatch.setattr(cost, "UNITS_OF_A_BLOCK", 50)
+    assert together() == 1
+    of_layers = cost.layer_operations(config, PAIRS[1], question, "neuron")
+    assert of_layers.shape == (12,) and (np.diff(of_layers) < 0).all()
+    whole = cost.operations(config, PAIRS[1], question, ["neuron"])
+    assert of_layers.sum() == pytest.approx(whole, rel=1e-12)
+    monkeypatch.setattr(cost, "UNITS_OF_A_BLOCK", 1000)
+    monkeypatch.setattr(cost, "_OPERATIONS", {"cpu": float(of_layers[:2].sum())})
+    assert together() == 2
+    # Modules of a prompt are too few to fill a chunk by a layer's.
+    monkeypatch.setattr(cost, "_OPERATIONS", {"cpu": 1.0})
+    assert together("module") == 12 and together() == 1
+
+
+def test_a_block_is_halved_as_often_as_it_can_be():
+    block = blocks.Block("token", (0,), (0, 3), (cost.Batching(4, 8, 3), cost.Batching(1, 8, 1)))
+    sizes = []
+    while block := block.halved():
+        sizes.append([each[::2] for each in block.batches])
+    assert sizes == [[(4, 1), (1, 1)], [(2, 1), (1, 1)], [(1, 1), (1, 1)]]
+
+
 def test_several_runs_share_loops_and_weights():
     """As many loops and products as one run has; no bound of a loop differs between runs, and no
     weight is multiplied but once for all of them."""

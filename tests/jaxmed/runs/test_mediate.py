@@ -25,7 +25,7 @@ from jaxmed.question.effects import Status
 from jaxmed.question.metrics import LogitDifference
 from jaxmed.question.question import Question
 from jaxmed.report import mediation
-from jaxmed.runs import mediate, report
+from jaxmed.runs import loading, mediate, report
 from jaxmed.runs import settings as settings_lib
 from jaxmed.runs.mediate import MediateSettings
 from jaxmed.runs.report import ReportSettings
@@ -363,7 +363,7 @@ def test_a_run_that_is_stopped_between_blocks_goes_on_with_the_missing_ones(
 
     out = tmp_path / "out"
     assert described(out)["finished"] is False
-    assert {path.name for path in out.iterdir()} == {"run.json", "effects.zarr"}
+    assert {path.name for path in out.iterdir()} == {"run.json", "effects.zarr", "sweep"}
     done = arrays(out)["layer/done"]
     assert (done[[0, 2]] == Status.EXACT).all() and (done[1] == Status.NOT_RUN).all()
     assert np.isnan(arrays(out)["te"][1]) and np.isfinite(arrays(out)["te"][[0, 2]]).all()
@@ -388,10 +388,10 @@ def test_a_block_of_which_a_pair_is_missing_is_computed_whole(
         patch.setattr(cost, "_PAIRS", {"cpu": 2})
         original = results.Results.write
 
-        def stopped(self, index, granularity, *effects_of_pair):
+        def stopped(self, index, granularity, *effects_of_pair, **part):
             if (index, granularity) == (0, "token"):
                 raise KeyboardInterrupt
-            original(self, index, granularity, *effects_of_pair)
+            original(self, index, granularity, *effects_of_pair, **part)
 
         patch.setattr(results.Results, "write", stopped)
         with pytest.raises(KeyboardInterrupt):
@@ -403,6 +403,153 @@ def test_a_block_of_which_a_pair_is_missing_is_computed_whole(
     first = [(name, BLOCKS[0]) for name in ("token", "neuron")]
     assert scans == [*first, *((name, BLOCKS[1]) for name in UNITS)]
     assert_same_arrays(tmp_path / "out", in_two_blocks.place.folder)
+
+
+def test_long_lists_are_computed_and_stored_in_parts_of_the_layers(
+    asked, finished, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(cost, "UNITS_OF_A_BLOCK", NEURONS)
+    monkeypatch.setattr(cost, "_TOGETHER", {"cpu": 2})  # which one layer's neurons fill
+    found = mediate.run(to(asked, tmp_path, granularity=("layer", "neuron")))
+    of_neurons = [block for block in found.run["blocks"] if block["granularity"] == "neuron"]
+    assert [block["layers"] for block in of_neurons] == [[0, 1], [1, 2]] * 3
+    assert found.layers_together("neuron") == 1 and found.layers_together("layer") == LAYERS
+    written, expected = arrays(tmp_path / "out"), arrays(finished.place.folder)
+    assert (written["neuron/done"] == Status.EXACT).all()
+    for name in ("nie", "tie"):
+        whole = expected[f"neuron/{name}"]
+        np.testing.assert_allclose(
+            written[f"neuron/{name}"], whole, rtol=1e-4, atol=1e-6 * np.abs(whole).max()
+        )
+    names = sorted(path.name for path in (tmp_path / "out" / "sweep" / "begun").iterdir())
+    assert names[0] == "layer-00002-000"  # of all pairs
+    of_layers = [f"neuron-{pair:05d}-{layer:03d}" for pair in range(3) for layer in range(2)]
+    assert names[1:] == of_layers
+
+
+# Several processes.
+
+
+def test_one_process_does_what_others_have_left_and_the_first_writes_the_report(
+    asked, in_two_blocks, scans, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(cost, "_PAIRS", {"cpu": 2})
+    settings, out = to(asked, tmp_path), tmp_path / "out"
+    mediate.run(dataclasses.replace(settings, process=1, processes=2))
+    units = [(name, pairs) for pairs in BLOCKS for name in UNITS]
+    assert scans == [*units[1::2], *units[::2][::-1]]
+    assert described(out)["finished"] is False and not (out / "summary.parquet").exists()
+    said = capsys.readouterr().err
+    assert "This is process 1 of 2; " in said
+    assert "Process 1: module-00002-000 (module of pair 'short' and 1 more) done in " in said
+    assert "Nothing is left for process 1 of 2. Process 0 writes summary and report" in said
+    seconds = described(out)["seconds"]
+    scans.clear()
+    mediate.run(dataclasses.replace(settings, process=0, processes=2))
+    assert scans == [] and described(out)["finished"] is True
+    assert (out / "report.html").exists() and described(out)["seconds"] > seconds > 0
+    assert_same_arrays(out, in_two_blocks.place.folder)
+
+
+def test_processes_that_find_another_precision_the_faster_take_that_of_the_first(
+    asked, scans, tmp_path, monkeypatch
+):
+    settings = to(asked, tmp_path, granularity=("layer",))
+    mediate.run(settings)
+    # As if the other had begun after this one looked.
+    date = datetime.date.today().isoformat()
+    monkeypatch.setattr(loading, "settled", lambda given: dataclasses.replace(given, date=date))
+    monkeypatch.setattr(rates, "exact_precision", lambda decoder, rows=None: "split3")
+    scans.clear()
+    found, asked_again = mediate.measure(settings)
+    assert asked_again.decoder.products.precision == found.run["precision"] == "float32"
+    assert scans == []
+    with pytest.raises(InputError, match='precision was "float32", is now "split3"'):
+        mediate.measure(dataclasses.replace(settings, matmul_precision="split3"))
+
+
+# What fails.
+
+
+def faulty(monkeypatch, fault):
+    """Scans, but raises what `fault` gives for a block, if it gives anything."""
+    effects = scan.Scan.effects
+
+    def tried(self, block, *arguments):
+        if error := fault(block):
+            raise error
+        return effects(self, block, *arguments)
+
+    monkeypatch.setattr(scan.Scan, "effects", tried)
+
+
+def test_blocks_that_fail_have_no_effects_until_they_are_tried_again(
+    asked, in_two_blocks, scans, tmp_path, monkeypatch
+):
+    settings, out = to(asked, tmp_path), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(cost, "_PAIRS", {"cpu": 2})
+        failing = ("layer-00002-000", "token-00002-000")  # of the first two pairs
+        faulty(patch, lambda block: ValueError("no") if block.name in failing else None)
+        mediate.run(settings)
+    assert len(scans) == 8 and described(out)["finished"] is True
+    found, expected = arrays(out), arrays(in_two_blocks.place.folder)
+    assert np.isfinite(found["te"]).all()  # though the block failed that measures it first
+    assert (found["layer/done"][[0, 2]] == Status.FAILED).all()
+    has_unit = expected["token/done"][[0, 2]] == Status.EXACT
+    failed = np.where(has_unit, Status.FAILED, Status.NOT_RUN)
+    np.testing.assert_array_equal(found["token/done"][[0, 2]], failed)
+    assert np.isnan(found["token/nie"][[0, 2]]).all()
+    np.testing.assert_array_equal(found["neuron/nie"], expected["neuron/nie"])
+    scans.clear()
+    mediate.run(settings)
+    assert scans == []
+    mediate.run(dataclasses.replace(settings, retry_failed=True))
+    assert scans == [("layer", BLOCKS[0]), ("token", BLOCKS[0])]
+    assert_same_arrays(out, in_two_blocks.place.folder)
+
+
+def test_a_block_for_which_the_memory_does_not_suffice_is_computed_in_smaller_batches(
+    asked, finished, tmp_path, monkeypatch, capsys
+):
+    out_of_memory = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    def fault(block):
+        large = block.granularity == "neuron" and block.batches[0].rows > 4
+        return out_of_memory if large else None
+
+    faulty(monkeypatch, fault)
+    found = mediate.run(to(asked, tmp_path, granularity=("neuron",)))
+    assert "neuron-00002-000: out of memory; tried again" in capsys.readouterr().err
+    assert (found.done("neuron") == Status.EXACT).all()
+    for written, whole in zip(found.effects("neuron"), finished.effects("neuron"), strict=True):
+        np.testing.assert_allclose(written, whole, rtol=1e-4, atol=1e-6 * np.abs(whole).max())
+    # What is recorded is what was planned.
+    assert found.run["blocks"][0]["batches"][0][2] > 4
+
+
+def test_gradients_that_fail_leave_the_selection_to_the_other_pairs(
+    asked, scans, tmp_path, monkeypatch
+):
+    changes = {"granularity": ("neuron",), "screen": TOP, "screen_audit": AUDITED}
+    settings, scores = to(asked, tmp_path, **changes), screening.scores
+
+    def failing(decoder, pair, *arguments, **options):
+        if pair.id == "longer":
+            raise ValueError("no")
+        return scores(decoder, pair, *arguments, **options)
+
+    monkeypatch.setattr(screening, "scores", failing)
+    found = mediate.run(settings)
+    computed = found.done("neuron")[0] == Status.EXACT
+    assert computed.any() and not computed.all()
+    # Neurons of that pair that were not computed have no estimate either.
+    expected = np.where(computed, Status.EXACT, Status.FAILED)
+    np.testing.assert_array_equal(found.done("neuron")[1], expected)
+    monkeypatch.setattr(screening, "scores", scores)
+    scans.clear()
+    mediate.run(dataclasses.replace(settings, retry_failed=True))
+    assert scans == []  # others would be selected now
 
 
 @pytest.fixture
@@ -667,9 +814,9 @@ def test_the_budget_and_the_precision_reach_the_engine(asked, tmp_path, monkeypa
     given = []
     original = scan.Scan.blocks
 
-    def heard(self, granularities, memory):
+    def heard(self, granularities, memory, layers_together):
         given.append((self.decoder.products.precision, memory))
-        return original(self, granularities, memory)
+        return original(self, granularities, memory, layers_together)
 
     monkeypatch.setattr(scan.Scan, "blocks", heard)
     monkeypatch.setattr(memory, "free", lambda memory_gb: int(memory_gb * 2**30))
@@ -815,10 +962,10 @@ def test_a_screened_run_goes_on_with_the_same_neurons(
     with monkeypatch.context() as patch:
         original = results.Results.write
 
-        def stopped_write(self, index, *effects_of_pair):
+        def stopped_write(self, index, *effects_of_pair, **part):
             if index == 1:
                 raise KeyboardInterrupt
-            original(self, index, *effects_of_pair)
+            original(self, index, *effects_of_pair, **part)
 
         patch.setattr(results.Results, "write", stopped_write)
         with pytest.raises(KeyboardInterrupt):
