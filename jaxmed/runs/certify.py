@@ -235,7 +235,7 @@ def _identity(organism: Organism, contrast: str, settings: MediateSettings) -> d
 def _method(settings: MediateSettings) -> dict:
     """The part of it that is the same for all organisms."""
     elsewhere = ("model", "pairs", "out", "granularity", "overwrite", "show_text", "memory_gb")
-    elsewhere += ("mesh", "process", "processes", "retry_failed")
+    elsewhere += ("mesh", "process", "processes", "retry_failed", "dry_run", "accelerator")
     asked = {
         name: value for name, value in dataclasses.asdict(settings).items() if name not in elsewhere
     }
