@@ -52,7 +52,6 @@ from models.errors import InputError
 
 SCREEN_SEED = 0  # of the audit sample
 DRAW_SEED = 0  # of --most_pairs
-_NOT_OF_A_RUN = ("dry_run", "accelerator")  # settings of what only tells of one
 _SCREENED = "screen-"  # units of work whose gradients are taken
 
 
@@ -635,10 +634,7 @@ def _description(
     skipped: int,
 ) -> dict:
     """What `run.json` says of the run."""
-    asked = dataclasses.asdict(settings)
-    for name in _NOT_OF_A_RUN:
-        del asked[name]
-    return (asked | circumstances.circumstances()) | {
+    return (dataclasses.asdict(settings) | circumstances.circumstances()) | {
         "metric_unit": question.metric.metric_unit,
         "meaning": question.metric.meaning,
         # The name under which the results' arrays record it.
