@@ -220,7 +220,7 @@ def test_run_json_says_what_was_asked_and_how_it_was_computed(asked, finished):
     run = described(finished.place.folder)
     flags = json.loads(json.dumps(dataclasses.asdict(asked)))
     today = datetime.date.today().isoformat()
-    settled = {"date": today, "matmul_precision": "float32"}
+    settled = {"date": today, "matmul_precision": "float32", "mesh": "1x1"}
     assert {name: run[name] for name in flags} == flags | settled
     assert run["pair_bases"] == run["pair_ids"] == ["even", "longer", "short"]
     assert run["finished"] is True and run["skipped"] == 0 and run["seconds"] > 0
