@@ -545,8 +545,7 @@ def _arrays(place: Place, run: dict, *, writable: bool) -> dict[str, ts.TensorSt
             # A chunk of NaN, or of zeros, says that it was written.
             "store_data_equal_to_fill_value": True,
         }
-        mode = {} if writable else {"read": True, "write": False}
-        return ts.open(spec, open=True, context=place.context, **mode)
+        return ts.open(spec, open=True, read=True, write=writable, context=place.context)
 
     opening = {name: opened(name) for name in layout.array_names(run)}
     arrays = {}

@@ -8,6 +8,7 @@ import pytest
 from jaxmed.runs import clamp, mediate, respond
 from jaxmed.runs.mediate import MediateSettings
 from jaxmed.runs.respond import RespondSettings
+from jaxmed.store.results import Results
 from models import checkpoint
 from tests import tiny, words
 from tests.launch import process
@@ -100,7 +101,7 @@ def test_from_prompts_to_an_answer(model, prompts, pairs, tmp_path):
         assert (out / name).stat().st_size > 0
 
 
-def test_prompts_that_chose_the_units_are_not_tested(model, prompts, pairs, tmp_path):
+def test_prompts_that_chose_the_units_are_not_tested(model, prompts, pairs, bucket, tmp_path):
     """Though pairs have ids of their own."""
     lines = [json.loads(line) for line in pairs.read_text().splitlines()]
     for number, line in enumerate(lines):
@@ -108,6 +109,9 @@ def test_prompts_that_chose_the_units_are_not_tested(model, prompts, pairs, tmp_
     renamed = model.parent / "renamed.jsonl"
     renamed.write_text("\n".join(map(json.dumps, lines)))
     results = mediated(model, renamed, ("C",))
-    failed = process.call("clamp", *flags(model, prompts, results, tmp_path / "out"))
-    assert failed.returncode == 1 and not (tmp_path / "out").exists()
-    assert "are among those that" in failed.stderr and "--split=A,B" in failed.stderr
+    Results.open(results).copy(f"{bucket}/run")
+    for place in (results, f"{bucket}/run"):
+        failed = process.call("clamp", *flags(model, prompts, place, tmp_path / "out"))
+        assert failed.returncode == 1 and not (tmp_path / "out").exists()
+        assert f"are among those that {place} chose" in failed.stderr, failed.stderr
+        assert "--split=A,B" in failed.stderr

@@ -610,6 +610,22 @@ def test_a_write_that_fails_half_way_is_told_and_not_taken_for_done(tmp_path):
     assert again.missing("neuron") == [] and again.begin("neuron-0", 0)
 
 
+def test_what_a_killed_writer_has_left_is_no_file(tmp_path):
+    run = start(tmp_path / "out")
+    half = tmp_path / "out" / "effects.zarr" / "neuron" / "done" / "c" / "1" / "0" / "0.__lock"
+    half.parent.mkdir(parents=True)
+    half.write_bytes(b"half of it, and more than the whole" * 9)
+    assert run.missing("neuron") == [0, 1]
+    run.write(1, "neuron", *random_effects("neuron"))
+    assert run.missing("neuron") == [0] and not half.exists()
+    np.testing.assert_array_equal(
+        [side[1] for side in run.effects("neuron")], random_effects("neuron")
+    )
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "run.json.__lock").write_bytes(b"half")
+    assert start(tmp_path / "new").missing("layer") == [0, 1]
+
+
 def test_a_folder_that_cannot_be_had_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     for folder, message in (
