@@ -173,7 +173,9 @@ def _compiled(program, mesh) -> str:
         )
         for argument, spec in zip(program.arguments, program.places, strict=True)
     ]
-    return jax.jit(lambda *arrays: program.function(*arrays)).lower(*given).compile().as_text()
+    return (
+        jax.jit(lambda *arrays: program.function(*arrays)).lower(*given).compile().as_text() or ""
+    )
 
 
 # What is compared may be compiled without optimising, in half the time.
