@@ -57,8 +57,8 @@ def of_devices(model: int = 1) -> Mesh | None:
     return None if len(devices) == 1 == model else of(devices, model)
 
 
-def of(devices: Sequence[jax.Device], model: int) -> Mesh:
-    """A mesh of devices, so many of them along `model`; errors those of `of_devices`."""
+def of(devices: Sequence[Any], model: int) -> Mesh:
+    """A mesh of JAX's devices, so many of them along `model`; errors those of `of_devices`."""
     shape = (len(devices) // model, model)
     return jax.make_mesh(shape, (SWEEP, MODEL), axis_types=(AxisType.Auto,) * 2, devices=devices)
 

@@ -101,15 +101,15 @@ def _written(
     layer_count = change.shape[0]
     if site == Site.HEAD:
 
-        def write(unit, take):
+        def of_head(unit, take):
             layer, head = unit
             weight = products.ready(take(layer, head), decoder.products, change.dtype)
             return products.multiplied(change[layer, :, head], weight, decoder.products)
 
-        taken = change.shape[-1]
+        write, taken = of_head, change.shape[-1]
     else:
 
-        def write(unit, take):
+        def of_neurons(unit, take):
             layer, group = unit
             members = group * group_size + jnp.arange(group_size)
             moved = change[layer, :, members].T
@@ -118,7 +118,7 @@ def _written(
             # Written as a sum: for one neuron it is no product of matrices.
             return jnp.sum(moved[..., None] * weight, axis=1)
 
-        taken = group_size
+        write, taken = of_neurons, group_size
     together = max(1, cost.GATHERED // (taken * decoder.config.hidden_size))
     flat = jnp.minimum(layers, layer_count - 1).reshape(-1), units.reshape(-1)
 
@@ -338,7 +338,7 @@ def carry(
     )
 
 
-def _fields(forced: Forced | None) -> tuple[Array | None, ...]:
+def _fields(forced: Forced | None) -> tuple[AnyArray | None, ...]:
     """Its arrays, which are on the devices each in its own way; see `_FIELDS`."""
     return (None,) * 3 if forced is None else (forced.change, forced.edited, forced.members)
 

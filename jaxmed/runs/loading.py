@@ -117,12 +117,21 @@ def load(settings: Settled, rows: int | None = None) -> Loaded:
     storing = _stored_over(settings.mesh, count) if settings.mesh else None
     folder = checkpoint.resolve(settings.model)
     adapter = checkpoint.resolve_adapter(settings.adapter)
-    given = dict(
-        adapter=adapter, dtype=settings.dtype or None, ignore_config=settings.ignore_config
-    )
+    dtype, ignore_config = settings.dtype or None, settings.ignore_config
     if storing is None:
-        storing = 1 if count == 1 else _fewest(checkpoint.size(folder, **given), count)
-    decoder, tokenizer = models.load(folder, mesh=placement.of_devices(storing), **given)
+        storing = 1
+        if count > 1:
+            size = checkpoint.size(
+                folder, adapter=adapter, dtype=dtype, ignore_config=ignore_config
+            )
+            storing = _fewest(size, count)
+    decoder, tokenizer = models.load(
+        folder,
+        adapter=adapter,
+        dtype=dtype,
+        mesh=placement.of_devices(storing),
+        ignore_config=ignore_config,
+    )
     precision = settings.matmul_precision
     if precision == rates.AUTO:
         precision = rates.exact_precision(decoder, rows)

@@ -1,6 +1,7 @@
 """Checks that need several devices, and so a process of their own; see test_shard.py.
 
-python -m tests.jaxmed.engine.on_devices FOLDER [CHECK,FAMILY,DTYPE,METRIC,[[SWEEP,MODEL],...]] ...
+python -m tests.jaxmed.engine.on_devices FOLDER \\
+    [CHECK, FAMILY, DTYPE, METRIC, [[SWEEP, MODEL], ...], [GRANULARITY, ...]] ...
 
 The last line that it prints is what the checks found, as JSON, in their order.
 """
@@ -62,8 +63,8 @@ class Model:
         return decoder
 
 
-def effects(folder, family, dtype, metric, meshes) -> dict:
-    """All granularities: how far effects are from those of one device, of the largest; and the
+def effects(folder, family, dtype, metric, meshes, names) -> dict:
+    """Of some granularities: how far effects are from those of one device, of the largest; and the
     largest of identical prompts."""
     model = Model(folder, family, dtype, 61)
     config = model.alone.config
@@ -71,7 +72,6 @@ def effects(folder, family, dtype, metric, meshes) -> dict:
         METRICS[metric], Positions.PROMPT, directions=some_directions(config, folder)
     )
     found = {}
-    names = (*GRANULARITIES, "direction")
 
     def scanned(decoder):
         return scan.scan_pairs(
@@ -87,7 +87,7 @@ def effects(folder, family, dtype, metric, meshes) -> dict:
     return found
 
 
-def others(folder, family, dtype, metric, meshes) -> dict:
+def others(folder, family, dtype, metric, meshes, names) -> dict:
     """Gradients, joint sets, likelihoods, values: how far they are from those of one device, of the
     largest; and how many generated tokens are others."""
     model = Model(folder, family, dtype, 61)
@@ -134,9 +134,9 @@ def others(folder, family, dtype, metric, meshes) -> dict:
     return found
 
 
-def collectives(folder, family, dtype, metric, meshes) -> dict:
-    """What the compiled programs of a scan and of all else exchange between devices: by program,
-    kind and shape of each collective."""
+def collectives(folder, family, dtype, metric, meshes, names) -> dict:
+    """What the compiled programs of a scan, and with all granularities of all else too, exchange
+    between devices: by program, kind and shape of each collective."""
     config = tiny.config(family, dtype=dtype)
     question = Question(METRICS[metric], directions=programs.directions(config))
     found = {}
@@ -149,11 +149,12 @@ def collectives(folder, family, dtype, metric, meshes) -> dict:
             return cost.Batching(min(runs, 2), 2, devices.number)
 
         of_all = record, decoder, UNEQUAL, question
-        programs.of_scan(*of_all, (*GRANULARITIES, "direction"), batching=batching)
-        programs.of_gradients(*of_all)
-        programs.of_joint_sets(*of_all)
-        rows = devices.number
-        programs.of_answers(record, decoder, UNEQUAL, lambda length, room, rows=rows: rows)
+        programs.of_scan(*of_all, names, batching=batching)
+        if set(names) >= set(GRANULARITIES):
+            programs.of_gradients(*of_all)
+            programs.of_joint_sets(*of_all)
+            rows = devices.number
+            programs.of_answers(record, decoder, UNEQUAL, lambda length, room, rows=rows: rows)
         told = {}
         for program in record.programs:
             text = Text(_compiled(program, decoder.mesh))
@@ -173,7 +174,9 @@ def _compiled(program, mesh) -> str:
         )
         for argument, spec in zip(program.arguments, program.places, strict=True)
     ]
-    return jax.jit(lambda *arrays: program.function(*arrays)).lower(*given).compile().as_text()
+    return (
+        jax.jit(lambda *arrays: program.function(*arrays)).lower(*given).compile().as_text() or ""
+    )
 
 
 # What is compared may be compiled without optimising, in half the time.

@@ -45,7 +45,7 @@ def check_others(of_meshes, meshes, tolerance):
         assert max(apart.values()) <= tolerance, (name, apart)
 
 
-def check_collectives(of_meshes):
+def check_collectives(of_meshes, gathering):
     """With weights on all devices there are none; where they are in parts, weights and token ids
     are gathered, and single numbers reduced."""
     for name, programs in of_meshes.items():
@@ -54,36 +54,36 @@ def check_collectives(of_meshes):
         for program, exchanged in programs.items():
             assert all(not shape for kind, shape in exchanged if kind == "all-reduce"), program
         if kinds:
-            gathering = {program.split()[0] for program, exchanged in programs.items() if exchanged}
-            assert gathering >= {"capture", "enter", "carry", "read_changes", "unit_slopes"}
-            assert gathering >= {"fill", "advance", "response_logprobs"}
+            found = {program.split()[0] for program, exchanged in programs.items() if exchanged}
+            assert found >= gathering
+
+
+OF_A_SCAN = {"capture", "plain_values", "enter", "carry", "read_changes"}
+OF_ALL = {"unit_slopes", "fill", "advance", "response_logprobs", "response_divergences"}
+ALL = ["layer", "module", "head", "token", "neuron", "direction"]
 
 
 def test_several_devices(tmp_path):
-    effects, others, collectives = found(
+    effects, collectives = found(
         tmp_path,
-        ["effects", "gemma2", "float64", "logit", MESHES[1:]],
-        ["others", "llama", "float64", "logit", [[8, 1], [2, 4]]],
-        ["collectives", "gemma2", "float64", "logit", [[8, 1], [4, 2]]],
+        ["effects", "gemma2", "float64", "logit", [[8, 1], [2, 4]], ["layer", "neuron"]],
+        ["collectives", "gemma2", "float64", "logit", [[8, 1], [4, 2]], ["neuron"]],
     )
-    check_effects(effects, MESHES[1:], 1e-12)
-    check_others(others, [[8, 1], [2, 4]], 1e-12)
-    check_collectives(collectives)
+    check_effects(effects, [[8, 1], [2, 4]], 1e-12)
+    check_collectives(collectives, OF_A_SCAN)
 
 
 @pytest.mark.parity
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox"])
 def test_several_devices_of_each_family(family, tmp_path):
-    *effects, single, others, collectives = found(
+    double, single, others, collectives = found(
         tmp_path,
-        ["effects", family, "float64", "logit", MESHES],
-        ["effects", family, "float64", "response", MESHES],
-        ["effects", family, "float32", "response", MESHES],
-        ["others", family, "float64", "response", MESHES],
-        ["collectives", family, "bfloat16", "response", MESHES],
+        ["effects", family, "float64", "logit", MESHES, ALL],
+        ["effects", family, "float32", "response", MESHES[1:], ["head", "neuron"]],
+        ["others", family, "float64", "response", MESHES[2:], ALL],
+        ["collectives", family, "bfloat16", "response", [[8, 1], [2, 4]], ALL],
     )
-    for of_meshes in effects:
-        check_effects(of_meshes, MESHES, 1e-12)
-    check_effects(single, MESHES, 1e-5)
-    check_others(others, MESHES, 1e-12)
-    check_collectives(collectives)
+    check_effects(double, MESHES, 1e-12)
+    check_effects(single, MESHES[1:], 1e-5)
+    check_others(others, MESHES[2:], 1e-12)
+    check_collectives(collectives, OF_A_SCAN | OF_ALL)

@@ -130,9 +130,13 @@ def test_chips_that_share_the_work_exchange_weights_alone(mesh):
         assert text is not None, compiled.error
         for operation in text.collectives:
             kind = operation.kind.removesuffix("-start")
+            if kind == "all-reduce" and operation.arrays[0].shape:
+                # How the compiler gathers what is small: each chip adds its part to zeros.
+                assert all("dynamic-update-slice" in name for name in operation.operands), (
+                    operation.text
+                )
+                kind = "all-gather"
             exchanged.setdefault(kind, set()).add(program.name)
-            if kind == "all-reduce":
-                assert {array.shape for array in operation.arrays} == {()}, operation.text
     print(f"\n{chip.topology}, {mesh}: {time.perf_counter() - began:.0f} s, {exchanged}")
     if mesh[1] == 1:
         assert not exchanged
