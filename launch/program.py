@@ -87,13 +87,20 @@ def start(
             print(error, file=sys.stderr)
             sys.exit(Exit.UNITS_FAILED)
         except sweep.Terminated:
-            print(f"Ended by SIGTERM. {_KEPT}", file=sys.stderr)
-            sys.exit(Exit.UNITS_MISSING)
+            end_at_once(f"Ended by SIGTERM. {_KEPT}", Exit.UNITS_MISSING)
         except KeyboardInterrupt:
-            print(f"Stopped. {_KEPT}", file=sys.stderr)
-            sys.exit(Exit.INTERRUPTED)
+            end_at_once(f"Stopped. {_KEPT}", Exit.INTERRUPTED)
 
     app.run(guarded)
+
+
+def end_at_once(message: str, status: Exit) -> None:
+    """Ends the process with a message, without the interpreter's own end: that would take back
+    memory which a device may still compute in, and be killed for it with another status."""
+    print(message, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def keep_compiled(asked: str | None) -> None:

@@ -45,6 +45,7 @@ def call(program: str, *flags: str) -> subprocess.CompletedProcess:
     with (
         mock.patch.object(sys, "argv", [program, *flags]),
         mock.patch.dict(os.environ, COMPILED),
+        mock.patch.object(os, "_exit", sys.exit),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(error),
         flagsaver.flagsaver(),  # forgets the flags that the program defines
