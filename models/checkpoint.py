@@ -284,6 +284,12 @@ def weights_hash(folder: pathlib.Path, cache_dir: str | os.PathLike | None = Non
     return cache.remembered_hash(_cache_folder(cache_dir), files, compute)
 
 
+def config_hash(config: DecoderConfig) -> str:
+    """BLAKE2b of what a config says of the computation, 64 hex digits: of the same weights,
+    another one makes another model."""
+    return hashlib.blake2b(repr(config).encode(), digest_size=32).hexdigest()
+
+
 def adapter_hash(adapter: pathlib.Path | None) -> str | None:
     """BLAKE2b of an adapter's config and weights, 64 hex digits; None without an adapter."""
     if adapter is None:

@@ -64,6 +64,11 @@ class AnsweringModel:
         return checkpoint.weights_hash(self.folder)
 
     @functools.cached_property
+    def config_hash(self) -> str:
+        """Of what the checkpoint's config says."""
+        return checkpoint.config_hash(self.decoder.config)
+
+    @functools.cached_property
     def adapter_hash(self) -> str | None:
         """Of the adapter's files; None without one."""
         return checkpoint.adapter_hash(self.adapter)

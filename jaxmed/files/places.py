@@ -244,8 +244,10 @@ def _beginning(prefix: str) -> ts.KvStore.KeyRange:
 
 
 def reason(error: Exception) -> str:
-    """What TensorStore says, without what it adds for its developers: a status before, and notes in
-    brackets after."""
+    """What the system says; or TensorStore, without what it adds for its developers: a status
+    before, and notes in brackets after."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     text = re.sub(r"^[A-Z_]+: ", "", str(error))
     text = re.sub(r"\s*\[[\w ]+='.*?'\](?=\s*(\[|$))", "", text, flags=re.DOTALL)
     return text if len(text) <= 300 else text[:297] + "..."

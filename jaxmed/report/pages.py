@@ -39,7 +39,7 @@ def save(figure: Figure, folder: pathlib.Path, name: str) -> str:
     figure.savefig(picture, format="png", dpi=200)
     path = folder / "figures" / f"{name}.png"
     path.parent.mkdir(exist_ok=True)
-    path.write_bytes(picture.getvalue())
+    atomic.replace_file(path, lambda temporary: temporary.write_bytes(picture.getvalue()))
     return "data:image/png;base64," + base64.b64encode(picture.getvalue()).decode()
 
 

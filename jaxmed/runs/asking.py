@@ -446,6 +446,7 @@ def described(
         "generation_not_followed": dict(model.not_followed),
         "tokenisation": model.encoder.counts,
         "weights_hash": model.weights_hash,
+        "config_hash": model.config_hash,
         "adapter_hash": model.adapter_hash,
         "prompts_hash": hash_of(seen),
         **circumstances.circumstances(),

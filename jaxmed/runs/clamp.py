@@ -405,10 +405,12 @@ def _check_weights(settings: ClampSettings, results: Results, model: AnsweringMo
             f"--results={settings.results}: is a run of {results.run['model']} with {measured}, "
             f"which is not that of --adapter={settings.adapter}: give the same"
         )
-    if results.run["weights_hash"] != model.weights_hash:
+    measured = results.run["weights_hash"], results.run["config_hash"]
+    if measured != (model.weights_hash, model.config_hash):
         raise InputError(
-            f"--results={settings.results}: is a run of {results.run['model']}, whose weights are "
-            f"not those of {settings.model}; to hold the same units there, name them: --units"
+            f"--results={settings.results}: is a run of {results.run['model']}, whose weights or "
+            f"config are not those of {settings.model}; to hold the same units there, name them: "
+            "--units"
         )
 
 

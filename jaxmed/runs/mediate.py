@@ -640,6 +640,7 @@ def _description(
         # The name under which the results' arrays record it.
         "precision": settings.matmul_precision,
         "weights_hash": checkpoint.weights_hash(loaded.folder),
+        "config_hash": checkpoint.config_hash(loaded.decoder.config),
         "adapter_hash": checkpoint.adapter_hash(loaded.adapter),
         "pairs_hash": _pairs_hash(pairs),
         "pair_bases": [pair.base for pair in pairs],

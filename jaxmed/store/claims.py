@@ -33,10 +33,11 @@ CIRCUMSTANCES = (
 _FOLLOWING = {
     "adapter_hash": "adapter (what --adapter holds)",
     "chosen": "units (those that --results ranks highest)",
+    "config_hash": "config (config.json in --model)",
     "directions_hash": "directions (what --directions holds)",
     "generation_not_followed": "generation_config.json in --model",
     "granularities": "granularities",
-    "judge_text_and_weights": "judge (its text or weights)",
+    "judge_text_and_weights": "judge (its text, weights or config)",
     "meaning": "meaning of what is measured",
     "metric_unit": "unit of the metric",
     "pair_bases": "pairs (what --pairs holds)",

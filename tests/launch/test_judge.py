@@ -203,7 +203,10 @@ def test_another_text_is_another_judge(model, responses, tmp_path):
     before = read(tmp_path / "out")
     own.write_text(json.dumps(OWN | {"template": "why " + OWN["template"]}))
     again = run(*flags)
-    assert again.returncode == 1 and "not of the same judge (its text or weights)" in again.stderr
+    assert (
+        again.returncode == 1
+        and "not of the same judge (its text, weights or config)" in again.stderr
+    )
     assert "choose another --out, or --overwrite" in again.stderr
     assert read(tmp_path / "out") == before
     assert run(*flags, "--overwrite").returncode == 0

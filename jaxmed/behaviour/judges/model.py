@@ -117,14 +117,15 @@ class JudgeModel:
         return self.decoder.products.precision
 
     @property
-    def basis(self) -> tuple[float, dict, object, str | None]:
+    def basis(self) -> tuple[float, dict, object, str | None, str]:
         """The least mass of a verdict, its template, the chat template that writes its messages,
-        and a hash of its weights; None for what it has not."""
+        and hashes of its weights and of its config; None for what it has not."""
         return (
             protocol.LEAST_MASS,
             dataclasses.asdict(self.template),
             self.tokenizer.chat_template if self.template.messages else None,
             None if self.folder is None else checkpoints.weights_hash(self.folder),
+            checkpoints.config_hash(self.decoder.config),
         )
 
     def __call__(self, exchanges: Sequence[Exchange]) -> list[Verdict]:

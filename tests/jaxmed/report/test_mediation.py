@@ -1,6 +1,7 @@
 """The report: that it says what was measured, and no more, on fabricated results."""
 
 import base64
+import errno
 import html.parser
 import math
 import pathlib
@@ -9,11 +10,13 @@ import types
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from jaxmed.analysis.summary import read_summary
+from jaxmed.files.places import PlaceError
 from jaxmed.question import sites
 from jaxmed.question.effects import Status
-from jaxmed.report import mediation
+from jaxmed.report import mediation, pages
 from jaxmed.store import results
 from jaxmed.validation import scoring
 from tests.jaxmed.fabricated import JOINT, LAYERS, PAIRS, RUN, SIZES, TRUTH, fabricate
@@ -287,3 +290,18 @@ def test_no_share_where_the_total_effect_may_be_0(tmp_path):
     for pair in range(PAIRS):
         made.write_totals(pair, y_base=3.0, y_source=3.0 + (-1) ** pair * (5.0 + pair))
     assert "% of TE" not in "".join(mediation.closing_lines(made))
+
+
+def test_a_disk_that_is_full_leaves_no_half_of_a_figure(tmp_path, monkeypatch):
+    made = fabricate(tmp_path / "out")
+    write = pathlib.Path.write_bytes
+
+    def full(path, data):
+        write(path, data[: len(data) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pathlib.Path, "write_bytes", full)
+    told = pytest.raises(PlaceError, match=r"out: cannot be written to \(No space left on device\)")
+    with told, made.place.written_locally() as folder:
+        pages.save(Figure(), folder, "layer")
+    assert list((tmp_path / "out" / "figures").iterdir()) == []

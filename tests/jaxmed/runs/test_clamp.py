@@ -600,14 +600,16 @@ def test_units_of_a_run_that_saw_the_tested_prompts_are_refused(organism, tmp_pa
     found = clamp.run(asked, progress=False)
     planted = organism.truth["contrasts"]["unlock"]["neurons"]
     assert {(u.layer, u.index) for u in found.units} == set(map(tuple, planted))
-    others.run |= {"adapter": "lora", "adapter_hash": "other"}
-    others.record({"seconds": 1.0})
+    others.record({"adapter": "lora", "adapter_hash": "other"})
     with pytest.raises(InputError, match="with lora, which is not that of --adapter=: give the"):
         clamp.run(asked, progress=False)
-    others.run |= {"adapter": "", "adapter_hash": None, "weights_hash": "other"}
-    others.record({"seconds": 1.0})
-    with pytest.raises(InputError, match="whose weights are not those of .*: --units"):
-        clamp.run(asked, progress=False)
+    others.record({"adapter": "", "adapter_hash": None})
+    for name in ("weights_hash", "config_hash"):
+        own = others.run[name]
+        others.record({name: "other"})
+        with pytest.raises(InputError, match="weights or config are not those of .*: --units"):
+            clamp.run(asked, progress=False)
+        others.record({name: own})
 
 
 def test_each_prompt_may_be_held_at_its_counterfactual(organism, units, tmp_path):

@@ -616,6 +616,18 @@ def test_other_weights_under_the_same_name_are_refused(asked, copied, tmp_path):
         mediate.run(to(asked, tmp_path, model=str(tmp_path / "model")))
 
 
+def test_another_config_of_the_same_weights_is_refused(asked, copied, tmp_path):
+    model = shutil.copytree(asked.model, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+    run = described(copied) | {"model": str(model)}
+    (copied / "run.json").write_text(json.dumps(run))
+    with pytest.raises(InputError, match=r"not of the same config \(config.json in --model\)"):
+        mediate.run(to(asked, tmp_path, model=str(model)))
+    (model / "config.json").write_text(json.dumps(config | {"transformers_version": "9"}))
+    mediate.run(to(asked, tmp_path, model=str(model)))  # says nothing of the computation
+
+
 def test_another_adapter_under_the_same_name_is_refused(asked, model, tmp_path):
     """It is part of what the results are of; the base's weights are the same."""
     modules = [f"model.layers.{layer}.mlp.up_proj" for layer in range(LAYERS)]
