@@ -201,6 +201,6 @@ def test_two_processes_do_a_run_in_a_bucket_that_fails_in_between(
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("seed", range(10))
-def test_ten_times_at_other_moments(seed, asked, undisturbed, tmp_path):
+@pytest.mark.parametrize("seed", range(4))
+def test_at_other_moments(seed, asked, undisturbed, tmp_path):
     killed(asked, undisturbed, tmp_path, seed, count=2 + seed % 2, again=1 + seed % 3)
