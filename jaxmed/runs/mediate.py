@@ -936,7 +936,7 @@ def _scan(
     """
     pairs, question, say, chosen = asked.pairs, asked.question, asked.say, phase.chosen
     of_pairs = scan.Scan(asked.decoder, pairs, question, chosen=[chosen] * len(pairs))
-    blocks = _blocks(asked, results, phase, of_pairs)
+    blocks = _blocks(asked, results, phase)
     # Bits of a pair's totals depend on the pairs that it is run with: one block writes them.
     of_totals = {index: block.name for block in reversed(blocks) for index in block.pairs}
     of_totals = {index: of_totals[index] for index in phase.totals}
@@ -1057,33 +1057,28 @@ def _complete_totals(asked: MediateRun, results: Results) -> None:
     )
 
 
-def _blocks(
-    asked: MediateRun, results: Results, phase: _Phase, of_pairs: scan.Scan
-) -> list[Block]:
+def _blocks(asked: MediateRun, results: Results, phase: _Phase) -> list[Block]:
     """The units of work, whose batches are sized once: whoever goes on with the run keeps them."""
     recorded = results.run.get(phase.key)
     if recorded is None:
         of_each: dict[tuple[int, ...], list[str]] = {}
         for name, pairs in phase.pairs.items():
             of_each.setdefault(tuple(pairs), []).append(name)
-        blocks = [
-            block
-            for pairs, names in of_each.items()
-            for block in of_pairs.blocks(
-                names, asked.budget, _together(asked, results, phase, names), pairs
-            )
-        ]
+        together, blocks = _together(asked, results, phase), []
+        for pairs, names in of_each.items():
+            chosen = {name: mask for name, mask in phase.chosen.items() if name in names}
+            every = [chosen] * len(asked.pairs)
+            of_pairs = scan.Scan(asked.decoder, asked.pairs, asked.question, chosen=every)
+            blocks += of_pairs.blocks(names, asked.budget, together, pairs)
         recorded = results.settle(phase.key, [dataclasses.asdict(block) for block in blocks])
     return [Block.of(block) for block in recorded]
 
 
-def _together(
-    asked: MediateRun, results: Results, phase: _Phase, names: Sequence[str]
-) -> dict[str, int]:
+def _together(asked: MediateRun, results: Results, phase: _Phase) -> dict[str, int]:
     """By granularity, how many layers a block has: those that are stored together or, where few of
     the units are computed, several times as many."""
-    stored = {name: results.layers_together(name) for name in names}
-    if phase.others != Status.LEFT_OUT or "neuron" not in names:
+    stored = {name: results.layers_together(name) for name in phase.pairs}
+    if phase.others != Status.LEFT_OUT:
         return stored  # a screen's are stored as few of the units are computed
     enough = blocks_lib.layers_together(
         *(asked.decoder.config, asked.pairs, asked.question, ["neuron"]),
