@@ -638,9 +638,9 @@ def _scouts(settings: MediateSettings, pairs: list[Pair]) -> list[int]:
     scouts = clusters.drawn(pairs, settings.scout_pairs, SCOUT_SEED)
     if len(scouts) == len(pairs):
         raise DataError(
-            f"--scout_pairs={settings.scout_pairs}: that takes all of the {len(pairs)} pairs (those "
-            "that share a prompt count as one), and others are needed to compute what the scouts "
-            "have chosen; give a smaller number"
+            f"--scout_pairs={settings.scout_pairs}: that takes all of the {len(pairs)} pairs "
+            "(those that share a prompt count as one), and others are needed to compute what the "
+            "scouts have chosen; give a smaller number"
         )
     return scouts
 

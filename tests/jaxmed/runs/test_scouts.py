@@ -21,6 +21,7 @@ from jaxmed.runs.mediate import MediateSettings
 from jaxmed.store.results import Results
 from models.errors import InputError
 from tests import tiny
+from tests.jaxmed import fabricated
 
 LAYERS, NEURONS = 2, 12
 SHAPE = {"num_layers": LAYERS, "hidden_size": 16, "intermediate_size": NEURONS, "head_dim": 4}
@@ -178,9 +179,10 @@ def test_the_summary_is_that_of_the_other_pairs_with_the_same_neurons(asked, sco
 def test_nothing_that_is_told_of_neurons_is_of_the_scouts(scouted, tmp_path):
     """Effects of the scouts that are far too large change the choice alone."""
     shutil.copytree(scouted.place.folder, tmp_path / "out")
+    later = ("finished", "pair_ids", "sizes", "granularities", "layers_together", "measured")
     spoiled = Results.resume_or_create(
         tmp_path / "out",
-        {k: v for k, v in scouted.run.items() if k not in WRITTEN_LATER},
+        {key: value for key, value in scouted.run.items() if key not in later},
         scouted.sizes,
         scouted.pair_ids,
         scouted.granularities,
@@ -199,9 +201,6 @@ def test_nothing_that_is_told_of_neurons_is_of_the_scouts(scouted, tmp_path):
     pyplot.close("all")
 
 
-WRITTEN_LATER = ("finished", "pair_ids", "sizes", "granularities", "layers_together", "measured")
-
-
 def test_the_audit_is_of_the_other_pairs(scouted, whole):
     audit, selection = scouted.run["audit"], chosen(scouted)
     exact = ranking.exact_strength(whole, "neuron", np.array(others(scouted)))
@@ -212,12 +211,35 @@ def test_the_audit_is_of_the_other_pairs(scouted, whole):
     assert missed.sum() <= audit["bound"] <= audit["uncomputed"] == LAYERS * NEURONS - CHOSEN
 
 
+def test_the_bound_holds_where_scouts_rank_most_of_the_strongest_low(tmp_path):
+    """Of twenty strong neurons of the other pairs five are strong in the scouts as well."""
+    run = {**fabricated.RUN, "scouts": [f"pair {index} <script>" for index in range(3)]}
+    made = fabricated.fabricate(tmp_path / "out", run, ["neuron"])
+    generator, shape = np.random.default_rng(0), made.sizes.shape("neuron")
+    places = generator.permutation(np.prod(shape))[:20]
+    for index in range(len(made.pair_ids)):
+        nie, tie = generator.normal(size=(2, *shape)) / 10
+        nie.flat[places[: 5 if index in made.scouts else 20]] += 2
+        made.write(index, "neuron", nie, tie)
+    scouts, exact = ranking.estimated_strength(made), ranking.exact_strength(made, "neuron")
+    assert (np.sort(scouts.ravel())[-6:-4] < [1, 3]).all() and (exact > 1.5).sum() == 20
+    holds, missed_some, draws = 0, 0, 200
+    for seed in range(draws):
+        selection = screening.select(scouts, 5, 40, seed)
+        audit = mediate._audit(made, selection, 5)
+        missed = int(((exact > audit["threshold"]) & ~selection.computed).sum())
+        holds += missed <= audit["bound"]
+        missed_some += missed > 0
+        assert audit["hits"] == ((exact > audit["threshold"]) & selection.sampled).sum()
+    assert holds >= 0.95 * draws and missed_some > draws / 2
+
+
 def test_the_report_says_what_was_scouted(scouted):
     page = (scouted.place.folder / "report.html").read_text()
     (told,) = (line for line in mediation.closing_lines(scouted) if line.startswith("Scouts: "))
     said = (
-        f"All 24 neurons were computed on {len(scouted.scouts)} pairs, the scouts, and on the "
-        f"{len(others(scouted))} others the 6 that are strongest there and 6 of the rest"
+        f"All 24 neurons were computed on {len(scouted.scouts)} pairs, the scouts; on "
+        f"{len(others(scouted))} others the 6 that are strongest in the scouts, and 6 of the rest"
     )
     assert said in told and said in page and "not tested" in told
     assert f"{scouted.run['audit']['bound']} neuron" in told and "--screen" not in told
