@@ -175,7 +175,7 @@ class Effects:
         )
 
     def tested(self) -> "Effects":
-        """Those of the pairs that had no part in the choice of units: of these are means and tests."""
+        """Those of the pairs that had no part in choosing units: means and tests are of them."""
         if not self.scouts:
             return self
         pairs = np.setdiff1d(np.arange(len(self.done)), self.scouts)
