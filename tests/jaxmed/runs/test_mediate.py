@@ -814,9 +814,9 @@ def test_the_budget_and_the_precision_reach_the_engine(asked, tmp_path, monkeypa
     given = []
     original = scan.Scan.blocks
 
-    def heard(self, granularities, memory, layers_together):
+    def heard(self, granularities, memory, *others):
         given.append((self.decoder.products.precision, memory))
-        return original(self, granularities, memory, layers_together)
+        return original(self, granularities, memory, *others)
 
     monkeypatch.setattr(scan.Scan, "blocks", heard)
     monkeypatch.setattr(memory, "free", lambda memory_gb: int(memory_gb * 2**30))
