@@ -6,7 +6,7 @@ from scipy import stats
 
 from jaxmed.analysis import slabs, statistics
 from jaxmed.analysis.joint import JointSet
-from jaxmed.store.results import Results
+from jaxmed.store.results import Indices, Results
 
 # Below this mean total effect, in units of the metric, there is little to take a share of.
 MINIMUM_TOTAL_EFFECT = 0.1
@@ -19,14 +19,18 @@ def strength(nie: np.ndarray, tie: np.ndarray) -> np.ndarray:
 
 
 def exact_strength(
-    results: Results, granularity: str, pairs: slice = slice(None)
+    results: Results, granularity: str, pairs: Indices | None = None
 ) -> Float[np.ndarray, "layer *unit"]:
-    """The `strength` of a run's units over pairs, by exact effects alone."""
+    """The `strength` of a run's units over pairs, by exact effects alone; by default over those
+    that the units are tested on."""
     return _larger(slabs.mean_effects(results, granularity, pairs))
 
 
 def estimated_strength(results: Results) -> Float[np.ndarray, "layer neuron"]:
-    """The `strength` of a run's neurons by the estimates that they are screened by."""
+    """The `strength` of a run's neurons by what they are chosen by: their effects in the scouts, or
+    a screen's estimates."""
+    if results.scouts:
+        return exact_strength(results, "neuron", np.array(results.scouts))
     return _larger(slabs.mean_estimates(results))
 
 

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 
 from jaxmed.analysis import statistics
 from jaxmed.question.effects import ESTIMANDS, Effects, Status
-from jaxmed.store.results import Results
+from jaxmed.store.results import Indices, Results
 
 # Effects of one estimand that are held at once: 256 MiB, and some copies of them.
 _EFFECTS_AT_ONCE = 2**26
@@ -17,7 +17,8 @@ _EFFECTS_AT_ONCE = 2**26
 def slabs(
     found: Mapping[str, Effects], granularity: str, layers: Collection[int] | None = None
 ) -> Iterator[Effects]:
-    """All effects of a granularity, those of some layers after those of others.
+    """All effects of a granularity, those of some layers after those of others, of the pairs that
+    its units are tested on (`Results.tested`).
 
     Of a results folder no more is read at a time than is given; layers that are stored together
     are read together where they fit.
@@ -29,25 +30,27 @@ def slabs(
     """
     if isinstance(found, Results):
         shape = len(found.pair_ids), *found.sizes.shape(granularity)
+        pairs = found.tested(granularity)
         for part in _parts(shape, found.layers_together(granularity)):
             if layers is None or any(part.start <= layer < part.stop for layer in layers):
-                yield found.of_layers(granularity, part)
+                yield found.of_layers(granularity, part, pairs)
     else:
         yield found[granularity]
 
 
 def mean_effects(
-    results: Results, granularity: str, pairs: slice = slice(None)
+    results: Results, granularity: str, pairs: Indices | None = None
 ) -> tuple[Float[np.ndarray, "layer *unit"], Float[np.ndarray, "layer *unit"]]:
     """Mean NIE and TIE of each unit over pairs, of exact effects alone; NaN where there is none.
 
     Args:
         results: the run.
         granularity: of the units.
-        pairs: whose mean it is.
+        pairs: whose mean it is; by default those that the units are tested on.
     """
+    pairs = results.tested(granularity) if pairs is None else pairs
     means = {name: [] for name in ESTIMANDS}
-    shape = len(results.pair_ids[pairs]), *results.sizes.shape(granularity)
+    shape = len(np.arange(len(results.pair_ids))[pairs]), *results.sizes.shape(granularity)
     for part in _parts(shape, results.layers_together(granularity)):
         effects = results.effects(granularity, exact=True, layers=part, pairs=pairs)
         for name, values in zip(ESTIMANDS, effects, strict=True):

@@ -49,7 +49,9 @@ def summarise(found: Mapping[str, Effects]) -> pa.Table:
     first: means, intervals and tests are over base prompts. q-values hold within one family: all
     units of one granularity and one estimand. Units that a screen has only estimated are not
     tested, as the pairs say nothing of a gradient's error: their interval, p and q are null. They
-    belong to the family all the same, as if their p were 1.
+    belong to the family all the same, as if their p were 1. Neurons that scouts have chosen are
+    tested on all other pairs, which had no part in the choice: those that it left out have no row,
+    and are not of the family.
 
     Args:
         found: the effects by granularity, of a scan in memory or of a results folder, of which
@@ -113,10 +115,9 @@ def _opened(results: Results) -> ds.Dataset | None:
 
 def _tables(found: Mapping[str, Effects]) -> Iterator[pa.Table]:
     """The summary's rows, in order; each table is of one granularity and estimand."""
-    for number, granularity in enumerate(found):
-        coordinates, measured, totals = _measured(found, granularity)
-        if not number:
-            yield _total_rows(totals)
+    yield _total_rows(_totals(found))
+    for granularity in found:
+        coordinates, measured = _measured(found, granularity)
         for estimand in SUMMARISED:
             yield from _rows(granularity, estimand, coordinates, measured.pop(estimand))
 
@@ -174,22 +175,21 @@ class _Statistics:
 
 def _measured(
     found: Mapping[str, Effects], granularity: str
-) -> tuple[dict[str, np.ndarray], dict[str, _Statistics], Totals]:
-    """The coordinates of all units, the statistics of each estimand, and the totals of the pairs.
+) -> tuple[dict[str, np.ndarray], dict[str, _Statistics]]:
+    """The coordinates of all units, and the statistics of each estimand.
 
     Some numbers are kept of each unit, and of each pair and unit only while their slab is there.
     """
     parts: dict[str, list[_Statistics]] = {estimand: [] for estimand in SUMMARISED}
-    coordinates, totals, first = {}, None, 0
+    coordinates, first = {}, 0
     for slab in slabs.slabs(found, granularity):
         for estimand, each in _of_slab(slab, first):
             parts[estimand].append(each)
         layers = [of["layer"] for of in (coordinates, slab.coordinates) if of]
         coordinates = slab.coordinates | {"layer": np.concatenate(layers)}
-        totals, first = slab.totals, first + slab.done[0].size
+        first += slab.done[0].size
         del slab  # before the next one is read
-    assert totals is not None  # there are layers
-    return coordinates, {name: _Statistics.joined(each) for name, each in parts.items()}, totals
+    return coordinates, {name: _Statistics.joined(each) for name, each in parts.items()}
 
 
 def _of_slab(slab: Effects, first: int) -> Iterator[tuple[str, _Statistics]]:
@@ -250,6 +250,13 @@ def _table(
     for name, column in zip(_STATISTICS, measured, strict=True):
         columns[name] = pa.array(column, from_pandas=True)  # NaN becomes null
     return pa.table({name: columns[name] for name in _SCHEMA.names}, _SCHEMA)
+
+
+def _totals(found: Mapping[str, Effects]) -> Totals:
+    """What was measured of all pairs."""
+    if isinstance(found, Results):
+        return found.totals
+    return next(iter(found.values())).totals
 
 
 def _total_rows(totals: Totals) -> pa.Table:

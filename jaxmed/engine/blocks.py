@@ -231,6 +231,7 @@ def blocks(
     platform: str,
     devices: Devices = Devices(),  # noqa: B008 (it is a tuple)
     layers_together: Mapping[str, int] | None = None,
+    indices: Sequence[int] | None = None,
 ) -> list[Block]:
     """All blocks: of pairs of like length, and smaller ones for a granularity whose lists are long
     than for one whose lists are short.
@@ -243,17 +244,21 @@ def blocks(
         chosen: of each pair.
         layers_together: by granularity, how many layers a block has at most; all of one that is not
             named.
+        indices: of the pairs that have blocks; by default all of them.
 
     Raises:
         InputError: not even one unit fits the memory.
     """
     granularities = list(granularities)
-    terms = [cost.runs(config, pair, question) for pair in pairs]
-    lengths = [_longest_run(*each) for each in zip(pairs, terms, strict=True)]
-    order = sorted(range(len(pairs)), key=lambda index: lengths[index])
-    runs = 2 * max(map(len, terms))
+    terms = {
+        index: cost.runs(config, pairs[index], question)
+        for index in (range(len(pairs)) if indices is None else indices)
+    }
+    lengths = {index: _longest_run(pairs[index], of_pair) for index, of_pair in terms.items()}
+    order = sorted(lengths, key=lambda index: lengths[index])
+    runs = 2 * max(map(len, terms.values()))
     of_each = devices.memory(memory, platform)
-    size = cost.pairs_of_a_block(config, dtype, max(lengths), runs, of_each, platform)
+    size = cost.pairs_of_a_block(config, dtype, max(lengths.values()), runs, of_each, platform)
 
     def of_pairs(granularity: str, indices: Sequence[int]) -> list[Patched]:
         some, masks = [pairs[index] for index in indices], [chosen[index] for index in indices]

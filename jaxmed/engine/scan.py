@@ -155,13 +155,14 @@ class Scan:
         granularities: Iterable[str],
         memory: int,
         layers_together: Mapping[str, int] | None = None,
+        indices: Sequence[int] | None = None,
     ) -> list[Block]:
         """The units of work, with the sizes of their batches, which effects depend on by rounding.
 
         Args:
             granularities: which to compute.
             memory: bytes for the runs and the differences.
-            layers_together: as of `blocks.blocks`.
+            layers_together, indices: as of `blocks.blocks`.
 
         Raises:
             DataError: a pair does not fit the model or the question.
@@ -184,6 +185,7 @@ class Scan:
             platform=jax.default_backend(),
             devices=Devices.of(self.decoder.mesh),
             layers_together=layers_together,
+            indices=indices,
         )
 
     def effects(

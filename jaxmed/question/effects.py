@@ -121,6 +121,11 @@ class Totals:
     y_base: Float32[np.ndarray, "pair"]
     y_source: Float32[np.ndarray, "pair"]
 
+    def of(self, pairs: slice | np.ndarray) -> "Totals":
+        """Those of some pairs, by their indices."""
+        ids, bases = (tuple(np.array(each, object)[pairs]) for each in (self.pair_ids, self.bases))
+        return Totals(ids, bases, *(getattr(self, name)[pairs] for name in TOTALS))
+
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Effects:
@@ -134,6 +139,7 @@ class Effects:
         coordinates: names of the axes, "pair" first, and what lies along each; see
             `Sizes.coordinates`.
         attributes: what was asked: "metric", "metric_unit", "positions" and "precision".
+        scouts: indices of the pairs by which the units of the others were chosen.
     """
 
     granularity: str
@@ -143,6 +149,7 @@ class Effects:
     totals: Totals
     coordinates: dict[str, np.ndarray]
     attributes: dict[str, str]
+    scouts: tuple[int, ...] = ()
 
     @property
     def te(self) -> Float32[np.ndarray, "pair"]:
@@ -165,6 +172,19 @@ class Effects:
             self,
             **{name: getattr(self, name)[:, layers] for name in _OF_UNITS},
             coordinates=self.coordinates | {"layer": self.coordinates["layer"][layers]},
+        )
+
+    def tested(self) -> "Effects":
+        """Those of the pairs that had no part in choosing units: means and tests are of them."""
+        if not self.scouts:
+            return self
+        pairs = np.setdiff1d(np.arange(len(self.done)), self.scouts)
+        return dataclasses.replace(
+            self,
+            **{name: getattr(self, name)[pairs] for name in _OF_UNITS},
+            totals=self.totals.of(pairs),
+            coordinates=self.coordinates | {"pair": self.coordinates["pair"][pairs]},
+            scouts=(),
         )
 
     def places(self) -> dict[str, np.ndarray]:

@@ -149,7 +149,7 @@ class JointVerdict:
 
 
 class Audited(enum.StrEnum):
-    """What is known of the neurons that a screen left out."""
+    """What is known of the neurons that a screen, or scouts, left out."""
 
     COMPLETE = "complete"  # there are none
     NOT_AUDITED = "not audited"  # nothing, without a sample of them
@@ -158,18 +158,22 @@ class Audited(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True)
 class ScreenVerdict:
-    """What a screen computed, and what it may have missed.
+    """What a screen computed, or what scouts had computed of other pairs, and what it may have
+    missed.
 
     Attributes:
         verdict: what is known of the others.
-        candidates, sampled, uncomputed: neurons that were computed because gradients rank them
-            highest, those that were computed as a sample of the others, and the rest.
+        candidates, sampled, uncomputed: neurons that were computed because gradients or scouts rank
+            them highest, those that were computed as a sample of the others, and the rest.
         group_size: adjacent neurons of each.
         wanted: how many of the strongest were asked for.
         threshold: strength of the weakest of these among the candidates, in the metric's unit.
         bound: how many stronger ones are missing at most, at this `confidence`.
         hits: stronger ones in the sample.
-        spearman: rank correlation of estimated and exact strengths over the sample; None without.
+        spearman: rank correlation of strengths, as estimated or in the scouts and exact ones, over
+            the sample; None without.
+        scouts, others: how many pairs ranked the neurons, and of how many others they were
+            computed; 0 where gradients did.
     """
 
     verdict: Audited
@@ -184,6 +188,8 @@ class ScreenVerdict:
     confidence: float
     hits: int
     spearman: float | None
+    scouts: int = 0
+    others: int = 0
 
     @property
     def units(self) -> int:
@@ -378,7 +384,7 @@ def _with_shares(results: Results, units: UnitTable) -> UnitTable:
         exact = slab.done[:, *at] == Status.EXACT
         for name, share in shares.items():
             effects = np.where(exact, getattr(slab, name)[:, *at], np.nan)
-            share[here] = ranking.share(effects, results.te)
+            share[here] = ranking.share(effects, slab.te)
     values = units.by_estimand().items()
     return dataclasses.replace(
         units, **{name: dataclasses.replace(each, share=shares[name]) for name, each in values}
@@ -426,7 +432,7 @@ def _section(results: Results, units: UnitTable) -> Section:
     return Section(
         granularity=units.granularity,
         largest=largest_verdict(units, results.run["metric_unit"]),
-        spread=spread_verdict(units, bool(results.run.get("screen"))),
+        spread=spread_verdict(units, bool(results.run.get("screen") or results.scouts)),
         decimals=numbers.decimals(units.size()[chosen].max()),
         rows=[
             {
@@ -552,7 +558,7 @@ def joint_verdict(results: Results) -> JointVerdict | None:
 
 def screen_verdict(results: Results) -> ScreenVerdict | None:
     """What was computed of the neurons, what may be missing, and how good the estimates are; None
-    without a screen."""
+    without a screen and scouts."""
     run, audit = results.run, results.run.get("audit")
     if not audit:
         return None
@@ -563,13 +569,15 @@ def screen_verdict(results: Results) -> ScreenVerdict | None:
         sampled=audit["sampled"],
         uncomputed=audit["uncomputed"],
         group_size=run.get("group_size", 1),
-        wanted=run["screen"],
+        wanted=run["screen"] or run["scout_top"],
         threshold=audit["threshold"],
         metric_unit=run["metric_unit"],
         bound=audit["bound"],
         confidence=audit["confidence"],
         hits=audit["hits"],
         spearman=audit["spearman"],
+        scouts=len(results.scouts),
+        others=len(results.pair_ids) - len(results.scouts) if results.scouts else 0,
     )
 
 
@@ -583,6 +591,7 @@ def _screen_figure(results: Results, screen: ScreenVerdict) -> Figure:
         candidates=screen.candidates,
         threshold=screen.threshold,
         metric_unit=screen.metric_unit,
+        scouted=bool(screen.scouts),
     )
 
 

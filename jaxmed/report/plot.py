@@ -138,7 +138,7 @@ def _units(effects: Effects, granularity: str, count: int | None = None) -> Unit
             f"these are the effects of granularity '{effects.granularity}': '{granularity}' is "
             "drawn here"
         )
-    pairs = len(effects.done)
+    effects, pairs = effects.tested(), len(effects.done)
     # As in the summary, a unit is exact or an estimate, for all pairs together.
     exact = ~(effects.done == Status.ESTIMATED).any(axis=0).ravel()
     sides = {

@@ -19,8 +19,8 @@ from jaxmed.analysis import audit as audit_lib
 from jaxmed.analysis import joint as joint_lib
 from jaxmed.analysis import ranking, screening, statistics, summary
 from jaxmed.behaviour import responses
+from jaxmed.data import clusters, splits
 from jaxmed.data import pairs as pairs_lib
-from jaxmed.data import splits
 from jaxmed.data.pairs import Pair
 from jaxmed.data.tokens import Encoder
 from jaxmed.engine import blocks as blocks_lib
@@ -52,6 +52,7 @@ from models.errors import InputError
 
 SCREEN_SEED = 0  # of the audit sample
 DRAW_SEED = 0  # of --most_pairs
+SCOUT_SEED = 0  # of --scout_pairs
 _SCREENED = "screen-"  # units of work whose gradients are taken
 
 
@@ -147,6 +148,27 @@ class MediateSettings:
         least=1,
         needs="screen",
     )
+    scout_pairs: int = setting(
+        help="For many pairs: computes all neurons on so many of them, the scouts, drawn by hash "
+        f"(each with all pairs that share a prompt with it), and on the others only the "
+        f"{screening.MARGIN} x --scout_top that are strongest there, and a random sample of all "
+        "others, which says how many of the strongest may be missing. Means, intervals and tests "
+        "of neurons are of the others alone. 0 computes every neuron on every pair.",
+        default=0,
+        least=0,
+    )
+    scout_top: int = setting(
+        help="--scout_pairs: how many of the strongest neurons matter.",
+        default=1000,
+        least=1,
+        needs="scout_pairs",
+    )
+    scout_audit: int = setting(
+        help="--scout_pairs: neurons of the sample. More of them make for a tighter bound.",
+        default=screening.AUDIT,
+        least=0,
+        needs="scout_pairs",
+    )
     joint_size: int = setting(
         help="Neurons, at most, of a joint set that grows by the one that most raises the joint "
         f"effect; 0 for none. Each step tries {joint_lib.CANDIDATES} candidates.",
@@ -163,7 +185,7 @@ class MediateSettings:
     )
     joint_pairs: int = setting(
         help="--joint_size: pairs that the set is searched on, from the first; the others confirm "
-        "it.",
+        "it. With --scout_pairs the first of the scouts, and all that are no scouts.",
         default=8,
         least=1,
         needs="joint_size",
@@ -340,9 +362,13 @@ def dry_run(settings: MediateSettings) -> Iterator[str]:
         name: sum(cost.operations(config, pair, question, [name]) for pair in pairs)
         for name in units
     }
-    if settings.screen:
-        computed = screening.MARGIN * settings.screen + settings.screen_audit
-        operations["neuron"] *= min(1.0, computed / units["neuron"])
+    if computed := _most_chosen(settings):
+        scouts = set(_scouts(settings, pairs))
+        share = min(1.0, computed / units["neuron"])
+        operations["neuron"] = sum(
+            cost.operations(config, pair, question, ["neuron"]) * (1 if index in scouts else share)
+            for index, pair in enumerate(pairs)
+        )
     parameters = jax.tree.leaves(nnx.state(decoder))
     plan = costs_lib.Plan(
         weights=sum(each.size * each.dtype.itemsize for each in parameters),
@@ -376,7 +402,8 @@ def measure(settings: MediateSettings, *, progress: bool = True) -> tuple[Result
 
     A folder that holds an unfinished run of the same settings is gone on with. Nothing is written
     before the checkpoint and every pair have been checked. Several processes do the phases of a run
-    together: gradients of the screen, from which each then makes the same selection; and the scan.
+    together: gradients of the screen or the scan of the scouts, from which each then makes the same
+    selection; and the scan.
     The first one alone does the joint set. None waits for another: it does what is missing.
 
     Args:
@@ -445,14 +472,22 @@ def measure(settings: MediateSettings, *, progress: bool = True) -> tuple[Result
             f"{settings.mesh}: the last bits of what is computed here may be others"
         )
     asked = MediateRun(decoder, pairs, question, settings, budget, process, progress)
-    selection = _screen(asked, results) if settings.screen else None
-    retried = _scan(asked, results, selection)
+    retried, selection, phase = False, None, _Phase.of_all(asked, results)
+    if settings.screen:
+        selection = _screen(asked, results)
+        phase = dataclasses.replace(phase, computed=selection.computed)
+    elif settings.scout_pairs:
+        retried, selection = _scout(asked, results)
+        phase = _Phase.after_scouts(asked, results, selection)
+    retried |= _scan(asked, results, phase)
+    if process.is_first:
+        _complete_totals(asked, results)
     measured = {}
     if process.is_first:
         # Of all that the file has, also what this run does not use: no reason not to go on.
         measured["tokenisation"] = encoder.counts
         if selection:
-            measured["audit"] = _audit(results, selection, settings.screen)
+            measured["audit"] = _audit(results, selection, settings.screen or settings.scout_top)
         wanted = settings.joint_size and (retried or "joint" not in results.run)
         if wanted and (joint := _joint(asked, results)):
             measured["joint"] = joint
@@ -472,10 +507,17 @@ def _check_together(settings: MediateSettings, process: Process) -> None:
 
 
 def _most_computed(settings: MediateSettings) -> dict[str, int]:
-    """How many units of a granularity are computed at most, where it is not all of them."""
-    if not settings.screen:
-        return {}
-    return {"neuron": screening.MARGIN * settings.screen + settings.screen_audit}
+    """How many units of a granularity are computed of any pair, where it is not all of them."""
+    return {"neuron": _most_chosen(settings)} if settings.screen else {}
+
+
+def _most_chosen(settings: MediateSettings) -> int:
+    """How many neurons a screen or scouts choose at most; 0 where all are computed of all pairs."""
+    if settings.screen:
+        return screening.MARGIN * settings.screen + settings.screen_audit
+    if settings.scout_pairs:
+        return screening.MARGIN * settings.scout_top + settings.scout_audit
+    return 0
 
 
 def check(settings: MediateSettings) -> None:
@@ -491,8 +533,13 @@ def check(settings: MediateSettings) -> None:
             "--positions=response: logit_diff reads the last prompt token, which no later "
             "position can change; use --metric=response_logprob_diff"
         )
-    if settings.screen and "neuron" not in settings.granularity:
-        raise InputError("--screen needs --granularity=neuron: nothing else is screened")
+    if settings.screen and settings.scout_pairs:
+        raise InputError(
+            "--screen and --scout_pairs: each says which neurons are computed; give one of them"
+        )
+    for name, done in (("screen", "screened"), ("scout_pairs", "scouted")):
+        if getattr(settings, name) and "neuron" not in settings.granularity:
+            raise InputError(f"--{name} needs --granularity=neuron: nothing else is {done}")
     if settings.joint_size and (settings.group_size > 1 or "neuron" not in settings.granularity):
         raise InputError("--joint_size needs --granularity=neuron and --group_size=1")
 
@@ -501,7 +548,8 @@ def check_counts(settings: MediateSettings, config: DecoderConfig) -> None:
     """Raises `InputError` where more neurons are looked for than the model has."""
     most = config.num_layers * group_count(config, settings.group_size)
     units = "neurons" if settings.group_size == 1 else "groups of neurons"
-    for name in ("joint_size", "screen"):
+    asked = ("joint_size", "screen", *(("scout_top",) if settings.scout_pairs else ()))
+    for name in asked:
         if getattr(settings, name) > most:
             raise InputError(f"--{name}={getattr(settings, name)}: the model has {most} {units}")
 
@@ -580,6 +628,23 @@ def _drawn(pairs: list[Pair], most: int, say: Callable[[str], None]) -> list[Pai
     return [pair for pair in pairs if pair.id in chosen]
 
 
+def _scouts(settings: MediateSettings, pairs: list[Pair]) -> list[int]:
+    """Indices of the pairs of which all neurons are computed, to choose those of the others; none
+    where nothing is scouted.
+
+    Raises:
+        DataError: no others are left.
+    """
+    scouts = clusters.drawn(pairs, settings.scout_pairs, SCOUT_SEED)
+    if len(scouts) == len(pairs):
+        raise DataError(
+            f"--scout_pairs={settings.scout_pairs}: that takes all of the {len(pairs)} pairs "
+            "(those that share a prompt count as one), and others are needed to compute what the "
+            "scouts have chosen; give a smaller number"
+        )
+    return scouts
+
+
 @dataclasses.dataclass(frozen=True)
 class _Read:
     """What is asked of which pairs; `encoder` has made their tokens, `skipped` counts others."""
@@ -618,6 +683,7 @@ def _read(
     pairs = _usable(settings, decoder, pairs, ask, skipped, say)
     if settings.most_pairs:
         pairs = _drawn(pairs, settings.most_pairs, say)
+    _scouts(settings, pairs)  # that there are enough
     question = ask(pairs)
     for line in encoder.told:
         say(line)
@@ -644,11 +710,17 @@ def _description(
         "adapter_hash": checkpoint.adapter_hash(loaded.adapter),
         "pairs_hash": _pairs_hash(pairs),
         "pair_bases": [pair.base for pair in pairs],
+        "scouts": [pairs[index].id for index in _scouts(settings, pairs)],
         "prompt_hashes": _prompt_hashes(pairs),
         "directions_hash": question.directions and question.directions.hash,
         "skipped": skipped,
         "truth": _truth(loaded, pairs),
-        "seeds": {"bootstrap": statistics.SEED, "screen": SCREEN_SEED, "draw": DRAW_SEED},
+        "seeds": {
+            "bootstrap": statistics.SEED,
+            "screen": SCREEN_SEED,
+            "draw": DRAW_SEED,
+            "scout": SCOUT_SEED,
+        },
     }
 
 
@@ -753,27 +825,127 @@ def _spearman(left: np.ndarray, right: np.ndarray) -> float:
     return float(np.corrcoef(left, right)[0, 1])
 
 
-def _scan(asked: MediateRun, results: Results, selection: screening.Selection | None) -> bool:
-    """Computes what is missing, block by block.
+@dataclasses.dataclass(frozen=True)
+class _Phase:
+    """What is computed before anything is made of it.
+
+    Attributes:
+        key: of `run.json`, under which its blocks are.
+        pairs: by granularity, indices of the pairs whose units are computed.
+        totals: the pairs whose Y it measures.
+        computed: the neurons that are computed; all for None.
+        others: what is known of those that are not.
+        told: of what it is, for people.
+    """
+
+    key: str
+    pairs: Mapping[str, Sequence[int]]
+    totals: Sequence[int]
+    computed: np.ndarray | None = None
+    others: Status = Status.ESTIMATED
+    told: str = ""
+
+    @classmethod
+    def of_all(cls, asked: MediateRun, results: Results) -> "_Phase":
+        """Everything, of all pairs."""
+        every = range(len(asked.pairs))
+        return cls("blocks", dict.fromkeys(results.granularities, every), every)
+
+    @classmethod
+    def of_scouts(cls, results: Results) -> "_Phase":
+        """All neurons of the scouts."""
+        scouts = results.scouts
+        return cls("scout_blocks", {"neuron": scouts}, scouts, told=" of the scouts")
+
+    @classmethod
+    def after_scouts(
+        cls, asked: MediateRun, results: Results, selection: screening.Selection
+    ) -> "_Phase":
+        """The chosen neurons of all other pairs, and everything else of all pairs."""
+        phase, others = cls.of_all(asked, results), _others(results)
+        return dataclasses.replace(
+            phase,
+            pairs={**phase.pairs, "neuron": others},
+            totals=others,
+            computed=selection.computed,
+            others=Status.LEFT_OUT,
+        )
+
+    @property
+    def chosen(self) -> dict[str, np.ndarray]:
+        """By granularity, the units that are computed; all of one that it does not name."""
+        return {} if self.computed is None else {"neuron": self.computed}
+
+
+def _others(results: Results) -> list[int]:
+    """Indices of the pairs that are no scouts."""
+    return [index for index in range(len(results.pair_ids)) if index not in results.scouts]
+
+
+def _scout(asked: MediateRun, results: Results) -> tuple[bool, screening.Selection]:
+    """Computes all neurons of the scouts, and chooses those that are computed of the others.
+
+    Returns:
+        Whether some of it had failed before; and the choice.
+    """
+    settings, scouts = asked.settings, results.scouts
+    units = math.prod(results.sizes.shape("neuron"))
+    share = min(1.0, _most_chosen(settings) / units)
+    operations = [
+        cost.operations(asked.decoder.config, pair, asked.question, ["neuron"])
+        for pair in asked.pairs
+    ]
+    whole, total = sum(operations[index] for index in scouts), sum(operations)
+    asked.say(
+        f"{len(scouts)} of {len(asked.pairs)} pairs are scouts, of which all {units:,} neurons are "
+        f"computed; of the others then {round(share * units):,}: about "
+        f"{whole + share * (total - whole):.2e} floating-point operations in all, "
+        f"{share + (1 - share) * whole / total:.0%} of those of all neurons of all pairs"
+    )
+    # Later effects would choose other neurons than those that have been computed.
+    is_settled, failed = "blocks" in results.run, sweep.failed(results.place)
+    of_scouts = {Block.of(each).name for each in results.run.get("scout_blocks", ())}
+    if settings.retry_failed and is_settled and of_scouts & set(failed):
+        asked.say(
+            "Which neurons are computed is settled, without the scouts' units that failed; only "
+            "--overwrite takes these up again"
+        )
+    retried = _scan(
+        asked,
+        results,
+        _Phase.of_scouts(results),
+        retry_failed=settings.retry_failed and not is_settled,
+    )
+    strength = ranking.estimated_strength(results)
+    return retried, screening.select(
+        strength, settings.scout_top, settings.scout_audit, SCREEN_SEED
+    )
+
+
+def _scan(
+    asked: MediateRun, results: Results, phase: _Phase, *, retry_failed: bool | None = None
+) -> bool:
+    """Computes what is missing of a phase, block by block.
 
     Args:
         asked, results: the run.
-        selection: the neurons to compute; all without one.
+        phase: what is computed.
+        retry_failed: as of `Shared`; by default as the settings say.
 
     Returns:
         Whether some of it had failed before.
     """
-    pairs, question, say = asked.pairs, asked.question, asked.say
-    chosen = {"neuron": selection.computed} if selection else {}
+    pairs, question, say, chosen = asked.pairs, asked.question, asked.say, phase.chosen
     of_pairs = scan.Scan(asked.decoder, pairs, question, chosen=[chosen] * len(pairs))
-    blocks = _blocks(asked, results, of_pairs)
+    blocks = _blocks(asked, results, phase)
     # Bits of a pair's totals depend on the pairs that it is run with: one block writes them.
     of_totals = {index: block.name for block in reversed(blocks) for index in block.pairs}
+    of_totals = {index: of_totals[index] for index in phase.totals}
 
     def fail(block: Block) -> None:
         for index in block.pairs:
             nothing = np.full(results.sizes.shape(block.granularity), np.nan)
-            _write(asked, results, selection, block, index, (nothing, nothing), Status.FAILED)
+            _write(asked, results, phase, block, index, (nothing, nothing), Status.FAILED)
 
     shared = Shared(
         results,
@@ -783,15 +955,15 @@ def _scan(asked: MediateRun, results: Results, selection: screening.Selection | 
         fail=fail,
         smaller=Block.halved,
         about=functools.partial(_about, results),
-        retry_failed=asked.settings.retry_failed,
+        retry_failed=asked.settings.retry_failed if retry_failed is None else retry_failed,
     )
     todo = shared.left(blocks)
     if not todo:
-        say(f"Nothing is left to compute in {results.place}")
+        say(f"Nothing is left to compute{phase.told} in {results.place}")
         return False
-    left = {index for block in todo for index in block.pairs}
-    if len(left) < len(pairs):
-        say(f"Going on with {results.place}: {len(pairs) - len(left)} pairs are done")
+    left, every = ({index for block in some for index in block.pairs} for some in (todo, blocks))
+    if len(left) < len(every):
+        say(f"Going on with {results.place}: {len(every) - len(left)} pairs are done")
 
     @functools.cache
     def of_layers(index: int, granularity: str) -> np.ndarray:
@@ -810,6 +982,8 @@ def _scan(asked: MediateRun, results: Results, selection: screening.Selection | 
     forecast, compiled = None, compilation.so_far()
     if asked.progress:
         about = (question.positions.value, question.metric.name, question.group_size)
+        # Of short lists of neurons the rate is another one.
+        about += ("chosen",) if chosen else ()
         forecast = costs_lib.Forecast(asked.decoder, about)
         shares = {block: costs[block] for block in own}
         _announce(
@@ -826,10 +1000,10 @@ def _scan(asked: MediateRun, results: Results, selection: screening.Selection | 
     def commit(block: Block, found: list[effects.PairEffects]) -> None:
         name = block.granularity
         for index, of_pair in zip(block.pairs, found, strict=True):
-            if of_totals[index] == block.name:
+            if of_totals.get(index) == block.name:
                 results.write_totals(index, of_pair.y_base, of_pair.y_source)
             sides = of_pair.nie[name], of_pair.tie[name]
-            _write(asked, results, selection, block, index, sides, Status.EXACT)
+            _write(asked, results, phase, block, index, sides, Status.EXACT)
         if to_come.pop(block, None) is None:
             return
         done = [other for other in own if other not in to_come]
@@ -858,16 +1032,16 @@ def _scan(asked: MediateRun, results: Results, selection: screening.Selection | 
     )
     if forecast:
         say(forecast.keep(compilation.so_far().since(compiled)))
-    if asked.process.is_first:
-        _complete_totals(asked, results, of_pairs)
     return shared.retries
 
 
-def _complete_totals(asked: MediateRun, results: Results, of_pairs: scan.Scan) -> None:
+def _complete_totals(asked: MediateRun, results: Results) -> None:
     """Measures Y of pairs whose block failed that would have written it."""
     unknown = np.flatnonzero(np.isnan(results.te)).tolist()
     if not unknown:
         return
+    nothing_chosen = [{}] * len(asked.pairs)
+    of_pairs = scan.Scan(asked.decoder, asked.pairs, asked.question, chosen=nothing_chosen)
     sweep.run(
         unknown,
         lambda index, advance: of_pairs.totals(index),
@@ -884,14 +1058,35 @@ def _complete_totals(asked: MediateRun, results: Results, of_pairs: scan.Scan) -
     )
 
 
-def _blocks(asked: MediateRun, results: Results, of_pairs: scan.Scan) -> list[Block]:
+def _blocks(asked: MediateRun, results: Results, phase: _Phase) -> list[Block]:
     """The units of work, whose batches are sized once: whoever goes on with the run keeps them."""
-    recorded = results.run.get("blocks")
+    recorded = results.run.get(phase.key)
     if recorded is None:
-        together = {name: results.layers_together(name) for name in results.granularities}
-        blocks = of_pairs.blocks(results.granularities, asked.budget, together)
-        recorded = results.settle("blocks", [dataclasses.asdict(block) for block in blocks])
+        of_each: dict[tuple[int, ...], list[str]] = {}
+        for name, pairs in phase.pairs.items():
+            of_each.setdefault(tuple(pairs), []).append(name)
+        together, blocks = _together(asked, results, phase), []
+        for pairs, names in of_each.items():
+            chosen = {name: mask for name, mask in phase.chosen.items() if name in names}
+            every = [chosen] * len(asked.pairs)
+            of_pairs = scan.Scan(asked.decoder, asked.pairs, asked.question, chosen=every)
+            blocks += of_pairs.blocks(names, asked.budget, together, pairs)
+        recorded = results.settle(phase.key, [dataclasses.asdict(block) for block in blocks])
     return [Block.of(block) for block in recorded]
+
+
+def _together(asked: MediateRun, results: Results, phase: _Phase) -> dict[str, int]:
+    """By granularity, how many layers a block has: those that are stored together or, where few of
+    the units are computed, several times as many."""
+    stored = {name: results.layers_together(name) for name in phase.pairs}
+    if phase.others != Status.LEFT_OUT:
+        return stored  # a screen's are stored as few of the units are computed
+    enough = blocks_lib.layers_together(
+        *(asked.decoder.config, asked.pairs, asked.question, ["neuron"]),
+        platform=jax.default_backend(),
+        computed={"neuron": _most_chosen(asked.settings)},
+    )
+    return stored | {"neuron": max(stored["neuron"], enough["neuron"])}
 
 
 def _lacking(results: Results, blocks: Sequence[Block]) -> list[Block]:
@@ -938,16 +1133,16 @@ def _by_granularity(costs: Mapping[Block, float]) -> dict[str, float]:
 def _write(
     asked: MediateRun,
     results: Results,
-    selection: screening.Selection | None,
+    phase: _Phase,
     block: Block,
     index: int,
     sides: tuple[np.ndarray, np.ndarray],
     computed: Status,
 ) -> None:
-    """Writes one pair's effects; estimates stand in for neurons that were not computed.
+    """Writes one pair's effects; a screen's estimates stand in for neurons that were not computed.
 
     Args:
-        asked, results, selection: the run.
+        asked, results, phase: the run.
         block: whose effects they are.
         index: of the pair.
         sides: NIE and TIE of all the pair's units; those of other layers are not read.
@@ -962,11 +1157,12 @@ def _write(
     elif granularity == "token":
         columns = token_columns(asked.pairs[index], question)
         status[..., np.setdiff1d(np.arange(shape[-1]), columns)] = Status.NOT_RUN
-    elif granularity == "neuron" and selection:
-        status[~selection.computed] = Status.ESTIMATED
-        estimates = results.estimates(index)
-        nie = np.where(selection.computed, nie, estimates[0])
-        tie = np.where(selection.computed, tie, estimates[1])
+    elif granularity == "neuron" and phase.computed is not None:
+        status[~phase.computed] = phase.others
+        if phase.others == Status.ESTIMATED:
+            estimates = results.estimates(index)
+            nie = np.where(phase.computed, nie, estimates[0])
+            tie = np.where(phase.computed, tie, estimates[1])
     together = results.layers_together(granularity)
     for part in _parts(results, block):
         here = slice(part * together, (part + 1) * together)
@@ -1020,16 +1216,17 @@ def _joint_operations(
     settings: MediateSettings, config: DecoderConfig, pairs: list[Pair], question: Question
 ) -> float:
     """Floating-point operations of the search for a joint set, at most."""
+    searched = (_scouts(settings, pairs) or range(len(pairs)))[: settings.joint_pairs]
     return settings.joint_size * sum(
-        joint_lib.operations(config, pair, question) * joint_lib.CANDIDATES
-        for pair in pairs[: settings.joint_pairs]
+        joint_lib.operations(config, pairs[index], question) * joint_lib.CANDIDATES
+        for index in searched
     )
 
 
 def _without(settings: MediateSettings, dearest: str) -> str:
     """A sentence on how to leave a granularity out; "" where another setting needs it."""
     others = ",".join(name for name in settings.granularity if name != dearest)
-    if not others or (dearest == "neuron" and (settings.screen or settings.joint_size)):
+    if not others or (dearest == "neuron" and (_most_chosen(settings) or settings.joint_size)):
         return ""
     said = f"To leave {dearest} out, stop this, and give another --out and --granularity={others}"
     if dearest == "direction":
@@ -1045,11 +1242,14 @@ def _joint(asked: MediateRun, results: Results) -> dict | None:
     Its fields are those of `joint.JointSet`; "share" that it was searched for; "confirmed": its
     shares on the pairs that it was not searched on, and how many pairs they are, None if there are
     none or their TE is too small; "seconds" that search and confirmation took. The search sees
-    nothing of those other pairs, but that a screen has chosen its neurons by all of them.
+    nothing of those other pairs, but that a screen has chosen its neurons by all of them. Scouts
+    are searched, among all of their neurons, and the pairs that are none confirm: these must have
+    had no part in what is tested on them.
     """
     settings, say = asked.settings, asked.say
-    searched = slice(settings.joint_pairs)
-    others = slice(settings.joint_pairs, None)
+    every = range(len(asked.pairs))
+    searched = (results.scouts or every)[: settings.joint_pairs]
+    others = _others(results) if results.scouts else every[settings.joint_pairs :]
     if not _has_total_effect(results, searched):
         say(
             f"No joint set: the mean total effect of its pairs is less than "
@@ -1066,9 +1266,9 @@ def _joint(asked: MediateRun, results: Results) -> dict | None:
 
         found = joint_lib.greedy_set(
             asked.decoder,
-            asked.pairs[searched],
+            [asked.pairs[index] for index in searched],
             asked.question,
-            ranking.exact_strength(results, "neuron", searched),
+            ranking.exact_strength(results, "neuron", np.array(results.scouts or searched)),
             size=settings.joint_size,
             share=settings.joint_share,
             memory=asked.budget,
@@ -1078,13 +1278,14 @@ def _joint(asked: MediateRun, results: Results) -> dict | None:
     if _has_total_effect(results, others):
         members = np.zeros((1, *results.sizes.shape("neuron")), bool)
         members[0][tuple(np.transpose(found.picked))] = True
+        confirming = [asked.pairs[index] for index in others]
         nie, tie = joint_lib.joint_shares(
-            asked.decoder, asked.pairs[others], asked.question, members, asked.budget
+            asked.decoder, confirming, asked.question, members, asked.budget
         )
         confirmed = {
             "share_nie": float(nie[0]),
             "share_tie": float(tie[0]),
-            "pairs": len(asked.pairs[others]),
+            "pairs": len(others),
         }
     return dataclasses.asdict(found) | {
         "share": settings.joint_share,
@@ -1093,9 +1294,9 @@ def _joint(asked: MediateRun, results: Results) -> dict | None:
     }
 
 
-def _has_total_effect(results: Results, pairs: slice) -> bool:
+def _has_total_effect(results: Results, pairs: Sequence[int]) -> bool:
     """Whether shares of the mean total effect of these pairs can be formed; not without pairs."""
-    te = results.te[pairs]
+    te = results.te[list(pairs)]
     return len(te) > 0 and abs(float(np.mean(te))) >= ranking.MINIMUM_TOTAL_EFFECT
 
 

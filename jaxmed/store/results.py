@@ -47,6 +47,7 @@ _WRITTEN_HERE = (
     "measured",
 )
 _ALL = slice(None)
+Indices = slice | np.ndarray  # of pairs
 
 
 class Results(Mapping[str, Effects]):
@@ -63,6 +64,7 @@ class Results(Mapping[str, Effects]):
         pair_ids: the pairs' ids, in the order of every array's first axis.
         bases: the base prompt of each pair; its own id where the run does not say.
         granularities: those that the run was asked for, coarse to fine.
+        scouts: indices of the pairs by which the neurons of the others were chosen.
     """
 
     def __init__(self, place: Place, run: dict, arrays: dict[str, ts.TensorStore], writable: bool):
@@ -72,6 +74,8 @@ class Results(Mapping[str, Effects]):
         self.pair_ids = tuple(run["pair_ids"])
         self.bases = tuple(run.get("pair_bases", self.pair_ids))
         self.granularities = tuple(run["granularities"])
+        scouts = set(run.get("scouts", ()))
+        self.scouts = tuple(n for n, name in enumerate(self.pair_ids) if name in scouts)
         self._arrays = arrays
         self._writable = writable
 
@@ -247,19 +251,31 @@ class Results(Mapping[str, Effects]):
     def __getitem__(self, granularity: str) -> Effects:
         return self.of_layers(granularity, _ALL)
 
-    def of_layers(self, granularity: str, layers: slice) -> Effects:
-        """The effects of some layers, by their numbers; the others are not read."""
-        nie, tie = self.effects(granularity, layers=layers)
-        coordinates = self.coordinates(granularity)
+    def of_layers(self, granularity: str, layers: slice, pairs: Indices = _ALL) -> Effects:
+        """The effects of some layers, by their numbers, and of some pairs; others are not read."""
+        nie, tie = self.effects(granularity, layers=layers, pairs=pairs)
+        along = self.coordinates(granularity)
         return Effects(
             granularity=granularity,
             nie=nie,
             tie=tie,
-            done=self.done(granularity, layers=layers),
-            totals=self.totals,
-            coordinates=coordinates | {"layer": coordinates["layer"][layers]},
+            done=self.done(granularity, layers=layers, pairs=pairs),
+            totals=self.totals.of(pairs),
+            coordinates=along | {"pair": along["pair"][pairs], "layer": along["layer"][layers]},
             attributes=attributes(self.run, granularity),
+            scouts=self._choosing(granularity) if pairs is _ALL else (),
         )
+
+    def tested(self, granularity: str) -> Indices:
+        """The pairs that means, intervals and tests of a granularity's units are of: all but the
+        scouts, which have chosen the neurons that are computed of the others."""
+        self._check_asked(granularity)
+        if not self._choosing(granularity):
+            return _ALL
+        return np.setdiff1d(np.arange(len(self.pair_ids)), self.scouts)
+
+    def _choosing(self, granularity: str) -> tuple[int, ...]:
+        return self.scouts if granularity == "neuron" else ()
 
     def coordinates(self, granularity: str) -> dict[str, np.ndarray]:
         """The axes of effects, as `Effects` has them."""
@@ -294,16 +310,16 @@ class Results(Mapping[str, Effects]):
         return np.flatnonzero(~self.committed(granularity).all(axis=1)).tolist()
 
     def done(
-        self, granularity: str, *, layers: slice = _ALL
+        self, granularity: str, *, layers: slice = _ALL, pairs: Indices = _ALL
     ) -> UInt8[np.ndarray, "pair layer *unit"]:
         """What is known of each unit, a number of `Status`.
 
         Args:
             granularity: one of `granularities`.
-            layers: those that are read.
+            layers, pairs: those that are read.
         """
         self._check_asked(granularity)
-        (done,) = self._read([f"{granularity}/done"], _ALL, layers)
+        (done,) = self._read([f"{granularity}/done"], pairs, layers)
         return done
 
     def effects(
@@ -312,7 +328,7 @@ class Results(Mapping[str, Effects]):
         exact: bool = False,
         *,
         layers: slice = _ALL,
-        pairs: slice = _ALL,
+        pairs: Indices = _ALL,
     ) -> tuple[Float32[np.ndarray, "pair layer *unit"], Float32[np.ndarray, "pair layer *unit"]]:
         """NIE and TIE; NaN where a unit was not run or failed.
 
@@ -522,7 +538,7 @@ class Results(Mapping[str, Effects]):
                 each.result()
 
     def _read(
-        self, names: Sequence[str], pairs: slice | int, layers: slice | None = None
+        self, names: Sequence[str], pairs: Indices | int, layers: slice | None = None
     ) -> list[np.ndarray]:
         """Several arrays, or the layers of them that are asked for."""
         where: Any = pairs

@@ -304,14 +304,16 @@ def draw_screen(
     candidates: int,
     threshold: float,
     metric_unit: str,
+    scouted: bool = False,
 ) -> Figure:
-    """Strengths of the neurons that were computed exactly, against the gradient's estimates.
+    """Strengths of the neurons that were computed exactly, against what they were chosen by.
 
     Args:
         estimated, exact: units that are not positive in both are not shown.
         candidates: how many of the strongest by estimate were computed for that reason.
         threshold: exact strength above which a neuron is wanted.
         metric_unit: of all of them.
+        scouted: whether they were chosen by strengths in other pairs, not by gradients.
     """
     figure, axes = panel(4.6)
     order = largest(estimated, len(estimated))
@@ -337,9 +339,12 @@ def draw_screen(
     axes.plot(middle, middle, color=FAINT, linewidth=0.8, scalex=False, scaley=False)
     if threshold > 0:
         axes.axhline(threshold, color=INK, linewidth=1.1, linestyle=_DASHED, label="threshold")
-    label_axes(
-        axes, f"strength estimated by gradient ({metric_unit})", f"exact strength ({metric_unit})"
+    estimates, exact_ones = (
+        ("strength in the scouts", "strength in the other pairs")
+        if scouted
+        else ("strength estimated by gradient", "exact strength")
     )
+    label_axes(axes, f"{estimates} ({metric_unit})", f"{exact_ones} ({metric_unit})")
     legend(figure, axes)
     return figure
 

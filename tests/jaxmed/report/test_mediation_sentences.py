@@ -72,6 +72,9 @@ SAID = {
         replace(SCREEN, hits=0, bound=1),
         replace(SCREEN, verdict=Audited.COMPLETE, uncomputed=0),
         replace(SCREEN, verdict=Audited.NOT_AUDITED, sampled=0),
+        replace(SCREEN, scouts=8, others=24),
+        replace(SCREEN, scouts=1, others=1, hits=0, group_size=4),
+        replace(SCREEN, scouts=8, others=24, verdict=Audited.NOT_AUDITED, sampled=0),
     ],
     "score": [SCORE],
 }
@@ -122,6 +125,14 @@ def test_a_bound_that_leaves_much_open_is_told_with_the_way_out(bound, hits, adv
     assert ("a larger --screen_audit" in said) == ("audit" in advised)
     assert ("a larger --screen " in said) == ("" in advised)
     assert ("another --out" in said) == bool(advised)
+
+
+def test_scouts_are_told_by_their_own_flags():
+    scouted = replace(SCREEN, scouts=8, others=24)
+    for said in (say("screen", scouted), say("screen", replace(scouted, hits=0))):
+        assert "8 pairs, the scouts" in said and "24 others" in said
+        assert "--scout_audit" in said and "screen" not in said and "gradient" not in said
+    assert "a larger --scout_top" in say("screen", scouted)
 
 
 @pytest.mark.parametrize("verdict", Audited)

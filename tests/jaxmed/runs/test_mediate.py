@@ -228,7 +228,7 @@ def test_run_json_says_what_was_asked_and_how_it_was_computed(asked, finished):
     assert run["precision"] == run["matmul_precision"] == "float32"
     assert run["versions"]["jax"] == jax.__version__
     assert run["weights_hash"] == checkpoint.weights_hash(checkpoint.resolve(asked.model))
-    assert run["seeds"] == {"bootstrap": 0, "screen": 0, "draw": 0}
+    assert run["seeds"] == {"bootstrap": 0, "screen": 0, "draw": 0, "scout": 0}
 
 
 def test_a_summary_has_a_row_for_every_unit_and_estimand(finished):
@@ -826,9 +826,9 @@ def test_the_budget_and_the_precision_reach_the_engine(asked, tmp_path, monkeypa
     given = []
     original = scan.Scan.blocks
 
-    def heard(self, granularities, memory, layers_together):
+    def heard(self, granularities, memory, *others):
         given.append((self.decoder.products.precision, memory))
-        return original(self, granularities, memory, layers_together)
+        return original(self, granularities, memory, *others)
 
     monkeypatch.setattr(scan.Scan, "blocks", heard)
     monkeypatch.setattr(memory, "free", lambda memory_gb: int(memory_gb * 2**30))
