@@ -25,7 +25,7 @@ from jaxmed.question.joined import Joined
 from jaxmed.question.metrics import LogitDifference
 from jaxmed.question.question import Question
 from jaxmed.validation import presets, programs
-from jaxmed.validation.compiled import Text
+from jaxmed.validation.compiled import Exchange, Text
 from jaxmed.validation.programs import Carried, Program, Recorder
 from models import placement
 from models.config import DecoderConfig
@@ -139,6 +139,8 @@ class CompiledProgram:
         argument_bytes, temporary_bytes, output_bytes: memory on the chip, for what it is given,
             beside, and for what it gives; what it gives in memory that it was given counts as
             given.
+        exchanges: collectives, by which the chips of a mesh exchange numbers; the compiler expects
+            no cycles of them.
         error: why it does not compile; "" if it does.
     """
 
@@ -149,6 +151,7 @@ class CompiledProgram:
     argument_bytes: int = 0
     temporary_bytes: int = 0
     output_bytes: int = 0
+    exchanges: tuple[Exchange, ...] = ()
     error: str = ""
 
     @property
@@ -179,6 +182,7 @@ def compile_program(program: Program, chip: Chip) -> tuple[CompiledProgram, Text
             argument_bytes=sizes.argument_size_in_bytes,
             temporary_bytes=sizes.temp_size_in_bytes,
             output_bytes=sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
+            exchanges=text.exchanges,
         ),
         text,
     )

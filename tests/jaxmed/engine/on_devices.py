@@ -159,7 +159,7 @@ def collectives(folder, family, dtype, metric, meshes, names) -> dict:
         for program in record.programs:
             text = Text(_compiled(program, decoder.mesh))
             told[f"{program.name} {program.what}"] = [
-                [operation.kind.removesuffix("-start"), list(array.shape)]
+                [operation.collective, list(array.shape)]
                 for operation in text.collectives
                 for array in operation.arrays
             ]
