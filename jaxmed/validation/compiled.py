@@ -1,6 +1,6 @@
 """What the text of a compiled program says: its loops, the cycles that the compiler expects of each
-operation, the passes of its matrix products, how often an array is read or written, and what devices
-exchange.
+operation, the passes of its matrix products, how often an array is read or written, and what
+devices exchange.
 
 It reads XLA's own text (`jax.stages.Compiled.as_text`) as the TPU compiler writes it: an operation
 of a computation has `estimated_cycles`, those inside a fusion are counted in it.

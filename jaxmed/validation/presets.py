@@ -57,9 +57,7 @@ def _llama3(rotary_factor: float, **fields: Any) -> Preset:
         high_freq_factor=4.0,
         original_max_positions=8192,
     )
-    config = llama(
-        dtype="bfloat16", vocab_size=128256, num_kv_heads=8, rotary=rotary, **fields
-    )
+    config = llama(dtype="bfloat16", vocab_size=128256, num_kv_heads=8, rotary=rotary, **fields)
     return Preset(config, tokens=64)
 
 

@@ -88,7 +88,9 @@ def test_what_devices_exchange_is_told_by_kind_and_loop():
 """
     bound = "\n  %pmin.1 = (s32[]{:T(128)}, pred[3]{0}) all-reduce(%a.1, %a.1), to_apply=%renamed"
     exchanging = Text(
-        TEXT.replace("\n  %slice =", f"{gathers}  %slice =").replace("\n  %copy.2", f"{bound}\n  %copy.2")
+        TEXT.replace("\n  %slice =", f"{gathers}  %slice =").replace(
+            "\n  %copy.2", f"{bound}\n  %copy.2"
+        )
     )
     assert exchanging.exchanges == (
         Exchange("all-reduce", loops=0, number=1, bytes=4 + 3),
