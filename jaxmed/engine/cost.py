@@ -340,14 +340,16 @@ def _bytes(
     # Attention of plain runs that are captured together, one layer at a time.
     at_once = min(captured, captured_at_once(run, platform))
     attention = 3 * config.num_heads * at_once * run**2
-    # A layer's weights, their parts where they are cut, and what is made of these on the way.
+    # A layer's weights, their parts where they are cut, and what is made of these on the way; a TPU
+    # takes them as they are stored.
     copies = (2 if dtype.itemsize == 2 else 3) + gathered
-    fixed = max(copies * weights, attention) + kept + GATHERED
+    weight = dtype.itemsize if platform == "tpu" else number
+    fixed = max(weight * copies * weights, number * attention) + number * (kept + GATHERED)
     position = _block_numbers(config)
     position += 5 * config.num_heads * (capture.prefix_length(work.start) + work.size)
     each = max(work.size * position, _reading_numbers(config, term))
     held = 2 * work.size * width
-    return number * fixed, number * each, number * held
+    return fixed, number * each, number * held
 
 
 def _trace_numbers(config: DecoderConfig, run: int) -> int:

@@ -83,8 +83,8 @@ def captured(decoder: Decoder, pairs: Sequence[Pair], question: Question) -> Cap
         places.setdefault(_tokens(prompt, term), len(places))
     length = capture_lib.run_length(max(len(run) for run, _ in places))
     # As many for every block of so many pairs, so that one compilation serves all.
-    devices = Devices.of(decoder.mesh)
-    count = devices.filled(capture_lib.bucket(len(asked)))
+    kept, devices = capture_lib.bucket(len(asked)), Devices.of(decoder.mesh)
+    count = devices.filled(kept)
     tokens, branches = np.zeros((2, count, length), np.int32)
     valid = np.zeros((count, length), bool)
     for (run, of_run), place in places.items():
@@ -94,7 +94,7 @@ def captured(decoder: Decoder, pairs: Sequence[Pair], question: Question) -> Cap
     own = count // devices.number
     at_once = min(own, cost.captured_at_once(length, jax.default_backend()))
     traces = capture(decoder, tokens, valid, branches if branched else None, at_once)
-    traces = shard.everywhere(decoder, traces)
+    traces = shard.first_everywhere(decoder, traces, kept)
     by_reading: dict[tuple, list] = {}
     for each in asked:
         by_reading.setdefault(each[2].alike(), []).append(each)

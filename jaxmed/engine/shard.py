@@ -10,11 +10,12 @@ any device's rows.
 What is not spread is computed by every device alike.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, PyTree
 
 from models import placement
@@ -98,8 +99,22 @@ def spread(decoder: Decoder, tree: PyTree, axis: int = -1) -> PyTree:
     return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, rows(x.ndim + axis))), tree)
 
 
-def everywhere(decoder: Decoder, tree: PyTree) -> PyTree:
-    """Arrays, whole on every device. They are copied: no program gathers them."""
-    if decoder.mesh is None:
-        return tree
-    return jax.device_put(tree, NamedSharding(decoder.mesh, WHOLE))
+def first_everywhere(decoder: Decoder, tree: PyTree, number: int) -> PyTree:
+    """The first `number` of arrays that are spread along their first axis, whole on every device.
+
+    They are gathered from device to device: a copy of what is spread goes through the host.
+    """
+    return tree if decoder.mesh is None else _first_everywhere(tree, number, decoder.mesh)
+
+
+@functools.partial(jax.jit, static_argnames=("number", "mesh"))
+def _first_everywhere(tree: PyTree, number: int, mesh: Mesh) -> PyTree:
+    def on_each(tree):
+        def gathered(own):
+            return jax.lax.all_gather(own, _ALL, tiled=True)[:number]
+
+        return jax.tree.map(gathered, tree)
+
+    return jax.shard_map(on_each, mesh=mesh, in_specs=rows(0), out_specs=WHOLE, check_vma=False)(
+        tree
+    )

@@ -117,8 +117,8 @@ class BenchmarkSettings:
     )
     compile_for: tuple[str, ...] = setting(
         help="Instead of speed: compiles all programs for one chip of each of these topologies, "
-        "as v5e:2x2,v6e:2x4, and tells the cycles that the compiler expects, and the memory. It "
-        "takes no TPU, but the tpu extra.",
+        "as v5e:2x2,v6e:2x4, and tells the cycles that the compiler expects, the memory, and what "
+        "the chips of --mesh exchange. It takes no TPU, but the tpu extra.",
         default=(),
         commas=True,
     )
@@ -140,8 +140,8 @@ class BenchmarkSettings:
         needs="compile_for",
     )
     rows: int = setting(
-        help="Rows of a batch: with --compile_for, 0 for as many as the engine takes on such a "
-        f"chip; with --generate the prompts, 0 for {benchmark.PROMPTS}.",
+        help="Rows of a batch: with --compile_for those of all chips of --mesh, 0 for as many as "
+        f"a run takes there; with --generate the prompts, 0 for {benchmark.PROMPTS}.",
         default=0,
         least=0,
     )

@@ -18,14 +18,14 @@ from jax.experimental import topologies
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
-from jaxmed.engine import cost, memory, propagate
+from jaxmed.engine import blocks, cost, memory, propagate
 from jaxmed.engine.cost import Batching, Devices
 from jaxmed.engine.plan import Work
 from jaxmed.question.joined import Joined
 from jaxmed.question.metrics import LogitDifference
 from jaxmed.question.question import Question
 from jaxmed.validation import presets, programs
-from jaxmed.validation.compiled import Text
+from jaxmed.validation.compiled import Exchange, Text
 from jaxmed.validation.programs import Carried, Program, Recorder
 from models import placement
 from models.config import DecoderConfig
@@ -139,6 +139,8 @@ class CompiledProgram:
         argument_bytes, temporary_bytes, output_bytes: memory on the chip, for what it is given,
             beside, and for what it gives; what it gives in memory that it was given counts as
             given.
+        exchanges: collectives, by which the chips of a mesh exchange numbers; the compiler expects
+            no cycles of them.
         error: why it does not compile; "" if it does.
     """
 
@@ -149,6 +151,7 @@ class CompiledProgram:
     argument_bytes: int = 0
     temporary_bytes: int = 0
     output_bytes: int = 0
+    exchanges: tuple[Exchange, ...] = ()
     error: str = ""
 
     @property
@@ -179,6 +182,7 @@ def compile_program(program: Program, chip: Chip) -> tuple[CompiledProgram, Text
             argument_bytes=sizes.argument_size_in_bytes,
             temporary_bytes=sizes.temp_size_in_bytes,
             output_bytes=sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
+            exchanges=text.exchanges,
         ),
         text,
     )
@@ -288,7 +292,7 @@ class Asked:
         config: its shape.
         tokens: length of both prompts.
         granularities: whose programs are compiled, beside those of neurons.
-        rows: of all batches; 0 for as many as the engine takes.
+        rows: of all batches; 0 for as many as a run takes.
         memory_gb: memory of the chip that may be taken, in GiB; most of it by default.
         whole: whether screening, joint sets, generation and judging are compiled as well.
     """
@@ -337,9 +341,9 @@ def measure(
         Half(_HALVES[name], carry.cycles_in(batch, name), cycles)
         for name, cycles in products.items()
     )
-    blocks = (config.num_layers - 1) / 2
+    later = (config.num_layers - 1) / 2  # blocks
     each_layer = layers.own_cycles + carried.batches * batch.turn_cycles
-    whole_chunk = enter.program.turn_cycles + carry.program.own_cycles + blocks * each_layer
+    whole_chunk = enter.program.turn_cycles + carry.program.own_cycles + later * each_layer
     whole_chunk += read.program.own_cycles + carried.batches * reading.turn_cycles
     return Figures(
         topology=chip.topology,
@@ -388,15 +392,19 @@ def recorded(asked: Asked, chip: Chip, precision: str) -> Recorder:
     record, decoder = Recorder(), _decoder(config, precision, chip.mesh)
     left = _memory_left(asked, decoder, chip)
 
+    pair = presets.random_pair(config, asked.tokens)
+    question = Question(LogitDifference(), directions=programs.directions(config))
+    names = {"neuron", *asked.granularities}
+    together = blocks.layers_together(config, [pair], question, names, "tpu", computed={})
+
     def batching(work: Work, term: Joined, runs: int) -> Batching:
+        part = work.of(0, together[work.granularity])  # as a run cuts it
         found = cost.batching(
-            *(config, config.dtype, work, term, left, "tpu"), runs=runs, devices=chip.devices
+            *(config, config.dtype, part, term, left, "tpu"), runs=runs, devices=chip.devices
         )
         rows = chip.devices.filled(asked.rows // found.runs)
         return found._replace(rows=rows or found.rows)
 
-    pair = presets.random_pair(config, asked.tokens)
-    question = Question(LogitDifference(), directions=programs.directions(config))
     for granularities in (("neuron",), asked.granularities):
         programs.of_scan(
             record,

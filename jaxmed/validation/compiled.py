@@ -1,5 +1,6 @@
 """What the text of a compiled program says: its loops, the cycles that the compiler expects of each
-operation, the passes of its matrix products, and how often an array is read or written.
+operation, the passes of its matrix products, how often an array is read or written, and what
+devices exchange.
 
 It reads XLA's own text (`jax.stages.Compiled.as_text`) as the TPU compiler writes it: an operation
 of a computation has `estimated_cycles`, those inside a fusion are counted in it.
@@ -14,6 +15,7 @@ from collections.abc import Collection, Iterator, Mapping
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _NAMED = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
+_BITS = re.compile(r"\d+")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _SCOPE = re.compile(r'op_name="([^"]*)"')
@@ -38,6 +40,12 @@ class Array:
     def size(self) -> int:
         """Numbers in it."""
         return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        """That it takes, padding aside; a truth value takes one."""
+        bits = _BITS.search(self.dtype)
+        return self.size * (int(bits[0]) // 8 if bits else 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +77,13 @@ class Operation:
         found = _SCOPE.search(self.text)
         return found[1] if found else ""
 
+    @property
+    def collective(self) -> str:
+        """Its kind if devices exchange numbers by it; of one that is begun and later ended, where
+        it ends. "" for all others."""
+        kind = self.kind.removesuffix("-done")
+        return kind if kind in _COLLECTIVES else ""
+
     def called(self) -> tuple[str, ...]:
         """Computations of a fusion or a call."""
         return tuple(_CALLS.findall(self.text))
@@ -98,6 +113,23 @@ class Loop:
         return self.own_cycles + sum((loop.turns or 1) * loop.turn_cycles for loop in self.loops)
 
 
+@dataclasses.dataclass(frozen=True)
+class Exchange:
+    """Collectives of a kind in a program.
+
+    Attributes:
+        kind: "all-gather", "all-reduce", ...
+        loops: how many loops they are inside of; each is done in every turn of the innermost.
+        number: how many there are.
+        bytes: that they give each device, once each.
+    """
+
+    kind: str
+    loops: int
+    number: int
+    bytes: int
+
+
 class Text:
     """A compiled program.
 
@@ -108,9 +140,9 @@ class Text:
     """
 
     def __init__(self, text: str):
-        self.computations, entry = _computations(text)
+        self.computations, self._entry = _computations(text)
         self.fused = frozenset(self._reached({"fusion", "reduce", "sort", "scatter", "map"}))
-        self.program = self._loop("", 1, entry)
+        self.program = self._loop("", 1, self._entry)
 
     def _reached(self, kinds: Collection[str]) -> Iterator[str]:
         """Computations that operations of these kinds call, and those that these call."""
@@ -181,13 +213,38 @@ class Text:
     @functools.cached_property
     def collectives(self) -> tuple[Operation, ...]:
         """The operations by which devices exchange numbers; of one that is begun and later ended,
-        its beginning."""
+        its end."""
         return tuple(
             operation
             for operations in self.computations.values()
             for operation in operations
-            if operation.kind.removesuffix("-start") in _COLLECTIVES
+            if operation.collective
         )
+
+    @property
+    def exchanges(self) -> tuple[Exchange, ...]:
+        """The collectives, those that are done once first."""
+        found: dict[tuple[int, str], list[int]] = {}
+        for loops, operation in self._exchanged(self._entry, 0):
+            given = sum(array.bytes for array in operation.arrays)
+            found.setdefault((loops, operation.collective), []).append(given)
+        return tuple(
+            Exchange(kind, loops, len(given), sum(given))
+            for (loops, kind), given in sorted(found.items())
+        )
+
+    def _exchanged(self, computation: str, loops: int) -> Iterator[tuple[int, Operation]]:
+        """The collectives of a computation and of those that it calls, and how many loops they are
+        inside of."""
+        for operation in self.computations.get(computation, ()):
+            if operation.collective:
+                yield loops, operation
+            elif operation.kind == "while":
+                (body,) = _BODY.findall(operation.text)
+                yield from self._exchanged(body, loops + 1)
+            elif operation.kind not in ("async-update", "async-done"):  # what was begun
+                for name in {*operation.called(), *self._called(operation)}:
+                    yield from self._exchanged(name, loops)
 
     def in_memory(self) -> Iterator[Array]:
         """The arrays that operations outside of fusions give."""

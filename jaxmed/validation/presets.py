@@ -57,9 +57,7 @@ def _llama3(rotary_factor: float, **fields: Any) -> Preset:
         high_freq_factor=4.0,
         original_max_positions=8192,
     )
-    config = llama(
-        dtype="bfloat16", vocab_size=128256, num_heads=32, num_kv_heads=8, rotary=rotary, **fields
-    )
+    config = llama(dtype="bfloat16", vocab_size=128256, num_kv_heads=8, rotary=rotary, **fields)
     return Preset(config, tokens=64)
 
 
@@ -85,6 +83,7 @@ PRESETS = {
         hidden_size=2048,
         intermediate_size=8192,
         num_layers=16,
+        num_heads=32,
         head_dim=64,
     ),
     "llama-3.1-8b": _llama3(
@@ -93,6 +92,16 @@ PRESETS = {
         hidden_size=4096,
         intermediate_size=14336,
         num_layers=32,
+        num_heads=32,
+        head_dim=128,
+    ),
+    "llama-3.1-70b": _llama3(
+        rotary_factor=8.0,
+        tie_embeddings=False,
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_layers=80,
+        num_heads=64,
         head_dim=128,
     ),
 }

@@ -215,21 +215,22 @@ def of_scan(
 
 def _captured(record: Recorder, decoder: Decoder, pair: Pair, terms: Sequence[Joined]) -> Any:
     """The runs of both prompts with what is read after them."""
-    devices = Devices.of(decoder.mesh)
-    count = devices.filled(2 * len(terms))
+    kept, devices = 2 * len(terms), Devices.of(decoder.mesh)
+    count = devices.filled(kept)
     length = len(pair.prompt_ids) + max(len(t.response) for t in terms)
     length = capture.run_length(length)
     own = count // devices.number
     at_once = min(own, cost.captured_at_once(length, decoder.products.platform))
     tokens = np.zeros((count, length), np.int32)
     branches = tokens if any(term.branches for term in terms) else None
-    return record(
+    traces = record(
         f"{count} of {length} tokens",
         lambda decoder, tokens, valid, branches: runs.capture(
             decoder, tokens, valid, branches, at_once
         ),
         *(decoder, tokens, tokens == 0, branches),
     )
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((kept, *x.shape[1:]), x.dtype), traces)
 
 
 def _alike(terms: Iterable[Joined]) -> list[list[Joined]]:

@@ -19,7 +19,7 @@ from jaxmed.analysis import joint, screening
 from jaxmed.behaviour import generation, likelihood
 from jaxmed.behaviour.sampling import Sampling
 from jaxmed.data.pairs import Pair
-from jaxmed.engine import cost, scan
+from jaxmed.engine import cost, runs, scan
 from jaxmed.engine.cost import Devices
 from jaxmed.intervention import values
 from jaxmed.question import metrics
@@ -65,7 +65,7 @@ class Model:
 
 def effects(folder, family, dtype, metric, meshes, names) -> dict:
     """Of some granularities: how far effects are from those of one device, of the largest; and the
-    largest of identical prompts."""
+    largest of identical prompts. Each device holds as many plain runs as one alone does."""
     model = Model(folder, family, dtype, 61)
     config = model.alone.config
     question = Question(
@@ -78,10 +78,19 @@ def effects(folder, family, dtype, metric, meshes, names) -> dict:
             decoder, [UNEQUAL, SAME], question, names, chosen=[{}, {}], memory=2**30
         )
 
+    def plain_runs(decoder):
+        with jax.default_matmul_precision("float32"):  # as in a scan, which has compiled it
+            return jax.tree.leaves(runs.captured(decoder, [UNEQUAL, SAME], question).traces)
+
     reference, none = scanned(model.alone)
+    held = [run.shape for run in plain_runs(model.alone)]
     assert largest(reference) > 1e-2 and largest(none) == 0
     for mesh in meshes:
-        of_pair, same = scanned(model.over(mesh))
+        decoder = model.over(mesh)
+        of_pair, same = scanned(decoder)
+        everywhere = plain_runs(decoder)
+        assert [run.shape for run in everywhere] == held
+        assert all(run.sharding.is_fully_replicated for run in everywhere)
         y = abs(of_pair.y_source - reference.y_source) / abs(reference.y_source)
         found["x".join(map(str, mesh))] = [worst(of_pair, reference), largest(same), y]
     return found
@@ -159,7 +168,7 @@ def collectives(folder, family, dtype, metric, meshes, names) -> dict:
         for program in record.programs:
             text = Text(_compiled(program, decoder.mesh))
             told[f"{program.name} {program.what}"] = [
-                [operation.kind.removesuffix("-start"), list(array.shape)]
+                [operation.collective, list(array.shape)]
                 for operation in text.collectives
                 for array in operation.arrays
             ]

@@ -139,3 +139,25 @@ def test_each_of_several_devices_has_as_many_rows_and_its_own_memory():
     # Where the weights are in parts there is room for a layer of them less.
     assert rows("cpu", Devices(8, 4), 2**30) <= rows("cpu", Devices(8), 2**30)
     assert rows("cpu", Devices(6, 2), 2**31) % 6 == 0
+
+
+def test_a_tpu_has_a_layer_of_16_bit_weights_as_it_is_stored():
+    """Not twice as wide, as it is elsewhere: of Llama 3.1 70B that is most of what is left beside
+    the weights on each of eight chips of 32 GiB."""
+    config = presets.with_layers(presets.PRESETS["llama-3.1-70b"].config, 8)
+
+    def rows(platform, dtype, gib=12):
+        (block,) = blocks.blocks(
+            *(config, np.dtype(dtype), [presets.random_pair(config, 64)]),
+            *(Question(LOGIT, Positions.LAST), ["neuron"]),
+            chosen=[{}],
+            memory=gib * 2**30,
+            platform=platform,
+            devices=Devices(8, 8),
+        )
+        (sizes,) = block.batches
+        return sizes.rows // 8
+
+    assert rows("gpu", "bfloat16") <= 1024 and rows("tpu", "bfloat16") >= 4096
+    assert rows("tpu", "float16") == rows("tpu", "bfloat16")
+    assert rows("tpu", "float32", gib=16) == rows("gpu", "float32", gib=16)

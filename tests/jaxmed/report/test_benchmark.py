@@ -11,6 +11,7 @@ from jaxmed.validation.benchmark import (
     GenerationFigures,
 )
 from jaxmed.validation.chips import CompiledProgram, Half
+from jaxmed.validation.compiled import Exchange
 from jaxmed.validation.kernels import Kernel, Profile, Share
 from jaxmed.validation.lists import ListFigures, ListSpeed
 from jaxmed.validation.numerical_error import NumericalError
@@ -53,6 +54,7 @@ GENERATION = GenerationFigures(
 COMPILED = chips.Figures(
     topology="v5e:2x2",
     kind="TPU v5 lite",
+    mesh="1x1",
     model="small",
     layers=3,
     precision="bfloat16",
@@ -144,7 +146,13 @@ def test_compiled_programs():
     lines = benchmark.compiled_table([COMPILED, parallel])
     assert lines[3].endswith("does not compile: RESOURCE_EXHAUSTED: too large")
     assert len({line.count("|") for line in lines[-4:]}) == 1
-    check_golden("compiled", lines)
+    carry, _ = COMPILED.programs
+    exchanges = Exchange("all-reduce", 0, 1, 4), Exchange("all-gather", 1, 7, 2**28)
+    carry = dataclasses.replace(carry, exchanges=exchanges)
+    on_mesh = dataclasses.replace(COMPILED, mesh="2x4", programs=(carry,))
+    with_mesh = benchmark.compiled_table([COMPILED, parallel, on_mesh])
+    assert len({line.count("|") for line in with_mesh[-4:]}) == 1
+    check_golden("compiled", [*lines, "", *with_mesh[-6:]])
 
 
 def test_numerical_error():

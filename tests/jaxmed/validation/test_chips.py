@@ -53,6 +53,16 @@ def test_weights_that_do_not_fit_a_chip_are_refused():
 
 
 @pytest.mark.tpu
+def test_batches_are_those_that_a_run_takes_of_a_part_of_the_layers():
+    preset = presets.PRESETS["llama-3.1-8b"]
+    asked = Asked("llama-3.1-8b", preset.config, preset.tokens)
+    chip = chips.chip("v6e:2x4", (8, 1))
+    (carry,) = (of for of in chips.recorded(asked, chip, "split2").programs if of.name == "carry")
+    # 14,336 neurons of eight layers for each chip, of which eight large batches would be too few.
+    assert carry.carried == Carried(batches=8, rows=1024, positions=1, prefix=64)
+
+
+@pytest.mark.tpu
 def test_a_program_that_does_not_fit_is_told_and_not_counted():
     large = jax.ShapeDtypeStruct((2**33,), jnp.float32)
     program = Program("large", "", "", lambda x: x + 1, (large,), donated=())
@@ -129,7 +139,7 @@ def test_chips_that_share_the_work_exchange_weights_alone(mesh):
         compiled, text = compile_for(program)
         assert text is not None, compiled.error
         for operation in text.collectives:
-            kind = operation.kind.removesuffix("-start")
+            kind = operation.collective
             if kind == "all-reduce" and operation.arrays[0].shape:
                 # How the compiler gathers what is small: each chip adds its part to zeros.
                 assert all("dynamic-update-slice" in name for name in operation.operands), (

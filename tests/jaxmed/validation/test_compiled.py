@@ -4,7 +4,7 @@ import pathlib
 
 import pytest
 
-from jaxmed.validation.compiled import Array, Text
+from jaxmed.validation.compiled import Array, Exchange, Text
 
 # As the TPU compiler writes it, cut down: a loop over layers, and in it one over batches that
 # multiplies, beside one of two turns.
@@ -76,6 +76,27 @@ def test_what_is_inside_a_fusion_is_not_in_memory():
     assert arrays.count(Array("f32", (16, 32))) == 2
     of = text()
     assert {"fused_product", "renamed"} == of.fused
+
+
+def test_what_devices_exchange_is_told_by_kind_and_loop():
+    """What is gathered is counted, not what each had; once, where it is begun and later ended."""
+    assert not text().exchanges
+    gathers = """
+  %begun = (bf16[1,4,32]{2,1,0}, bf16[1,8,32]{2,1,0}) all-gather-start(%slice), dimensions={1}
+  %ended = bf16[1,8,32]{2,1,0} all-gather-done(%begun)
+  %other = u16[8,16]{1,0:T(8,128)} all-gather(%slice), dimensions={0}
+"""
+    bound = "\n  %pmin.1 = (s32[]{:T(128)}, pred[3]{0}) all-reduce(%a.1, %a.1), to_apply=%renamed"
+    exchanging = Text(
+        TEXT.replace("\n  %slice =", f"{gathers}  %slice =").replace(
+            "\n  %copy.2", f"{bound}\n  %copy.2"
+        )
+    )
+    assert exchanging.exchanges == (
+        Exchange("all-reduce", loops=0, number=1, bytes=4 + 3),
+        Exchange("all-gather", loops=1, number=2, bytes=2 * 8 * 32 + 2 * 8 * 16),
+    )
+    assert [of.name for of in exchanging.collectives] == ["ended", "other", "pmin.1"]
 
 
 def test_another_text_is_refused():
