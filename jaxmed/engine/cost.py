@@ -192,6 +192,10 @@ class Devices(NamedTuple):
         """That of each, in bytes, of what a device of this kind has; on a CPU all share it."""
         return memory // self.number if platform == "cpu" else memory
 
+    def speed(self, platform: str) -> int:
+        """As many times as fast as one they are; a CPU's share its cores."""
+        return 1 if platform == "cpu" else self.number
+
     def filled(self, rows: int) -> int:
         """The least number of rows, from this on, of which every device has as many."""
         return -(-rows // self.number) * self.number

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping
 import jax
 
 from jaxmed.engine import rates
+from jaxmed.engine.cost import Devices
 from jaxmed.runs.compilation import Compilation
-from models import products
+from models import placement, products
 from models.decoder import Decoder
 
 # Shorter waits are not worth a sentence.
@@ -64,7 +65,8 @@ class Forecast:
         config = decoder.config
         self._decoder = decoder
         self._about = (config.num_layers, config.hidden_size, config.intermediate_size)
-        self._about += (decoder.dtype.name, decoder.products.precision, *asked)
+        self._about += (decoder.dtype.name, decoder.products.precision)
+        self._about += (placement.named(decoder.mesh), *asked)
         self._done: dict[str, tuple[float, float]] = {}
 
     def seconds(self, operations: Mapping[str, float]) -> float:
@@ -75,7 +77,7 @@ class Forecast:
     def told(self, operations: Mapping[str, float]) -> str:
         """A sentence on how long so many floating-point operations of each granularity take."""
         known = all(self._noted(name) is not None for name in operations)
-        products = rates.operations_per_second(self._decoder)
+        products = self._products
         by = (
             "the last such scan"
             if known
@@ -111,7 +113,14 @@ class Forecast:
         """Operations a second."""
         if (noted := self._noted(granularity)) is not None:
             return noted
-        return _SHARES[granularity] * rates.operations_per_second(self._decoder)
+        return _SHARES[granularity] * self._products
+
+    @property
+    def _products(self) -> float:
+        """Operations a second of products, on all devices."""
+        devices = Devices.of(self._decoder.mesh)
+        speed = devices.speed(jax.default_backend())
+        return speed * rates.operations_per_second(self._decoder)
 
     def _noted(self, granularity: str) -> float | None:
         return rates.noted((*self._about, granularity))

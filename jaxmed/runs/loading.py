@@ -6,9 +6,10 @@ import json
 import pathlib
 import re
 import typing
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import jax
+from flax import nnx
 
 import models
 from jaxmed.data.tokens import Encoder
@@ -113,29 +114,32 @@ def load(settings: Settled, rows: int | None = None) -> Loaded:
     Raises:
         InputError: as `models.load`; or --mesh is none of this process's devices.
     """
-    count = jax.local_device_count()
-    storing = _stored_over(settings.mesh, count) if settings.mesh else None
     folder = checkpoint.resolve(settings.model)
     adapter = checkpoint.resolve_adapter(settings.adapter)
     dtype, ignore_config = settings.dtype or None, settings.ignore_config
-    if storing is None:
-        storing = 1
-        if count > 1:
-            size = checkpoint.size(
-                folder, adapter=adapter, dtype=dtype, ignore_config=ignore_config
-            )
-            storing = _fewest(size, count)
+
+    def size() -> int:
+        return checkpoint.size(folder, adapter=adapter, dtype=dtype, ignore_config=ignore_config)
+
     decoder, tokenizer = models.load(
         folder,
         adapter=adapter,
         dtype=dtype,
-        mesh=placement.of_devices(storing),
+        mesh=_mesh(settings, size),
         ignore_config=ignore_config,
     )
     precision = settings.matmul_precision
     if precision == rates.AUTO:
         precision = rates.exact_precision(decoder, rows)
     return Loaded(folder, adapter, decoder.at_precision(precision), tokenizer)
+
+
+def _mesh(settings: Settled, size: Callable[[], int]) -> jax.sharding.Mesh | None:
+    """The devices of this process; `size` gives the bytes of all weights."""
+    count = jax.local_device_count()
+    if settings.mesh:
+        return placement.of_devices(_stored_over(settings.mesh, count))
+    return placement.of_devices(_fewest(size(), count) if count > 1 else 1)
 
 
 def _stored_over(mesh: str, count: int) -> int:
@@ -194,10 +198,16 @@ def shapes(settings: Settled) -> Loaded:
         dtype=settings.dtype or None,
         ignore_config=settings.ignore_config,
     )
+    decoder.mesh = _mesh(settings, lambda: weights_size(decoder))
     precision = settings.matmul_precision
     if precision == rates.AUTO:
         precision = rates.exact_precision(decoder)
     return Loaded(folder, adapter, decoder.at_precision(precision), tokenizer)
+
+
+def weights_size(decoder: Decoder) -> int:
+    """Bytes of a model's weights, on all devices together."""
+    return sum(each.size * each.dtype.itemsize for each in jax.tree.leaves(nnx.state(decoder)))
 
 
 def settled(settings: Settings) -> Settings:

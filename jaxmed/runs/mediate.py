@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import jax
 import numpy as np
 import tqdm
-from flax import nnx
 from scipy import stats
 
 from jaxmed.analysis import audit as audit_lib
@@ -26,6 +25,7 @@ from jaxmed.data.tokens import Encoder
 from jaxmed.engine import blocks as blocks_lib
 from jaxmed.engine import cost, memory, rates, scan
 from jaxmed.engine.blocks import Block
+from jaxmed.engine.cost import Devices
 from jaxmed.files import reading
 from jaxmed.files.reading import DataError
 from jaxmed.question import directions as directions_lib
@@ -369,9 +369,8 @@ def dry_run(settings: MediateSettings) -> Iterator[str]:
             cost.operations(config, pair, question, ["neuron"]) * (1 if index in scouts else share)
             for index, pair in enumerate(pairs)
         )
-    parameters = jax.tree.leaves(nnx.state(decoder))
     plan = costs_lib.Plan(
-        weights=sum(each.size * each.dtype.itemsize for each in parameters),
+        weights=loading.weights_size(decoder),
         dtype=decoder.dtype.name,
         precision=decoder.products.precision,
         pairs=len(pairs),
@@ -382,7 +381,7 @@ def dry_run(settings: MediateSettings) -> Iterator[str]:
         screened=bool(settings.screen),
     )
     try:
-        budget = memory.free(settings.memory_gb) - plan.weights
+        budget = memory.free(settings.memory_gb) - plan.weights // Devices.of(decoder.mesh).storing
         together = blocks_lib.layers_together(
             *(config, pairs, question, settings.granularities),
             platform=jax.default_backend(),
