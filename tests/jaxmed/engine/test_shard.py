@@ -76,14 +76,16 @@ def test_several_devices(tmp_path):
 @pytest.mark.parity
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox"])
 def test_several_devices_of_each_family(family, tmp_path):
+    # How weights are divided is the same code for all: two meshes are enough for the others.
+    meshes = MESHES if family == "llama" else [[8, 1], [2, 4]]
     double, single, others, collectives = found(
         tmp_path,
-        ["effects", family, "float64", "logit", MESHES, ALL],
-        ["effects", family, "float32", "response", MESHES[1:], ["head", "neuron"]],
-        ["others", family, "float64", "response", MESHES[2:], ALL],
+        ["effects", family, "float64", "logit", meshes, ALL],
+        ["effects", family, "float32", "response", [[2, 4]], ["head", "neuron"]],
+        ["others", family, "float64", "response", [[2, 4]], ALL],
         ["collectives", family, "bfloat16", "response", [[8, 1], [2, 4]], ALL],
     )
-    check_effects(double, MESHES, 1e-12)
-    check_effects(single, MESHES[1:], 1e-5)
-    check_others(others, MESHES[2:], 1e-12)
+    check_effects(double, meshes, 1e-12)
+    check_effects(single, [[2, 4]], 1e-5)
+    check_others(others, [[2, 4]], 1e-12)
     check_collectives(collectives, OF_A_SCAN | OF_ALL)
