@@ -222,7 +222,7 @@ def batching(
     runs: int = 1,
     captured: int = 2,
     devices: Devices = Devices(),  # noqa: B008 (it is a tuple)
-    alike: bool = False,
+    beside: int = 0,
 ) -> Batching:
     """How many runs are patched together, and batches and their units, that fit the memory.
 
@@ -242,7 +242,7 @@ def batching(
         runs: in which these units are patched.
         captured: plain runs that are held.
         devices: that share the rows of a batch.
-        alike: a short list gets the batches of a long one: for lists of all lengths in turn.
+        beside: bytes that are held for each unit of a chunk beside its difference.
 
     Raises:
         InputError: not even one unit fits.
@@ -259,7 +259,7 @@ def batching(
             captured=captured,
             gathered=devices.storing > 1,
         )
-        unit = together * (each + _BATCHES * held)
+        unit = together * (each + _BATCHES * (held + beside))
         fits = int((memory - fixed) // unit)
         if fits >= 1:
             break
@@ -272,7 +272,7 @@ def batching(
         together //= 4
     rows = max(1, rows // together)
     few = max(1, rows // _FEW)
-    if units <= 2 * _BATCHES * few and not alike:
+    if units <= 2 * _BATCHES * few:
         rows = few
     return Batching(together, _BATCHES, devices.number * min(rows, _power_of_two(fits)))
 
