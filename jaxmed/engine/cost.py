@@ -396,6 +396,7 @@ def rows_at_once(
     platform: str,
     runs: int = 1,
     held: int = 0,
+    converted: int = 0,
 ) -> int:
     """How many rows a batch of text has: a power of two that fits the memory, up to a constant.
 
@@ -407,13 +408,15 @@ def rows_at_once(
         platform: JAX's name of the kind of device.
         runs: how many runs there are of each row, one beside the other.
         held: numbers of each row's own interventions, and those that are kept of its run.
+        converted: numbers of weights that are in memory a second time, gathered or in another form.
 
     Raises:
         InputError: not even one row fits.
     """
     keys_values = 2 * config.num_layers * _kv_width(config) * 2 * length
     row = runs * keys_values + _run_numbers(config, length) + held + 6 * config.vocab_size
-    return _rows(row * np.dtype(dtype).itemsize, 0, length, memory, platform)
+    number = np.dtype(dtype).itemsize
+    return _rows(row * number, converted * number, length, memory, platform)
 
 
 def answers_at_once(
@@ -431,12 +434,11 @@ def answers_at_once(
     """How many prompts are answered together, as `rows_at_once` has it.
 
     Args:
-        config, dtype, memory, platform: as there.
+        config, dtype, memory, platform, converted: as there.
         kept_as: type of keys and values.
         length: tokens that each prompt is padded to.
         room: slots of each row for generated tokens.
         held: numbers of each row's own interventions.
-        converted: numbers of weights that are in memory in another form as well.
     """
     kept = 2 * config.num_layers * _kv_width(config)
     number = np.dtype(dtype).itemsize
