@@ -59,6 +59,8 @@ def of_devices(model: int = 1) -> Mesh | None:
 
 def of(devices: Sequence[Any], model: int) -> Mesh:
     """A mesh of JAX's devices, so many of them along `model`; errors those of `of_devices`."""
+    if len(devices) % model:
+        raise ValueError(f"{len(devices)} devices: {model} along {MODEL!r} do not divide them")
     shape = (len(devices) // model, model)
     return jax.make_mesh(shape, (SWEEP, MODEL), axis_types=(AxisType.Auto,) * 2, devices=devices)
 

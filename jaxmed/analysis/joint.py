@@ -100,7 +100,7 @@ def _joint_changes(
     sizes = cost.batching(
         *(config, decoder.dtype, work, term, memory, jax.default_backend()),
         devices=Devices.of(decoder.mesh),
-        alike=True,
+        beside=sets[0].size,  # which neurons are in it, a byte each
     )
     blocks = propagate.blocks_to_carry(config, work.size, term.reading)
     found = []

@@ -35,7 +35,7 @@ def slabs(
             if layers is None or any(part.start <= layer < part.stop for layer in layers):
                 yield found.of_layers(granularity, part, pairs)
     else:
-        yield found[granularity]
+        yield found[granularity].tested()
 
 
 def mean_effects(

@@ -96,6 +96,7 @@ def sizes(
             platform=jax.default_backend(),
             runs=runs,
             held=kept * length + _own_numbers(holds),
+            converted=gathered(decoder),
         )
 
     return _sizes(decoder, sequences, fits, memory, batch_size)
@@ -155,6 +156,15 @@ def _sizes(
     left = device_memory.free() if memory is None else memory
     left = devices.memory(left, jax.default_backend())
     return {length: devices.number * fits(length, left) for length in lengths}
+
+
+def gathered(decoder: Decoder) -> int:
+    """Numbers of weights that a device has of others' parts at one time: a layer's, and the
+    vocabulary's; 0 where it has all that it needs."""
+    if Devices.of(decoder.mesh).storing == 1:
+        return 0
+    config = decoder.config
+    return sum(config.block_weights) + config.vocab_size * config.hidden_size
 
 
 def _own_numbers(holds: Sequence[Hold]) -> int:

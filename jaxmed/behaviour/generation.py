@@ -298,11 +298,9 @@ def _tokens_of_a_chunk(decoder: Decoder) -> int:
 def _converted(decoder: Decoder) -> int:
     """Numbers of weights that are in memory a second time, gathered or in another form: a layer's,
     and the vocabulary's or a chunk of them."""
+    if (gathered := batches.gathered(decoder)) or decoder.dtype.itemsize >= 4:
+        return gathered
     config = decoder.config
-    if Devices.of(decoder.mesh).storing > 1:
-        return sum(config.block_weights) + config.vocab_size * config.hidden_size
-    if decoder.dtype.itemsize >= 4:
-        return 0
     tokens = _tokens_of_a_chunk(decoder) if _in_chunks(decoder) else config.vocab_size
     return sum(config.block_weights) + tokens * config.hidden_size
 

@@ -226,7 +226,7 @@ def batching(
     runs: int = 1,
     captured: int = 2,
     devices: Devices = Devices(),  # noqa: B008 (it is a tuple)
-    alike: bool = False,
+    beside: int = 0,
 ) -> Batching:
     """How many runs are patched together, and batches and their units, that fit the memory.
 
@@ -246,7 +246,7 @@ def batching(
         runs: in which these units are patched.
         captured: plain runs that are held.
         devices: that share the rows of a batch.
-        alike: a short list gets the batches of a long one: for lists of all lengths in turn.
+        beside: bytes that are held for each unit of a chunk beside its difference.
 
     Raises:
         InputError: not even one unit fits.
@@ -263,7 +263,7 @@ def batching(
             captured=captured,
             gathered=devices.storing > 1,
         )
-        unit = together * (each + _BATCHES * held)
+        unit = together * (each + _BATCHES * (held + beside))
         fits = int((memory - fixed) // unit)
         if fits >= 1:
             break
@@ -276,7 +276,7 @@ def batching(
         together //= 4
     rows = max(1, rows // together)
     few = max(1, rows // _FEW)
-    if units <= 2 * _BATCHES * few and not alike:
+    if units <= 2 * _BATCHES * few:
         rows = few
     return Batching(together, _BATCHES, devices.number * min(rows, _power_of_two(fits)))
 
@@ -400,6 +400,7 @@ def rows_at_once(
     platform: str,
     runs: int = 1,
     held: int = 0,
+    converted: int = 0,
 ) -> int:
     """How many rows a batch of text has: a power of two that fits the memory, up to a constant.
 
@@ -411,13 +412,15 @@ def rows_at_once(
         platform: JAX's name of the kind of device.
         runs: how many runs there are of each row, one beside the other.
         held: numbers of each row's own interventions, and those that are kept of its run.
+        converted: numbers of weights that are in memory a second time, gathered or in another form.
 
     Raises:
         InputError: not even one row fits.
     """
     keys_values = 2 * config.num_layers * _kv_width(config) * 2 * length
     row = runs * keys_values + _run_numbers(config, length) + held + 6 * config.vocab_size
-    return _rows(row * np.dtype(dtype).itemsize, 0, length, memory, platform)
+    number = np.dtype(dtype).itemsize
+    return _rows(row * number, converted * number, length, memory, platform)
 
 
 def answers_at_once(
@@ -435,12 +438,11 @@ def answers_at_once(
     """How many prompts are answered together, as `rows_at_once` has it.
 
     Args:
-        config, dtype, memory, platform: as there.
+        config, dtype, memory, platform, converted: as there.
         kept_as: type of keys and values.
         length: tokens that each prompt is padded to.
         room: slots of each row for generated tokens.
         held: numbers of each row's own interventions.
-        converted: numbers of weights that are in memory in another form as well.
     """
     kept = 2 * config.num_layers * _kv_width(config)
     number = np.dtype(dtype).itemsize

@@ -166,14 +166,6 @@ class Effects:
         """Y(x'), of the plain run of the source prompt."""
         return self.totals.y_source
 
-    def of_layers(self, layers: slice) -> "Effects":
-        """Those of some layers, by their numbers."""
-        return dataclasses.replace(
-            self,
-            **{name: getattr(self, name)[:, layers] for name in _OF_UNITS},
-            coordinates=self.coordinates | {"layer": self.coordinates["layer"][layers]},
-        )
-
     def tested(self) -> "Effects":
         """Those of the pairs that had no part in choosing units: means and tests are of them."""
         if not self.scouts:

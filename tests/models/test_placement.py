@@ -49,6 +49,12 @@ def test_several_devices(tmp_path):
     assert max(found["nie"], found["tie"], found["te"]) < 1e-5
 
 
+@pytest.mark.parametrize("model", [3, 16])
+def test_no_device_is_left_out_of_a_mesh(model):
+    with pytest.raises(ValueError, match="8 devices"):
+        placement.of(jax.devices()[:1] * 8, model)
+
+
 def test_several_hosts(tmp_path):
     """Each reads its half of what is split, also of tensors that hold several parameters."""
     family = "gpt_neox"

@@ -1,6 +1,7 @@
 """Effects a few layers at a time: what is read, and that nothing else comes of it."""
 
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -65,6 +66,14 @@ def test_a_summary_in_pieces_is_the_same_but_for_the_rounding_of_sums(made, smal
     for number in range(groups.num_row_groups):
         group = groups.read_row_group(number, ["granularity", "estimand"])
         assert len({*group["granularity"].to_pylist()}) == 1 or group.num_rows == 3  # totals
+
+
+def test_scouts_have_no_part_in_a_summary_of_effects_in_memory(tmp_path):
+    made = fabricate(tmp_path, RUN | {"scouts": ["pair 0 <script>"]})
+    in_memory = summary.summarise({name: made[name] for name in made})
+    assert_same(in_memory, summary.summarise(made), rtol=0)
+    of_neurons = in_memory.filter(pc.field("granularity") == "neuron")
+    assert max(of_neurons["n_pairs"].to_pylist()) == PAIRS - 1
 
 
 def test_no_more_is_read_than_is_held_and_all_of_it_once(made, small, monkeypatch):

@@ -141,6 +141,16 @@ def test_each_of_several_devices_has_as_many_rows_and_its_own_memory():
     assert rows("cpu", Devices(6, 2), 2**31) % 6 == 0
 
 
+def test_what_is_held_beside_each_unit_leaves_room_for_fewer():
+    question = Question(LOGIT, Positions.LAST)
+    (term,) = cost.runs(SMALL, pair(12, 12), question)
+    (work,) = plan.plan(SMALL, pair(12, 12), term, question, ["neuron"], False)
+    given = SMALL, np.float32, work, term, 2**30, "cpu"
+    plain = cost.batching(*given)
+    held = cost.batching(*given, beside=2**24)  # of 8 batches, 128 MiB for each row
+    assert 1 <= held.rows <= 8 < plain.rows
+
+
 def test_a_tpu_has_a_layer_of_16_bit_weights_as_it_is_stored():
     """Not twice as wide, as it is elsewhere: of Llama 3.1 70B that is most of what is left beside
     the weights on each of eight chips of 32 GiB."""

@@ -433,6 +433,21 @@ def test_joint_sets_of_equal_prompts_do_nothing():
     assert not found.nie["joint"].any() and not found.tie["joint"].any()
 
 
+def test_few_joint_sets_take_small_batches(monkeypatch):
+    """Which neurons they have is held for every row of a chunk, and a batch has no empty rows for
+    nothing."""
+    decoder, question = tiny.decoder("llama"), question_lib.Question(METRICS["logit"])
+    forced, rows = propagate.Forced, []
+
+    def watched(change, edited, members):
+        rows.append(members.shape[1])
+        return forced(change, edited, members)
+
+    monkeypatch.setattr(propagate, "Forced", watched)
+    joint_lib.joint_pair(decoder, UNEQUAL, question, np.ones((2, 3, 40), bool))
+    assert max(rows) <= 64 < cost.positions_together("cpu")
+
+
 def test_two_compilations_serve_all_layers_and_granularities():
     """One for batches of many units, one for batches of few."""
     # Another vocabulary than that of any other test, so that nothing is compiled yet.

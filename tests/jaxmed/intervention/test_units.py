@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from jaxmed.behaviour import batches
+from jaxmed.engine.cost import Devices
 from jaxmed.intervention import likeness, units, values
 from jaxmed.intervention.units import Unit
 from models.edits import Part
@@ -193,6 +194,15 @@ def test_memory_counts_what_is_kept_of_every_position():
         batches.sizes(DECODER, (), runs, kept=numbers, memory=2**22)[64] for numbers in (0, 2000)
     )
     assert kept < without
+
+
+def test_memory_counts_the_weights_that_are_gathered(monkeypatch):
+    def rows(memory, storing):
+        monkeypatch.setattr(Devices, "of", lambda mesh: Devices(2, storing))
+        return batches.sizes(DECODER, (), [[1] * 40], memory=memory)[64]
+
+    whole, in_parts = ([rows(n * 2**14, storing) for n in range(128, 256)] for storing in (1, 2))
+    assert np.all(np.array(in_parts) <= whole) and in_parts != whole
 
 
 def test_zero_is_the_value_of_every_site():
