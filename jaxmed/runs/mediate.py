@@ -1037,7 +1037,17 @@ def _scan(
 
 def _complete_totals(asked: MediateRun, results: Results) -> None:
     """Measures Y of pairs whose block failed that would have written it."""
-    unknown = np.flatnonzero(np.isnan(results.te)).tolist()
+    shared = Shared(
+        results,
+        Process(),
+        name="total-{:05d}".format,
+        lacking=lambda indices: indices,
+        fail=lambda index: None,
+    )
+    is_unknown = np.isnan(results.te)
+    for index in np.flatnonzero(~is_unknown):
+        shared.done(index)  # what failed here its block may have measured since
+    unknown = np.flatnonzero(is_unknown).tolist()
     if not unknown:
         return
     nothing_chosen = [{}] * len(asked.pairs)
@@ -1047,13 +1057,7 @@ def _complete_totals(asked: MediateRun, results: Results) -> None:
         lambda index, advance: of_pairs.totals(index),
         lambda index, found: results.write_totals(index, *found),
         name="total effect",
-        shared=Shared(
-            results,
-            Process(),
-            name="total-{:05d}".format,
-            lacking=lambda indices: indices,
-            fail=lambda index: None,
-        ),
+        shared=shared,
         progress=asked.progress,
     )
 
