@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import jax
 
-# Files of an NVIDIA GPU's driver; PCI devices, the number of Google among their makers, and those of
-# its TPUs (v3 to v7, as JAX knows them): machines in its cloud have network cards of it too.
+# Files of an NVIDIA GPU's driver; PCI devices, the number of Google among their makers, and those
+# of its TPUs (v3 to v7, as JAX knows them): machines in its cloud have network cards of it too.
 _NVIDIA = "/dev/nvidia[0-9]*"
 _PCI = "/sys/bus/pci/devices/*"
 _GOOGLE = "0x1ae0"
