@@ -1037,7 +1037,7 @@ def _scan(
 
 def _complete_totals(asked: MediateRun, results: Results) -> None:
     """Measures Y of pairs whose block failed that would have written it."""
-    shared = Shared(
+    shared: Shared[int] = Shared(
         results,
         Process(),
         name="total-{:05d}".format,
@@ -1045,7 +1045,7 @@ def _complete_totals(asked: MediateRun, results: Results) -> None:
         fail=lambda index: None,
     )
     is_unknown = np.isnan(results.te)
-    for index in np.flatnonzero(~is_unknown):
+    for index in np.flatnonzero(~is_unknown).tolist():
         shared.done(index)  # what failed here its block may have measured since
     unknown = np.flatnonzero(is_unknown).tolist()
     if not unknown:
