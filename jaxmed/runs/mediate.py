@@ -1207,9 +1207,8 @@ def _announce(
     )
     if not asked.process.is_alone:
         told = f": {forecast.told(own)}" if own else ""
-        asked.say(
-            f"This is {asked.process}; {sum(own.values()) / total:.0%} of it is its own{told}"
-        )
+        share = costs_lib.share(own, operations)
+        asked.say(f"This is {asked.process}; {share:.0%} of it is its own{told}")
     if len(operations) > 1 and total:
         asked.say(costs_lib.shares(operations, units))
         if without := _without(settings, costs_lib.dearest(operations)):
