@@ -71,8 +71,7 @@ class Forecast:
         config = decoder.config
         self._decoder = decoder
         self._about = (config.num_layers, config.hidden_size, config.intermediate_size)
-        self._about += (decoder.dtype.name, decoder.products.precision)
-        self._about += (jax.local_device_count(), *asked)
+        self._about += (decoder.dtype.name, decoder.products.precision, *asked)
         self._done: dict[str, tuple[float, float]] = {}
 
     def seconds(self, operations: Mapping[str, float]) -> float:
@@ -83,10 +82,11 @@ class Forecast:
     def told(self, operations: Mapping[str, float]) -> str:
         """A sentence on how long so many floating-point operations of each granularity take."""
         known = all(self._noted(name) is not None for name in operations)
+        products = rates.operations_per_second(self._decoder)
         by = (
             "the last such scan"
             if known
-            else f"the {self._products():.1e} a second of this machine's matrix products in "
+            else f"the {products:.1e} a second of this machine's matrix products in "
             f"{self._decoder.products.precision}, and how near to that scans of other models come"
         )
         return (
@@ -118,12 +118,7 @@ class Forecast:
         """Operations a second."""
         if (noted := self._noted(granularity)) is not None:
             return noted
-        return _SHARES[granularity] * self._products()
-
-    def _products(self) -> float:
-        """Operations a second of products on all devices; a CPU's share its cores."""
-        count = 1 if jax.default_backend() == "cpu" else jax.local_device_count()
-        return count * rates.operations_per_second(self._decoder)
+        return _SHARES[granularity] * rates.operations_per_second(self._decoder)
 
     def _noted(self, granularity: str) -> float | None:
         return rates.noted((*self._about, granularity))

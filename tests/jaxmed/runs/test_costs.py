@@ -72,16 +72,6 @@ def test_the_next_scan_is_told_by_the_last_one(forecast):
     assert forecast("prompt", "logit_diff", 1).seconds({"neuron": 8e8}) == pytest.approx(1)
 
 
-def test_each_device_does_its_part(forecast, monkeypatch):
-    one = forecast()
-    one.add("neuron", 1e9, 2.0)
-    one.keep(Compilation(programs=0, cached=0, seconds=0.0))
-    monkeypatch.setattr(costs.jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(costs.jax, "local_device_count", lambda: 8)
-    told = forecast().told({"neuron": 6.4e10})
-    assert "Going by the 8.0e+09 a second" in told and "about 10 seconds" in told
-
-
 def test_a_short_time_is_not_told():
     assert costs.left(0.1, sum(OPERATIONS.values()), OPERATIONS) == ""
     assert costs.left(60.0, 1e12, dict.fromkeys(OPERATIONS, 0.0)) == ""
