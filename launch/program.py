@@ -13,7 +13,7 @@ from typing import TypeVar
 import jax
 from absl import app, flags
 
-from jaxmed.runs import compilation, devices, sweep
+from jaxmed.runs import compilation, devices, loading, sweep
 from models import cache
 from models.errors import InputError
 
@@ -71,7 +71,9 @@ def start(
         try:
             with sweep.terminable():
                 asked = settings()
-                for line in devices.told(getattr(asked, "mesh", "")) if computes else ():
+                # The mesh of a program that loads no model is of other devices.
+                mesh = asked.mesh if isinstance(asked, loading.Settled) else ""
+                for line in devices.told(mesh) if computes else ():
                     print(line, file=sys.stderr)
                 for line in run(asked) or ():
                     print(line)

@@ -40,6 +40,13 @@ def shares(operations: Mapping[str, float], units: Mapping[str, int]) -> str:
     return f"Of these operations {', '.join(told)}."
 
 
+def share(own: Mapping[str, float], operations: Mapping[str, float]) -> float:
+    """Which part of all operations some of them are; 0 where there are none, as in layers of which
+    no neuron was chosen."""
+    total = sum(operations.values())
+    return sum(own.values()) / total if total else 0.0
+
+
 def dearest(operations: Mapping[str, float]) -> str:
     """The granularity that takes most."""
     return _dearest_first(operations)[0]

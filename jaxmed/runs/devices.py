@@ -7,10 +7,12 @@ from collections.abc import Iterator
 
 import jax
 
-# Files of an NVIDIA GPU's driver, and the number of Google among makers of PCI devices.
+# Files of an NVIDIA GPU's driver; PCI devices, the number of Google among their makers, and those
+# of its TPUs (v3 to v7, as JAX knows them): machines in its cloud have network cards of it too.
 _NVIDIA = "/dev/nvidia[0-9]*"
-_PCI_MAKERS = "/sys/bus/pci/devices/*/vendor"
+_PCI = "/sys/bus/pci/devices/*"
 _GOOGLE = "0x1ae0"
+_TPUS = ("0x0027", "0x0056", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076")
 # Whoever sets one of these has chosen.
 _CHOSEN_BY = ("JAX_PLATFORMS", "CUDA_VISIBLE_DEVICES")
 
@@ -40,5 +42,10 @@ def _accelerators() -> Iterator[tuple[str, str]]:
     """Kinds of accelerators whose files this machine has, and the extra of setup.cfg for each."""
     if glob.glob(_NVIDIA):
         yield "an NVIDIA GPU", "cuda"
-    if any(pathlib.Path(file).read_text().strip() == _GOOGLE for file in glob.glob(_PCI_MAKERS)):
+    if any(_is_tpu(pathlib.Path(device)) for device in glob.glob(_PCI)):
         yield "a TPU", "tpu"
+
+
+def _is_tpu(device: pathlib.Path) -> bool:
+    maker, kind = ((device / name).read_text().strip() for name in ("vendor", "device"))
+    return maker == _GOOGLE and kind in _TPUS

@@ -1036,7 +1036,17 @@ def _scan(
 
 def _complete_totals(asked: MediateRun, results: Results) -> None:
     """Measures Y of pairs whose block failed that would have written it."""
-    unknown = np.flatnonzero(np.isnan(results.te)).tolist()
+    shared: Shared[int] = Shared(
+        results,
+        Process(),
+        name="total-{:05d}".format,
+        lacking=lambda indices: indices,
+        fail=lambda index: None,
+    )
+    is_unknown = np.isnan(results.te)
+    for index in np.flatnonzero(~is_unknown).tolist():
+        shared.done(index)  # what failed here its block may have measured since
+    unknown = np.flatnonzero(is_unknown).tolist()
     if not unknown:
         return
     nothing_chosen = [{}] * len(asked.pairs)
@@ -1046,13 +1056,7 @@ def _complete_totals(asked: MediateRun, results: Results) -> None:
         lambda index, advance: of_pairs.totals(index),
         lambda index, found: results.write_totals(index, *found),
         name="total effect",
-        shared=Shared(
-            results,
-            Process(),
-            name="total-{:05d}".format,
-            lacking=lambda indices: indices,
-            fail=lambda index: None,
-        ),
+        shared=shared,
         progress=asked.progress,
     )
 
@@ -1202,9 +1206,8 @@ def _announce(
     )
     if not asked.process.is_alone:
         told = f": {forecast.told(own)}" if own else ""
-        asked.say(
-            f"This is {asked.process}; {sum(own.values()) / total:.0%} of it is its own{told}"
-        )
+        share = costs_lib.share(own, operations)
+        asked.say(f"This is {asked.process}; {share:.0%} of it is its own{told}")
     if len(operations) > 1 and total:
         asked.say(costs_lib.shares(operations, units))
         if without := _without(settings, costs_lib.dearest(operations)):

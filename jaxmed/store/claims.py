@@ -46,6 +46,7 @@ _FOLLOWING = {
     "precision": "precision",
     "prompt_hashes": "pairs (what --pairs holds)",
     "prompts_hash": "prompts (what --prompts hold)",
+    "scouts": "pairs (what --pairs holds)",
     "seeds": "seeds",
     "sizes": "sizes (of model, pairs and directions)",
     "skipped": "number of pairs that were left out",

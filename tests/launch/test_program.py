@@ -97,3 +97,9 @@ def test_programs_that_write_to_no_bucket_say_so_before_anything_is_loaded(
     assert failed.stderr.splitlines()[-1] == (
         "Error: --out=gs://bucket/out: must be a local path, and no bucket"
     )
+
+
+def test_the_mesh_of_chips_that_are_compiled_for_is_not_that_of_this_machine():
+    told = process.call("benchmark", "--compile_for=v5e:2x4", "--mesh=4")
+    assert told.returncode == 1 and "--mesh=4: must be two numbers" in told.stderr
+    assert "Runs on " in told.stderr and ", mesh " not in told.stderr

@@ -23,6 +23,11 @@ def test_shares_name_the_dearest_first():
     assert costs.dearest(OPERATIONS) == "token"
 
 
+def test_the_share_of_a_process_is_none_of_no_operations():
+    assert costs.share({"layer": 1e9}, {"layer": 3e9, "neuron": 1e9}) == 0.25
+    assert costs.share({}, {"neuron": 0.0}) == costs.share({"neuron": 0.0}, {"neuron": 0.0}) == 0.0
+
+
 def test_the_time_left_is_at_the_first_blocks_pace():
     """Ten times what is done; what takes less than a hundredth is not told."""
     others = {name: 10 * each for name, each in OPERATIONS.items()}

@@ -25,7 +25,7 @@ from jaxmed.question.effects import Status
 from jaxmed.question.metrics import LogitDifference
 from jaxmed.question.question import Question
 from jaxmed.report import mediation
-from jaxmed.runs import loading, mediate, report
+from jaxmed.runs import loading, mediate, report, sweep
 from jaxmed.runs import settings as settings_lib
 from jaxmed.runs.mediate import MediateSettings
 from jaxmed.runs.report import ReportSettings
@@ -562,6 +562,16 @@ def test_a_finished_run_is_not_computed_again(asked, copied, scans, finished, tm
     mediate.run(to(asked, tmp_path))
     assert scans == []
     assert_same_arrays(copied, finished.place.folder)
+
+
+def test_totals_that_failed_and_that_a_block_has_measured_since_are_no_failure(
+    asked, copied, tmp_path
+):
+    failure = copied / "sweep" / "failed" / "total-00000"
+    failure.parent.mkdir(parents=True)
+    failure.write_text("{}")
+    sweep.check_failed(mediate.run(to(asked, tmp_path)))
+    assert not failure.exists()
 
 
 @pytest.mark.parametrize(

@@ -235,6 +235,7 @@ def test_a_finished_run_with_measured_extras_can_be_opened_again(root):
         ({"run": {key: RUN[key] for key in RUN if key != "seed"}}, "--seed was 1, is now null"),
         ({"run": {**RUN, "added": 2}}, "--added was null, is now 2"),
         ({"pair_ids": ["b", "a"]}, "not of the same pairs (what --pairs holds): choose"),
+        ({"run": {**RUN, "scouts": ["a"]}}, "not of the same pairs (what --pairs holds): choose"),
         (
             {"sizes": effects.Sizes(3, 2, 6, 4)},
             "not of the same sizes (of model, pairs and directions)",
