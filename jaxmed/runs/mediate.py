@@ -1075,7 +1075,22 @@ def _blocks(asked: MediateRun, results: Results, phase: _Phase) -> list[Block]:
             of_pairs = scan.Scan(asked.decoder, asked.pairs, asked.question, chosen=every)
             blocks += of_pairs.blocks(names, asked.budget, together, pairs)
         recorded = results.settle(phase.key, [dataclasses.asdict(block) for block in blocks])
+    _check_chosen(results, phase)
     return [Block.of(block) for block in recorded]
+
+
+def _check_chosen(results: Results, phase: _Phase) -> None:
+    """Raises `InputError` where other units are chosen now than those that the run began with: what
+    they are chosen by was computed again meanwhile."""
+    if not phase.chosen:
+        return
+    masks = b"".join(name.encode() + phase.chosen[name].tobytes() for name in sorted(phase.chosen))
+    chosen = hashlib.sha256(masks).hexdigest()
+    if results.settle(f"{phase.key}_chosen", chosen) != chosen:
+        raise InputError(
+            f"{results.folder}: its neurons were chosen by other estimates than are there now; the "
+            "pairs would not have the same ones: choose another --out, or --overwrite"
+        )
 
 
 def _together(asked: MediateRun, results: Results, phase: _Phase) -> dict[str, int]:

@@ -276,6 +276,25 @@ def test_a_run_that_is_stopped_in_either_phase_goes_on_to_the_same_bits(
     assert found.run["audit"] == scouted.run["audit"]
 
 
+def test_a_run_does_not_go_on_with_other_neurons_than_it_began_with(asked, tmp_path, monkeypatch):
+    settings, calls = dataclasses.replace(asked, out=str(tmp_path / "out")), []
+    original, choose = scan.Scan.effects, screening.select
+
+    def stopped(self, block, *arguments):
+        calls.append(block.name)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return original(self, block, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scan.Scan, "effects", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            mediate.run(settings)
+    monkeypatch.setattr(screening, "select", lambda strength, *rest: choose(1 / strength, *rest))
+    with pytest.raises(InputError, match="neurons were chosen by other estimates"):
+        mediate.run(settings)
+
+
 def test_several_processes_choose_the_same(asked, scouted, tmp_path):
     """Process 1 has done what it could of both phases before process 0 came: that is all of it."""
     settings = dataclasses.replace(asked, out=str(tmp_path / "out"), processes=2)
