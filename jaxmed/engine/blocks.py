@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 
 from jaxmed.data.pairs import Pair
 from jaxmed.engine import capture, cost, plan
-from jaxmed.engine.cost import Batching, Devices
+from jaxmed.engine.cost import ONE_DEVICE, Batching, Devices
 from jaxmed.engine.plan import NO_POSITION, Units, Work
 from jaxmed.question import question as question_lib
 from jaxmed.question.joined import Joined
@@ -185,7 +185,7 @@ def batches(
     captured: int,
     memory: int,
     platform: str,
-    devices: Devices = Devices(),  # noqa: B008 (it is a tuple)
+    devices: Devices = ONE_DEVICE,
 ) -> tuple[Batching, ...]:
     """The sizes of the batches of each group.
 
@@ -229,7 +229,7 @@ def blocks(
     chosen: Sequence[Chosen],
     memory: int,
     platform: str,
-    devices: Devices = Devices(),  # noqa: B008 (it is a tuple)
+    devices: Devices = ONE_DEVICE,
     layers_together: Mapping[str, int] | None = None,
     indices: Sequence[int] | None = None,
 ) -> list[Block]:

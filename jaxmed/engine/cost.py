@@ -201,6 +201,9 @@ class Devices(NamedTuple):
         return -(-rows // self.number) * self.number
 
 
+ONE_DEVICE = Devices()
+
+
 class Batching(NamedTuple):
     """How units go through the model.
 
@@ -225,7 +228,7 @@ def batching(
     *,
     runs: int = 1,
     captured: int = 2,
-    devices: Devices = Devices(),  # noqa: B008 (it is a tuple)
+    devices: Devices = ONE_DEVICE,
     beside: int = 0,
 ) -> Batching:
     """How many runs are patched together, and batches and their units, that fit the memory.
@@ -306,7 +309,7 @@ def pairs_that_fill(
     units: int,
     size: int,
     platform: str,
-    devices: Devices = Devices(),  # noqa: B008 (it is a tuple)
+    devices: Devices = ONE_DEVICE,
 ) -> int:
     """Pairs of whose lists, of so many units with spans of that size, a chunk can be made up: a
     power of two. A long list fills it alone, and is done pair by pair."""

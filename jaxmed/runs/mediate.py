@@ -358,17 +358,16 @@ def dry_run(settings: MediateSettings) -> Iterator[str]:
     pairs, question = read.pairs, read.question
     shape_of = sizes(config, pairs, question, settings.granularities).shape
     units = {name: math.prod(shape_of(name)) for name in settings.granularities}
-    operations = {
-        name: sum(cost.operations(config, pair, question, [name]) for pair in pairs)
-        for name in units
+    of_pairs = {
+        name: [cost.operations(config, pair, question, [name]) for pair in pairs] for name in units
     }
     if computed := _most_chosen(settings):
         scouts = set(_scouts(settings, pairs))
         share = min(1.0, computed / units["neuron"])
-        operations["neuron"] = sum(
-            cost.operations(config, pair, question, ["neuron"]) * (1 if index in scouts else share)
-            for index, pair in enumerate(pairs)
-        )
+        of_pairs["neuron"] = [
+            whole * (1 if index in scouts else share)
+            for index, whole in enumerate(of_pairs["neuron"])
+        ]
     plan = costs_lib.Plan(
         weights=loading.weights_size(decoder),
         dtype=decoder.dtype.name,
@@ -376,19 +375,15 @@ def dry_run(settings: MediateSettings) -> Iterator[str]:
         pairs=len(pairs),
         units=units,
         blocks={},
-        operations=operations,
+        operations={name: sum(each) for name, each in of_pairs.items()},
         joint=_joint_operations(settings, config, pairs, question),
         screened=bool(settings.screen),
     )
     try:
         budget = memory.free(settings.memory_gb) - plan.weights // Devices.of(decoder.mesh).storing
-        together = blocks_lib.layers_together(
-            *(config, pairs, question, settings.granularities),
-            platform=jax.default_backend(),
-            computed=_most_computed(settings),
-        )
-        of_pairs = scan.Scan(decoder, pairs, question, chosen=[{}] * len(pairs))
-        blocks = of_pairs.blocks(units, budget, together)
+        together = _layers_together(settings, config, pairs, question)
+        scanned = scan.Scan(decoder, pairs, question, chosen=[{}] * len(pairs))
+        blocks = scanned.blocks(units, budget, together)
         plan = dataclasses.replace(plan, blocks=Counter(block.granularity for block in blocks))
     except InputError as error:
         yield f"Here it would not fit: {error}"
@@ -435,14 +430,7 @@ def measure(settings: MediateSettings, *, progress: bool = True) -> tuple[Result
     budget = memory.free(settings.memory_gb)
     read = _read(settings, decoder, tokenizer, say)
     encoder, pairs, question, skipped = read.encoder, read.pairs, read.question, read.skipped
-    together = blocks_lib.layers_together(
-        decoder.config,
-        pairs,
-        question,
-        settings.granularities,
-        platform=jax.default_backend(),
-        computed=_most_computed(settings),
-    )
+    together = _layers_together(settings, decoder.config, pairs, question)
 
     def opened() -> Results:
         return Results.resume_or_create(
@@ -503,6 +491,17 @@ def _check_together(settings: MediateSettings, process: Process) -> None:
             f"--overwrite: this is {process}, and each would delete what the others have begun; "
             "delete the folder first, or choose another --out, or give --processes=1"
         )
+
+
+def _layers_together(
+    settings: MediateSettings, config: DecoderConfig, pairs: list[Pair], question: Question
+) -> dict[str, int]:
+    """By granularity, how many layers are stored together."""
+    return blocks_lib.layers_together(
+        *(config, pairs, question, settings.granularities),
+        platform=jax.default_backend(),
+        computed=_most_computed(settings),
+    )
 
 
 def _most_computed(settings: MediateSettings) -> dict[str, int]:
